@@ -1,0 +1,117 @@
+"""Build a model of published shapes with random weights, quantised layer by layer, without a checkpoint.
+
+Memory and speed depend on shapes and dtypes alone, so a run with random weights measures what the real
+model would (stack-level check: a folder loaded by from_pretrained and a model filled in place agree to 0.1%).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+WEIGHT_STD = 0.02
+
+
+def build_random_model(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None,
+    quantization_config: BitsAndBytesConfig | None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Return the causal language model of `config` on `device`, its weights random.
+
+    With `quantization_config` the linear layers that transformers would quantise hold NF4/FP4 weights; the
+    model is marked as transformers marks a model it loaded in 4 bits, so PEFT and TRL treat it alike.
+    Peak memory while building is the finished model plus one 16-bit weight.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    # Buffers (rotary frequencies, embedding scales) are computed at construction, so only parameters are meta.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        )
+    if quantization_config is not None:
+        _mark_as_quantized(model, quantization_config)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    filled: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in filled:
+                module.register_parameter(name, filled[id(parameter)])
+                continue
+            new = _random_parameter(module, name, parameter, dtype, device, generator)
+            filled[id(parameter)] = new
+            module.register_parameter(name, new)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(
+                name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+            )
+    model.tie_weights()
+    return model
+
+
+def _mark_as_quantized(model: Any, quantization_config: Any) -> None:
+    import torch
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    quantizer = Bnb4BitHfQuantizer(quantization_config)
+    skipped = quantizer.get_modules_to_not_convert(
+        model, quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
+    )
+    with torch.device("meta"):
+        replace_with_bnb_linear(
+            model,
+            modules_to_not_convert=skipped,
+            quantization_config=quantization_config,
+            pre_quantized=False,
+        )
+    model.config.quantization_config = quantization_config
+    model.hf_quantizer = quantizer
+    model.quantization_method = quantization_config.quant_method
+    model.is_quantized = True
+    model.is_loaded_in_4bit = True
+    quantizer._process_model_after_weight_loading(model)
+
+
+def _random_parameter(
+    module: torch.nn.Module,
+    name: str,
+    parameter: torch.nn.Parameter,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> torch.nn.Parameter:
+    import bitsandbytes as bnb
+    import torch
+
+    if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
+        values = torch.empty((module.out_features, module.in_features), dtype=dtype, device=device)
+        values.normal_(std=WEIGHT_STD, generator=generator)
+        quantized = bnb.nn.Params4bit(
+            values,
+            requires_grad=False,
+            compress_statistics=parameter.compress_statistics,
+            quant_type=parameter.quant_type,
+            quant_storage=parameter.quant_storage,
+            module=module,
+        )
+        return quantized._quantize(device)
+    values = torch.empty(parameter.shape, dtype=dtype, device=device)
+    if "norm" in type(module).__name__.lower():
+        values.fill_(1.0)
+    else:
+        values.normal_(std=WEIGHT_STD, generator=generator)
+    return torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
