@@ -78,6 +78,9 @@ class LayerSpec:
     MLP read normed inputs (pre-norm), `output_norms` whether their outputs are normed before the residual
     addition. `qk_norm` is "head" when queries and keys are normed per head, "full" when normed before the
     split into heads. `experts` is 0 for a dense MLP. `activation` is transformers' hidden_act.
+    `rotary_dim` is how much of each head the rotation turns (null: all of it); `rotary_concatenated` says
+    that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
+    `attention_dropout` is the probability that the model's config sets.
     """
 
     indices: tuple[int, ...]
@@ -102,6 +105,9 @@ class LayerSpec:
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
+    rotary_dim: int | None = None
+    rotary_concatenated: bool = False
+    attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.indices:
@@ -116,6 +122,9 @@ class LayerSpec:
             "shared_expert_intermediate_size",
         ):
             validate.integer(name, getattr(self, name), minimum=0, maximum=2**24)
+        if self.rotary_dim is not None:
+            validate.integer("rotary_dim", self.rotary_dim, minimum=1, maximum=self.head_dim)
+        validate.number("attention_dropout", self.attention_dropout, minimum=0.0, maximum=1.0)
         validate.choice("norm", self.norm, NORM_KINDS)
         validate.choice("qk_norm", self.qk_norm, QK_NORM_KINDS)
         if self.num_attention_heads % self.num_key_value_heads:
@@ -146,7 +155,9 @@ class ModelSpec:
     `id` is what people type, `hub_id` where its weights are, `architecture` transformers' class,
     `default_attn_implementation` what transformers picks for it, `embedding_multiplier` whether the
     embedding output is scaled (a second tensor), `final_logit_softcapping` and `logit_scale` what the
-    head applies. `download_bytes` is the size of the weights as published. `source` says how the spec
+    head applies. `rotary_tables` counts the cos/sin pairs of a forward pass (Gemma 3: one per attention type).
+    `default_experts_implementation` is how transformers runs the experts of an MoE layer by default
+    ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size of the weights as published. `source` says how the spec
     was made (command and library versions).
     """
 
@@ -166,6 +177,9 @@ class ModelSpec:
     final_norm: str = "rms"
     embedding_multiplier: bool = False
     final_logit_softcapping: bool = False
+    logit_scale: bool = False
+    rotary_tables: int = 1
+    default_experts_implementation: str | None = None
     download_bytes: int | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
