@@ -1,0 +1,258 @@
+"""Events and samples of a run: their types, the writer and the readers.
+
+Light: no torch. One JSON object a line, each with `time` (seconds since the epoch) and `kind`. Text fields hold
+what the training stack said, unescaped; whoever shows them escapes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartEvent:
+    """Training begins: all optimizer steps, and the versions and device it runs on."""
+
+    kind: ClassVar[str] = "start"
+    time: float
+    total_steps: int
+    environment: Mapping[str, str | int | float | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogEvent:
+    """Means over the steps since the last log. `tokens_per_second` counts real tokens, padding excluded;
+    evaluation and saving are not in `step_seconds`. `num_tokens` is the real tokens trained on so far.
+    """
+
+    kind: ClassVar[str] = "log"
+    time: float
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    num_tokens: int | None = None
+    epoch: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEvent:
+    """Peaks of a phase ("load", "step", "evaluation", "save") so far, of torch's allocator on the GPU.
+
+    Without a GPU allocated and reserved are null and `process_bytes` is the trainer's resident memory. With one
+    it is what the driver shows as used, less what it showed before the trainer started; null if unknown.
+    """
+
+    kind: ClassVar[str] = "memory"
+    time: float
+    phase: str
+    step: int
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    process_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalEvent:
+    """Loss on the evaluation data."""
+
+    kind: ClassVar[str] = "eval"
+    time: float
+    step: int
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointEvent:
+    """A checkpoint is complete on disk."""
+
+    kind: ClassVar[str] = "checkpoint"
+    time: float
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarningEvent:
+    """Something differs from what was asked or expected."""
+
+    kind: ClassVar[str] = "warning"
+    time: float
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndEvent:
+    """The run is over. `state` is one of run_folder.END_STATES."""
+
+    kind: ClassVar[str] = "end"
+    time: float
+    state: str
+    message: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleEvent:
+    """What the driver shows of the run's GPU; null where unknown. Without a GPU `process_bytes` is the
+    trainer's resident memory.
+    """
+
+    kind: ClassVar[str] = "sample"
+    time: float
+    used_bytes: int | None
+    total_bytes: int | None
+    process_bytes: int | None
+    utilization_percent: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+
+Event = (
+    StartEvent | LogEvent | MemoryEvent | EvalEvent | CheckpointEvent | WarningEvent | EndEvent | SampleEvent
+)
+_TYPES: dict[str, type[Event]] = {
+    t.kind: t
+    for t in (
+        StartEvent,
+        LogEvent,
+        MemoryEvent,
+        EvalEvent,
+        CheckpointEvent,
+        WarningEvent,
+        EndEvent,
+        SampleEvent,
+    )
+}
+
+
+def to_line(event: Event) -> str:
+    """One line of strict JSON; non-finite numbers become null."""
+    values = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in dataclasses.asdict(event).items()
+    }
+    return json.dumps({"time": values.pop("time"), "kind": event.kind, **values}, allow_nan=False) + "\n"
+
+
+def from_line(line: str | bytes) -> Event:
+    """Read one line. Keys that this version does not know are left out.
+
+    A line that is no event becomes a WarningEvent, since one bad line must not hide the rest of a run.
+    """
+    try:
+        values: Any = json.loads(line)
+        kind = _TYPES[values["kind"]]
+        known = {f.name for f in dataclasses.fields(kind)}
+        return kind(**{name: value for name, value in values.items() if name in known})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return WarningEvent(time=0.0, message="a line of the event file is not an event")
+
+
+@dataclass(slots=True)
+class EventWriter:
+    """Appends events, each with one write, so that readers and a kill see whole lines.
+
+    A full disk loses events, not the training: the number lost is told by a warning event once writing works.
+    """
+
+    path: Path
+    _descriptor: int = field(default=-1, init=False)
+    _lost: int = field(default=0, init=False)
+    _torn: bool = field(default=False, init=False)
+
+    def __enter__(self) -> EventWriter:
+        self._torn = _ends_torn(self.path)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def write(self, event: Event) -> None:
+        """Append one event."""
+        if self._lost:
+            lost = WarningEvent(time=time.time(), message=f"{self._lost} events could not be written")
+            if not self._append(to_line(lost)):
+                self._lost += 1
+                return
+            self._lost = 0
+        if not self._append(to_line(event)):
+            self._lost += 1
+
+    def _append(self, line: str) -> bool:
+        content = (("\n" if self._torn else "") + line).encode("utf-8")
+        try:
+            written = os.write(self._descriptor, content)
+        except OSError:
+            return False
+        self._torn = written < len(content)
+        return not self._torn
+
+
+def _ends_torn(path: Path) -> bool:
+    """Whether the file's last line was cut (by a kill or a full disk)."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
+
+
+@dataclass(slots=True)
+class EventReader:
+    """Reads what was appended since the last call; keeps a partial last line for the next one."""
+
+    path: Path
+    _offset: int = field(default=0, init=False)
+    _partial: bytes = field(default=b"", init=False)
+
+    def read_new(self) -> list[Event]:
+        """All whole events that are new; an absent file has none."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        self._offset += len(content)
+        lines = (self._partial + content).split(b"\n")
+        self._partial = lines.pop()
+        return [from_line(line) for line in lines if line.strip()]
+
+
+def read_events(path: Path) -> list[Event]:
+    """All whole events of a live or dead run; a partial last line is left out."""
+    return EventReader(path).read_new()
+
+
+def follow(path: Path, *, until: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """Yield events as they come, to the end event, or until `until()` holds and all has been read."""
+    reader = EventReader(path)
+    while True:
+        over = until()
+        for event in reader.read_new():
+            yield event
+            if isinstance(event, EndEvent):
+                return
+        if over:
+            return
+        time.sleep(POLL_SECONDS)
