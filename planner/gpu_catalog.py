@@ -16,8 +16,8 @@ from planner.gpu_spec import MIB, GpuSpec, has_native_bfloat16, reserved_bytes_u
 CATALOG_FILE = PROFILES / "gpus.toml"
 SOURCES_FILE = PROFILES / "gpu_sources.toml"
 
-# ECC takes a sixteenth of GDDR6 memory (RTX A6000: 49140 MiB without, 46068 with), a driver's total differs by
-# tens of MiB, and two sizes of one name differ by a fifth at the least (RTX 3080).
+# ECC takes a sixteenth of GDDR6 memory (RTX A6000: 49140 MiB without, 46068 with), drivers' totals differ by
+# tens of MiB, and two sizes of one name differ by a sixth at the least (RTX 3080).
 MEMORY_TOLERANCE = 0.08
 
 _SEPARATORS = re.compile(r"[\s_-]+")
@@ -74,9 +74,8 @@ class GpuCatalog:
 
     def suggestions(self) -> tuple[str, ...]:
         """Names to compare a misspelt one with."""
-        return tuple(
-            dict.fromkeys([gpu.id for gpu in self.gpus] + [a for gpu in self.gpus for a in gpu.aliases])
-        )
+        names = [gpu.id for gpu in self.gpus] + [alias for gpu in self.gpus for alias in gpu.aliases]
+        return tuple(dict.fromkeys(names))
 
 
 @functools.cache
@@ -97,17 +96,17 @@ def load_sources() -> dict[str, dict[str, str]]:
 def _gpu(id_: str, table: dict[str, Any]) -> GpuSpec:
     memory_bytes = table["memory_mib"] * MIB
     usable_mib = table.get("usable_mib")
+    if usable_mib is None:
+        usable_bytes = memory_bytes - reserved_bytes_upper_bound(memory_bytes)
+    else:
+        usable_bytes = usable_mib * MIB
     major, minor = str(table["compute_capability"]).split(".")
     capability = (int(major), int(minor))
     return GpuSpec(
         id=id_,
         name=table["name"],
         memory_bytes=memory_bytes,
-        usable_bytes=(
-            memory_bytes - reserved_bytes_upper_bound(memory_bytes)
-            if usable_mib is None
-            else usable_mib * MIB
-        ),
+        usable_bytes=usable_bytes,
         usable_is_measured=usable_mib is not None,
         compute_capability=capability,
         supports_bfloat16=has_native_bfloat16(capability),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from planner.errors import FieldError, InputError
+from planner.errors import FieldError, InputError, shorten
 from planner.gpu_catalog import gpu_catalog, normalise
 from planner.gpu_spec import GpuSpec
 
 MAX_GPUS = 2**14
 
-# The card that a plain size stands for, by marketing GB. Where a size has several: the one that people who say the
-# size most likely own, and among those the one on which a verdict and a forecast hold for the others too.
+# The card that a plain size stands for, by marketing GB. Where a size has several: the one that people who
+# say the size most likely own, and among those the one whose verdict and forecast hold for the others too.
 REFERENCE_CARDS: dict[int, str] = {
     6: "rtx-2060-6gb",
     8: "rtx-4060",  # the slowest memory of the 8 GB cards: no forecast that the others miss
@@ -33,11 +33,11 @@ REFERENCE_CARDS: dict[int, str] = {
     180: "b200",
 }
 
-_COUNTED = re.compile(r"^(\d+)\s*[x×*]\s*(.*)$", re.IGNORECASE)
+_COUNTED = re.compile(r"^(\d+)\s*[x\u00d7*]\s*(.*)$", re.IGNORECASE)
 _SIZE = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf)\s*(gib|gb|g)$", re.IGNORECASE)
 _NOT_NVIDIA = re.compile(
     r"""^(?:
-        (?P<AMD> amd.* | radeon.* | instinct.* | rocm.* | rx\d{3,4}.* | mi\d{2,3}[a-z]* | strixhalo.* | w7[89]00 ) |
+        (?P<AMD> amd.* | radeon.* | instinct.* | rocm.* | rx\d{3,4}.* | mi\d{2,3}[a-z]* | w7[89]00 ) |
         (?P<Apple> apple.* | mps | metal | m[1-9](?:pro|max|ultra)?(?:\d+(?:gb|g)?)? | mac.* ) |
         (?P<Intel> intel.* | arc.* | a(?:310|380|580|750|770)m? | b5[78]0 | xpu | gaudi.* | max1[15]\d0 ) |
         (?P<CPU> cpu.* | xeon.* | epyc.* | ryzen.* | threadripper.* ) |
@@ -53,7 +53,7 @@ class UnsupportedHardwareError(InputError):
 
     def __init__(self, text: str, vendor: str) -> None:
         what = "a CPU" if vendor == "CPU" else f"{vendor} hardware"
-        super().__init__(f"--gpu {text}: {what} is not supported, only NVIDIA GPUs with CUDA are")
+        super().__init__(f"--gpu {shorten(text)}: {what} is not supported, only NVIDIA GPUs with CUDA are")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +125,7 @@ def _named(name: str, count: int, text: str) -> GpuRequest:
     vendor = _NOT_NVIDIA.match(normalise(name))
     if vendor and vendor.lastgroup:
         raise UnsupportedHardwareError(text, vendor.lastgroup)
-    if re.fullmatch(r"[\d.,+-]+(?:[kmt]i?b|[kmt])?|x.*|.*\d\s*g(?:i?b)?.+", name, re.IGNORECASE):
+    if re.fullmatch(r"[\d.,+-]*(?:[kmt]i?b|[kmt])?|x.*|.*\d\s*g(?:i?b)?.+", name, re.IGNORECASE):
         raise FieldError("--gpu", text, f"a name such as rtx-4090 or a size such as 16GB; {_FORMS}")
     gpu = gpu_catalog().get(name)
     return GpuRequest(gpus=gpu, count=count, reference=False, text=text)

@@ -23,7 +23,7 @@ class NoGpuError(InputError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuProcess:
-    """A process that holds memory of a GPU; `used_bytes` is None where the driver does not say (WSL, Windows)."""
+    """A process that holds memory of a GPU; `used_bytes` is None where the driver does not say (WSL)."""
 
     pid: int
     used_bytes: int | None
@@ -33,10 +33,11 @@ class GpuProcess:
 class LocalGpu:
     """One GPU of this machine.
 
-    `index` is NVML's (PCI bus order; CUDA_DEVICE_ORDER=PCI_BUS_ID makes CUDA's the same). `spec` is the catalog's
-    card with this GPU's own memory, or one made from NVML's facts (`in_catalog` false). `used_bytes` is what is
-    taken now, without what the driver keeps for itself; it counts processes of other containers, which
-    `processes` cannot list (under WSL the list is empty as well). `display_active` is None where unknown.
+    `index` is NVML's (PCI bus order; CUDA_DEVICE_ORDER=PCI_BUS_ID makes CUDA's the same). `spec` is the
+    catalog's card with this GPU's own memory, or one made from NVML's facts (`in_catalog` false).
+    `used_bytes` is what is taken now, without what the driver keeps for itself; it counts processes of other
+    containers, which `processes` cannot list (under WSL the list is empty as well). `display_active` is None
+    where unknown.
     """
 
     index: int
@@ -94,9 +95,7 @@ def visible_indices(variable: str | None, uuids: tuple[str, ...]) -> tuple[int, 
     indices: list[int] = []
     for entry in (part.strip() for part in variable.split(",")):
         if entry.startswith("MIG-"):
-            raise InputError(
-                "CUDA_VISIBLE_DEVICES names a MIG slice, which is not supported; give its size with --gpu"
-            )
+            raise InputError("CUDA_VISIBLE_DEVICES names a MIG slice, which is not supported; use --gpu")
         if entry.isdecimal():
             found = [int(entry)] if int(entry) < len(uuids) else []
         else:
@@ -180,6 +179,7 @@ def _unlisted_gpu(
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     bus_width = _optional(pynvml, pynvml.nvmlDeviceGetMemoryBusWidth, handle)
     clock = _optional(pynvml, pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM)
+    bandwidth = bandwidth_from_memory_clock(bus_width, clock) if bus_width and clock else None
     return GpuSpec(
         id=normalise(name) or "gpu",
         name=name,
@@ -188,9 +188,7 @@ def _unlisted_gpu(
         usable_is_measured=usable_is_measured,
         compute_capability=(major, minor),
         supports_bfloat16=has_native_bfloat16((major, minor)),
-        bandwidth_bytes_per_second=bandwidth_from_memory_clock(bus_width, clock)
-        if bus_width and clock
-        else None,
+        bandwidth_bytes_per_second=bandwidth,
         matrix_flops_per_second=None,
     )
 
