@@ -10,7 +10,8 @@ from planner.errors import FieldError
 MIB = 2**20
 
 # nvidia-smi's total less what torch sees on Linux, over the cards of profiles/gpus.toml that have a
-# usable_mib, runs from 254 MiB (V100) to 728 MiB (B200); this line lies above all, by 38 MiB at the least (A100 40GB).
+# usable_mib, runs from 254 MiB (V100) to 728 MiB (B200); this line lies above all, by 38 MiB at the least
+# (A100 40GB).
 RESERVE_BYTES = 512 * MIB
 RESERVE_FRACTION = 1 / 256
 

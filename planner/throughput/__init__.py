@@ -1,0 +1,7 @@
+"""The throughput model: TrainingSetup, ModelSpec and GpuSpec -> StepEstimate."""
+
+from __future__ import annotations
+
+from planner.throughput.roofline import NoForecastError, StepEstimate, estimate_step
+
+__all__ = ["NoForecastError", "StepEstimate", "estimate_step"]

@@ -1,0 +1,200 @@
+"""Matrix work of one training micro-step, counted from the model's own parameters.
+
+Every count is exact for dense models; a mixture of experts counts the experts that a token is routed to.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from planner.model_spec import LayerSpec, ModelSpec, Parameter
+from planner.training_setup import ALL_LINEAR, TrainingSetup
+
+# Attention's backward with flash or memory-efficient kernels: five matmuls (the scores again, dV, dP, dQ, dK)
+# against the forward's two (Dao 2023, arXiv:2307.08691, section 4.1).
+ATTENTION_BACKWARD = 2.5
+# Eager attention keeps the scores: four matmuls against two.
+EAGER_ATTENTION_BACKWARD = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearWork:
+    """Sums over a model's decoder layers that fix its matrix work, for one choice of LoRA targets.
+
+    `active_weights` are weight elements that multiply each token; `linear_weights` those in nn.Linear, which
+    QLoRA holds in 4 bits; `wrapped_*` are sums over the layers that an adapter wraps: input and output
+    widths, weight elements, and how many there are. `trainable_tensors` counts all parameter tensors.
+    """
+
+    active_weights: int
+    linear_weights: int
+    linear_count: int
+    wrapped_inputs: int
+    wrapped_outputs: int
+    wrapped_weights: int
+    wrapped_count: int
+    head_weights: int
+    all_parameters: int
+    all_tensors: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixFlops:
+    """Floating-point operations of one micro-step's matmuls, multiply and add counted apart."""
+
+    layers: float
+    adapter: float
+    head: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.layers + self.adapter + self.head + self.attention
+
+
+class _Same:
+    """A model as a cache key by identity: hashing hundreds of parameters takes longer than an estimate."""
+
+    __slots__ = ("model",)
+
+    def __init__(self, model: ModelSpec) -> None:
+        self.model = model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.model is self.model
+
+
+def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> LinearWork:
+    """Sum up the model's matrix weights; remembered for each model object and choice of targets."""
+    return _linear_work(_Same(model), target_modules)
+
+
+def matrix_flops(setup: TrainingSetup, model: ModelSpec) -> MatrixFlops:
+    """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward.
+
+    A weight that is trained has three matmuls a token (forward, input gradient, weight gradient), a frozen
+    one has no weight gradient; each costs 2 operations an element. TRL's chunked head computes each tile of
+    logits in the forward and again in the backward, then the hidden states' gradient
+    (trl/kernels/chunked_logprob.py:347), and with a trained head its weight gradient.
+    """
+    work = linear_work(model, setup.target_modules)
+    tokens = setup.tokens_per_micro_step
+    recomputed = checkpointed_share(setup, model)
+    trained = not setup.uses_lora
+    passes = 2 + recomputed + trained
+    adapter = 0.0
+    if setup.uses_lora:
+        adapter = 2 * setup.lora_r * (work.wrapped_inputs + work.wrapped_outputs) * tokens * (3 + recomputed)
+        if setup.use_dora:
+            # The norm of W + BA needs BA itself, in each forward (peft/tuners/lora/dora.py:86-98).
+            adapter += 2 * setup.lora_r * work.wrapped_weights * (1 + recomputed)
+    return MatrixFlops(
+        layers=2.0 * work.active_weights * tokens * passes,
+        adapter=float(adapter),
+        head=2.0 * work.head_weights * tokens * (3 + trained),
+        attention=_attention_flops(setup, model, recomputed),
+    )
+
+
+def checkpointed_share(setup: TrainingSetup, model: ModelSpec) -> float:
+    """Share of the decoder layers whose forward runs again in the backward."""
+    if not setup.gradient_checkpointing:
+        return 0.0
+    if setup.checkpointed_layers is None:
+        return 1.0
+    return min(setup.checkpointed_layers, model.num_hidden_layers) / model.num_hidden_layers
+
+
+def attention_implementation(setup: TrainingSetup, model: ModelSpec) -> str:
+    """The attention that runs: the setup's, else what transformers picks for the model."""
+    return setup.attn_implementation or model.default_attn_implementation
+
+
+def attention_pairs(setup: TrainingSetup, layer: LayerSpec, implementation: str) -> float:
+    """Query-key pairs that one head computes in a micro-step.
+
+    Flash and flex attention skip what is masked. SDPA does so only without a mask tensor: packed batches and
+    windows shorter than the sequence carry one (transformers/integrations/sdpa_attention.py:43-52), and a
+    packed batch is one long row. Eager computes every pair.
+    """
+    length, batch = setup.max_length, setup.per_device_train_batch_size
+    window = layer.sliding_window
+    windowed = window is not None and window < length
+    if implementation in ("flash_attention_2", "flex_attention"):
+        if window is None or not windowed:
+            return batch * length * (length + 1) / 2
+        return batch * (window * (window + 1) / 2 + (length - window) * window)
+    if setup.packing:
+        return float((batch * length) ** 2)
+    if implementation == "eager" or windowed:
+        return float(batch * length * length)
+    return batch * length * (length + 1) / 2
+
+
+def _attention_flops(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> float:
+    implementation = attention_implementation(setup, model)
+    backward = EAGER_ATTENTION_BACKWARD if implementation == "eager" else ATTENTION_BACKWARD
+    again = 0.0 if setup.selective_checkpointing else recomputed
+    total = 0.0
+    for layer in model.layers:
+        # QK^T and PV: 2 operations an element of the head each.
+        forward = 4.0 * layer.query_size * attention_pairs(setup, layer, implementation)
+        total += layer.count * forward * (1 + again + backward)
+    return total
+
+
+@functools.lru_cache(maxsize=256)
+def _linear_work(key: _Same, target_modules: str | tuple[str, ...]) -> LinearWork:
+    model = key.model
+    active = 0.0
+    linear = [0, 0]
+    wrapped = [0, 0, 0, 0]
+    for parameter in model.parameters:
+        if not parameter.in_decoder_layer or len(parameter.shape) < 2:
+            continue
+        elements = parameter.elements * parameter.count
+        active += elements * _routed_share(parameter, model)
+        if parameter.module_class != "Linear":
+            continue
+        linear[0] += elements
+        linear[1] += parameter.count
+        if _is_target(parameter, target_modules):
+            outputs, inputs = parameter.shape
+            wrapped[0] += inputs * parameter.count
+            wrapped[1] += outputs * parameter.count
+            wrapped[2] += elements
+            wrapped[3] += parameter.count
+    return LinearWork(
+        active_weights=round(active),
+        linear_weights=linear[0],
+        linear_count=linear[1],
+        wrapped_inputs=wrapped[0],
+        wrapped_outputs=wrapped[1],
+        wrapped_weights=wrapped[2],
+        wrapped_count=wrapped[3],
+        head_weights=model.vocab_size * model.hidden_size,
+        all_parameters=model.parameter_count,
+        all_tensors=sum(p.count for p in model.parameters if not p.tied),
+    )
+
+
+def _routed_share(parameter: Parameter, model: ModelSpec) -> float:
+    """Share of an expert tensor that multiplies one token; 1 for all other weights."""
+    if len(parameter.shape) < 3 and ".experts." not in parameter.name:
+        return 1.0
+    for layer in model.layers:
+        if layer.experts:
+            return layer.experts_per_token / layer.experts
+    return 1.0
+
+
+def _is_target(parameter: Parameter, target_modules: str | tuple[str, ...]) -> bool:
+    if target_modules == ALL_LINEAR:
+        return True
+    module = parameter.name.rsplit(".", 1)[0]
+    return any(module == target or module.endswith(f".{target}") for target in target_modules)

@@ -1,0 +1,115 @@
+"""The FLOP count against what torch counts while the real layers of transformers and PEFT run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from planner.model_spec import LayerSpec, ModelSpec, Parameter
+from planner.throughput.flops import matrix_flops
+from planner.training_setup import TrainingSetup
+
+LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 3, 64, 160, 4, 2, 512
+
+
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=LAYERS,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            vocab_size=VOCABULARY,
+            attn_implementation="eager",
+        )
+    )
+
+
+def spec(real: LlamaForCausalLM) -> ModelSpec:
+    classes = {name: type(module).__name__ for name, module in real.named_modules()}
+    parameters = []
+    for name, tensor in real.named_parameters():
+        if ".layers." in name and ".layers.0." not in name:
+            continue
+        parameters.append(
+            Parameter(
+                name=name.replace(".layers.0.", ".layers.*."),
+                module_class=classes[name.rsplit(".", 1)[0]],
+                shape=tuple(tensor.shape),
+                count=LAYERS if ".layers." in name else 1,
+            )
+        )
+    layer = LayerSpec(
+        indices=tuple(range(LAYERS)),
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HIDDEN // HEADS,
+        intermediate_size=INTERMEDIATE,
+        activation="silu",
+    )
+    return ModelSpec(
+        id="tiny",
+        hub_id="tiny",
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        max_position_embeddings=2048,
+        parameters=tuple(parameters),
+        layers=(layer,),
+        tied_embeddings=False,
+        default_attn_implementation="eager",
+        source="test",
+    )
+
+
+def counted(setup: TrainingSetup, real: LlamaForCausalLM) -> int:
+    """FLOPs of the decoder's forward and backward; the head is left out, TRL runs its own."""
+    network: torch.nn.Module = real
+    if setup.uses_lora:
+        targets = (
+            setup.target_modules if isinstance(setup.target_modules, str) else list(setup.target_modules)
+        )
+        config = LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM")
+        network = get_peft_model(real, config)
+    # Without it the first layer's frozen weights have no input gradient; TRL and transformers ask for it.
+    real.enable_input_require_grads()
+    if setup.gradient_checkpointing:
+        # Early stop leaves out the last matmul of each recompute, which no saved tensor needs.
+        real.gradient_checkpointing_enable({"use_reentrant": False})
+    network.train()
+    tokens = torch.randint(VOCABULARY, (setup.per_device_train_batch_size, setup.max_length))
+    with FlopCounterMode(display=False) as counter, torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        real.model(tokens).last_hidden_state.sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"method": "lora", "lora_r": 8},
+        {"method": "lora", "lora_r": 4, "target_modules": ("q_proj", "v_proj")},
+        {"method": "full"},
+    ],
+    ids=["all-linear", "q and v", "full"],
+)
+def test_layers_adapter_and_attention_are_counted_to_the_operation(
+    knobs: dict[str, object], gradient_checkpointing: bool
+) -> None:
+    setup = TrainingSetup.from_dict(
+        {"model": "tiny", "max_length": 32, "per_device_train_batch_size": 2}
+        | {"gradient_checkpointing": gradient_checkpointing, "attn_implementation": "eager"}
+        | knobs
+    )
+    real = model()
+    flops = matrix_flops(setup, spec(real))
+    expected = flops.layers + flops.adapter + flops.attention
+    # The rotation's angles are a batched matmul of its own: positions by frequencies, once a forward.
+    rotary = 2 * setup.max_length * (HIDDEN // HEADS // 2)
+    assert counted(setup, real) == pytest.approx(expected + rotary, rel=1e-3)
