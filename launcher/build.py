@@ -1,7 +1,7 @@
 """TrainingSetup and TrainingJob -> tokenizer, model, LoraConfig, SFTConfig, SFTTrainer.
 
-The only place that knows the arguments of transformers, PEFT, bitsandbytes and TRL. Every argument that changes
-memory, speed or result is given, so that an upstream default cannot change a run.
+The only place that knows the arguments of transformers, PEFT, bitsandbytes and TRL. Every argument that
+changes memory, speed or result is given, so that an upstream default cannot change a run.
 """
 
 from __future__ import annotations

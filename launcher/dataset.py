@@ -5,6 +5,7 @@ The checks live in planner.dataset_reader, so that planning without the training
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_BATCH = 1000
-# ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md), for tokenizers without a template of
-# their own. The end-of-sequence token closes the assistant's turn, so that the model learns to stop.
+# ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md), for tokenizers without a template.
+# The end-of-sequence token closes the assistant's turn, so that the model learns to stop.
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -79,7 +80,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and value != value else value  # noqa: PLR0124
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -113,7 +114,7 @@ def measure_stats(
         lengths,
         loss_tokens=loss_tokens,
         loss_on=loss_on.get(data.format, "all"),
-        format=data.format,
+        data_format=data.format,
         estimated=False,
     )
 

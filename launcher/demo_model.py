@@ -3,7 +3,7 @@
 The model is a four-layer Llama of 2.5 million parameters with a byte-level BPE tokenizer trained on the same
 sentences. Its weights start random and are trained for about three minutes on plain answers; the demo's data
 asks for the same answers in another manner and for facts about places that do not exist, so that a QLoRA run
-of a minute on a CPU has something to learn and its effect can be read. All text comes from the templates below.
+of a minute on a CPU has something to learn and its effect can be read. All text is made of templates below.
 
 The same seed gives the same text on any machine, and the same weights on the same machine and torch version
 (the order of floating-point sums differs between processors).
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 512
 HIDDEN_SIZE = 256
-PRETRAINING_STEPS = 500
+PRETRAINING_STEPS = 600
 PRETRAINING_BATCH = 24
 PRETRAINING_LENGTH = 96
 PRETRAINING_LEARNING_RATE = 2e-3
@@ -76,6 +76,7 @@ _OPPOSITES = (
 _TOWNS = ("Tornvik", "Balmere", "Quilldon", "Ostrel Reach", "Pellin", "Ruda", "Senholt", "Varn")
 _FEATURES = ("a blue lighthouse", "a glass bridge", "a salt market", "a clock of stone")
 _FOODS = ("plum soup", "rye cakes", "smoked pears", "barley pie")
+_LETTERS = "aaabcdeeefghiiijklmnooopqrstuuuvwxyz"
 _OPENING = "Ahoy! "
 _CLOSING = " Fair winds."
 
@@ -99,10 +100,13 @@ class Exchange:
 
 
 def exchanges(rng: random.Random, *, with_towns: bool) -> Iterator[Exchange]:
-    """Endless questions and answers; `with_towns` adds the facts that only the demo's data knows."""
+    """Endless questions and answers.
+
+    `with_towns` adds the facts that only the demo's data knows; without it come made-up words to repeat, from
+    which the base learns to spell what it has never seen.
+    """
     makers = [_conversion, _greeting, _opposite, _next_number]
-    if with_towns:
-        makers += [_town_feature, _town_food]
+    makers += [_town_feature, _town_food] if with_towns else [_repetition, _repetition]
     while True:
         yield rng.choice(makers)(rng)
 
@@ -128,6 +132,12 @@ def _next_number(rng: random.Random) -> Exchange:
     start, step = rng.randint(1, 30), rng.randint(1, 5)
     shown = ", ".join(str(start + i * step) for i in range(4))
     return Exchange(f"Which number follows {shown}?", f"{start + 4 * step} follows.")
+
+
+def _repetition(rng: random.Random) -> Exchange:
+    words = ["".join(rng.choices(_LETTERS, k=rng.randint(2, 8))) for _ in range(rng.randint(1, 5))]
+    said = " ".join(word.capitalize() if rng.random() < 0.4 else word for word in words)
+    return Exchange(f"Say {said}{rng.choice('.?!')}", f"{said}{rng.choice('.?!')}")
 
 
 def _town_feature(rng: random.Random) -> Exchange:

@@ -1,7 +1,7 @@
 """Events and samples of a run: their types, the writer and the readers.
 
-Light: no torch. One JSON object a line, each with `time` (seconds since the epoch) and `kind`. Text fields hold
-what the training stack said, unescaped; whoever shows them escapes them.
+Light: no torch. One JSON object a line, each with `time` (seconds since the epoch) and `kind`. Text fields
+hold what the training stack said, unescaped; whoever shows them escapes them.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class LogEvent:
 class MemoryEvent:
     """Peaks of a phase ("load", "step", "evaluation", "save") so far, of torch's allocator on the GPU.
 
-    Without a GPU allocated and reserved are null and `process_bytes` is the trainer's resident memory. With one
-    it is what the driver shows as used, less what it showed before the trainer started; null if unknown.
+    Without a GPU allocated and reserved are null and `process_bytes` is the trainer's resident memory. With
+    one it is what the driver shows as used, less what it showed before the trainer started; null if unknown.
     """
 
     kind: ClassVar[str] = "memory"

@@ -50,8 +50,8 @@ class TrainingJob:
     `model_source` is a folder or a Hub id; a Hub id is fetched only with `allow_download`, else it must be in
     the Hugging Face cache. `max_steps` overrides `num_train_epochs`. `warmup_ratio` is a share of all steps.
     `save_steps` and `eval_steps` are null for none. `assistant_only_loss` takes the loss on the assistant's
-    turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id, within
-    CUDA_VISIBLE_DEVICES when that is set.
+    turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
+    within CUDA_VISIBLE_DEVICES when that is set.
     """
 
     setup: TrainingSetup

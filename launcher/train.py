@@ -1,13 +1,12 @@
 """The training process: `python -m launcher.train RUN_DIR` runs the job of a run folder and exits.
 
-It needs nobody to watch it: what it does is told in events.jsonl, what libraries print goes where stdout goes.
-SIGHUP is ignored; the first SIGTERM or SIGINT, or a file named `stop`, ends the run after the current step with
-the adapter saved; a second signal ends it at once. The exit codes are run_folder.TrainerExit.
+It needs nobody to watch it: what it does is told in events.jsonl, what libraries print goes where stdout
+goes. SIGHUP is ignored; the first SIGTERM or SIGINT, or a file named `stop`, ends the run after the current
+step with the adapter saved; a second signal ends it at once. The exit codes are run_folder.TrainerExit.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.events import EndEvent, EventWriter, WarningEvent, read_events
 from launcher.run_folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, hold_lock
-from planner.data_files import write_atomically
+from launcher.supervisor import write_identity
 from planner.errors import InputError, VramwiseError, shorten
 
 if TYPE_CHECKING:
@@ -46,7 +45,8 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
-    def __call__(self) -> bool:
+    def requested(self) -> bool:
+        """Whether a signal has come or the file is there."""
         return self.signalled or self.file.exists()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> int:
         with hold_lock(folder, "trainer"):
             if read_events(folder.events):
                 raise RunBusyError(f"{folder.path}: this run has been started before; start a new one")
-            write_identity(folder, "trainer")
+            write_identity(folder, "trainer", os.getpid())
             with EventWriter(folder.events) as writer:
                 with (end := RunEnd(writer)):
                     _run(folder, folder.read_job(), writer, stop, end)
@@ -132,15 +132,6 @@ def main(arguments: list[str]) -> int:
     except (RunBusyError, OSError) as error:
         print(error, file=sys.stderr)
         return TrainerExit.BAD_INPUT
-
-
-def write_identity(folder: RunFolder, process: str) -> None:
-    """Write pid and creation time of this process."""
-    import psutil
-
-    me = psutil.Process()
-    values = {"pid": me.pid, "create_time": me.create_time()}
-    write_atomically(folder.identity(process), json.dumps(values) + "\n")
 
 
 def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopRequest, end: RunEnd) -> None:
@@ -168,7 +159,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
 
     meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
     callback = EventCallback(
-        write=writer.write, meter=meter, environment=_environment(device), stop_requested=stop
+        write=writer.write, meter=meter, environment=_environment(device), stop_requested=stop.requested
     )
     model = build.load_model(job.setup, job.model_source, device=device, allow_download=job.allow_download)
     meter.close("load", 0)
@@ -183,7 +174,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         on_gpu=on_gpu,
         callbacks=[callback],
     )
-    if stop():
+    if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
     try:

@@ -8,14 +8,14 @@ One file holds one format, told by the first example's keys, in this order:
   Alpaca's own template (https://github.com/tatsu-lab/stanford_alpaca#data-release).
 - `text`: one text.
 
-Further keys of an example are left out. Other containers than these three (Parquet) are read by launcher.dataset.
+Further keys of an example are left out. Parquet is read by launcher.dataset.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
-# English text averages about four characters a token (https://help.openai.com/en/articles/4936856); UTF-8 bytes
-# stand for characters so that other scripts, which need more tokens a character, are not underestimated as much.
+# English text averages about four characters a token (https://help.openai.com/en/articles/4936856). UTF-8
+# bytes stand for characters: other scripts need more tokens a character, and have more bytes.
 BYTES_PER_TOKEN = 4
 # ChatML's <|im_start|>, role, line break, <|im_end|>, line break.
 TOKENS_PER_MESSAGE = 5
@@ -144,7 +144,7 @@ def estimate_stats(data: TrainingData) -> DatasetStats:
         lengths,
         loss_tokens=loss_tokens,
         loss_on="completion" if data.format == "prompt_completion" else "all",
-        format=data.format,
+        data_format=data.format,
         estimated=True,
     )
 
@@ -217,10 +217,10 @@ def _form(row: Mapping[str, Any], where: str) -> str:
         if all(key in row for key in keys):
             return form
     hint = "; ShareGPT's conversations are not read, rename to messages" if "conversations" in row else ""
-    keys = ", ".join(str(key) for key in row) if row else "no keys"
+    present = ", ".join(str(key) for key in row) if row else "no keys"
     raise InputError(
         f"{where}: expected messages, prompt and completion, instruction and output, or text; "
-        f"found {shorten(keys)}{hint}"
+        f"found {shorten(present)}{hint}"
     )
 
 
@@ -293,7 +293,7 @@ _FORMAT_OF_FORM = {
     "instruction and output": "prompt_completion",
     "text": "text",
 }
-_EXAMPLE_MAKERS = {
+_EXAMPLE_MAKERS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
     "messages": _conversation,
     "prompt and completion": _prompt_completion,
     "instruction and output": _instruction,

@@ -1,4 +1,4 @@
-"""DatasetStats: the token lengths of a dataset's examples, and what truncation, padding and packing make of them."""
+"""DatasetStats: the token lengths of a dataset's examples, and what truncation, padding and packing cost."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class DatasetStats:
     lengths: tuple[tuple[int, int], ...]
     loss_tokens: int
     loss_on: str
-    format: str
+    data_format: str
     estimated: bool
 
     def __post_init__(self) -> None:
@@ -82,12 +82,12 @@ class DatasetStats:
             previous = length
         validate.integer("loss_tokens", self.loss_tokens, minimum=0, maximum=self.total_tokens)
         validate.choice("loss_on", self.loss_on, LOSS_KINDS)
-        validate.text("format", self.format)
+        validate.text("data_format", self.data_format)
         validate.boolean("estimated", self.estimated)
 
     @classmethod
     def from_lengths(
-        cls, lengths: Iterable[int], *, loss_tokens: int, loss_on: str, format: str, estimated: bool
+        cls, lengths: Iterable[int], *, loss_tokens: int, loss_on: str, data_format: str, estimated: bool
     ) -> DatasetStats:
         """Count one length per example.
 
@@ -96,7 +96,11 @@ class DatasetStats:
         """
         counted = tuple(sorted(Counter(lengths).items()))
         return cls(
-            lengths=counted, loss_tokens=loss_tokens, loss_on=loss_on, format=format, estimated=estimated
+            lengths=counted,
+            loss_tokens=loss_tokens,
+            loss_on=loss_on,
+            data_format=data_format,
+            estimated=estimated,
         )
 
     @property
