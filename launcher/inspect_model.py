@@ -1,6 +1,7 @@
 """A transformers config -> the model on the meta device -> ModelSpec. No weights, no code from elsewhere.
 
-`python -m launcher.inspect_model --all` regenerates profiles/models from profiles/configs and profiles/models.toml.
+`python -m launcher.inspect_model --all` regenerates profiles/models from profiles/models.toml and
+profiles/configs.
 A config given by a user is inspected in a child process with a time and a memory limit.
 """
 
@@ -18,14 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planner import model_config
+from planner import data_files, model_config
 from planner.errors import ExitCode, InputError, MissingExtraError, VramwiseError
+from planner.model_catalog import user_spec_path
 from planner.model_spec import LayerSpec, ModelSpec, Parameter
 
 TIMEOUT_SECONDS = 120
 MEMORY_LIMIT_BYTES = 8 * 2**30
 
-# Models whose forward pass around the decoder layers was read: embedding, layers, norm, head and nothing else.
+# Models whose forward pass around the decoder layers was read: embedding, layers, norm, head, nothing else.
 _MODELS = frozenset(
     f"{family}ForCausalLM"
     for family in (
@@ -243,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("ids", nargs="*", help="catalog models to regenerate")
     parser.add_argument("--all", action="store_true", help="regenerate every catalog model and the index")
     parser.add_argument("--folder", type=Path, help="describe the model of a folder with config.json")
+    parser.add_argument("--save", action="store_true", help="keep it, to be found by the folder's name")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
@@ -252,7 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = model_config.read_config(options.folder)
             name = options.folder.resolve().name
             spec = inspect_in_child(config, model_id=name, hub_id=str(options.folder))
-            json.dump(spec.to_dict(), sys.stdout)
+            text = json.dumps(spec.to_dict())
+            print(text)
+            if options.save:
+                data_files.write_atomically(user_spec_path(name), text)
         elif options.all or options.ids:
             from launcher.write_catalog import write_catalog
 

@@ -18,7 +18,7 @@ _PRE_NORM = frozenset({"input_layernorm", "post_attention_layernorm"})
 _POST_NORM = frozenset({"post_attention_layernorm", "post_feedforward_layernorm"})
 _SANDWICH = _PRE_NORM | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 
-# Decoder layer class -> its norms. The forward pass of each is norm, attention, residual, norm, MLP, residual.
+# Decoder layer class -> its norms. Each forward pass is norm, attention, residual, norm, MLP, residual.
 DECODER_LAYERS: dict[str, frozenset[str]] = {
     "LlamaDecoderLayer": _PRE_NORM,
     "MistralDecoderLayer": _PRE_NORM,

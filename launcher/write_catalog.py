@@ -1,4 +1,4 @@
-"""Write profiles/models from profiles/models.toml and profiles/configs: the same input gives the same bytes."""
+"""profiles/models.toml and profiles/configs -> profiles/models; the same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ class CatalogEntry:
 
 def read_table(path: Path = TABLE) -> tuple[CatalogEntry, ...]:
     """The entries of models.toml, in order."""
-    models = tomllib.loads(path.read_text(encoding="utf-8"))["model"]
+    models: list[dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))["model"]
     return tuple(
-        CatalogEntry(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in models
+        CatalogEntry(**{**m, **{key: tuple(m.get(key, ())) for key in ("hub_ids", "aliases")}})
+        for m in models
     )
 
 
 def write_catalog(ids: Iterable[str] | None, folder: Path = MODELS) -> Iterator[str]:
-    """Write the specs of these catalog models (None: all, and the index); yields a line for each file changed.
+    """Write the specs of these catalog models (None: all, and the index); yield a line for each change.
 
     Raises:
         InputError: a model is not understood, or has another total than the published one.
@@ -98,7 +99,7 @@ def describe(entry: CatalogEntry, published: Mapping[str, Any]) -> ModelSpec:
 
 
 def fingerprint(published: Mapping[str, Any]) -> dict[str, Any]:
-    """By what a config.json of this model is recognised: values accepted for each field, and required fields."""
+    """By what a config.json of this model is recognised: each field's values, and the required fields."""
     from transformers import AutoConfig
 
     values = dict(published)
@@ -132,7 +133,8 @@ def spec_text(spec: ModelSpec) -> str:
 
 
 def _index_text(entries: Iterable[CatalogEntry], specs: Mapping[str, ModelSpec]) -> str:
-    models, names = [], {}
+    models: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
     for entry in entries:
         spec = specs[entry.id]
         models.append(
@@ -150,7 +152,8 @@ def _index_text(entries: Iterable[CatalogEntry], specs: Mapping[str, ModelSpec])
             if names.setdefault(name_key(name), entry.id) != entry.id:
                 raise InputError(f"{name} is a name of both {names[name_key(name)]} and {entry.id}")
     rows = ",\n  ".join(json.dumps(model) for model in models)
-    return f'{{\n "models": [\n  {rows}\n ],\n "names": {json.dumps(dict(sorted(names.items())), indent=2)}\n}}\n'
+    by_name = json.dumps(dict(sorted(names.items())), indent=2)
+    return f'{{\n "models": [\n  {rows}\n ],\n "names": {by_name}\n}}\n'
 
 
 def _object_text(values: Mapping[str, Any]) -> str:

@@ -103,16 +103,20 @@ def match_config(config: Mapping[str, Any], *, hub_id: str) -> ModelSpec | None:
     """
     text, _ = model_config.text_part(config)
     fields = model_config.relevant_fields(text)
-    for model_id, known in _configs().items():
-        accepted = known["accepted"]
-        if all(key in fields for key in known["required"]) and all(
-            value in accepted.get(key, ()) for key, value in fields.items()
-        ):
-            spec = load_shipped(model_id)
-            positions = text.get("max_position_embeddings", spec.max_position_embeddings)
-            note = f"{spec.source}; config.json equal to {model_id}"
-            return replace(spec, hub_id=hub_id, max_position_embeddings=positions, source=note)
-    return None
+    equal = [load_shipped(model_id) for model_id, known in _configs().items() if _equals(fields, known)]
+    if not equal:
+        return None
+    positions = text.get("max_position_embeddings", equal[0].max_position_embeddings)
+    spec = next((s for s in equal if s.max_position_embeddings == positions), equal[0])
+    note = f"{spec.source}; config.json equal to {spec.id}"
+    return replace(spec, hub_id=hub_id, max_position_embeddings=positions, source=note)
+
+
+def _equals(fields: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    accepted = known["accepted"]
+    return all(key in fields for key in known["required"]) and all(
+        value in accepted.get(key, ()) for key, value in fields.items()
+    )
 
 
 @functools.cache

@@ -158,15 +158,49 @@ def text_part(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 # Keys that change neither shapes nor what a training step keeps in memory.
 _IRRELEVANT = frozenset(
-    """
-    architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id id2label initializer_range
-    is_encoder_decoder is_llama_config label2id layer_norm_eps max_position_embeddings norm_topk_prob
-    original_max_position_embeddings output_attentions output_hidden_states pad_token_id pretraining_tp
-    problem_type query_pre_attn_scalar return_dict rms_norm_eps rope_interleaved rope_local_base_freq
-    rope_parameters rope_scaling rope_theta router_aux_loss_coef torch_dtype transformers.js_config
-    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache attention_multiplier
-    logits_scaling residual_multiplier embedding_multiplier cache_implementation
-    """.split()
+    {
+        "architectures",
+        "attention_multiplier",
+        "auto_map",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "embedding_multiplier",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "layer_norm_eps",
+        "logits_scaling",
+        "max_position_embeddings",
+        "norm_topk_prob",
+        "original_max_position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "query_pre_attn_scalar",
+        "residual_multiplier",
+        "return_dict",
+        "rms_norm_eps",
+        "rope_interleaved",
+        "rope_local_base_freq",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    }
 )
 
 

@@ -155,10 +155,10 @@ class ModelSpec:
     `id` is what people type, `hub_id` where its weights are, `architecture` transformers' class,
     `default_attn_implementation` what transformers picks for it, `embedding_multiplier` whether the
     embedding output is scaled (a second tensor), `final_logit_softcapping` and `logit_scale` what the
-    head applies. `rotary_tables` counts the cos/sin pairs of a forward pass (Gemma 3: one per attention type).
-    `default_experts_implementation` is how transformers runs the experts of an MoE layer by default
-    ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size of the weights as published. `source` says how the spec
-    was made (command and library versions).
+    head applies. `rotary_tables` counts the cos/sin pairs of a forward pass (Gemma 3: one per attention
+    type). `default_experts_implementation` is how transformers runs the experts of an MoE layer by
+    default ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size
+    of the weights as published. `source` says how the spec was made (command and library versions).
     """
 
     id: str
