@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher import supervisor
+from launcher.events import EndEvent, EventWriter, LogEvent, StartEvent
+from launcher.run_folder import RunBusyError, RunFolder, TrainingJob, create_run_folder, hold_lock
+from planner.errors import InputError
+from planner.training_setup import TrainingSetup
+
+SETUP = TrainingSetup(model="demo", max_length=64)
+
+
+def make_job(**changes: Any) -> TrainingJob:
+    return TrainingJob(**{"setup": SETUP, "model_source": "m", "data_path": "d.jsonl", **changes})
+
+
+def test_a_job_survives_its_folder(tmp_path: Path) -> None:
+    job = make_job(max_steps=5, eval_data_path="e.jsonl", eval_steps=2, save_steps=3)
+    assert create_run_folder(tmp_path, job).read_job() == job
+
+
+def test_folders_do_not_share_a_name(tmp_path: Path) -> None:
+    paths = {create_run_folder(tmp_path, make_job()).path for _ in range(5)}
+    assert len(paths) == 5
+    create_run_folder(tmp_path, make_job(), name="mine")
+    with pytest.raises(InputError, match="exists already"):
+        create_run_folder(tmp_path, make_job(), name="mine")
+
+
+def test_an_unprintable_model_is_refused_and_a_path_stays_inside(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        SETUP.replace(model="a\x1b[2J")
+    folder = create_run_folder(tmp_path, make_job(setup=SETUP.replace(model="../..")))
+    assert folder.path.parent == tmp_path.resolve()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": float("nan")},
+        {"learning_rate": -1},
+        {"num_train_epochs": 0},
+        {"max_steps": 0},
+        {"max_steps": True},
+        {"logging_steps": 0},
+        {"warmup_ratio": 1.0},
+        {"lr_scheduler_type": "step"},
+        {"seed": -1},
+        {"eval_steps": 5},
+        {"data_path": ""},
+        {"setup": None},
+        {"gpu_index": -1},
+        {"allow_download": "yes"},
+    ],
+)
+def test_a_bad_job_is_refused_by_field(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(changes))):
+        make_job(**changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"schema_version": 9}, {"rate": 1}, {"setup": {"model": "x"}}, {"setup": 3}, {"model_source": None}],
+)
+def test_a_bad_job_file_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = create_run_folder(tmp_path, make_job())
+    folder.job.write_text(json.dumps({**make_job().to_dict(), **change}))
+    with pytest.raises(InputError) as caught:
+        folder.read_job()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", '{"schema_version": 1}'])
+def test_a_truncated_job_file_is_refused(tmp_path: Path, content: str) -> None:
+    folder = create_run_folder(tmp_path, make_job())
+    folder.job.write_text(content)
+    with pytest.raises(InputError):
+        folder.read_job()
+
+
+def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
+    folder = create_run_folder(tmp_path, make_job())
+    code = (
+        "import sys, time; from pathlib import Path; from launcher.run_folder import *\n"
+        f"with hold_lock(RunFolder(Path({str(folder.path)!r})), 'trainer'):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline().strip() == "held"
+    with pytest.raises(RunBusyError, match=str(holder.pid)), hold_lock(folder, "trainer"):
+        pass
+    holder.kill()
+    holder.wait()
+    with hold_lock(folder, "trainer"):
+        pass
+
+
+def test_status_follows_the_files(tmp_path: Path) -> None:
+    folder = create_run_folder(tmp_path, make_job())
+    assert supervisor.status(folder.path).state == "created"
+    supervisor.write_identity(folder, "trainer", os.getpid())
+    assert supervisor.status(folder.path).state == "starting"
+    with EventWriter(folder.events) as writer:
+        writer.write(StartEvent(time=1.0, total_steps=9, environment={}))
+        log = LogEvent(
+            time=2.0,
+            step=4,
+            loss=1.0,
+            learning_rate=None,
+            grad_norm=None,
+            tokens_per_second=None,
+            step_seconds=None,
+        )
+        writer.write(log)
+        now = supervisor.status(folder.path)
+        assert (now.state, now.step, now.total_steps, now.pid) == ("running", 4, 9, os.getpid())
+        with pytest.raises(RunBusyError, match="running"):
+            supervisor.start(folder.path)
+        writer.write(EndEvent(time=3.0, state="oom", message="CUDA out of memory", step=5))
+    now = supervisor.status(folder.path)
+    assert (now.state, now.step, now.message) == ("oom", 5, "CUDA out of memory")
+
+
+def test_a_dead_and_a_reused_pid_are_not_running(tmp_path: Path) -> None:
+    folder = create_run_folder(tmp_path, make_job())
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    supervisor.write_identity(folder, "trainer", child.pid)
+    child.wait()
+    assert supervisor.status(folder.path).state == "killed"
+    reused = {"pid": os.getpid(), "create_time": psutil.Process().create_time() - 3600}
+    folder.identity("trainer").write_text(json.dumps(reused))
+    now = supervisor.status(folder.path)
+    assert (now.state, now.alive, now.over) == ("killed", False, True)
+
+
+def test_a_zombie_is_not_running(tmp_path: Path) -> None:
+    folder = create_run_folder(tmp_path, make_job())
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    supervisor.write_identity(folder, "trainer", child.pid)
+    assert supervisor.status(folder.path).alive
+    deadline = time.monotonic() + 20
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not supervisor.status(folder.path).alive
+    child.wait()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x", "create_time": 1}'])
+def test_a_truncated_identity_is_no_process(tmp_path: Path, content: str) -> None:
+    folder = create_run_folder(tmp_path, make_job())
+    folder.identity("trainer").write_text(content)
+    assert supervisor.live_pid(folder, "trainer") is None
+
+
+def test_a_folder_without_a_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        supervisor.status(tmp_path)
+    with pytest.raises(InputError):
+        supervisor.start(tmp_path)
+    assert not RunFolder(tmp_path).events.exists()
