@@ -1,0 +1,91 @@
+"""Cards that the GPU picker offers: this machine's, plain sizes, and the catalog's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.errors import VramwiseError
+from planner.gpu_catalog import gpu_catalog
+from planner.gpu_request import REFERENCE_CARDS
+from planner.gpu_spec import GpuSpec
+from planner.gpu_target import GpuTarget, resolve_gpu
+from planner.hardware import LocalGpu, local_gpus
+
+DETECTED, SIZE, CATALOG = "this machine", "plain size", "catalog"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """A card to size for. `group` says where it comes from; `argument` is what `--gpu` takes, None for this
+    machine's own GPU.
+    """
+
+    target: GpuTarget
+    group: str
+    argument: str | None
+
+    @property
+    def spec(self) -> GpuSpec:
+        """The card's figures."""
+        return self.target.spec
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the card leaves to the training process."""
+        return self.target.usable_bytes
+
+    @property
+    def title(self) -> str:
+        """Short name for the screens."""
+        if self.argument is None:
+            return f"GPU {self.target.index} here: {self.spec.name}"
+        return self.argument
+
+    @property
+    def detail(self) -> str:
+        """The card behind a size, or the name behind an id."""
+        many = f"{self.target.count} × " if self.target.count > 1 else ""
+        return f"{many}{self.spec.name}"
+
+
+def detected_cards() -> tuple[Card, ...]:
+    """This machine's GPUs; empty without any."""
+    try:
+        return tuple(_local(gpu) for gpu in local_gpus())
+    except VramwiseError:
+        return ()
+
+
+def offered() -> tuple[Card, ...]:
+    """Every card to pick from: detected first."""
+    return detected_cards() + catalog_cards()
+
+
+def catalog_cards() -> tuple[Card, ...]:
+    """Plain sizes, then every card of the catalog by its usable memory."""
+    sizes = [card_from_text(f"{size}GB") for size in REFERENCE_CARDS]
+    catalog = sorted(gpu_catalog(), key=lambda gpu: (gpu.usable_bytes, gpu.id))
+    return (*sizes, *(card_from_text(gpu.id) for gpu in catalog))
+
+
+def card_from_text(text: str, *, display: bool = False) -> Card:
+    """The card that a `--gpu` argument names.
+
+    Raises:
+        InputError: it names none.
+    """
+    target = resolve_gpu(text, display=display)
+    return Card(target=target, group=SIZE if target.reference else CATALOG, argument=text.strip())
+
+
+def _local(gpu: LocalGpu) -> Card:
+    target = GpuTarget(
+        text=gpu.spec.id,
+        spec=gpu.spec,
+        count=1,
+        usable_bytes=gpu.free_bytes,
+        held_bytes=gpu.spec.usable_bytes - gpu.free_bytes,
+        index=gpu.index,
+        notes=("what other processes hold is counted",),
+    )
+    return Card(target=target, group=DETECTED, argument=None)

@@ -1,0 +1,334 @@
+"""The sizing screen: model, GPU and knobs on one side, what they need on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rich.text import Text
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container, Vertical, VerticalScroll
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+from textual.worker import get_current_worker
+
+from launcher.tui import advice, cards, knobs
+from launcher.tui.command_line import plan_command
+from launcher.tui.screens.picker import Picker, Remark, Row
+from launcher.tui.sizing import Sizing, Verdict, size_up
+from launcher.tui.text import gib, parameters, plain
+from launcher.tui.themes import component_colours
+from launcher.tui.widgets.advice_panel import AdvicePanel
+from launcher.tui.widgets.knob_form import KnobForm
+from launcher.tui.widgets.legend import Legend
+from launcher.tui.widgets.memory_bar import BarData, MemoryBar, Segment
+from launcher.tui.widgets.phase_table import PhaseTable
+from launcher.tui.widgets.pick_button import PickButton
+from launcher.tui.widgets.speed_panel import SpeedPanel
+from launcher.tui.widgets.verdict_line import VerdictLine
+from planner.errors import FieldError, InputError, NotModelledError, VramwiseError
+from planner.model_catalog import list_models, resolve_model
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+_VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
+
+
+class SizingScreen(Screen[None]):
+    """Answers every change at once; holds no number that it did not get from the planner."""
+
+    AUTO_FOCUS = "#knob-max_length"
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("m", "pick_model", "Model", id="sizing.model", tooltip="Pick another model"),
+        Binding("g", "pick_gpu", "GPU", id="sizing.gpu", tooltip="Pick another GPU"),
+        Binding("a", "choose", "Auto", id="sizing.auto", tooltip="Take the fastest setup that fits"),
+        Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
+        Binding(
+            "c", "copy_command", "Command", id="sizing.command", tooltip="Show and copy the command line"
+        ),
+        Binding(
+            "o", "app.open_run", "Runs", id="sizing.runs", tooltip="Follow a run that was started before"
+        ),
+        Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
+    ]
+
+    class Advised(Message):
+        """Advice for a sizing has been worked out."""
+
+        def __init__(self, sizing: Sizing, found: tuple[advice.Change, ...]) -> None:
+            super().__init__()
+            self.sizing = sizing
+            self.found = found
+
+    class Chosen(Message):
+        """The automatic choice has been made, or says why none can be."""
+
+        def __init__(self, setup: TrainingSetup | None, message: str) -> None:
+            super().__init__()
+            self.setup = setup
+            self.message = message
+
+    def __init__(self, model: ModelSpec, card: cards.Card, setup: TrainingSetup) -> None:
+        super().__init__()
+        self._model = model
+        self._model_name = setup.model
+        self._card = card
+        self._others: dict[str, Any] = knobs.other_fields(setup)
+        self._initial = knobs.to_texts(setup)
+        self.sizing: Sizing | None = None
+
+    def compose(self) -> ComposeResult:
+        """The headline over the form and the details."""
+        with Vertical(id="headline"):
+            yield Static("", id="question")
+            yield VerdictLine()
+            yield MemoryBar()
+        with Container(id="body"):
+            yield VerticalScroll(KnobForm(self._initial), id="form-scroll", can_focus=False)
+            with VerticalScroll(id="details"):
+                with Vertical(id="memory-column"):
+                    yield Static("memory", classes="heading")
+                    yield Legend()
+                    yield Static("phases", classes="heading")
+                    yield PhaseTable()
+                with Vertical(id="speed-column"):
+                    yield Static("speed", classes="heading")
+                    yield SpeedPanel()
+                    yield Static("what to change", classes="heading")
+                    yield AdvicePanel()
+        yield Footer(compact=True)
+
+    def on_mount(self) -> None:
+        """Answer the first question."""
+        self._answer(self._initial)
+
+    @property
+    def form(self) -> KnobForm:
+        """The knobs."""
+        return self.query_one(KnobForm)
+
+    @on(KnobForm.Changed)
+    def _knob_changed(self, event: KnobForm.Changed) -> None:
+        event.stop()
+        if event.texts["gradient_checkpointing"] == knobs.OFF:
+            self._others.pop("checkpointed_layers", None)
+            self._others.pop("selective_checkpointing", None)
+        self._answer(event.texts)
+
+    @on(PickButton.Pressed)
+    def _pick(self, event: PickButton.Pressed) -> None:
+        event.stop()
+        if event.button.id == "pick-model":
+            self.action_pick_model()
+        else:
+            self.action_pick_gpu()
+
+    def _answer(self, texts: Mapping[str, str]) -> None:
+        """Recompute and show; on a value that is not accepted say so and keep the last answer, greyed."""
+        self.form.show_picks(model=self._model_name, gpu=self._card.title)
+        try:
+            setup = knobs.to_setup(self._model_name, texts, self._others)
+            sizing = size_up(setup, self._model, self._card)
+        except InputError as error:
+            field = error.field if isinstance(error, FieldError | NotModelledError) else _field_of(str(error))
+            self.form.show_error(field, str(error))
+            self.query_one(VerdictLine).stale = True
+            return
+        self.form.clear_errors()
+        self._show(sizing)
+
+    def _show(self, sizing: Sizing) -> None:
+        self.sizing = sizing
+        self.query_one("#question", Static).update(_question(sizing, self.app.theme_variables["muted"]))
+        line = self.query_one(VerdictLine)
+        line.stale, line.sizing = False, sizing
+        self.query_one(MemoryBar).data = _bar(sizing)
+        self.query_one(Legend).memory = sizing.memory
+        self.query_one(PhaseTable).memory = sizing.memory
+        self.query_one(SpeedPanel).sizing = sizing
+        self.form.show_other_fields(_other_fields(self._others))
+        self._advise(sizing)
+
+    @work(thread=True, exclusive=True, group="advice")
+    def _advise(self, sizing: Sizing) -> None:
+        worker = get_current_worker()
+        found = advice.changes(sizing, cancelled=lambda: worker.is_cancelled)
+        if not worker.is_cancelled:
+            self.post_message(self.Advised(sizing, found))
+
+    @on(Advised)
+    def _show_advice(self, event: Advised) -> None:
+        if event.sizing is self.sizing:
+            self.query_one(AdvicePanel).show(event.sizing, event.found)
+
+    @on(AdvicePanel.Applied)
+    def _apply_advice(self, event: AdvicePanel.Applied) -> None:
+        event.stop()
+        self._take(event.setup)
+
+    def action_pick_model(self) -> None:
+        """Pick a model; each is shown with what it needs at the present knobs."""
+        rows = tuple(
+            Row(
+                key=model.id,
+                name=model.id,
+                detail=parameters(model.parameter_count).rjust(7),
+                search=" ".join((model.hub_id, *model.aliases, model.architecture)),
+            )
+            for model in list_models()
+        )
+        texts, others, card = self.form.texts, dict(self._others), self._card
+
+        def remark(row: Row) -> Remark:
+            try:
+                sized = size_up(knobs.to_setup(row.key, texts, others), resolve_model(row.key), card)
+            except InputError as error:
+                return Remark(plain(error, 40), "muted")
+            return _remark(sized)
+
+        self.app.push_screen(
+            Picker(
+                f"Model · needs on {plain(card.title, 30)}",
+                rows,
+                current=self._model.id,
+                prompt="name, Hub id, or folder with config.json",
+                remark=remark,
+            ),
+            self._model_picked,
+        )
+
+    def _model_picked(self, name: str | None) -> None:
+        if name is None:
+            return
+        try:
+            self._model = resolve_model(name)
+        except VramwiseError as error:
+            self.form.show_error("model", str(error))
+            return
+        self._model_name = name
+        self._answer(self.form.texts)
+
+    def action_pick_gpu(self) -> None:
+        """Pick a card; each is shown with the verdict on the present setup."""
+        known = {str(index): card for index, card in enumerate(cards.offered())}
+        rows = tuple(
+            Row(
+                key=key,
+                name=card.title,
+                detail=f"{gib(card.usable_bytes):>9} usable  {card.group if card.group != cards.SIZE else card.spec.name}",
+                search=" ".join((card.spec.name, *card.spec.aliases)),
+            )
+            for key, card in known.items()
+        )
+        texts, others, model, name = self.form.texts, dict(self._others), self._model, self._model_name
+
+        def remark(row: Row) -> Remark:
+            try:
+                return _remark(size_up(knobs.to_setup(name, texts, others), model, known[row.key]))
+            except InputError as error:
+                return Remark(plain(error, 40), "muted")
+
+        def picked(key: str | None) -> None:
+            if key is None:
+                return
+            try:
+                self._card = known[key] if key in known else cards.card_from_text(key)
+            except VramwiseError as error:
+                self.form.show_error("gpu", str(error))
+                return
+            self._answer(self.form.texts)
+
+        current = next((key for key, card in known.items() if card.argument == self._card.argument), "")
+        title = f"GPU · for {plain(name, 30)} at the present knobs"
+        self.app.push_screen(
+            Picker(title, rows, current=current, prompt="name or size: 4090, 24GB", remark=remark),
+            picked,
+        )
+
+    def action_choose(self) -> None:
+        """Ask the planner for the fastest setup that fits at this length."""
+        self._choose(self._model, self._model_name, self._card, self.form.texts)
+
+    @work(thread=True, exclusive=True, group="choice")
+    def _choose(self, model: ModelSpec, name: str, card: cards.Card, texts: Mapping[str, str]) -> None:
+        try:
+            chosen = advice.automatic_choice(name, model, card, texts)
+        except VramwiseError as error:
+            self.post_message(self.Chosen(None, str(error)))
+            return
+        self.post_message(self.Chosen(chosen.setup, chosen.reason))
+
+    @on(Chosen)
+    def _take_choice(self, event: Chosen) -> None:
+        if event.setup is None:
+            self.notify(plain(event.message), title="No automatic choice", severity="warning", markup=False)
+            return
+        self._take(event.setup)
+        self.notify(plain(event.message), title="Automatic choice", markup=False)
+
+    def _take(self, setup: TrainingSetup) -> None:
+        one = setup.replace(num_processes=1, distributed=None)
+        self._others = knobs.other_fields(one)
+        texts = knobs.to_texts(one)
+        self.form.set_texts(texts)
+        self._answer(texts)
+
+    def action_copy_command(self) -> None:
+        """Copy the command line that plans this setup, and show it."""
+        if self.sizing is None:
+            return
+        command = plan_command(self.sizing)
+        self.app.copy_to_clipboard(command)
+        self.notify(plain(command), title="Copied", timeout=12, markup=False)
+
+    def action_train(self) -> None:
+        """Start this run."""
+        if self.sizing is not None and not self.query_one(VerdictLine).stale:
+            self.app.start_run(self.sizing)  # type: ignore[attr-defined]
+
+    def action_leave_field(self) -> None:
+        """Let go of the field, so that all keys reach the screen."""
+        self.set_focus(None)
+
+
+def _question(sizing: Sizing, muted: str) -> Text:
+    card = sizing.card
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(plain(sizing.setup.model, 60), "bold")
+    text.append(f" {parameters(sizing.model.parameter_count)}", muted)
+    text.append(" on ", muted)
+    text.append(plain(card.title, 60), "bold")
+    if card.argument is not None:
+        text.append(f" {plain(card.detail, 60)}", muted)
+    return text
+
+
+def _bar(sizing: Sizing) -> BarData:
+    memory = sizing.memory
+    colours = component_colours(component.name for component in memory.components)
+    return BarData(
+        segments=tuple(Segment(c.size_bytes, colours[c.name]) for c in memory.components if c.size_bytes),
+        peak_bytes=memory.peak_bytes,
+        upper_bytes=memory.peak_upper_bytes,
+        usable_bytes=sizing.card.usable_bytes,
+    )
+
+
+def _remark(sizing: Sizing) -> Remark:
+    verdict = sizing.verdict
+    sign = {Verdict.FITS: "✔", Verdict.TIGHT: "!", Verdict.DOES_NOT_FIT: "✘"}[verdict]
+    return Remark(f"{sign} {gib(sizing.memory.peak_bytes):>10}", _VERDICT_COLOURS[verdict])
+
+
+def _other_fields(others: Mapping[str, Any]) -> str:
+    return "also " + ", ".join(f"{name}={value}" for name, value in others.items()) if others else ""
+
+
+def _field_of(message: str) -> str | None:
+    """The knob that a message about two knobs begins with."""
+    first = message.split(" ", 1)[0].rstrip(":")
+    return first if first in knobs.KNOB_FIELDS else None

@@ -1,0 +1,72 @@
+"""What the sizing screen shows for one setup, model and card: computed without a widget in sight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from launcher.tui.cards import Card
+from planner.memory import MemoryBreakdown, estimate_memory
+from planner.model_spec import ModelSpec
+from planner.throughput import NoForecastError, StepEstimate, estimate_step
+from planner.training_setup import TrainingSetup
+
+
+class Verdict(Enum):
+    """Whether a setup fits: the interval's upper end does; only the expected peak does; neither does."""
+
+    FITS = "fits"
+    TIGHT = "tight"
+    DOES_NOT_FIT = "does not fit"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizing:
+    """The answer to one question. `step` is None where no time can be told; `no_step` then says why."""
+
+    setup: TrainingSetup
+    model: ModelSpec
+    card: Card
+    memory: MemoryBreakdown
+    step: StepEstimate | None
+    no_step: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on the largest phase."""
+        return verdict(self.memory, self.card.usable_bytes)
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Bytes between the interval's upper end and what the card leaves; negative when they do not suffice."""
+        return self.card.usable_bytes - self.memory.peak_upper_bytes
+
+
+def verdict(memory: MemoryBreakdown, usable_bytes: int) -> Verdict:
+    """Compare the peak and the interval's upper end with a card."""
+    if memory.fits(usable_bytes):
+        return Verdict.FITS
+    return Verdict.TIGHT if memory.peak_bytes <= usable_bytes else Verdict.DOES_NOT_FIT
+
+
+def size_up(setup: TrainingSetup, model: ModelSpec, card: Card) -> Sizing:
+    """Answer for each card of the target; several hold one process each.
+
+    Raises:
+        InputError: the setup is not possible for the model, or its memory is not modelled.
+    """
+    setup = on_all_cards(setup, card)
+    memory = estimate_memory(setup, model)
+    try:
+        step = estimate_step(setup, model, card.spec)
+    except NoForecastError as error:
+        return Sizing(setup=setup, model=model, card=card, memory=memory, step=None, no_step=str(error))
+    return Sizing(setup=setup, model=model, card=card, memory=memory, step=step)
+
+
+def on_all_cards(setup: TrainingSetup, card: Card) -> TrainingSetup:
+    """The setup with one process a card."""
+    if card.target.count == setup.num_processes:
+        return setup
+    distributed = "ddp" if card.target.count > 1 else None
+    return setup.replace(num_processes=card.target.count, distributed=distributed)

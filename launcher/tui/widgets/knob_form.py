@@ -1,0 +1,135 @@
+"""All knobs, one a line, each with room for a message under it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.message import Message
+from textual.widgets import Input, Label, Select, Static
+
+from launcher.tui.knobs import KNOBS, Knob
+from launcher.tui.text import plain
+from launcher.tui.widgets.choice_knob import ChoiceKnob
+from launcher.tui.widgets.number_knob import NumberKnob
+from launcher.tui.widgets.pick_button import PickButton
+from launcher.tui.widgets.text_knob import TextKnob
+
+
+class KnobForm(Vertical):
+    """Model, GPU and knobs. Posts Changed with the text of every knob; shows errors where they belong."""
+
+    class Changed(Message):
+        """A knob has a new text."""
+
+        def __init__(self, texts: Mapping[str, str]) -> None:
+            super().__init__()
+            self.texts = texts
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        super().__init__(id="form")
+        self._texts = dict(texts)
+
+    def compose(self) -> ComposeResult:
+        """Model, GPU, then the knobs."""
+        for name, label in (("model", "model"), ("gpu", "GPU")):
+            with Horizontal(classes="knob-row picks"):
+                yield Label(label, classes="knob-label")
+                yield PickButton(id=f"pick-{name}")
+            yield Static("", id=f"error-{name}", classes="knob-error")
+        for knob in KNOBS:
+            with Horizontal(classes="knob-row"):
+                yield Label(knob.label, classes="knob-label")
+                yield self._control(knob)
+            yield Static("", id=f"error-{knob.field}", classes="knob-error")
+        yield Static("", id="error-form", classes="knob-error")
+        yield Static("", id="other-fields", classes="note")
+
+    def _control(self, knob: Knob) -> Input | ChoiceKnob:
+        value = self._texts[knob.field]
+        if knob.choices:
+            return ChoiceKnob(knob, value)
+        if knob.numeric:
+            return NumberKnob(knob, value)
+        return TextKnob(knob, value)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Text of every knob."""
+        return dict(self._texts)
+
+    def show_picks(self, *, model: str, gpu: str) -> None:
+        """Show what is picked."""
+        self.query_one("#pick-model", PickButton).value = plain(model)
+        self.query_one("#pick-gpu", PickButton).value = plain(gpu)
+
+    def set_texts(self, texts: Mapping[str, str]) -> None:
+        """Replace the text of every knob at once, as one change that posts nothing."""
+        self._texts = dict(texts)
+        for knob in KNOBS:
+            control = self.query_one(f"#knob-{knob.field}")
+            with control.prevent(Input.Changed, Select.Changed):
+                if isinstance(control, ChoiceKnob | Input):
+                    control.value = texts[knob.field]
+        self._adapt()
+
+    def show_error(self, field: str | None, message: str) -> None:
+        """Show one message, under its knob when it has one."""
+        self.clear_errors()
+        known = field is not None and bool(self.query(f"#error-{field}"))
+        place = self.query_one(f"#error-{field if known else 'form'}", Static)
+        place.update(Text(plain(message)))
+        place.add_class("shown")
+        for control in self.query(f"#knob-{field}") if known else ():
+            control.add_class("invalid")
+
+    def clear_errors(self) -> None:
+        """Take all messages away."""
+        for place in self.query(".knob-error.shown"):
+            place.remove_class("shown")
+        for control in self.query(".invalid"):
+            control.remove_class("invalid")
+
+    def show_other_fields(self, text: str) -> None:
+        """Show fields that are set but have no knob."""
+        place = self.query_one("#other-fields", Static)
+        place.update(Text(plain(text)))
+        place.set_class(bool(text), "shown")
+
+    def on_mount(self) -> None:
+        """Bring placeholders and disabled knobs in line."""
+        self._adapt()
+
+    @on(Input.Changed)
+    def _typed(self, event: Input.Changed) -> None:
+        event.stop()
+        if isinstance(event.input, NumberKnob | TextKnob):
+            self._change(event.input.knob.field, event.value)
+
+    @on(Select.Changed)
+    def _chosen(self, event: Select.Changed) -> None:
+        event.stop()
+        if isinstance(event.select, ChoiceKnob):
+            self._change(event.select.knob.field, str(event.value))
+
+    def _change(self, field: str, text: str) -> None:
+        if self._texts[field] == text:
+            return
+        self._texts[field] = text
+        self._adapt()
+        self.post_message(self.Changed(self.texts))
+
+    def _adapt(self) -> None:
+        """Disable what the method does not have; say what an empty alpha stands for."""
+        full = self._texts["method"] == "full"
+        for knob in KNOBS:
+            if knob.lora_only:
+                self.query_one(f"#knob-{knob.field}").disabled = full
+        rank = self._texts["lora_r"].strip()
+        alpha = self.query_one("#knob-lora_alpha", Input)
+        alpha.placeholder = (
+            f"{2 * int(rank)} (2 × rank)" if rank.isdecimal() and len(rank) < 7 else "2 × rank"
+        )

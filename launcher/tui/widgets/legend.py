@@ -1,0 +1,50 @@
+"""The components of the bar with their bytes and shares."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from launcher.tui.text import plain, size
+from launcher.tui.themes import component_colours
+from planner.memory import MemoryBreakdown
+
+_MINIMUM_TITLE = 12
+
+
+class Legend(Widget):
+    """One line a component that holds memory, and the total."""
+
+    DEFAULT_CSS = "Legend { height: auto; }"
+
+    memory: reactive[MemoryBreakdown | None] = reactive(None, layout=True)
+
+    def render(self) -> Text:
+        """Draw the table over the widget's width."""
+        if self.memory is None:
+            return Text("")
+        muted = self.app.theme_variables.get("muted", "#888888")
+        return legend(self.memory, max(30, self.content_size.width), muted=muted)
+
+
+def legend(memory: MemoryBreakdown, width: int, *, muted: str) -> Text:
+    """Swatch, title, bytes and share of the total, largest share last digit aligned."""
+    colours = component_colours(component.name for component in memory.components)
+    title_width = max(_MINIMUM_TITLE, min(width, 64) - 2 - 10 - 7)
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for component in memory.components:
+        if not component.size_bytes:
+            continue
+        share = component.size_bytes / memory.process_bytes
+        text.append("█ ", colours[component.name])
+        text.append(_column(component.title, title_width))
+        text.append(f"{size(component.size_bytes):>10}")
+        text.append(f"{share:>6.1%} \n" if share >= 0.001 else " <0.1% \n", muted)
+    text.append(f"  {_column('while training', title_width)}{size(memory.process_bytes):>10}", "bold")
+    text.append(f"{1:>6.0%} ", muted)
+    return text
+
+
+def _column(title: str, width: int) -> str:
+    return plain(title, width - 1).ljust(width)

@@ -1,0 +1,141 @@
+"""A small line plot in braille dots, with its range on the left and below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from launcher.tui.text import number
+
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+_LABEL_WIDTH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PlotData:
+    """Points by rising x; `marks` are single points drawn over the line."""
+
+    points: tuple[tuple[float, float], ...] = ()
+    marks: tuple[tuple[float, float], ...] = ()
+    x_label: str = ""
+    end: float | None = None
+
+
+class LinePlot(Widget):
+    """Shows PlotData over the whole widget."""
+
+    DEFAULT_CSS = "LinePlot { height: 1fr; min-height: 4; }"
+
+    data: reactive[PlotData] = reactive(PlotData())
+
+    def render(self) -> Text:
+        """Draw axis labels and dots."""
+        colours = self.app.theme_variables
+        return draw(
+            self.data,
+            self.content_size.width,
+            self.content_size.height,
+            line=colours["primary"],
+            mark=colours["warning"],
+            muted=colours.get("muted", "#888888"),
+        )
+
+
+def draw(data: PlotData, width: int, height: int, *, line: str, mark: str, muted: str) -> Text:
+    """The plot as text of `height` lines."""
+    columns, rows = width - _LABEL_WIDTH - 1, height - 1
+    finite = [p for p in (*data.points, *data.marks) if math.isfinite(p[0]) and math.isfinite(p[1])]
+    if columns < 4 or rows < 1 or not finite:
+        return Text("waiting for the first step" if columns >= 4 else "", muted)
+    low, high = min(y for _, y in finite), max(y for _, y in finite)
+    first, last = min(x for x, _ in finite), max(x for x, _ in finite)
+    frame = _Frame(
+        columns=columns, rows=rows, first=first, last=max(last, data.end or last), low=low, high=high
+    )
+    cells = _line_cells([p for p in data.points if p in frame], frame)
+    marks = {(frame.column(x) // 2, frame.row(y) // 4) for x, y in data.marks if (x, y) in frame}
+    text = Text(no_wrap=True, end="")
+    for row in range(rows):
+        text.append(_row_label(row, rows, low, high).rjust(_LABEL_WIDTH) + "│", muted)
+        for column in range(columns):
+            if (column, row) in marks:
+                text.append("●", mark)
+            else:
+                text.append(chr(0x2800 + cells.get((column, row), 0)), line)
+        text.append("\n")
+    text.append(" " * _LABEL_WIDTH + "└" + _x_labels(frame, columns, data.x_label), muted)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Frame:
+    """Maps values to dots."""
+
+    columns: int
+    rows: int
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def __contains__(self, point: object) -> bool:
+        return isinstance(point, tuple) and all(math.isfinite(v) for v in point)
+
+    def column(self, x: float) -> int:
+        span = self.last - self.first
+        return (
+            0
+            if span <= 0
+            else min(2 * self.columns - 1, int((x - self.first) / span * (2 * self.columns - 1)))
+        )
+
+    def row(self, y: float) -> int:
+        span = self.high - self.low
+        share = 0.5 if span <= 0 else (self.high - y) / span
+        return min(4 * self.rows - 1, max(0, round(share * (4 * self.rows - 1))))
+
+
+def _line_cells(points: Sequence[tuple[float, float]], frame: _Frame) -> dict[tuple[int, int], int]:
+    cells: dict[tuple[int, int], int] = {}
+
+    def dot(column: int, row: int) -> None:
+        key = (column // 2, row // 4)
+        cells[key] = cells.get(key, 0) | _DOTS[row % 4][column % 2]
+
+    previous: tuple[int, int] | None = None
+    for x, y in points:
+        here = (frame.column(x), frame.row(y))
+        for column, row in _between(previous or here, here):
+            dot(column, row)
+        previous = here
+    return cells
+
+
+def _between(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+    steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
+    return [
+        (round(start[0] + (end[0] - start[0]) * i / steps), round(start[1] + (end[1] - start[1]) * i / steps))
+        for i in range(steps + 1)
+    ]
+
+
+def _row_label(row: int, rows: int, low: float, high: float) -> str:
+    if row == 0:
+        return number(high)
+    if row == rows - 1:
+        return number(low)
+    return number((low + high) / 2) if rows >= 5 and row == rows // 2 else ""
+
+
+def _x_labels(frame: _Frame, columns: int, label: str) -> str:
+    left, right = f"{frame.first:,.0f}", f"{frame.last:,.0f}"
+    middle = label if len(left) + len(right) + len(label) + 4 <= columns else ""
+    gap = columns - len(left) - len(right)
+    return (
+        left + (f" {middle} " if middle else "").center(gap, "─") + right if gap > 0 else right.rjust(columns)
+    )

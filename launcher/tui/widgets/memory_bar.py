@@ -1,0 +1,113 @@
+"""A stacked bar of memory components against what a card leaves for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.style import Style
+from rich.text import Text
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from launcher.tui.text import gib
+
+_MINIMUM_WIDTH = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One stretch of the bar."""
+
+    size_bytes: int
+    colour: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BarData:
+    """What the bar shows: segments from the left, then up to `upper_bytes` as uncertain, the limit marked."""
+
+    segments: tuple[Segment, ...]
+    peak_bytes: int
+    upper_bytes: int
+    usable_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that all segments hold."""
+        return sum(segment.size_bytes for segment in self.segments)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes at the right edge."""
+        return max(1, self.usable_bytes, self.upper_bytes, self.total_bytes)
+
+
+class MemoryBar(Widget):
+    """Two rows of bar and one of scale."""
+
+    DEFAULT_CSS = "MemoryBar { height: 3; }"
+
+    data: reactive[BarData | None] = reactive(None)
+
+    def render(self) -> Text:
+        """Draw the bar over the widget's width."""
+        width = max(_MINIMUM_WIDTH, self.content_size.width)
+        if self.data is None:
+            return Text("")
+        theme = self.app.theme_variables
+        uncertain = theme.get("muted", "#888888")
+        free = theme.get("panel", "#222222")
+        error = theme.get("error", "#ff0000")
+        row = bar_row(self.data, width, uncertain=uncertain, free=free, beyond=error)
+        return Text("\n").join([row, row.copy(), scale_row(self.data, width, muted=uncertain, beyond=error)])
+
+
+def bar_row(data: BarData, width: int, *, uncertain: str, free: str, beyond: str) -> Text:
+    """One row, two colours a cell: each half cell takes the colour of the bytes at its middle."""
+    halves = [_colour_at(data, (i + 0.5) / (2 * width) * data.scale_bytes) for i in range(2 * width)]
+    limit = limit_cell(data, width)
+    row = Text(no_wrap=True, end="")
+    for cell in range(width):
+        left, right = halves[2 * cell], halves[2 * cell + 1]
+        middle = (cell + 0.5) / width * data.scale_bytes
+        if cell == limit and data.usable_bytes < data.scale_bytes:
+            row.append("┃", Style(color=beyond, bgcolor=left or free, bold=True))
+        elif left is None and right is None and middle <= max(data.upper_bytes, data.total_bytes):
+            row.append("▒", Style(color=uncertain, bgcolor=free))
+        elif left == right:
+            row.append(" ", Style(bgcolor=left or free))
+        else:
+            row.append("▌", Style(color=left or free, bgcolor=right or free))
+    return row
+
+
+def limit_cell(data: BarData, width: int) -> int:
+    """Cell in which the card's usable bytes end."""
+    return min(width - 1, int(data.usable_bytes / data.scale_bytes * width))
+
+
+def scale_row(data: BarData, width: int, *, muted: str, beyond: str) -> Text:
+    """Marks under the bar: where the card ends, and by how much the need lies beyond it."""
+    label = f"{gib(data.usable_bytes)} usable"
+    limit = limit_cell(data, width)
+    row = Text(no_wrap=True, end="")
+    if data.usable_bytes >= data.scale_bytes:
+        row.append(f"{label} ▲".rjust(width), muted)
+        return row
+    over = f" up to {gib(data.upper_bytes)} needed"
+    if limit >= len(label) + 1:
+        row.append(f"{label} ▲".rjust(limit + 1), beyond)
+    else:
+        row.append(" " * limit + f"▲ {label}", beyond)
+    if len(row.plain) + len(over) <= width:
+        row.append(over.rjust(width - len(row.plain)), muted)
+    return row
+
+
+def _colour_at(data: BarData, position_bytes: float) -> str | None:
+    start = 0
+    for segment in data.segments:
+        start += segment.size_bytes
+        if position_bytes < start:
+            return segment.colour
+    return None

@@ -1,0 +1,52 @@
+"""Memory of each phase, predicted, and what the numbers of the largest one are called elsewhere."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from launcher.tui.text import plain, size
+from planner.memory import MemoryBreakdown
+
+_BAR = 10
+
+
+class PhaseTable(Widget):
+    """One line a phase; the peak is marked."""
+
+    DEFAULT_CSS = "PhaseTable { height: auto; }"
+
+    memory: reactive[MemoryBreakdown | None] = reactive(None, layout=True)
+
+    def render(self) -> Text:
+        """Draw the lines."""
+        if self.memory is None:
+            return Text("")
+        colours = self.app.theme_variables
+        return phases(
+            self.memory, max(30, self.content_size.width), muted=colours["muted"], strong=colours["primary"]
+        )
+
+
+def phases(memory: MemoryBreakdown, width: int, *, muted: str, strong: str) -> Text:
+    """The table of phases, then where the peak lies, then allocated, reserved and the driver's figure."""
+    text = Text(no_wrap=False)
+    peak = memory.peak_phase
+    largest = max(1, memory.peak_bytes)
+    bar = _BAR if width >= 42 else 0
+    for phase in memory.phases:
+        is_peak = phase is peak
+        text.append("▸ " if is_peak else "  ", strong)
+        text.append(f"{phase.name:<11}", "bold" if is_peak else "")
+        text.append(f"{size(phase.process_bytes):>10}  ", "bold" if is_peak else "")
+        filled = round(phase.process_bytes / largest * bar)
+        text.append("━" * filled, strong if is_peak else muted)
+        text.append("\n")
+    text.append(f"peak: {plain(peak.name)}, {plain(peak.peak_moment)}\n", muted)
+    text.append(
+        f"allocated {size(memory.allocated_bytes)} · reserved {size(memory.reserved_bytes)}"
+        f" · driver shows {size(memory.process_bytes)}",
+        muted,
+    )
+    return text

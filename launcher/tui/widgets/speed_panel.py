@@ -1,0 +1,45 @@
+"""The forecast of speed, with how sure it is."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from launcher.tui.sizing import Sizing
+from launcher.tui.text import duration, plain
+
+
+class SpeedPanel(Widget):
+    """Tokens a second with its interval, time for a million tokens, what bounds the speed, the basis."""
+
+    DEFAULT_CSS = "SpeedPanel { height: auto; }"
+
+    sizing: reactive[Sizing | None] = reactive(None, layout=True)
+
+    def render(self) -> Text:
+        """Draw the lines."""
+        if self.sizing is None:
+            return Text("")
+        colours = self.app.theme_variables
+        return speed(self.sizing, muted=colours["muted"], warning=colours["warning"])
+
+
+def speed(sizing: Sizing, *, muted: str, warning: str) -> Text:
+    """The forecast in words."""
+    step = sizing.step
+    if step is None:
+        return Text(plain(sizing.no_step), muted)
+    text = Text()
+    text.append(f"{step.tokens_per_second:,.0f} tokens/s", "bold")
+    text.append(f"  ({step.tokens_per_second_low:,.0f} to {step.tokens_per_second_high:,.0f})", muted)
+    text.append("\n")
+    text.append(f"{duration(1e6 / step.tokens_per_second)} per million tokens\n", "bold")
+    sequences = sizing.setup.effective_batch_size
+    text.append(f"{duration(step.seconds_per_optimizer_step)} per step of {sequences:,} sequences\n", muted)
+    text.append(f"bound by {plain(step.bound_by)}\n", muted)
+    if not step.calibrated:
+        text.append("uncalibrated", warning)
+        text.append(": ", muted)
+    text.append(plain(step.basis), muted)
+    return text

@@ -1,0 +1,37 @@
+"""A one-line field for names."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.widgets import Input
+
+from launcher.tui.knobs import Knob, step
+
+
+class TextKnob(Input):
+    """Takes text; left and right step through usual values while one of them is shown."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "step(-1)", "Previous value", show=False, id="text.less"),
+        Binding("right", "step(1)", "Next value", show=False, id="text.more"),
+        Binding("up", "app.focus_previous", "Previous", show=False, id="text.previous"),
+        Binding("down,enter", "app.focus_next", "Next", show=False, id="text.next"),
+    ]
+
+    def __init__(self, knob: Knob, value: str) -> None:
+        super().__init__(value, id=f"knob-{knob.field}", compact=True, max_length=400, tooltip=knob.help)
+        self.knob = knob
+
+    def action_step(self, direction: int) -> None:
+        """Step while the value is one of the usual ones or all of it is selected; else move the cursor."""
+        whole = self.selection.start == 0 and self.selection.end == len(self.value)
+        value = step(self.knob, self.value.strip(), direction)
+        if value is not None and (self.value in self.knob.steps or whole):
+            self.value = value
+            self.action_select_all()
+        elif direction < 0:
+            self.action_cursor_left()
+        else:
+            self.action_cursor_right()

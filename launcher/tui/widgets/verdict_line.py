@@ -1,0 +1,56 @@
+"""The verdict: a badge and the figures it rests on, on one line."""
+
+from __future__ import annotations
+
+from rich.style import Style
+from rich.text import Text
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from launcher.tui.sizing import Sizing, Verdict
+from launcher.tui.text import gib
+
+_BADGES = {
+    Verdict.FITS: (" ✔ FITS ", "success"),
+    Verdict.TIGHT: (" ! TIGHT ", "warning"),
+    Verdict.DOES_NOT_FIT: (" ✘ DOES NOT FIT ", "error"),
+}
+_WIDE = 76
+
+
+class VerdictLine(Widget):
+    """Badge, expected peak, the interval's upper end, the card's usable bytes, and what is left."""
+
+    DEFAULT_CSS = "VerdictLine { height: 1; }"
+
+    sizing: reactive[Sizing | None] = reactive(None)
+    stale: reactive[bool] = reactive(False)
+
+    def render(self) -> Text:
+        """Draw the line, shorter where the terminal is narrow."""
+        if self.sizing is None:
+            return Text("pick a model and a GPU")
+        colours = self.app.theme_variables
+        badge, colour = _BADGES[self.sizing.verdict]
+        line = Text(no_wrap=True, overflow="ellipsis")
+        if self.stale:
+            muted = colours.get("muted", "#888888")
+            return line.append(" ? " + figures(self.sizing, short=self.size.width < _WIDE), muted)
+        line.append(badge, Style(color=colours["background"], bgcolor=colours[colour], bold=True))
+        line.append("  ")
+        return line.append(figures(self.sizing, short=self.size.width < _WIDE + len(badge)))
+
+
+def figures(sizing: Sizing, *, short: bool) -> str:
+    """The figures of the verdict in words."""
+    memory = sizing.memory
+    usable = sizing.card.usable_bytes
+    left = sizing.headroom_bytes
+    rest = f"{gib(left)} left" if left >= 0 else f"{gib(-left)} too much"
+    if short:
+        peak, upper = gib(memory.peak_bytes).removesuffix(" GiB"), gib(memory.peak_upper_bytes)
+        return f"{peak}, at most {upper} · {rest}"
+    return (
+        f"needs {gib(memory.peak_bytes)}, at most {gib(memory.peak_upper_bytes)}, of {gib(usable)} usable"
+        f" · {rest}"
+    )
