@@ -1,7 +1,7 @@
 """Write the demo model and data: `python -m launcher.demo_model profiles/demo`.
 
 The model is a four-layer Llama of 2.5 million parameters with a byte-level BPE tokenizer trained on the same
-sentences. Its weights start random and are trained for about three minutes on plain answers; the demo's data
+sentences. Its weights start random and are trained for about five minutes on plain answers; the demo's data
 asks for the same answers in another manner and for facts about places that do not exist, so that a QLoRA run
 of a minute on a CPU has something to learn and its effect can be read. All text is made of templates below.
 
