@@ -1,0 +1,122 @@
+"""Activations: what each kind of decoder layer keeps for backward, and the peaks of its passes.
+
+One replay per layer kind and set of knobs (planner/memory/decoder_layer.py) answers every length and batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from planner.memory.decoder_layer import LayerKnobs, norm, replay
+from planner.memory.tape import ACTIVATIONS, GRADIENTS, Moment, Size, Tape, Value, prune
+from planner.model_spec import LayerSpec
+
+NOTHING: Moment = (Size(), Size(), Size())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerReplay:
+    """What one decoder layer does to live memory.
+
+    `forward` are the moments of a forward pass that keeps nothing, `saved` what a forward pass keeps for
+    backward, `forward_saving` the moments of that pass (what it has kept so far included), `backward` the
+    moments of the backward pass with all that this layer holds (recomputed or kept), the incoming gradient
+    and gradients of its own weights included; `gradients` what it leaves of those.
+    """
+
+    forward: tuple[Moment, ...]
+    forward_saving: tuple[Moment, ...]
+    saved: Moment
+    backward: tuple[Moment, ...]
+    gradients: Moment
+
+
+@lru_cache(maxsize=4096)
+def layer_replay(
+    layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
+) -> LayerReplay:
+    """Replay one layer; `input_requires_grad` is false for the first layer of a LoRA run without checkpoints."""
+    width = layer.hidden_size * knobs.default.activation_bytes
+    plain = Tape(saves=False)
+    hidden = Value(plain.tokens(0), False)
+    replay(plain, layer, knobs, hidden)
+
+    tape = Tape(saves=True)
+    hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
+    incoming = tape.tokens(width) if checkpointed else None
+    early = tape.tokens(width) if checkpointed and _scales_first(layer, knobs) else None
+    output = replay(tape, layer, knobs, hidden)
+    if checkpointed:
+        tape.stop_after_last_save()
+        tape.free(output.buffer, incoming, early)
+        saved = NOTHING
+        forward_saving: tuple[Moment, ...] = ()
+    else:
+        tape.free(output.buffer)
+        saved = tape.live
+        forward_saving = tape.moments()
+        tape.forget_moments()
+    output.grad = tape.tokens(width)
+    tape.backward()
+    tape.free(hidden.grad)
+    return LayerReplay(
+        forward=plain.moments(),
+        forward_saving=forward_saving,
+        saved=saved,
+        backward=tape.moments(),
+        gradients=tape.live,
+    )
+
+
+def _scales_first(layer: LayerSpec, knobs: LayerKnobs) -> bool:
+    """Whether backward's first node is the adapter's scaling, which runs before recomputation is asked for."""
+    return not layer.output_norms and knobs.kind("down_proj").rank > 0 and not layer.experts
+
+
+@lru_cache(maxsize=4096)
+def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
+    """The norm after the last decoder layer; its `saved` is what the head's passes find beside checkpoints."""
+    width = layer.hidden_size * knobs.default.activation_bytes
+    tape = Tape(saves=True)
+    hidden = Value(tape.tokens(0), True)
+    output = norm(tape, layer, knobs, hidden, layer.hidden_size)
+    tape.free(output.buffer)
+    saved = tape.live
+    forward = tape.moments()
+    tape.forget_moments()
+    output.grad = tape.tokens(width)
+    tape.backward()
+    moments = tape.moments()
+    tape.free(hidden.grad)
+    return LayerReplay(
+        forward=forward, forward_saving=forward, saved=saved, backward=moments, gradients=tape.live
+    )
+
+
+def peak(moments: tuple[Moment, ...], tokens: int, scores: int) -> tuple[float, Moment]:
+    """The largest of the moments for a micro-step of that size, in bytes, and the moment itself."""
+    best, chosen = 0.0, NOTHING
+    for moment in moments:
+        a, b, c = moment
+        size = a[0] + b[0] + c[0] + tokens * (a[1] + b[1] + c[1]) + scores * (a[2] + b[2] + c[2])
+        if size > best:
+            best, chosen = size, moment
+    return best, chosen
+
+
+def at(moment: Moment, tokens: int, scores: int) -> float:
+    """Bytes of a moment, all categories together."""
+    return sum(size.at(tokens, scores) for size in moment)
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "GRADIENTS",
+    "LayerReplay",
+    "at",
+    "final_norm_replay",
+    "layer_replay",
+    "peak",
+    "prune",
+]

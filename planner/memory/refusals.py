@@ -1,0 +1,59 @@
+"""Knobs whose memory is not modelled: refused by name, never ignored."""
+
+from __future__ import annotations
+
+from planner.errors import FieldError, NotModelledError
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+UNMODELLED_FLAGS = (
+    "use_dora",
+    "selective_checkpointing",
+    "activation_offloading",
+    "prepare_for_kbit_training",
+    "packing",
+)
+MODELLED_ATTENTION = ("sdpa", "eager")
+MODELLED_EXPERTS = (None, "grouped_mm")
+
+
+def attention_implementation(setup: TrainingSetup, model: ModelSpec) -> str:
+    """The attention that runs: the setup's, or what transformers picks for the model."""
+    return setup.attn_implementation or model.default_attn_implementation
+
+
+def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
+    """Refuse what the memory model has no terms for.
+
+    Raises:
+        NotModelledError: a knob of the contract, by name.
+        FieldError: more checkpointed layers than the model has.
+    """
+    for name in UNMODELLED_FLAGS:
+        if getattr(setup, name):
+            raise NotModelledError(name, True)
+    if setup.kernels != "none":
+        raise NotModelledError("kernels", setup.kernels)
+    if setup.compile != "none":
+        raise NotModelledError("compile", setup.compile)
+    if setup.num_processes > 1 and setup.distributed != "ddp":
+        raise NotModelledError("distributed", setup.distributed)
+    if setup.num_processes > 1:
+        raise NotModelledError("num_processes", setup.num_processes)
+    attention = attention_implementation(setup, model)
+    if attention not in MODELLED_ATTENTION:
+        raise NotModelledError("attn_implementation", attention)
+    if any(layer.attention_softcap for layer in model.layers) and attention == "sdpa":
+        raise FieldError(
+            "attn_implementation", "sdpa", "eager for this model, whose attention scores are capped"
+        )
+    if model.default_experts_implementation not in MODELLED_EXPERTS:
+        raise NotModelledError("experts_implementation", model.default_experts_implementation)
+    if any(layer.shared_expert_intermediate_size for layer in model.layers):
+        raise NotModelledError("shared experts of model", model.id)
+    if setup.checkpointed_layers is not None and setup.checkpointed_layers > model.num_hidden_layers:
+        raise FieldError(
+            "checkpointed_layers",
+            setup.checkpointed_layers,
+            f"at most {model.num_hidden_layers}, the decoder layers",
+        )

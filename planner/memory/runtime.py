@@ -1,0 +1,133 @@
+"""What cannot be counted: CUDA context, cuBLAS workspaces, the allocator's reserve. Measured, per environment.
+
+Coefficients come from profiles/calibration (shipped) or the user's data folder; `vramwise calibrate` fits them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from planner import validate
+from planner.data_files import PROFILES, user_data_dir
+from planner.errors import InputError
+from planner.memory.breakdown import Basis
+from planner.model_spec import ModelSpec
+
+MIB = 2**20
+CUBLAS_WORKSPACE_BYTES = 4096 * 2 * 1024 + 16 * 8 * 1024
+"""Default cuBLAS workspace before Hopper: 2 blocks of 4,096 KiB and 8 of 16 KiB (torch
+aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
+CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
+CUBLAS_HANDLES = 2
+"""The main thread's handle and the autograd thread's: 64 MiB appear in the first step on an H100."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coefficients:
+    """Measured terms of one environment.
+
+    `context_bytes`: what the driver shows above reserved memory at the end of a step, without managed
+    memory (context, kernels, libraries). `paged_context_bytes`: what a paged optimizer adds beside its state.
+    Reserved memory above allocated is `reserve_constant_bytes` + `reserve_per_dynamic_byte` x (peak - what
+    is there between steps) + `reserve_per_weight_byte` x (largest dequantised weight). `margin_fraction` and
+    `margin_bytes` make the interval: upper end = expected x (1 + fraction) + bytes.
+    """
+
+    name: str
+    context_bytes: int
+    paged_context_bytes: int
+    reserve_constant_bytes: int
+    reserve_per_dynamic_byte: float
+    reserve_per_weight_byte: float
+    margin_fraction: float
+    margin_bytes: int
+    record_ids: tuple[str, ...]
+    model_ids: tuple[str, ...]
+    gpu: str
+    stack_versions: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        validate.text("coefficients name", self.name)
+        for field in ("context_bytes", "paged_context_bytes", "reserve_constant_bytes", "margin_bytes"):
+            validate.integer(field, getattr(self, field), minimum=0, maximum=2**40)
+        for field in ("reserve_per_dynamic_byte", "reserve_per_weight_byte", "margin_fraction"):
+            validate.number(field, getattr(self, field), minimum=0.0, maximum=10.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Coefficients:
+        """Read the JSON form.
+
+        Raises:
+            InputError: the JSON is not a set of coefficients.
+        """
+        try:
+            return cls(
+                **{
+                    **values,
+                    "record_ids": tuple(values["record_ids"]),
+                    "model_ids": tuple(values["model_ids"]),
+                    "stack_versions": tuple((k, v) for k, v in values["stack_versions"]),
+                }
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"not calibration coefficients: {error}") from error
+
+
+def calibration_files() -> tuple[Path, ...]:
+    """Calibration files: the user's own first, then the shipped ones."""
+    folders = (user_data_dir() / "calibration", PROFILES / "calibration")
+    return tuple(path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.json")))
+
+
+@lru_cache(maxsize=16)
+def coefficients_for(gpu_name: str | None) -> Coefficients:
+    """The coefficients whose environment matches best: this GPU's own, the user's before the shipped.
+
+    Raises:
+        InputError: a calibration file cannot be read, or there is none.
+    """
+    fallback: Coefficients | None = None
+    for path in calibration_files():
+        try:
+            found = Coefficients.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: {error}") from error
+        if gpu_name is not None and found.gpu == gpu_name:
+            return found
+        if path.is_relative_to(PROFILES):
+            fallback = fallback or found
+    if fallback is None:
+        raise InputError(f"no calibration file under {PROFILES / 'calibration'}")
+    return fallback
+
+
+def cublas_workspace_bytes(compute_capability: tuple[int, int] | None) -> int:
+    """Workspaces of both handles; an unknown GPU is given the larger ones."""
+    if compute_capability is not None and compute_capability < (9, 0):
+        return CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
+    return CUBLAS_HANDLES * CUBLAS_WORKSPACE_HOPPER_BYTES
+
+
+def basis_of(coefficients: Coefficients, model: ModelSpec, gpu_name: str | None) -> Basis:
+    """What an estimate rests on."""
+    notes = []
+    if gpu_name != coefficients.gpu:
+        notes.append(f"context and reserve measured on {coefficients.gpu}, not on this GPU")
+    measured = model.id in coefficients.model_ids
+    if not measured:
+        notes.append("no run of this model among the records")
+    return Basis(
+        coefficients=coefficients.name,
+        record_count=len(coefficients.record_ids),
+        stack_versions=coefficients.stack_versions,
+        measured=measured and gpu_name == coefficients.gpu,
+        notes=tuple(notes),
+    )

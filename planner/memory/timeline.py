@@ -1,0 +1,217 @@
+"""The timeline of a training step: live bytes at each moment that can be the peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.memory.activations import LayerReplay, at, peak
+from planner.memory.adapter import Trainables
+from planner.memory.head import HeadMemory
+from planner.memory.segments import Segment
+from planner.memory.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Moment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMoment:
+    """One moment of a step, beyond what is there between steps.
+
+    `kept` is what forward keeps for layers not being worked on (checkpoints, or all saved tensors), `live`
+    what the layer at work holds, `workspace` dequantised weights and the like, `head` the output head's.
+    """
+
+    name: str
+    kept_bytes: int
+    live_bytes: int
+    workspace_bytes: int
+    gradient_bytes: int
+    head_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts."""
+        return (
+            self.kept_bytes + self.live_bytes + self.workspace_bytes + self.gradient_bytes + self.head_bytes
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """Size of a micro-step: tokens, score elements (batch x length^2), and the width of the stream."""
+
+    tokens: int
+    scores: int
+    hidden_bytes_per_token: int
+    accumulating: bool
+
+
+class StepTimeline:
+    """Moments of a step for one setup."""
+
+    def __init__(
+        self,
+        *,
+        parts: tuple[Segment, ...],
+        final_norm: LayerReplay,
+        head: HeadMemory,
+        trained: Trainables,
+        embedding_gradient_bytes: int,
+        tied: bool,
+        shape: StepShape,
+    ) -> None:
+        self.parts = parts
+        self.final_norm = final_norm
+        self.head = head
+        self.trained = trained
+        self.embedding_gradient_bytes = embedding_gradient_bytes
+        self.tied = tied
+        self.shape = shape
+        tokens, scores = shape.tokens, shape.scores
+        self._kept = [
+            part.input_bytes_per_token * tokens
+            if part.checkpointed
+            else at(part.replay.saved, tokens, scores)
+            for part in parts
+        ]
+        self._gradients = [
+            0.0 if shape.accumulating else at(part.replay.gradients, tokens, scores) for part in parts
+        ]
+        self._layers = sum(len(part.indices) for part in parts)
+        self._all_gradients = trained.elements * trained.element_bytes
+
+    def largest(self) -> StepMoment:
+        """The peak of the step."""
+        moments = [*self._head_moments(), *self._layer_moments()]
+        if self.embedding_gradient_bytes:
+            moments.append(self._embedding_backward())
+        return max(moments, key=lambda moment: moment.total_bytes)
+
+    def optimizer_step(self, temporary_bytes: int) -> StepMoment:
+        """Gradients of everything trained, and what the optimizer needs for a moment."""
+        return StepMoment(
+            name="optimizer step",
+            kept_bytes=0,
+            live_bytes=0,
+            workspace_bytes=temporary_bytes,
+            gradient_bytes=self._all_gradients,
+        )
+
+    def forward_only(self, head: HeadMemory) -> StepMoment:
+        """The peak of a forward pass that keeps nothing (evaluation)."""
+        shape = self.shape
+        hidden = 2 * shape.hidden_bytes_per_token * shape.tokens
+        live, workspace = 0, 0
+        for part in self.parts:
+            size, moment = peak(part.replay.forward, shape.tokens, shape.scores)
+            if size > live + workspace:
+                workspace = int(moment[WORKSPACE].at(shape.tokens, shape.scores))
+                live = int(size) - workspace
+        if head.forward_bytes > live + workspace + hidden:
+            return StepMoment(
+                name="output head",
+                kept_bytes=0,
+                live_bytes=0,
+                workspace_bytes=0,
+                gradient_bytes=0,
+                head_bytes=head.forward_bytes,
+            )
+        return StepMoment(
+            name="forward of a decoder layer",
+            kept_bytes=hidden,
+            live_bytes=live,
+            workspace_bytes=workspace,
+            gradient_bytes=0,
+        )
+
+    def _kept_below(self, index: int) -> int:
+        return int(
+            sum(kept * part.count_below(index) for kept, part in zip(self._kept, self.parts, strict=True))
+        )
+
+    def _gradients_above(self, index: int) -> int:
+        if self.shape.accumulating:
+            return self._all_gradients
+        layers = sum(
+            gradient * part.count_above(index)
+            for gradient, part in zip(self._gradients, self.parts, strict=True)
+        )
+        return int(layers) + self.head.gradient_bytes
+
+    def _head_moments(self) -> list[StepMoment]:
+        tokens, scores = self.shape.tokens, self.shape.scores
+        kept = self._kept_below(self._layers)
+        accumulated = self._all_gradients if self.shape.accumulating else 0
+        norm_saved = int(at(self.final_norm.saved, tokens, scores))
+        norm_peak, _ = peak(self.final_norm.backward, tokens, scores)
+        moments = [
+            StepMoment(
+                name=name,
+                kept_bytes=kept,
+                live_bytes=norm_saved,
+                workspace_bytes=0,
+                gradient_bytes=accumulated,
+                head_bytes=head_bytes,
+            )
+            for name, head_bytes in (
+                ("output head, forward", self.head.forward_bytes),
+                ("output head, backward", self.head.backward_bytes),
+            )
+        ]
+        moments.append(
+            StepMoment(
+                name="backward of the final norm",
+                kept_bytes=kept,
+                live_bytes=int(norm_peak),
+                workspace_bytes=0,
+                gradient_bytes=accumulated or self.head.gradient_bytes,
+            )
+        )
+        return moments
+
+    def _layer_moments(self) -> list[StepMoment]:
+        moments = []
+        tokens, scores = self.shape.tokens, self.shape.scores
+        for part, kept in zip(self.parts, self._kept, strict=True):
+            size, moment = peak(part.replay.backward, tokens, scores)
+            own = int(kept) if part.checkpointed else 0
+            for index in {part.indices[-1], part.indices[0]}:
+                moments.append(
+                    self._layer_moment(f"backward of decoder layer {index}", index, own, size, moment)
+                )
+            forward = part.replay.forward_saving or part.replay.forward
+            size, moment = peak(forward, tokens, scores)
+            index = part.indices[-1]
+            name = f"forward of decoder layer {index}"
+            hidden = self.shape.hidden_bytes_per_token * tokens
+            moments.append(self._layer_moment(name, index, own or hidden, size, moment, backward=False))
+        return moments
+
+    def _layer_moment(
+        self, name: str, index: int, own: int, size: float, moment: Moment, *, backward: bool = True
+    ) -> StepMoment:
+        tokens, scores = self.shape.tokens, self.shape.scores
+        workspace = int(moment[WORKSPACE].at(tokens, scores))
+        gradients = int(moment[GRADIENTS].at(tokens, scores))
+        live = int(moment[ACTIVATIONS].at(tokens, scores))
+        above = (
+            self._gradients_above(index)
+            if backward
+            else (self._all_gradients if self.shape.accumulating else 0)
+        )
+        return StepMoment(
+            name=name,
+            kept_bytes=self._kept_below(index) + own,
+            live_bytes=live,
+            workspace_bytes=workspace,
+            gradient_bytes=gradients + above,
+        )
+
+    def _embedding_backward(self) -> StepMoment:
+        """The embedding's dense gradient; a second one for a moment when another is there to add it to."""
+        temporary = self.shape.accumulating or self.tied
+        return StepMoment(
+            name="backward of the embedding",
+            kept_bytes=0,
+            live_bytes=self.shape.hidden_bytes_per_token * self.shape.tokens,
+            workspace_bytes=self.embedding_gradient_bytes if temporary else 0,
+            gradient_bytes=self._all_gradients,
+        )
