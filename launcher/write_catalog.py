@@ -99,25 +99,37 @@ def describe(entry: CatalogEntry, published: Mapping[str, Any]) -> ModelSpec:
 
 
 def fingerprint(published: Mapping[str, Any]) -> dict[str, Any]:
-    """By what a config.json of this model is recognised: each field's values, and the required fields."""
-    from transformers import AutoConfig
+    """By what a config.json of this model is recognised: each field's values, and the required fields.
 
-    values = dict(published)
-    model_type = values.pop("model_type")
-    config = AutoConfig.for_model(model_type, **values)
-    resolved = model_config.relevant_fields(json.loads(json.dumps(config.to_dict())))
-    defaults = model_config.relevant_fields(json.loads(json.dumps(type(config)().to_dict())))
-    written = model_config.relevant_fields(published)
+    A field is required when transformers builds another model without it.
+    """
+    resolved, written = _resolved(published), model_config.relevant_fields(published)
+    if resolved is None:
+        raise InputError(f"transformers refuses the published config of a {published['model_type']}")
     accepted = {key: [value] for key, value in resolved.items()}
     for key, value in written.items():
         if value not in accepted.setdefault(key, []):
             accepted[key].append(value)
-    required = [
-        key
-        for key in accepted
-        if key in written and (key not in defaults or defaults[key] != resolved.get(key, written[key]))
-    ]
+    required = ["model_type"]
+    for key in written.keys() & published.keys() - {"model_type"}:
+        without = _resolved({k: v for k, v in published.items() if k != key})
+        # A key that transformers only carries along is missing without it, and nothing else changes.
+        if without is None or {k: v for k, v in resolved.items() if k != key or k in without} != without:
+            required.append(key)
     return {"accepted": dict(sorted(accepted.items())), "required": sorted(required)}
+
+
+def _resolved(published: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The relevant fields with transformers' defaults filled in; None when it refuses the config."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    values = dict(published)
+    try:
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    except (StrictDataclassError, ValueError):
+        return None
+    return model_config.relevant_fields(json.loads(json.dumps(config.to_dict())))
 
 
 def spec_text(spec: ModelSpec) -> str:

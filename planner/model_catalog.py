@@ -98,8 +98,8 @@ def resolve_model(name: str, *, allow_network: bool = False, inspector: Inspecto
 def match_config(config: Mapping[str, Any], *, hub_id: str) -> ModelSpec | None:
     """The catalog model whose shapes and memory a config describes; None if there is none.
 
-    Every field of the config must be one the catalog model has with that value, and every field of the
-    catalog model that is not transformers' default must be there.
+    Every field of the config must be one the catalog model has with that value, and every field without which
+    transformers would build another model must be there.
     """
     text, _ = model_config.text_part(config)
     fields = model_config.relevant_fields(text)
@@ -113,9 +113,9 @@ def match_config(config: Mapping[str, Any], *, hub_id: str) -> ModelSpec | None:
 
 
 def _equals(fields: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    accepted = known["accepted"]
+    accepted = known["accepted"]  # a field that the catalog model does not have may be there as null
     return all(key in fields for key in known["required"]) and all(
-        value in accepted.get(key, ()) for key, value in fields.items()
+        value in accepted.get(key, (None,)) for key, value in fields.items()
     )
 
 

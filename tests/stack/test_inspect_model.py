@@ -138,6 +138,15 @@ def test_norm_kind_is_where_the_weight_is_multiplied(model_id: str, kind: str) -
     assert products.last == (torch.bfloat16 if kind == "rms" else torch.float32)
 
 
+@pytest.mark.parametrize("model_id", ENTRIES)
+def test_config_saved_by_the_installed_transformers_is_recognised(model_id: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    values = config_of(model_id)
+    AutoConfig.for_model(values.pop("model_type"), **values).save_pretrained(tmp_path)
+    assert resolve_model(str(tmp_path)).layers == load_shipped(model_id).layers
+
+
 def test_small_changed_llama_is_inspected_in_a_child() -> None:
     config = config_of("llama-3.2-1b") | {
         "num_hidden_layers": 3,

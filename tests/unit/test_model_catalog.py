@@ -172,8 +172,27 @@ def test_folder_without_a_field_that_is_not_the_default_is_not_recognised(tmp_pa
 
 
 def test_multimodal_wrapper_is_recognised_by_its_text_model(tmp_path: Path) -> None:
-    config = {"model_type": "gemma3", "text_config": published_config("gemma-3-4b"), "vision_config": {}}
+    """The text_config of google/gemma-3-4b-it as published: only what differs from the defaults."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
     assert resolve_model(folder_with(tmp_path, config)).id == "gemma-3-4b"
+    text["sliding_window"] = 512
+    with pytest.raises(MissingExtraError):
+        resolve_model(folder_with(tmp_path, config))
+
+
+def test_fine_tuned_copy_with_another_context_keeps_its_own(tmp_path: Path) -> None:
+    """Qwen2.5-14B-Instruct's config.json: other window fields that are switched off, a shorter context."""
+    changes = {"max_window_layers": 70, "sliding_window": 131072, "max_position_embeddings": 32768}
+    spec = resolve_model(folder_with(tmp_path, published_config("qwen2.5-14b") | changes))
+    assert (spec.id, spec.max_position_embeddings) == ("qwen2.5-14b", 32768)
 
 
 def test_inspected_model_of_the_user_is_found() -> None:
@@ -254,7 +273,8 @@ def test_lookup_is_quick_and_light() -> None:
         "started = time.perf_counter()\n"
         "resolve_model('qwen2.5-14b')\n"
         "print(time.perf_counter() - started)\n"
-        "heavy = ('torch', 'transformers', 'huggingface_hub', 'platformdirs')\nprint([m for m in heavy if m in sys.modules])\n"
+        "heavy = ('torch', 'transformers', 'huggingface_hub', 'platformdirs')\n"
+        "print([m for m in heavy if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, heavy = done.stdout.splitlines()
