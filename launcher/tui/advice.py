@@ -1,31 +1,44 @@
-"""What to change, and the automatic choice: searches over setups, made for a worker thread."""
+"""The planner's advice and its automatic choice for a sizing, as setups that can be applied.
+
+Made for a worker thread: a search takes longer than a keystroke may.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.tui import knobs
 from launcher.tui.cards import Card
-from launcher.tui.sizing import Sizing, Verdict, on_all_cards, size_up
+from launcher.tui.sizing import Sizing, Verdict, on_all_cards
 from launcher.tui.text import gib
-from planner.candidate import Evaluator
+from planner.advice import make_it_fit, use_what_is_left
+from planner.candidate import Candidate, Evaluator
 from planner.errors import InputError
 from planner.model_spec import ModelSpec
+from planner.plan import Advice
+from planner.request import PlanRequest
 from planner.search import search
 from planner.training_setup import TrainingSetup
 
-_LIMIT = 6
-# A change that frees or brings less than this is not worth a line.
-_LEAST_SHARE = 0.01
+# An automatic choice that brings less speed than this is not worth a line.
+_LEAST_GAIN = 0.02
+_TYPES = {field.name: field.type for field in dataclasses.fields(TrainingSetup)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One change of the knobs with the answer it leads to. `title` says what changes."""
+    """A change that helps. `setup` is what it leads to, None for what no knob can do (closing a program)."""
 
     title: str
-    sizing: Sizing
+    effect: str
+    peak_upper_bytes: int
+    fits: bool
+    tokens_per_second: float | None
+    setup: TrainingSetup | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,20 +49,18 @@ class Choice:
     reason: str
 
 
-def changes(sizing: Sizing, *, cancelled: Callable[[], bool] = lambda: False) -> tuple[Change, ...]:
-    """Single changes that help: to make it fit, the most memory freed first; else to use what is left, the fastest first."""
-    found: list[Change] = []
-    for title, setup in _variants(sizing.setup):
-        if cancelled():
-            return ()
-        try:
-            changed = size_up(setup, sizing.model, sizing.card)
-        except InputError:
-            continue
-        found.append(Change(title=title, sizing=changed))
-    if sizing.verdict is Verdict.FITS:
-        return _faster(sizing, found)
-    return _smaller(sizing, found)
+def changes(sizing: Sizing) -> tuple[Change, ...]:
+    """What makes the setup fit or, when it fits, what uses the memory that is left."""
+    evaluator = Evaluator(sizing.model, sizing.card.spec, sizing.card.usable_bytes)
+    if sizing.verdict is not Verdict.FITS:
+        found = make_it_fit(evaluator, sizing.setup, sizing.card.target)
+        return tuple(_change(one, apply_flags(sizing.setup, one.flags)) for one in found)
+    request = PlanRequest(model=sizing.setup.model)
+    found = use_what_is_left(evaluator, sizing.setup, request)
+    searched = [(one, _fastest(evaluator, apply_flags(sizing.setup, one.flags))) for one in found]
+    rest = tuple(_change(one, best.setup) for one, best in searched if best is not None)
+    faster = _faster(evaluator, sizing)
+    return rest if faster is None else (faster, *rest)
 
 
 def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str, str]) -> Choice:
@@ -71,69 +82,80 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
     setup = result.chosen.candidate.setup
     return Choice(
         setup=setup,
-        reason=f"{result.chosen.strategy}, micro-batch {setup.per_device_train_batch_size} × "
-        f"{setup.gradient_accumulation_steps}; the fastest of {len(result.tried)} tried",
+        reason=f"{result.chosen.strategy}, micro-batch {setup.per_device_train_batch_size} x "
+        f"{setup.gradient_accumulation_steps}: the fastest of {len(result.tried)} tried that fits",
     )
 
 
-def _smaller(now: Sizing, found: list[Change]) -> tuple[Change, ...]:
-    least = now.memory.peak_bytes * (1 - _LEAST_SHARE)
-    helping = [change for change in found if change.sizing.memory.peak_bytes < least]
-    # What makes it fit comes first, and of those what gives up least; then what frees most.
-    helping.sort(
-        key=lambda change: (
-            change.sizing.verdict is not Verdict.FITS,
-            -change.sizing.memory.peak_bytes
-            if change.sizing.verdict is Verdict.FITS
-            else change.sizing.memory.peak_bytes,
-        )
+def apply_flags(setup: TrainingSetup, flags: str) -> TrainingSetup | None:
+    """The setup that flags such as "--lora-r 32 --no-use-dora" lead to; None when there are none.
+
+    Raises:
+        InputError: a flag names no field of a setup.
+    """
+    values: dict[str, Any] = {}
+    words = shlex.split(flags)
+    while words:
+        name = words.pop(0).removeprefix("--").replace("-", "_")
+        if words and not words[0].startswith("--"):
+            values[name] = _value(name, words.pop(0))
+        elif name.removeprefix("no_") in _TYPES and name.startswith("no_"):
+            values[name.removeprefix("no_")] = False
+        else:
+            values[name] = True
+    unknown = [name for name in values if name not in _TYPES]
+    if unknown:
+        raise InputError(f"advice names what is no knob: {', '.join(unknown)}")
+    if not values:
+        return None
+    if values.get("gradient_checkpointing"):
+        values.update(checkpointed_layers=None, activation_memory_budget=None)
+    if "lora_r" in values:
+        values["lora_alpha"] = None
+    if values.get("method") == "full":
+        values.update(lora_alpha=None, lora_dropout=0.0, target_modules="all-linear", use_dora=False)
+    return setup.replace(**values)
+
+
+def _value(name: str, text: str) -> object:
+    kind = str(_TYPES.get(name, "str"))
+    if kind.startswith("int"):
+        return int(text)
+    return float(text) if kind.startswith("float") else text
+
+
+def _change(advice: Advice, setup: TrainingSetup | None) -> Change:
+    return Change(
+        title=advice.title,
+        effect=advice.effect,
+        peak_upper_bytes=advice.peak_upper_bytes,
+        fits=advice.fits,
+        tokens_per_second=advice.tokens_per_second,
+        setup=setup,
     )
-    return tuple(helping[:_LIMIT])
 
 
-def _faster(now: Sizing, found: list[Change]) -> tuple[Change, ...]:
-    fitting = [change for change in found if change.sizing.verdict is Verdict.FITS]
-    more = [change for change in fitting if _gain(now, change) > _LEAST_SHARE or _longer(now, change)]
-    more.sort(key=lambda change: -_gain(now, change))
-    return tuple(more[:_LIMIT])
+def _faster(evaluator: Evaluator, sizing: Sizing) -> Change | None:
+    best = _fastest(evaluator, sizing.setup)
+    now = None if sizing.step is None else sizing.step.tokens_per_second
+    if best is None or now is None or best.tokens_per_second is None:
+        return None
+    if best.tokens_per_second < now * (1 + _LEAST_GAIN):
+        return None
+    setup = best.setup
+    checkpointing = "checkpointing" if setup.gradient_checkpointing else "no checkpointing"
+    return Change(
+        title=f"{checkpointing}, {setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps}",
+        effect="the automatic choice",
+        peak_upper_bytes=best.peak_upper_bytes,
+        fits=True,
+        tokens_per_second=best.tokens_per_second,
+        setup=setup,
+    )
 
 
-def _gain(now: Sizing, change: Change) -> float:
-    if now.step is None or change.sizing.step is None:
-        return 0.0
-    return change.sizing.step.tokens_per_second / now.step.tokens_per_second - 1
-
-
-def _longer(now: Sizing, change: Change) -> bool:
-    return change.sizing.setup.max_length > now.setup.max_length
-
-
-def _variants(setup: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
-    if setup.method != "qlora":
-        yield "qlora in place of " + setup.method, setup.replace(method="qlora")
-    if setup.gradient_checkpointing:
-        off = {"gradient_checkpointing": False, "checkpointed_layers": None, "selective_checkpointing": False}
-        yield "no checkpointing", setup.replace(**off)
-    else:
-        yield "checkpointing", setup.replace(gradient_checkpointing=True, activation_memory_budget=None)
-    yield from _batches(setup)
-    if setup.optim != "paged_adamw_8bit":
-        yield "paged 8-bit AdamW", setup.replace(optim="paged_adamw_8bit")
-    if setup.uses_lora and setup.lora_dropout:
-        yield "no dropout", setup.replace(lora_dropout=0.0)
-    if setup.uses_lora and setup.lora_r > 8:
-        yield f"rank {setup.lora_r // 2}", setup.replace(lora_r=setup.lora_r // 2)
-    for length in (setup.max_length // 4, setup.max_length // 2, setup.max_length * 2):
-        if length >= 128:
-            yield f"{length:,} tokens", setup.replace(max_length=length)
-
-
-def _batches(setup: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
-    """Micro-batches that leave the effective batch as it is."""
-    share = setup.per_device_train_batch_size * setup.gradient_accumulation_steps
-    for micro in (setup.per_device_train_batch_size // 2, setup.per_device_train_batch_size * 2, 1):
-        if micro >= 1 and micro != setup.per_device_train_batch_size and share % micro == 0:
-            changed = setup.replace(
-                per_device_train_batch_size=micro, gradient_accumulation_steps=share // micro
-            )
-            yield f"micro-batch {micro} × {share // micro}", changed
+def _fastest(evaluator: Evaluator, base: TrainingSetup | None) -> Candidate | None:
+    if base is None:
+        return None
+    result = search(base, evaluator, effective_batch_size=base.effective_batch_size, fixed={})
+    return None if result.chosen is None else result.chosen.candidate

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+from textual import on, work
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.message import Message
 
+from launcher.run_folder import RunFolder
+from launcher.tui import runs, starting
 from launcher.tui.cards import Card
+from launcher.tui.screens.confirm import Confirm
+from launcher.tui.screens.picker import Picker, Remark, Row
+from launcher.tui.screens.run import RunScreen
 from launcher.tui.screens.sizing import SizingScreen
-from launcher.tui.sizing import Sizing
+from launcher.tui.screens.start_run import RunWish, StartRun
+from launcher.tui.sizing import Sizing, Verdict
+from launcher.tui.text import gib, plain
 from launcher.tui.themes import DARK, LIGHT
+from planner.errors import VramwiseError
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
+_STATE_COLOURS = {"running": "primary", "finished": "success", "stopped": "warning"}
+
 
 class VramwiseApp(App[None]):
-    """Sizing first, or a run when a run folder is given."""
+    """Sizing first, with a run over it when a run folder is given.
+
+    `runs_root` is where run folders are looked for and made, `data` and `model_source` what the form for a new
+    run starts with.
+    """
 
     TITLE = "vramwise"
     CSS_PATH = "app.tcss"
@@ -34,8 +49,30 @@ class VramwiseApp(App[None]):
         Binding("ctrl+q", "quit", "Quit", id="app.quit", priority=True, tooltip="Leave; runs go on"),
     ]
 
+    class RunStarted(Message):
+        """A run was started."""
+
+        def __init__(self, started: starting.Started) -> None:
+            super().__init__()
+            self.started = started
+
+    class RunRefused(Message):
+        """A run could not be started."""
+
+        def __init__(self, message: str) -> None:
+            super().__init__()
+            self.message = message
+
     def __init__(
-        self, *, model: ModelSpec, card: Card, setup: TrainingSetup, run: Path | None = None
+        self,
+        *,
+        model: ModelSpec,
+        card: Card,
+        setup: TrainingSetup,
+        runs_root: Path,
+        run: RunFolder | None = None,
+        data: str = "",
+        model_source: str | None = None,
     ) -> None:
         super().__init__()
         self.register_theme(DARK)
@@ -43,21 +80,123 @@ class VramwiseApp(App[None]):
         self.theme = DARK.name
         self._first = (model, card, setup)
         self._run = run
+        self._runs_root = runs_root
+        self._data = data
+        self._model_source = model_source
+        self._started: list[starting.Started] = []
 
     def on_mount(self) -> None:
         """Show the first screen."""
         self._handle_signals()
         self.push_screen(SizingScreen(*self._first))
+        if self._run is not None:
+            self.push_screen(RunScreen(self._run))
 
     def start_run(self, sizing: Sizing) -> None:
-        """Ask what to train on and start."""
+        """Ask what to train on, then start."""
+        try:
+            starting.refuse_what_cannot_start(sizing)
+        except VramwiseError as error:
+            self.notify(plain(error), title="Training cannot start", severity="error", markup=False)
+            return
+        if sizing.verdict is Verdict.FITS:
+            self._ask_wish(sizing)
+            return
+        short = gib(-sizing.headroom_bytes)
+        self.push_screen(
+            Confirm(
+                "This does not surely fit. Start anyway?",
+                f"The upper end of the estimate is {short} above what the card leaves.",
+                yes="Go on",
+            ),
+            lambda yes: self._ask_wish(sizing) if yes else None,
+        )
+
+    def _ask_wish(self, sizing: Sizing) -> None:
+        source = self._model_source or (sizing.model.hub_id or sizing.setup.model)
+        if Path(sizing.setup.model).is_dir():
+            source = sizing.setup.model
+        setup = sizing.setup
+        form = StartRun(
+            title=f"Train {setup.model} with {setup.method} at {setup.max_length:,} tokens",
+            model_source=source,
+            data=self._data,
+            runs=str(self._runs_root),
+        )
+        self.push_screen(form, lambda wish: None if wish is None else self._start(sizing, wish))
+
+    def _start(self, sizing: Sizing, wish: RunWish) -> None:
+        self._data, self._runs_root = str(wish.data), wish.runs
+        self._start_processes(sizing, wish)
+
+    @work(thread=True, group="start")
+    def _start_processes(self, sizing: Sizing, wish: RunWish) -> None:
+        try:
+            self.post_message(self.RunStarted(starting.start(sizing, wish)))
+        except VramwiseError as error:
+            self.post_message(self.RunRefused(str(error)))
+        except OSError as error:
+            self.post_message(self.RunRefused(f"{error.filename}: {error.strerror}"))
+
+    @on(RunStarted)
+    def _follow_started(self, event: RunStarted) -> None:
+        self._started.append(event.started)
+        self._follow(event.started.folder)
+
+    @on(RunRefused)
+    def _say_refused(self, event: RunRefused) -> None:
+        self.notify(
+            plain(event.message), title="Training cannot start", severity="error", timeout=15, markup=False
+        )
 
     def action_open_run(self) -> None:
         """Pick a run to follow."""
+        found = {str(folder.path): folder for folder in runs.list_runs(self._runs_root)}
+        rows = tuple(
+            Row(key=key, name=folder.path.name, detail=runs.age(folder)) for key, folder in found.items()
+        )
+
+        def remark(row: Row) -> Remark:
+            state, words = runs.short_state(found[row.key])
+            return Remark(plain(f"{state} {words}", 40), _STATE_COLOURS.get(state, "error"))
+
+        self.push_screen(
+            Picker(
+                f"Runs in {plain(self._runs_root, 60)}",
+                rows,
+                current="",
+                prompt="type to filter, or the path of a run folder",
+                remark=remark,
+            ),
+            self._run_picked,
+        )
+
+    def _run_picked(self, path: str | None) -> None:
+        if path is None:
+            return
+        folder = RunFolder(Path(path).expanduser().resolve())
+        if not (folder.job.is_file() or folder.events.is_file()):
+            self.notify(
+                f"{plain(folder.path, 200)} holds no job.json and no events.jsonl",
+                title="No run folder",
+                severity="error",
+                markup=False,
+            )
+            return
+        self._follow(folder)
+
+    def _follow(self, folder: RunFolder) -> None:
+        """Show a run; a run screen that is open gives way to it."""
+        if isinstance(self.screen, RunScreen):
+            self.pop_screen()
+        self.push_screen(RunScreen(folder))
 
     def _handle_signals(self) -> None:
-        """End in order on SIGTERM and SIGHUP, so that the terminal is restored; runs are not our children's children."""
+        """End in order on SIGTERM and SIGHUP, so that the terminal is restored."""
         loop = asyncio.get_running_loop()
-        end: Callable[[], None] = self.exit
         for number in (signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, end)
+            loop.add_signal_handler(number, self._end_by_signal, number)
+
+    def _end_by_signal(self, number: int) -> None:
+        # Only pending reads of the terminal could hold the end up; the driver undoes its modes on the way out.
+        self.exit(return_code=128 + number)

@@ -17,12 +17,13 @@ DETECTED, SIZE, CATALOG = "this machine", "plain size", "catalog"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
     """A card to size for. `group` says where it comes from; `argument` is what `--gpu` takes, None for this
-    machine's own GPU.
+    machine's own GPU, of which `position` is the place among those that a trainer sees.
     """
 
     target: GpuTarget
     group: str
     argument: str | None
+    position: int = 0
 
     @property
     def spec(self) -> GpuSpec:
@@ -44,14 +45,26 @@ class Card:
     @property
     def detail(self) -> str:
         """The card behind a size, or the name behind an id."""
-        many = f"{self.target.count} × " if self.target.count > 1 else ""
+        many = f"{self.target.count} x " if self.target.count > 1 else ""
         return f"{many}{self.spec.name}"
+
+
+def first_card(text: str | None, fallback: str) -> Card:
+    """The card that is asked for; else this machine's with most memory free; else the fallback.
+
+    Raises:
+        InputError: the text names no card.
+    """
+    if text is not None:
+        return card_from_text(text)
+    here = detected_cards()
+    return max(here, key=lambda card: card.usable_bytes) if here else card_from_text(fallback)
 
 
 def detected_cards() -> tuple[Card, ...]:
     """This machine's GPUs; empty without any."""
     try:
-        return tuple(_local(gpu) for gpu in local_gpus())
+        return tuple(_local(gpu, position) for position, gpu in enumerate(local_gpus()))
     except VramwiseError:
         return ()
 
@@ -78,7 +91,7 @@ def card_from_text(text: str, *, display: bool = False) -> Card:
     return Card(target=target, group=SIZE if target.reference else CATALOG, argument=text.strip())
 
 
-def _local(gpu: LocalGpu) -> Card:
+def _local(gpu: LocalGpu, position: int) -> Card:
     target = GpuTarget(
         text=gpu.spec.id,
         spec=gpu.spec,
@@ -88,4 +101,4 @@ def _local(gpu: LocalGpu) -> Card:
         index=gpu.index,
         notes=("what other processes hold is counted",),
     )
-    return Card(target=target, group=DETECTED, argument=None)
+    return Card(target=target, group=DETECTED, argument=None, position=position)

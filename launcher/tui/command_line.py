@@ -20,7 +20,7 @@ def train_command(sizing: Sizing, data: str) -> str:
 
 
 def flags(sizing: Sizing) -> Sequence[str]:
-    """Flags for model, card and knobs; the micro-batch and accumulation are always told, since `plan` chooses them."""
+    """Flags for model, card and knobs; what `plan` would choose otherwise is always told."""
     setup = sizing.setup
     words = ["--model", setup.model]
     if sizing.card.argument is not None:
@@ -36,13 +36,13 @@ def flags(sizing: Sizing) -> Sequence[str]:
         if name in ("model", "num_processes", "distributed"):
             continue
         if chosen_otherwise or value != default.to_dict()[name]:
-            words += ["--" + name.replace("_", "-"), _value(value)]
+            words += _flag(name.replace("_", "-"), value)
     return words
 
 
-def _value(value: object) -> str:
+def _flag(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
-        return "true" if value else "false"
+        return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list):
-        return ",".join(str(item) for item in value)
-    return str(value)
+        return [f"--{name}", ",".join(str(item) for item in value)]
+    return [f"--{name}", str(value)]

@@ -1,4 +1,4 @@
-"""The knobs of the sizing screen: what each is called, which values it steps through, and text to TrainingSetup."""
+"""The knobs of the sizing screen: their labels, the values they step through, and text to TrainingSetup."""
 
 from __future__ import annotations
 

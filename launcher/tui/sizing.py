@@ -38,7 +38,7 @@ class Sizing:
 
     @property
     def headroom_bytes(self) -> int:
-        """Bytes between the interval's upper end and what the card leaves; negative when they do not suffice."""
+        """What the card leaves less the interval's upper end; negative by what is lacking."""
         return self.card.usable_bytes - self.memory.peak_upper_bytes
 
 

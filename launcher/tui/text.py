@@ -65,7 +65,7 @@ def _visible(character: str) -> str:
 def number(value: float | None, digits: int = 4) -> str:
     """A measured figure with so many significant digits, or a dash where none is known."""
     if value is None:
-        return "–"
+        return "-"
     if value != 0 and (abs(value) >= 1e5 or abs(value) < 1e-3):
         return f"{value:.{max(0, digits - 2)}e}"
     if abs(value) >= 10 ** (digits - 1):

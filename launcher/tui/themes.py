@@ -37,7 +37,7 @@ LIGHT = Theme(
     variables={"border": "#d0d7de", "footer-key-foreground": "#0969da", "muted": "#57606a"},
 )
 
-# Twelve hues of middling lightness, neighbours far apart, so that segments part on a dark and on a light background.
+# Twelve hues of middling lightness, neighbours far apart: segments part on dark and light backgrounds.
 _PALETTE = (
     "#4c8dff",
     "#17b3a6",
@@ -55,5 +55,5 @@ _PALETTE = (
 
 
 def component_colours(names: Iterable[str]) -> dict[str, str]:
-    """Colour of each component, by its place in the list; an empty component keeps its colour for when it grows."""
+    """Colour of each component by its place in the list, empty ones counted so that colours stay."""
     return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}

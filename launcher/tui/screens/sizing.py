@@ -156,7 +156,10 @@ class SizingScreen(Screen[None]):
     @work(thread=True, exclusive=True, group="advice")
     def _advise(self, sizing: Sizing) -> None:
         worker = get_current_worker()
-        found = advice.changes(sizing, cancelled=lambda: worker.is_cancelled)
+        try:
+            found = advice.changes(sizing)
+        except InputError:
+            found = ()
         if not worker.is_cancelled:
             self.post_message(self.Advised(sizing, found))
 
@@ -219,7 +222,7 @@ class SizingScreen(Screen[None]):
             Row(
                 key=key,
                 name=card.title,
-                detail=f"{gib(card.usable_bytes):>9} usable  {card.group if card.group != cards.SIZE else card.spec.name}",
+                detail=f"{gib(card.usable_bytes):>9} usable  {_origin(card)}",
                 search=" ".join((card.spec.name, *card.spec.aliases)),
             )
             for key, card in known.items()
@@ -271,6 +274,8 @@ class SizingScreen(Screen[None]):
         self.notify(plain(event.message), title="Automatic choice", markup=False)
 
     def _take(self, setup: TrainingSetup) -> None:
+        if setup.model != self._model_name:
+            self._model, self._model_name = resolve_model(setup.model), setup.model
         one = setup.replace(num_processes=1, distributed=None)
         self._others = knobs.other_fields(one)
         texts = knobs.to_texts(one)
@@ -316,6 +321,10 @@ def _bar(sizing: Sizing) -> BarData:
         upper_bytes=memory.peak_upper_bytes,
         usable_bytes=sizing.card.usable_bytes,
     )
+
+
+def _origin(card: cards.Card) -> str:
+    return card.spec.name if card.group == cards.SIZE else card.group
 
 
 def _remark(sizing: Sizing) -> Remark:

@@ -15,11 +15,12 @@ from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from planner.training_setup import TrainingSetup
 
-_TITLE_WIDTH = 21
+_FIGURES = 10 + 7
+_LEAST_TITLE = 16
 
 
 class AdvicePanel(Vertical):
-    """A heading line and a list; enter on a line posts Applied with its setup."""
+    """A summary and a list; enter on a line posts Applied with its setup."""
 
     DEFAULT_CSS = "AdvicePanel { height: auto; } AdvicePanel > OptionList { height: auto; }"
 
@@ -32,45 +33,55 @@ class AdvicePanel(Vertical):
 
     def __init__(self) -> None:
         super().__init__()
+        self._now: Sizing | None = None
         self._changes: tuple[Change, ...] = ()
 
     def compose(self) -> ComposeResult:
         """The summary over the list."""
-        yield Static("", id="advice-summary")
+        yield Static("", id="advice-summary", classes="note")
         yield OptionList(id="advice-list", compact=True)
 
     def show(self, now: Sizing, found: tuple[Change, ...]) -> None:
         """Show the changes that were found for a sizing."""
-        self._changes = found
+        self._now, self._changes = now, found
         self.query_one("#advice-summary", Static).update(Text(_summary(now, found)))
+        self._fill()
+
+    def on_resize(self) -> None:
+        """Fit the lines to the new width."""
+        self._fill()
+
+    def _fill(self) -> None:
         options = self.query_one(OptionList)
         options.clear_options()
-        options.add_options([Option(self._line(now, change)) for change in found])
-        options.display = bool(found)
+        if self._now is not None:
+            options.add_options([Option(self._line(self._now, change)) for change in self._changes])
+        options.display = bool(self._changes)
 
     @on(OptionList.OptionSelected)
     def _apply(self, event: OptionList.OptionSelected) -> None:
         event.stop()
-        self.post_message(self.Applied(self._changes[event.option_index].sizing.setup))
+        setup = self._changes[event.option_index].setup
+        if setup is not None:
+            self.post_message(self.Applied(setup))
 
     def _line(self, now: Sizing, change: Change) -> Text:
         colours = self.app.theme_variables
+        width = max(_LEAST_TITLE, self.content_size.width - _FIGURES)
+        title = f"{change.title} ({change.effect})" if change.effect else change.title
+        shown = title if len(title) < width else change.title
         text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(plain(change.title, _TITLE_WIDTH).ljust(_TITLE_WIDTH + 1))
-        verdict = change.sizing.verdict
-        colour = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}[verdict]
-        text.append(f"{gib(change.sizing.memory.peak_upper_bytes):>9}", colours[colour])
-        if now.step is not None and change.sizing.step is not None:
-            ratio = change.sizing.step.tokens_per_second / now.step.tokens_per_second - 1
-            text.append(f" {ratio:+5.0%} tok/s", colours["muted"])
+        text.append(plain(shown, width - 1).ljust(width))
+        text.append(f"{gib(change.peak_upper_bytes):>10}", colours["success" if change.fits else "error"])
+        if now.step is not None and change.tokens_per_second is not None:
+            ratio = change.tokens_per_second / now.step.tokens_per_second - 1
+            text.append(f" {ratio:+6.0%}", colours["muted"])
         return text
 
 
 def _summary(now: Sizing, found: tuple[Change, ...]) -> str:
+    if found:
+        return "tab to it, enter applies; memory, speed"
     if now.verdict is Verdict.FITS:
-        return "to use what is left (enter applies):" if found else "nothing that is modelled would be faster"
-    return (
-        "to make it fit (enter applies):"
-        if found
-        else "no single change helps: a smaller model or larger card"
-    )
+        return "nothing that is modelled would use more of the card"
+    return "no change helps: take a smaller model or a larger card"

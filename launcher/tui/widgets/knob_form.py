@@ -131,5 +131,5 @@ class KnobForm(Vertical):
         rank = self._texts["lora_r"].strip()
         alpha = self.query_one("#knob-lora_alpha", Input)
         alpha.placeholder = (
-            f"{2 * int(rank)} (2 × rank)" if rank.isdecimal() and len(rank) < 7 else "2 × rank"
+            f"{2 * int(rank)} (2 x rank)" if rank.isdecimal() and len(rank) < 7 else "2 x rank"
         )

@@ -1,0 +1,69 @@
+"""`vramwise tui`: size a setup by hand, start training, follow runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from planner.errors import InputError
+
+DEFAULT_MODEL = "qwen2.5-14b"
+DEFAULT_GPU = "16GB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"model to begin with: catalog name, Hub id or folder (default {DEFAULT_MODEL})",
+    )
+    parser.add_argument(
+        "--gpu", help=f"GPU to begin with (default: this machine's, or {DEFAULT_GPU} where there is none)"
+    )
+    parser.add_argument("--data", default="", help="data file that the form for a new run begins with")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder in which run folders lie and are made"
+    )
+    parser.add_argument("--run", type=Path, help="run folder to follow")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the terminal interface until it is left; returns the exit code.
+
+    Raises:
+        InputError: no terminal, or an argument that names nothing.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise InputError("tui needs a terminal; use plan and train in scripts")
+    # Textual is imported by this command alone: the others start without it.
+    from launcher.run_folder import RunFolder
+    from launcher.tui.app import VramwiseApp
+    from launcher.tui.cards import first_card
+    from planner.model_catalog import resolve_model
+    from planner.policy import DEFAULT_LENGTHS
+    from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE
+    from planner.training_setup import TrainingSetup
+
+    model = resolve_model(args.model)
+    card = first_card(args.gpu, DEFAULT_GPU)
+    if args.run is not None and not (args.run / "job.json").is_file():
+        raise InputError(f"{args.run}: not a run folder (no job.json)")
+    setup = TrainingSetup(
+        model=args.model,
+        max_length=min(DEFAULT_LENGTHS[0], model.max_position_embeddings),
+        gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
+        dtype=card.spec.dtype,
+    )
+    app = VramwiseApp(
+        model=model,
+        card=card,
+        setup=setup,
+        runs_root=args.runs.expanduser(),
+        run=None if args.run is None else RunFolder(args.run.resolve()),
+        data=args.data,
+        model_source=str(Path(args.model).expanduser().resolve()) if Path(args.model).is_dir() else None,
+    )
+    app.run()
+    return app.return_code or 0

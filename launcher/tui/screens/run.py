@@ -1,0 +1,145 @@
+"""The run screen: follows one run folder, live or dead, from its files."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container, Vertical
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+
+from launcher import supervisor
+from launcher.run_folder import RunFolder
+from launcher.tui.run_follower import RunFollower, RunSnapshot
+from launcher.tui.screens.confirm import Confirm
+from launcher.tui.text import plain
+from launcher.tui.widgets.gpu_panel import GpuPanel
+from launcher.tui.widgets.line_plot import LinePlot, PlotData
+from launcher.tui.widgets.log_tail import LogTail
+from launcher.tui.widgets.metrics_panel import MetricsPanel
+from launcher.tui.widgets.phase_comparison import PhaseComparison
+from launcher.tui.widgets.run_headline import RunHeadline
+
+POLL_SECONDS = 0.25
+
+
+class RunScreen(Screen[None]):
+    """Shows snapshots; leaving it, or the application, leaves the run alone."""
+
+    AUTO_FOCUS = ""
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("s", "stop", "Stop", id="run.stop", tooltip="Stop the training after this step and save"),
+        Binding("o", "app.open_run", "Runs", id="run.open", tooltip="Follow another run"),
+        Binding("escape", "back", "Sizing", id="run.back", tooltip="Back; the run goes on"),
+        Binding("d", "app.quit", "Detach", id="run.detach", tooltip="Leave vramwise; the run goes on"),
+    ]
+
+    class Polled(Message):
+        """A snapshot was taken."""
+
+        def __init__(self, snapshot: RunSnapshot) -> None:
+            super().__init__()
+            self.snapshot = snapshot
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self.folder = folder
+        self.snapshot: RunSnapshot | None = None
+        self._follower = RunFollower(folder)
+        self._polling = False
+
+    def compose(self) -> ComposeResult:
+        """Headline, loss and figures beside memory, log below."""
+        yield RunHeadline(id="run-headline")
+        with Container(id="run-body"):
+            with Vertical(id="run-loss"):
+                yield Static("loss", classes="heading")
+                yield LinePlot()
+                yield MetricsPanel()
+            with Vertical(id="run-memory"):
+                yield Static("memory", classes="heading")
+                yield PhaseComparison()
+                yield Static("GPU", id="gpu-heading", classes="heading")
+                yield GpuPanel()
+            with Vertical(id="run-log"):
+                yield Static("log", classes="heading")
+                yield LogTail()
+        yield Footer(compact=True)
+
+    def on_mount(self) -> None:
+        """Take the first snapshot and go on taking them."""
+        self.poll()
+        self.set_interval(POLL_SECONDS, self._tick)
+
+    def poll(self) -> None:
+        """Take a snapshot in a thread, unless one is being taken."""
+        if not self._polling:
+            self._polling = True
+            self._poll()
+
+    @work(thread=True, group="poll")
+    def _poll(self) -> None:
+        self.post_message(self.Polled(self._follower.poll()))
+
+    @on(Polled)
+    def _show(self, event: Polled) -> None:
+        self._polling = False
+        snapshot = event.snapshot
+        self.snapshot = snapshot
+        headline = self.query_one(RunHeadline)
+        headline.snapshot, headline.seconds_since = snapshot, 0.0
+        self.query_one(LinePlot).data = PlotData(
+            points=snapshot.losses,
+            marks=snapshot.eval_losses,
+            x_label="step, ● on evaluation data" if snapshot.eval_losses else "step",
+        )
+        self.query_one(MetricsPanel).snapshot = snapshot
+        self.query_one(PhaseComparison).snapshot = snapshot
+        no_gpu = snapshot.on_gpu is False
+        self.query_one("#gpu-heading", Static).update("host memory" if no_gpu else "GPU")
+        self.query_one(GpuPanel).show(snapshot)
+        self.query_one(LogTail).show(snapshot)
+        if snapshot.behind:
+            self.poll()
+
+    def _tick(self) -> None:
+        """Between snapshots the time left counts down on the monotonic clock."""
+        if self.snapshot is not None:
+            self.query_one(RunHeadline).seconds_since = time.monotonic() - self.snapshot.at
+            if self.snapshot.over:
+                return
+        self.poll()
+
+    def action_stop(self) -> None:
+        """Ask, then ask the trainer."""
+        if self.snapshot is None or self.snapshot.over or self.snapshot.state == "created":
+            self.notify("this run is not running", severity="warning", markup=False)
+            return
+        self.app.push_screen(
+            Confirm(
+                "Stop this run?",
+                "The trainer ends after the present step and saves the adapter as it is then.",
+                yes="Stop",
+            ),
+            self._stop,
+        )
+
+    def _stop(self, yes: bool | None) -> None:
+        if not yes:
+            return
+        try:
+            supervisor.request_stop(self.folder.path)
+        except OSError as error:
+            self.notify(plain(error), title="Stop not asked for", severity="error", markup=False)
+            return
+        self.notify("it stops after the present step and saves", title="Stop asked for", markup=False)
+        self.poll()
+
+    def action_back(self) -> None:
+        """Leave the run to itself."""
+        self.app.pop_screen()
