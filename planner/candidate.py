@@ -1,0 +1,79 @@
+"""Candidate: one setup with its memory and speed on one card; Evaluator: makes and remembers candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.errors import NotModelledError
+from planner.gpu_spec import GpuSpec
+from planner.memory import MemoryBreakdown, estimate_memory
+from planner.model_spec import ModelSpec
+from planner.throughput import NoForecastError, StepEstimate, estimate_step
+from planner.training_setup import TrainingSetup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A setup, what it needs of one GPU, and how fast it is; `speed` is null where no forecast is possible."""
+
+    setup: TrainingSetup
+    memory: MemoryBreakdown
+    speed: StepEstimate | None
+
+    @property
+    def peak_upper_bytes(self) -> int:
+        """What has to fit: the interval's upper end of the largest phase."""
+        return self.memory.peak_upper_bytes
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Expected rate of all GPUs together; None where no forecast is possible."""
+        return None if self.speed is None else self.speed.tokens_per_second
+
+
+class Evaluator:
+    """Estimates setups of one model on one card, each once."""
+
+    def __init__(self, model: ModelSpec, gpu: GpuSpec, usable_bytes: int, *, padded: bool = False) -> None:
+        self.model = model
+        self.gpu = gpu
+        self.usable_bytes = usable_bytes
+        self.padded = padded
+        self._known: dict[TrainingSetup, Candidate] = {}
+
+    def evaluate(self, setup: TrainingSetup) -> Candidate:
+        """Estimate memory and speed of a setup.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+            InputError: the setup asks of the model what it does not have.
+        """
+        found = self._known.get(setup)
+        if found is None:
+            padded = self.padded and setup.per_device_train_batch_size > 1 and not setup.packing
+            found = Candidate(
+                setup=setup,
+                memory=estimate_memory(setup, self.model, gpu=self.gpu, padded=padded),
+                speed=forecast(setup, self.model, self.gpu),
+            )
+            self._known[setup] = found
+        return found
+
+    def try_evaluate(self, setup: TrainingSetup) -> Candidate | None:
+        """Estimate a setup that nobody asked for; None when one of its knobs is not modelled."""
+        try:
+            return self.evaluate(setup)
+        except NotModelledError:
+            return None
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether the upper end of every phase is within what the card leaves."""
+        return candidate.memory.fits(self.usable_bytes)
+
+
+def forecast(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec) -> StepEstimate | None:
+    """Speed of a setup, or None where the card's rates or a knob's time are unknown."""
+    try:
+        return estimate_step(setup, model, gpu)
+    except NoForecastError:
+        return None

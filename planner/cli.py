@@ -1,0 +1,27 @@
+"""The planner's commands, and `plan` as a program of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from planner.command_line import Command, run_as_program, run_command
+
+COMMANDS = {
+    "plan": Command("planner.commands.plan", "choose the fastest setup that fits on a GPU, and say what it needs"),
+    "estimate": Command("planner.commands.estimate", "memory and speed of given setups, one JSON line each"),
+    "compare": Command("planner.commands.compare", "several models or GPUs in one table"),
+    "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),
+    "models": Command("planner.commands.models", "the models of the catalog"),
+}
+
+
+def plan_main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `plan`, the same as `vramwise plan`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    run_as_program("plan", lambda: run_command("plan", COMMANDS["plan"], arguments))
+
+
+if __name__ == "__main__":
+    plan_main()

@@ -1,0 +1,104 @@
+"""Choose the fastest setup that fits on a GPU, and say what it needs, how fast it is and how sure that is.
+
+Exit code 0 when something fits, 3 when nothing does, 2 on bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from planner.command_line import StoreOnce, real_number, whole_number
+from planner.commands.knobs import add_knobs, given_knobs
+from planner.errors import ExitCode
+from planner.plan import Plan
+from planner.request import PlanRequest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `plan`."""
+    add_request_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    parser.add_argument("--explain", action="store_true", help="say where each figure comes from")
+    add_knobs(parser)
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what a PlanRequest holds beside the knobs."""
+    parser.add_argument(
+        "--model", required=True, action=StoreOnce, help="catalog name, Hub id, or folder with config.json"
+    )
+    parser.add_argument(
+        "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: the GPU of this machine)"
+    )
+    parser.add_argument("--data", action=StoreOnce, help="training examples: .jsonl, .json or .csv")
+    parser.add_argument(
+        "--effective-batch-size",
+        action=StoreOnce,
+        type=whole_number,
+        metavar="N",
+        help="sequences of one optimizer step (default: 16)",
+    )
+    parser.add_argument(
+        "--epochs", action=StoreOnce, type=real_number, metavar="X", help="passes over the data (default: 3)"
+    )
+    parser.add_argument(
+        "--learning-rate", action=StoreOnce, type=real_number, metavar="X", help="(default: by model size)"
+    )
+    parser.add_argument(
+        "--price-per-hour", action=StoreOnce, type=real_number, metavar="USD", help="price of one GPU"
+    )
+    parser.add_argument("--display", action="store_true", help="a display is attached to the GPU")
+    parser.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="a model that is not on this machine may be fetched from the Hugging Face Hub",
+    )
+
+
+def request_from(args: argparse.Namespace) -> PlanRequest:
+    """Build the request.
+
+    Raises:
+        InputError: a value that is not accepted, or two that contradict each other.
+    """
+    return PlanRequest(
+        model=args.model,
+        gpu=args.gpu,
+        data=args.data,
+        knobs=given_knobs(args),
+        effective_batch_size=args.effective_batch_size,
+        num_train_epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        price_usd_per_hour=args.price_per_hour,
+        display=args.display,
+    )
+
+
+def plan_from(args: argparse.Namespace) -> Plan:
+    """Make the plan that the arguments ask for.
+
+    Raises:
+        InputError: see planner.planning.make_plan.
+    """
+    from planner.planning import make_plan
+
+    return make_plan(
+        request_from(args), allow_network=args.allow_download, inspector=getattr(args, "inspector", None)
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print."""
+    plan = plan_from(args)
+    if args.json:
+        import json
+
+        json.dump(plan.to_dict(), sys.stdout, indent=2, allow_nan=False)
+        print()
+    else:
+        from planner.render import show
+        from planner.render_plan import print_plan
+
+        show(lambda out: print_plan(out, plan, explain=args.explain))
+    return ExitCode.OK if plan.fits else ExitCode.DOES_NOT_FIT

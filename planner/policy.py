@@ -1,0 +1,47 @@
+"""Defaults that a plan chooses by: length, learning rate, schedule."""
+
+from __future__ import annotations
+
+from planner.dataset_stats import DatasetStats
+from planner.model_spec import ModelSpec
+
+# Tried in this order without --data.
+DEFAULT_LENGTHS = (4096, 2048, 1024, 512)
+COVERAGE_PERCENT = 99.0
+# Lengths chosen from data are rounded up to this: matmuls waste part of a tile on other sizes.
+LENGTH_STEP = 64
+
+# What fine-tuning guides use with LoRA: 2e-4 for 7B to 8B, 1e-4 from 14B; the line is drawn at 10e9 parameters, so that
+# sizes in between get the lower rate. QLoRA's own runs used 2e-4 up to 13B and 1e-4 for 33B and 65B
+# (arXiv:2305.14314, table 9).
+LORA_LEARNING_RATE = 2e-4
+LORA_LEARNING_RATE_LARGE = 1e-4
+LARGE_MODEL_PARAMETERS = 10_500_000_000
+# Full fine-tuning wants about a tenth of LoRA's rate (https://thinkingmachines.ai/blog/lora).
+FULL_SHARE_OF_LORA_RATE = 0.1
+
+EPOCHS = 3.0
+LR_SCHEDULER_TYPE = "cosine"
+WARMUP_RATIO = 0.03
+
+
+def learning_rate(method: str, model: ModelSpec) -> float:
+    """Learning rate by method and model size."""
+    large = model.parameter_count > LARGE_MODEL_PARAMETERS
+    rate = LORA_LEARNING_RATE_LARGE if large else LORA_LEARNING_RATE
+    return rate * FULL_SHARE_OF_LORA_RATE if method == "full" else rate
+
+
+def lengths(model: ModelSpec, fixed: object, stats: DatasetStats | None) -> tuple[int, ...]:
+    """Lengths to try, the wished one first.
+
+    A fixed length stands alone. With data, the first covers COVERAGE_PERCENT of the examples; shorter default
+    lengths follow it. No length is above what the model was made for.
+    """
+    if isinstance(fixed, int):
+        return (fixed,)
+    longest = model.max_position_embeddings
+    if stats is None:
+        return tuple(length for length in DEFAULT_LENGTHS if length <= longest) or (longest,)
+    wished = min(longest, -(-stats.percentile(COVERAGE_PERCENT) // LENGTH_STEP) * LENGTH_STEP)
+    return (wished, *(length for length in DEFAULT_LENGTHS if length < wished))

@@ -1,0 +1,146 @@
+"""Figures and tables as text: the only place, with render_*.py, that writes GiB. rich is imported here alone."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+GIB = 2**30
+WIDE = 68
+NARROW = 50
+_FILLING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
+BAR_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+def show(render: Callable[[Console], None], file: IO[str] | None = None) -> None:
+    """Run what prints to a console, and write all of it at once, without the blanks that fill up lines.
+
+    Colour, width and NO_COLOR are rich's business; text is never read as markup.
+    """
+    out = Console(file=file, highlight=False, emoji=False, markup=False)
+    with out.capture() as capture:
+        render(out)
+    (file or sys.stdout).write(_FILLING.sub(r"\1", capture.get()))
+
+
+def gib(size_bytes: float) -> str:
+    """GiB with the unit."""
+    return f"{figure(size_bytes)} GiB"
+
+
+def figure(size_bytes: float) -> str:
+    """GiB without the unit, two decimals; what is not zero is not shown as zero."""
+    value = size_bytes / GIB
+    if 0 < abs(value) < 0.005:
+        return "<0.01"
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def signed_gib(size_bytes: float) -> str:
+    """GiB with a sign."""
+    sign = "-" if size_bytes < 0 else "+"
+    return f"{sign}{gib(abs(size_bytes))}"
+
+
+def count(value: float) -> str:
+    """Parameters: 68.8M, 14.8B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if value / size < 999.5 else f"{value / size:.0f}{unit}"
+    return f"{value:g}"
+
+
+def rate(tokens_per_second: float | None) -> str:
+    """Tokens a second, to three digits: more would claim what no forecast knows."""
+    if tokens_per_second is None:
+        return "?"
+    if tokens_per_second < 10:
+        return f"{tokens_per_second:.2g}"
+    digits = len(str(int(tokens_per_second)))
+    return f"{round(tokens_per_second, min(0, 3 - digits)):,.0f}"
+
+
+def duration(hours: float) -> str:
+    """35 s, 12 min, 3 h 20 min, 4 days 2 h."""
+    seconds = hours * 3600
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        whole, rest = divmod(minutes, 60)
+        return f"{whole} h {rest} min" if rest and whole < 10 else f"{round(minutes / 60)} h"
+    days, rest = divmod(round(minutes / 60), 24)
+    if days < 10 and rest:
+        return f"{days} days {rest} h"
+    return f"{round(minutes / 60 / 24):,} days"
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of eighths of a character; anything above zero shows."""
+    eighths = min(width * 8, max(0, round(share * width * 8)))
+    if share > 0 and eighths == 0:
+        eighths = 1
+    full, part = divmod(eighths, 8)
+    return "█" * full + (BAR_BLOCKS[part] if part else "")
+
+
+def heading(out: Console, text: str) -> None:
+    """Section title."""
+    out.print()
+    out.print(Text(text, style="bold"))
+
+
+def pairs(out: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Label and value in two columns; in a narrow terminal one after the other."""
+    found = list(rows)
+    if out.width < NARROW:
+        for label, value in found:
+            text = f"{label}: {value}" if label else value
+            lines = textwrap.wrap(text, max(20, out.width - 1), initial_indent="  ", subsequent_indent="    ")
+            out.print(Text("\n".join(lines)))
+        return
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for label, value in found:
+        table.add_row(label, Text(value))
+    out.print(Padding(table, (0, 0, 0, 2)))
+
+
+def bullets(out: Console, items: Iterable[str]) -> None:
+    """One item a line, wrapped under itself."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for item in items:
+        table.add_row("-", Text(item))
+    out.print(Padding(table, (0, 0, 0, 2)))
+
+
+def columns(
+    out: Console, heads: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str | Text]], *, indent: int = 2
+) -> None:
+    """Print a plain table; of each head the flag says whether the column holds numbers (set right, unbroken)."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title, number in heads:
+        table.add_column(
+            title, justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*row)
+    out.print(Padding(table, (0, 0, 0, indent)))
+
+
+def yes_no(fits: bool) -> Text:
+    """Whether something fits, in words and colour."""
+    return Text("fits", style="green") if fits else Text("too large", style="red")
