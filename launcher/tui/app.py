@@ -11,6 +11,7 @@ from textual import on, work
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.message import Message
+from textual.widgets import HelpPanel
 
 from launcher.run_folder import RunFolder
 from launcher.tui import runs, starting
@@ -33,19 +34,23 @@ _STATE_COLOURS = {"running": "primary", "finished": "success", "stopped": "warni
 class VramwiseApp(App[None]):
     """Sizing first, with a run over it when a run folder is given.
 
-    `runs_root` is where run folders are looked for and made, `data` and `model_source` what the form for a new
-    run starts with.
+    `runs_root` is where run folders are looked for and made, `data` and `model_source` what the form for a
+    new run starts with.
     """
 
     TITLE = "vramwise"
     CSS_PATH = "app.tcss"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
         (0, "-narrow"),
         (76, "-normal"),
         (118, "-wide"),
     ]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (30, "-tall")]
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
+        (0, "-short"),
+        (30, "-tall"),
+    ]
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("question_mark", "help", "Help", id="app.help", tooltip="Show or hide all keys"),
         Binding("ctrl+q", "quit", "Quit", id="app.quit", priority=True, tooltip="Leave; runs go on"),
     ]
 
@@ -149,6 +154,13 @@ class VramwiseApp(App[None]):
             plain(event.message), title="Training cannot start", severity="error", timeout=15, markup=False
         )
 
+    def action_help(self) -> None:
+        """Show or hide the panel of keys."""
+        if self.screen.query(HelpPanel):
+            self.action_hide_help_panel()
+        else:
+            self.action_show_help_panel()
+
     def action_open_run(self) -> None:
         """Pick a run to follow."""
         found = {str(folder.path): folder for folder in runs.list_runs(self._runs_root)}
@@ -198,5 +210,5 @@ class VramwiseApp(App[None]):
             loop.add_signal_handler(number, self._end_by_signal, number)
 
     def _end_by_signal(self, number: int) -> None:
-        # Only pending reads of the terminal could hold the end up; the driver undoes its modes on the way out.
+        # Leaving through exit() lets the driver undo its terminal modes.
         self.exit(return_code=128 + number)

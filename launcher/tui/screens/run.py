@@ -69,7 +69,7 @@ class RunScreen(Screen[None]):
             with Vertical(id="run-log"):
                 yield Static("log", classes="heading")
                 yield LogTail()
-        yield Footer(compact=True)
+        yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
         """Take the first snapshot and go on taking them."""

@@ -47,9 +47,7 @@ class SizingScreen(Screen[None]):
         Binding("g", "pick_gpu", "GPU", id="sizing.gpu", tooltip="Pick another GPU"),
         Binding("a", "choose", "Auto", id="sizing.auto", tooltip="Take the fastest setup that fits"),
         Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
-        Binding(
-            "c", "copy_command", "Command", id="sizing.command", tooltip="Show and copy the command line"
-        ),
+        Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Show and copy the command line"),
         Binding(
             "o", "app.open_run", "Runs", id="sizing.runs", tooltip="Follow a run that was started before"
         ),
@@ -90,17 +88,18 @@ class SizingScreen(Screen[None]):
         with Container(id="body"):
             yield VerticalScroll(KnobForm(self._initial), id="form-scroll", can_focus=False)
             with VerticalScroll(id="details"):
-                with Vertical(id="memory-column"):
-                    yield Static("memory", classes="heading")
-                    yield Legend()
-                    yield Static("phases", classes="heading")
-                    yield PhaseTable()
-                with Vertical(id="speed-column"):
-                    yield Static("speed", classes="heading")
-                    yield SpeedPanel()
-                    yield Static("what to change", classes="heading")
-                    yield AdvicePanel()
-        yield Footer(compact=True)
+                with Container(id="columns"):
+                    with Vertical(id="memory-column"):
+                        yield Static("memory", classes="heading")
+                        yield Legend()
+                    with Vertical(id="speed-column"):
+                        yield Static("speed", classes="heading")
+                        yield SpeedPanel()
+                        yield Static("phases", classes="heading")
+                        yield PhaseTable()
+                yield Static("what to change", classes="heading")
+                yield AdvicePanel()
+        yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
         """Answer the first question."""

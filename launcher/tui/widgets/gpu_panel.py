@@ -14,7 +14,7 @@ from launcher.tui.text import GIB, gib, size
 class GpuPanel(Vertical):
     """A line of figures over a sparkline of memory."""
 
-    DEFAULT_CSS = "GpuPanel { height: auto; } GpuPanel > Sparkline { height: 2; }"
+    DEFAULT_CSS = "GpuPanel { height: auto; }"
 
     def compose(self) -> ComposeResult:
         """Figures and sparkline."""

@@ -66,7 +66,8 @@ def draw(data: PlotData, width: int, height: int, *, line: str, mark: str, muted
             if (column, row) in marks:
                 text.append("●", mark)
             else:
-                text.append(chr(0x2800 + cells.get((column, row), 0)), line)
+                bits = cells.get((column, row), 0)
+                text.append(chr(0x2800 + bits) if bits else " ", line)
         text.append("\n")
     text.append(" " * _LABEL_WIDTH + "└" + _x_labels(frame, columns, data.x_label), muted)
     return text

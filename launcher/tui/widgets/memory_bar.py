@@ -58,11 +58,11 @@ class MemoryBar(Widget):
         uncertain = theme.get("muted", "#888888")
         free = theme.get("panel", "#222222")
         error = theme.get("error", "#ff0000")
-        row = bar_row(self.data, width, uncertain=uncertain, free=free, beyond=error)
+        row = bar_row(self.data, width, uncertain=uncertain, free=free, mark=theme["background"])
         return Text("\n").join([row, row.copy(), scale_row(self.data, width, muted=uncertain, beyond=error)])
 
 
-def bar_row(data: BarData, width: int, *, uncertain: str, free: str, beyond: str) -> Text:
+def bar_row(data: BarData, width: int, *, uncertain: str, free: str, mark: str) -> Text:
     """One row, two colours a cell: each half cell takes the colour of the bytes at its middle."""
     halves = [_colour_at(data, (i + 0.5) / (2 * width) * data.scale_bytes) for i in range(2 * width)]
     limit = limit_cell(data, width)
@@ -71,7 +71,7 @@ def bar_row(data: BarData, width: int, *, uncertain: str, free: str, beyond: str
         left, right = halves[2 * cell], halves[2 * cell + 1]
         middle = (cell + 0.5) / width * data.scale_bytes
         if cell == limit and data.usable_bytes < data.scale_bytes:
-            row.append("┃", Style(color=beyond, bgcolor=left or free, bold=True))
+            row.append("┃", Style(color=mark, bgcolor=left or free, bold=True))
         elif left is None and right is None and middle <= max(data.upper_bytes, data.total_bytes):
             row.append("▒", Style(color=uncertain, bgcolor=free))
         elif left == right:

@@ -75,7 +75,10 @@ def comparison(snapshot: RunSnapshot, width: int, colours: dict[str, str]) -> Te
         if comparable:
             _bar_line(text, row.predicted_bytes, bar, largest, colours["accent"], " planned")
             text.append("\n" + " " * 11)
-        _bar_line(text, row.measured_bytes, bar, largest, colours["success"], _error(row, comparable))
+        if row.measured_bytes is None:
+            text.append("not measured yet", colours["muted"])
+        else:
+            _bar_line(text, row.measured_bytes, bar, largest, colours["success"], _error(row, comparable))
         text.append("\n")
     if not rows:
         text.append("no phase measured yet\n", colours["muted"])

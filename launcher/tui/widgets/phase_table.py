@@ -31,10 +31,10 @@ class PhaseTable(Widget):
 
 def phases(memory: MemoryBreakdown, width: int, *, muted: str, strong: str) -> Text:
     """The table of phases, then where the peak lies, then allocated, reserved and the driver's figure."""
-    text = Text(no_wrap=False)
+    text = Text()
     peak = memory.peak_phase
     largest = max(1, memory.peak_bytes)
-    bar = _BAR if width >= 42 else 0
+    bar = min(_BAR, max(0, width - 26))
     for phase in memory.phases:
         is_peak = phase is peak
         text.append("▸ " if is_peak else "  ", strong)
@@ -43,10 +43,11 @@ def phases(memory: MemoryBreakdown, width: int, *, muted: str, strong: str) -> T
         filled = round(phase.process_bytes / largest * bar)
         text.append("━" * filled, strong if is_peak else muted)
         text.append("\n")
-    text.append(f"peak: {plain(peak.name)}, {plain(peak.peak_moment)}\n", muted)
-    text.append(
-        f"allocated {size(memory.allocated_bytes)} · reserved {size(memory.reserved_bytes)}"
-        f" · driver shows {size(memory.process_bytes)}",
-        muted,
-    )
+    text.append(f"peak: {plain(peak.name)}, {plain(peak.peak_moment)}", muted)
+    for name, figure in (
+        ("allocated", memory.allocated_bytes),
+        ("reserved", memory.reserved_bytes),
+        ("driver", memory.process_bytes),
+    ):
+        text.append(f"\n  {name:<11}{size(figure):>10}", muted)
     return text

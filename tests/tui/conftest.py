@@ -1,0 +1,45 @@
+"""Fixtures for the terminal interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+
+from launcher.run_folder import RunFolder
+from launcher.tui import cards
+from launcher.tui.app import VramwiseApp
+from planner.model_catalog import resolve_model
+from planner.training_setup import TrainingSetup
+
+MakeApp = Callable[..., VramwiseApp]
+
+
+@pytest.fixture
+def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeApp:
+    """Builds the application on a 16 GB card, on a machine without a GPU, its run folders in tmp_path."""
+    monkeypatch.setattr(cards, "detected_cards", lambda: ())
+
+    def build(
+        model: str = "qwen2.5-14b", gpu: str = "16GB", run: RunFolder | None = None, **knobs: Any
+    ) -> VramwiseApp:
+        values = {"max_length": 4096, "gradient_accumulation_steps": 16, **knobs}
+        return VramwiseApp(
+            model=resolve_model(model),
+            card=cards.card_from_text(gpu),
+            setup=TrainingSetup(model=model, **values),
+            runs_root=tmp_path / "runs",
+            run=run,
+        )
+
+    return build
+
+
+async def settle(pilot: Pilot[None]) -> None:
+    """Wait until workers are done and what they posted is shown."""
+    for _ in range(3):
+        await pilot.app.workers.wait_for_complete()
+        await pilot.pause()

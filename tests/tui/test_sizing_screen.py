@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, OptionList, Static
+
+from launcher.tui import starting
+from launcher.tui.screens.picker import Picker
+from launcher.tui.screens.sizing import SizingScreen
+from launcher.tui.sizing import Verdict
+from launcher.tui.widgets.choice_knob import ChoiceKnob
+from launcher.tui.widgets.pick_button import PickButton
+from launcher.tui.widgets.verdict_line import VerdictLine
+from planner.errors import MissingExtraError
+from planner.memory import estimate_memory
+
+from .conftest import MakeApp, settle
+
+SIZE = (120, 40)
+
+
+def screen_of(pilot: Pilot[None]) -> SizingScreen:
+    screen = pilot.app.screen
+    assert isinstance(screen, SizingScreen)
+    return screen
+
+
+def verdict_of(pilot: Pilot[None]) -> Verdict:
+    sizing = screen_of(pilot).sizing
+    assert sizing is not None
+    return sizing.verdict
+
+
+def shown_text(pilot: Pilot[None]) -> str:
+    """All text on the screen, line by line."""
+    return "\n".join(
+        "".join(segment.text for segment in strip) for strip in pilot.app.screen._compositor.render_strips()
+    )
+
+
+async def type_into(pilot: Pilot[None], field: str, text: str) -> None:
+    knob = screen_of(pilot).query_one(f"#knob-{field}", Input)
+    knob.focus()
+    await pilot.pause()
+    knob.action_select_all()
+    await pilot.press(*text)
+    await settle(pilot)
+
+
+async def test_the_first_answer_is_the_planners_own(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        sizing = screen_of(pilot).sizing
+        assert sizing is not None
+        assert sizing.memory == estimate_memory(sizing.setup, sizing.model)
+        assert "FITS" in shown_text(pilot)
+        assert "uncalibrated" in shown_text(pilot)
+
+
+async def test_a_longer_length_changes_the_verdict(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        assert verdict_of(pilot) is Verdict.FITS
+        await type_into(pilot, "max_length", "65536")
+        assert verdict_of(pilot) is Verdict.DOES_NOT_FIT
+        assert "DOES NOT FIT" in shown_text(pilot)
+        await type_into(pilot, "max_length", "4096")
+        assert verdict_of(pilot) is Verdict.FITS
+
+
+async def test_arrows_step_through_values_and_knobs(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("right")
+        assert screen_of(pilot).sizing.setup.max_length == 6144  # type: ignore[union-attr]
+        await pilot.press("down", "right")
+        assert screen_of(pilot).sizing.setup.per_device_train_batch_size == 2  # type: ignore[union-attr]
+        await pilot.press("up", "up", "right")
+        assert screen_of(pilot).sizing.setup.method == "lora"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "says"),
+    [
+        ("max_length", "0", "a whole number from 1 to"),
+        ("max_length", "99999999999", "a whole number from 1 to"),
+        ("per_device_train_batch_size", "1.5", "a whole number from 1 to"),
+        ("lora_r", "0", "a whole number from 1 to"),
+        ("lora_dropout", "2", "a number from 0 to 0.99"),
+        ("target_modules", "nosuch", "nosuch"),
+    ],
+)
+async def test_an_invalid_value_says_so_under_its_knob_and_keeps_the_answer(
+    make_app: MakeApp, field: str, text: str, says: str
+) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        before = screen_of(pilot).sizing
+        screen_of(pilot).query_one(f"#knob-{field}", Input).value = text
+        await settle(pilot)
+        message = screen_of(pilot).query_one(f"#error-{field}", Static)
+        assert message.display
+        assert field in str(message.content)
+        assert says in str(message.content)
+        assert screen_of(pilot).sizing is before
+        assert screen_of(pilot).query_one(VerdictLine).stale
+        assert screen_of(pilot).query_one(f"#knob-{field}", Input).value == text
+
+
+async def test_a_valid_value_takes_the_message_away(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await type_into(pilot, "lora_r", "0")
+        assert screen_of(pilot).query(".knob-error.shown")
+        await type_into(pilot, "lora_r", "8")
+        assert not screen_of(pilot).query(".knob-error.shown")
+        assert not screen_of(pilot).query_one(VerdictLine).stale
+
+
+async def test_full_fine_tuning_puts_the_adapters_knobs_aside_and_brings_them_back(make_app: MakeApp) -> None:
+    async with make_app(model="qwen2.5-0.5b").run_test(size=SIZE) as pilot:
+        await type_into(pilot, "lora_dropout", "0.1")
+        screen_of(pilot).query_one("#knob-method", ChoiceKnob).value = "full"
+        await settle(pilot)
+        assert screen_of(pilot).query_one("#knob-lora_dropout").disabled
+        assert screen_of(pilot).sizing.setup.method == "full"  # type: ignore[union-attr]
+        screen_of(pilot).query_one("#knob-method", ChoiceKnob).value = "qlora"
+        await settle(pilot)
+        assert screen_of(pilot).sizing.setup.lora_dropout == 0.1  # type: ignore[union-attr]
+
+
+async def test_filtering_picks_a_model(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("m")
+        assert isinstance(pilot.app.screen, Picker)
+        await pilot.press(*"llama 3.1 8b")
+        await settle(pilot)
+        rows = pilot.app.screen.query_one(OptionList)
+        assert 1 <= rows.option_count < 10
+        await pilot.press("enter")
+        await settle(pilot)
+        assert screen_of(pilot).sizing.model.id == "llama-3.1-8b"  # type: ignore[union-attr]
+        assert "8.0B" in shown_text(pilot)
+
+
+async def test_a_picker_shows_which_models_fit(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("m", *"qwen2.5-")
+        await settle(pilot)
+        text = shown_text(pilot)
+        assert "✔" in text
+        assert "✘" in text
+
+
+async def test_an_unknown_model_says_so_and_changes_nothing(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("m", *"qwen9.5", "enter")
+        await settle(pilot)
+        assert "unknown model" in str(screen_of(pilot).query_one("#error-model", Static).content)
+        assert screen_of(pilot).sizing.model.id == "qwen2.5-14b"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("typed", "usable"), [("rtx-4090", 24), ("80GB", 80)])
+async def test_filtering_picks_a_card(make_app: MakeApp, typed: str, usable: int) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("g", *typed, "enter")
+        await settle(pilot)
+        sizing = screen_of(pilot).sizing
+        assert sizing is not None
+        assert (usable - 2) * 2**30 < sizing.card.usable_bytes < usable * 2**30
+
+
+async def test_detected_cards_come_first(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.tui import cards
+
+    here = cards.Card(target=cards.card_from_text("t4").target, group=cards.DETECTED, argument=None)
+    app = make_app()
+    monkeypatch.setattr(cards, "detected_cards", lambda: (here,))
+    async with app.run_test(size=SIZE) as pilot:
+        await pilot.press("g")
+        first = pilot.app.screen.query_one(OptionList).get_option_at_index(0)
+        assert "this machine" in str(first.prompt)
+
+
+async def test_the_automatic_choice_is_applied_and_fits(make_app: MakeApp) -> None:
+    async with make_app(gpu="80GB").run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        before = screen_of(pilot).sizing
+        await pilot.press("a")
+        await settle(pilot)
+        after = screen_of(pilot).sizing
+        assert before is not None
+        assert after is not None
+        assert after.verdict is Verdict.FITS
+        assert after.setup.effective_batch_size == before.setup.effective_batch_size
+        assert after.step.tokens_per_second > before.step.tokens_per_second  # type: ignore[union-attr]
+        knob = screen_of(pilot).query_one("#knob-per_device_train_batch_size", Input)
+        assert knob.value == str(after.setup.per_device_train_batch_size)
+
+
+async def test_advice_is_applied_with_enter(make_app: MakeApp) -> None:
+    async with make_app(max_length=32768).run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        assert verdict_of(pilot) is not Verdict.FITS
+        advice = screen_of(pilot).query_one("#advice-list", OptionList)
+        assert advice.option_count
+        advice.focus()
+        await pilot.press("home", "enter")
+        await settle(pilot)
+        assert verdict_of(pilot) is Verdict.FITS
+
+
+async def test_the_command_line_is_copied(make_app: MakeApp) -> None:
+    async with make_app(lora_r=32).run_test(size=SIZE) as pilot:
+        await pilot.press("c")
+        await pilot.pause()
+        copied = pilot.app.clipboard
+        assert copied.startswith("vramwise plan --model qwen2.5-14b --gpu 16GB ")
+        assert "--max-length 4096" in copied
+        assert "--lora-r 32" in copied
+
+
+async def test_training_without_the_training_stack_says_what_to_install(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise MissingExtraError("training", "torch")
+
+    monkeypatch.setattr(starting, "refuse_what_cannot_start", refuse)
+    async with make_app().run_test(size=SIZE, notifications=True) as pilot:
+        await pilot.press("t")
+        await settle(pilot)
+        assert "vramwise[train]" in shown_text(pilot)
+
+
+async def test_a_missing_data_file_is_told_in_the_form(make_app: MakeApp, tmp_path: Path) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("t")
+        await settle(pilot)
+        await pilot.press(*str(tmp_path / "absent.jsonl"), "ctrl+s")
+        await settle(pilot)
+        message = pilot.app.screen.query_one("#start-error-data", Static)
+        assert message.display
+        assert "a file that exists" in str(message.content)
+        assert not (tmp_path / "runs").exists()
+
+
+async def test_markup_and_control_characters_in_a_name_are_shown_not_obeyed(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("m")
+        name = "[red]x[/red]\x1b[31m\x07"
+        pilot.app.screen.dismiss(name)
+        await settle(pilot)
+        text = str(screen_of(pilot).query_one("#error-model", Static).content)
+        assert "[red]x[/red]" in text
+        assert "\x1b" not in shown_text(pilot)
+        screen_of(pilot).form.show_picks(model=name, gpu=name)
+        await pilot.pause()
+        assert "\x1b" not in screen_of(pilot).query_one("#pick-model", PickButton).value
+
+
+async def test_every_change_answers_within_50_ms(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        screen = screen_of(pilot)
+        texts = screen.form.texts
+        took = []
+        for length in range(1000, 1020):
+            started = time.perf_counter()
+            screen._answer({**texts, "max_length": str(length)})
+            took.append(time.perf_counter() - started)
+            screen.workers.cancel_group(screen, "advice")
+        assert sorted(took)[len(took) // 2] < 0.05
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40), (160, 50)])
+async def test_the_verdict_and_the_focused_knob_are_in_sight_at_every_size(
+    make_app: MakeApp, size: tuple[int, int]
+) -> None:
+    async with make_app().run_test(size=size) as pilot:
+        await settle(pilot)
+        text = shown_text(pilot)
+        assert "FITS" in text
+        assert "max length" in text
+        screen_of(pilot).query_one("#knob-dtype").focus()
+        await settle(pilot)
+        assert "bfloat16" in shown_text(pilot)
+
+
+async def test_the_command_palette_and_the_light_theme_work(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        pilot.app.theme = "vramwise-light"
+        await pilot.press("ctrl+p")
+        await pilot.pause()
+        assert type(pilot.app.screen).__name__ == "CommandPalette"
+        await pilot.press("escape", "escape", "question_mark")
+        await pilot.pause()
+        assert pilot.app.screen.query("HelpPanel")
+
+
+async def test_every_key_of_the_screens_has_an_id_and_a_tooltip() -> None:
+    from launcher.tui.app import VramwiseApp
+    from launcher.tui.screens.run import RunScreen
+
+    for owner in (VramwiseApp, SizingScreen, RunScreen, Picker):
+        for binding in owner.BINDINGS:
+            assert binding.id, binding  # type: ignore[union-attr]
+            if binding.show:  # type: ignore[union-attr]
+                assert binding.tooltip, binding  # type: ignore[union-attr]
