@@ -120,7 +120,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, content: bytes, sa
     assert "\n" not in str(caught.value)
 
 
-def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_line_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_reader, "MAX_LINE_BYTES", 1000)
     path = jsonl(tmp_path, {"text": "a"}, {"text": "b" * 2000})
     with pytest.raises(InputError, match="line 2: longer than"):
