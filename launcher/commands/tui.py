@@ -41,12 +41,13 @@ def run(args: argparse.Namespace) -> int:
     from launcher.run_folder import RunFolder
     from launcher.tui.app import VramwiseApp
     from launcher.tui.cards import first_card
+    from launcher.tui.inspection import inspector
     from planner.model_catalog import resolve_model
     from planner.policy import DEFAULT_LENGTHS
     from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE
     from planner.training_setup import TrainingSetup
 
-    model = resolve_model(args.model)
+    model = resolve_model(args.model, inspector=inspector)
     card = first_card(args.gpu, DEFAULT_GPU)
     if args.run is not None and not (args.run / "job.json").is_file():
         raise InputError(f"{args.run}: not a run folder (no job.json)")

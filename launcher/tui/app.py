@@ -132,6 +132,7 @@ class VramwiseApp(App[None]):
 
     def _start(self, sizing: Sizing, wish: RunWish) -> None:
         self._data, self._runs_root = str(wish.data), wish.runs
+        self.notify("planning on the data, then starting the trainer", title="Starting", markup=False)
         self._start_processes(sizing, wish)
 
     @work(thread=True, group="start")

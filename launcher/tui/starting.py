@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from launcher import supervisor
 from launcher.run_folder import RunFolder, TrainingJob, create_run_folder
+from launcher.tui.inspection import inspector
 from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
 from planner import policy
@@ -79,4 +80,4 @@ def _plan(sizing: Sizing, wish: RunWish, rate: float) -> Plan:
         learning_rate=rate,
         num_train_epochs=wish.num_train_epochs,
     )
-    return make_plan(request)
+    return make_plan(request, inspector=inspector)

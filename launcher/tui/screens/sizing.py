@@ -17,6 +17,7 @@ from textual.worker import get_current_worker
 
 from launcher.tui import advice, cards, knobs
 from launcher.tui.command_line import plan_command
+from launcher.tui.inspection import inspector
 from launcher.tui.screens.picker import Picker, Remark, Row
 from launcher.tui.sizing import Sizing, Verdict, size_up
 from launcher.tui.text import gib, parameters, plain
@@ -61,6 +62,15 @@ class SizingScreen(Screen[None]):
             super().__init__()
             self.sizing = sizing
             self.found = found
+
+    class Resolved(Message):
+        """A model was found by its name, or says why not."""
+
+        def __init__(self, name: str, model: ModelSpec | None, message: str) -> None:
+            super().__init__()
+            self.name = name
+            self.model = model
+            self.message = message
 
     class Chosen(Message):
         """The automatic choice has been made, or says why none can be."""
@@ -206,12 +216,22 @@ class SizingScreen(Screen[None]):
     def _model_picked(self, name: str | None) -> None:
         if name is None:
             return
+        self._resolve(name)
+
+    @work(thread=True, exclusive=True, group="resolve")
+    def _resolve(self, name: str) -> None:
+        """A model of the catalog is there at once; one that has to be inspected takes seconds."""
         try:
-            self._model = resolve_model(name)
+            self.post_message(self.Resolved(name, resolve_model(name, inspector=inspector), ""))
         except VramwiseError as error:
-            self.form.show_error("model", str(error))
+            self.post_message(self.Resolved(name, None, str(error)))
+
+    @on(Resolved)
+    def _take_model(self, event: Resolved) -> None:
+        if event.model is None:
+            self.form.show_error("model", event.message)
             return
-        self._model_name = name
+        self._model, self._model_name = event.model, event.name
         self._answer(self.form.texts)
 
     def action_pick_gpu(self) -> None:

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from launcher.events import WarningEvent
+from launcher.tui import run_follower
+from launcher.tui.screens.confirm import Confirm
+from launcher.tui.screens.run import RunScreen
+from launcher.tui.screens.sizing import SizingScreen
+from launcher.tui.widgets.phase_comparison import compare
+
+from . import synthetic
+from .conftest import MakeApp, settle
+from .test_sizing_screen import shown_text
+
+SIZE = (120, 40)
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
+
+
+async def see(pilot: Pilot[None]) -> RunScreen:
+    """Take a snapshot of the files as they are now and show it."""
+    await settle(pilot)
+    screen = pilot.app.screen
+    assert isinstance(screen, RunScreen)
+    screen.poll()
+    await settle(pilot)
+    return screen
+
+
+@pytest.mark.usefixtures("alive")
+async def test_a_growing_run_is_followed(make_app: MakeApp, tmp_path: Path) -> None:
+    folder = synthetic.make_folder(tmp_path / "run")
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)
+        assert "STARTING" in shown_text(pilot)
+        synthetic.append(folder.events, synthetic.start(10), *(synthetic.log(step) for step in (1, 2, 3)))
+        await see(pilot)
+        text = shown_text(pilot)
+        assert "RUNNING" in text
+        assert "step 3 of 10" in text
+        assert "left" in text
+        synthetic.append(folder.events, synthetic.memory("step", 3, 14.02))
+        folder.log("trainer").write_text("hello from the trainer\n")
+        await see(pilot)
+        assert "14.02 GiB" in shown_text(pilot)
+        assert "hello from the trainer" in shown_text(pilot)
+        synthetic.append(folder.events, synthetic.log(10), synthetic.end("finished", 10))
+        await see(pilot)
+        text = shown_text(pilot)
+        assert "FINISHED" in text
+        assert "left" not in text.splitlines()[3]
+
+
+async def test_a_dead_run_is_shown(make_app: MakeApp, tmp_path: Path) -> None:
+    folder = synthetic.half_way(tmp_path / "run")
+    synthetic.append(folder.events, synthetic.end("oom", 241, "out of memory in the backward pass"))
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)
+        text = shown_text(pilot)
+        assert "OOM" in text
+        assert "out of memory in the backward pass" in text
+        assert "3 of 1,204 examples are longer" in text
+
+
+@pytest.mark.usefixtures("alive")
+async def test_predicted_stands_beside_measured(make_app: MakeApp, tmp_path: Path) -> None:
+    folder = synthetic.half_way(tmp_path / "run")
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        screen = await see(pilot)
+        assert screen.snapshot is not None
+        step = next(row for row in compare(screen.snapshot) if row.phase == "step")
+        assert step.measured_bytes == int(14.02 * synthetic.GIB)
+        assert step.predicted_bytes is not None
+        assert step.error == pytest.approx(step.predicted_bytes / step.measured_bytes - 1)
+
+
+@pytest.mark.usefixtures("alive")
+async def test_on_the_cpu_host_memory_is_not_compared_with_a_gpus(make_app: MakeApp, tmp_path: Path) -> None:
+    folder = synthetic.make_folder(tmp_path / "run")
+    synthetic.append(folder.events, synthetic.start(5), synthetic.memory("step", 1, None), synthetic.log(1))
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)
+        text = shown_text(pilot)
+        assert "on the CPU" in text
+        assert "planned" not in text
+
+
+@pytest.mark.usefixtures("alive")
+async def test_stop_asks_and_then_writes_the_file(make_app: MakeApp, tmp_path: Path) -> None:
+    folder = synthetic.half_way(tmp_path / "run")
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)
+        await pilot.press("s")
+        assert isinstance(pilot.app.screen, Confirm)
+        await pilot.press("n")
+        await settle(pilot)
+        assert not folder.stop.exists()
+        await pilot.press("s", "y")
+        await see(pilot)
+        assert folder.stop.exists()
+        assert "STOPPING" in shown_text(pilot)
+
+
+@pytest.mark.usefixtures("alive")
+async def test_leaving_asks_nothing_of_the_run(make_app: MakeApp, tmp_path: Path) -> None:
+    folder = synthetic.half_way(tmp_path / "run")
+    app = make_app(run=folder)
+    async with app.run_test(size=SIZE) as pilot:
+        await see(pilot)
+        await pilot.press("d")
+        await pilot.pause()
+    assert app.return_code == 0
+    assert not folder.stop.exists()
+
+
+async def test_another_run_is_opened_from_the_list(make_app: MakeApp, tmp_path: Path) -> None:
+    synthetic.half_way(tmp_path / "runs" / "first-run")
+    other = synthetic.make_folder(tmp_path / "runs" / "other-run")
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        await pilot.press("o", *"other", "enter")
+        screen = await see(pilot)
+        assert screen.folder.path == other.path.resolve()
+        await pilot.press("escape")
+        await pilot.pause()
+        assert isinstance(pilot.app.screen, SizingScreen)
+
+
+async def test_a_path_that_is_no_run_is_refused(make_app: MakeApp, tmp_path: Path) -> None:
+    async with make_app().run_test(size=SIZE, notifications=True) as pilot:
+        await pilot.press("o", *str(tmp_path / "nowhere"), "enter")
+        await settle(pilot)
+        assert isinstance(pilot.app.screen, SizingScreen)
+        assert "No run folder" in shown_text(pilot)
+
+
+@pytest.mark.usefixtures("alive")
+async def test_markup_and_control_characters_are_shown_not_obeyed(make_app: MakeApp, tmp_path: Path) -> None:
+    folder = synthetic.make_folder(tmp_path / "run", data="/data/[bold]x.jsonl")
+    evil = "[red]warn[/red] \x1b]0;title\x07 \x1b[2J"
+    synthetic.append(folder.events, synthetic.start(), WarningEvent(time=1.0, message=evil))
+    folder.log("trainer").write_bytes(b"[blink]log[/blink] \x1b[31mred\x1b[0m \x9b31m\n")
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)
+        text = shown_text(pilot)
+        assert "[bold]x.jsonl" in text
+        assert "[red]warn[/red]" in text
+        assert "[blink]log[/blink]" in text
+        assert not any(ord(character) < 32 and character != "\n" for character in text)
+        assert "\x9b" not in text
+
+
+@pytest.mark.usefixtures("alive")
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40), (160, 50)])
+async def test_state_progress_and_loss_are_in_sight_at_every_size(
+    make_app: MakeApp, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    async with make_app(run=synthetic.half_way(tmp_path / "run")).run_test(size=size) as pilot:
+        await see(pilot)
+        text = shown_text(pilot)
+        assert "RUNNING" in text
+        assert "step 240 of 400" in text
+        assert any(0x2800 < ord(character) < 0x2900 for character in text)
