@@ -158,10 +158,15 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     from launcher.trainer_callback import EventCallback, MemoryMeter
 
     meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
+    environment = _environment(device)
     callback = EventCallback(
-        write=writer.write, meter=meter, environment=_environment(device), stop_requested=stop.requested
+        write=writer.write, meter=meter, environment=environment, stop_requested=stop.requested
     )
+    if on_gpu:
+        environment |= _gpu_facts(device, gpu)
     model = build.load_model(job.setup, job.model_source, device=device, allow_download=job.allow_download)
+    if on_gpu:
+        environment["weights_bytes"] = torch.cuda.memory_allocated(device)
     meter.close("load", 0)
     trainer = build.build_trainer(
         job.setup,
@@ -264,6 +269,21 @@ def _environment(device: torch.device) -> dict[str, str | int | float | None]:
     values["cuda"] = torch.version.cuda
     values["cpu_threads"] = torch.get_num_threads()
     return values
+
+
+def _gpu_facts(device: torch.device, gpu: ChosenGpu | None) -> dict[str, str | int | float | None]:
+    """What a run record says of the GPU; `context_bytes` is what the driver shows before the model is loaded."""
+    import torch
+
+    torch.zeros(1, device=device)
+    torch.cuda.synchronize(device)
+    properties = torch.cuda.get_device_properties(device)
+    used = None if gpu is None else gpu.used_since_start()
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_total_bytes": properties.total_memory,
+        "context_bytes": None if used is None else max(0, used - torch.cuda.memory_reserved(device)),
+    }
 
 
 def _warn(writer: EventWriter, message: str) -> None:

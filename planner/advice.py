@@ -1,4 +1,4 @@
-"""Advice: changes that make a plan fit, or that use what it leaves; each is estimated like the plan itself."""
+"""Advice: changes that make a plan fit, or that use what it leaves, each estimated like the plan itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_it_fit(evaluator: Evaluator, setup: TrainingSetup, target: GpuTarget) -
     # Changes come with the least harm first, and the sort keeps that order among those that fit.
     useful.sort(key=lambda one: (not one.fits, 0 if one.fits else one.change_bytes))
     extra = [_free_memory(now, target, evaluator), _smaller_model(evaluator, setup, now)]
-    return tuple([*useful[:MAX_ADVICE], *(one for one in extra if one is not None)])
+    return (*useful[:MAX_ADVICE], *(one for one in extra if one is not None))
 
 
 def use_what_is_left(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) -> tuple[Advice, ...]:

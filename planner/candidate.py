@@ -14,7 +14,7 @@ from planner.training_setup import TrainingSetup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A setup, what it needs of one GPU, and how fast it is; `speed` is null where no forecast is possible."""
+    """A setup, what it needs of one GPU, and how fast it is; `speed` is null without a forecast."""
 
     setup: TrainingSetup
     memory: MemoryBreakdown

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 
-from planner.errors import NotModelledError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.memory import estimate_memory
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
-# Cards differ in what the driver and cuBLAS take, far less than this share of the whole; smaller cards are not tried.
+# Cards differ in what the driver and cuBLAS take by far less than the rest; smaller cards are not tried.
 CLEARLY_TOO_SMALL = 0.8
 
 
 @functools.cache
 def cards_by_memory() -> tuple[GpuSpec, ...]:
-    """The catalog's cards, by rising usable memory; of equal ones the one with the faster matrix rate first."""
-    return tuple(sorted(gpu_catalog(), key=lambda gpu: (gpu.usable_bytes, -(gpu.matrix_flops_per_second or 0.0))))
+    """The catalog's cards, by rising usable memory; of equal ones the faster first."""
+    return tuple(
+        sorted(gpu_catalog(), key=lambda gpu: (gpu.usable_bytes, -(gpu.matrix_flops_per_second or 0.0)))
+    )
 
 
 def smallest_gpu_for(setup: TrainingSetup, model: ModelSpec, about_bytes: int) -> GpuSpec | None:
@@ -42,14 +43,6 @@ def fits_on(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec) -> bool:
         NotModelledError: a knob whose memory is not modelled.
     """
     return estimate_memory(native(setup, gpu), model, gpu=gpu).fits(gpu.usable_bytes)
-
-
-def tries_to_fit(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec) -> bool:
-    """As `fits_on`, false where a knob is not modelled."""
-    try:
-        return fits_on(gpu, setup, model)
-    except NotModelledError:
-        return False
 
 
 def native(setup: TrainingSetup, gpu: GpuSpec) -> TrainingSetup:

@@ -9,7 +9,9 @@ from typing import NoReturn
 from planner.command_line import Command, run_as_program, run_command
 
 COMMANDS = {
-    "plan": Command("planner.commands.plan", "choose the fastest setup that fits on a GPU, and say what it needs"),
+    "plan": Command(
+        "planner.commands.plan", "choose the fastest setup that fits a GPU, and say what it needs"
+    ),
     "estimate": Command("planner.commands.estimate", "memory and speed of given setups, one JSON line each"),
     "compare": Command("planner.commands.compare", "several models or GPUs in one table"),
     "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),

@@ -1,6 +1,6 @@
-"""How commands run: parsing, one line for an error, exit codes, closed pipes, Ctrl-C. The only owner of stderr.
+"""How commands run: parsing, one line an error, exit codes, closed pipes, Ctrl-C. The only owner of stderr.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> int`, imported only when it is the one asked for.
+A command is a module with `add_arguments(parser)` and `run(args) -> int`, imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def run_command(program: str, command: Command, argv: Sequence[str]) -> int:
         InputError: arguments that it does not take.
     """
     module = importlib.import_module(command.module)
-    parser = Parser(prog=program, description=module.__doc__.partition("\n\n")[0] if module.__doc__ else None)
+    description = " ".join((module.__doc__ or "").split())
+    parser = Parser(prog=program, description=description, usage="%(prog)s [OPTIONS]")
     module.add_arguments(parser)
     parser.set_defaults(**command.defaults)
     run: Callable[[argparse.Namespace], int] = module.run
@@ -128,7 +129,7 @@ def run_command(program: str, command: Command, argv: Sequence[str]) -> int:
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:
-    """Run a program: its errors become one line on stderr and an exit code; anything unexpected is shown whole."""
+    """Run a program: its errors become a line on stderr and an exit code; the unexpected is shown whole."""
     try:
         code = int(run())
         sys.stdout.flush()

@@ -15,8 +15,9 @@ class GpuTarget:
     """GPUs to plan for.
 
     `text` is what was asked, `reference` whether a plain size stands for the card `spec`. Each of the `count`
-    GPUs leaves `usable_bytes` to the process: `held_bytes` of the card's usable memory are taken, by a display
-    or by other processes. `index` is set for a GPU of this machine. `alternatives` are other cards that go by
+    GPUs leaves `usable_bytes` to the process: `held_bytes` of the card's usable memory are taken, by a
+    display or by other processes. For a GPU of this machine, `index` is NVML's and `position` that among the visible
+    ones. `alternatives` are other cards that go by
     the same name; `notes` say what was assumed.
     """
 
@@ -27,6 +28,7 @@ class GpuTarget:
     held_bytes: int = 0
     reference: bool = False
     index: int | None = None
+    position: int | None = None
     alternatives: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -43,7 +45,7 @@ def resolve_gpu(text: str | None, *, display: bool = False) -> GpuTarget:
     """
     if text is None:
         if display:
-            raise InputError("--display goes with --gpu; on this machine's own GPU a display is counted already")
+            raise InputError("--display goes with --gpu; this machine's own display is counted already")
         return local_target()
     request = parse_gpu(text)
     held = DISPLAY_BYTES if display else 0
@@ -95,5 +97,6 @@ def local_target() -> GpuTarget:
         usable_bytes=gpu.free_bytes,
         held_bytes=gpu.spec.usable_bytes - gpu.free_bytes,
         index=gpu.index,
+        position=gpus.index(gpu),
         notes=tuple(notes),
     )

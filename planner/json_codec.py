@@ -1,7 +1,7 @@
-"""Frozen dataclasses to JSON values and back, strictly: unknown keys, missing keys and wrong types are errors.
+"""Frozen dataclasses to JSON values and back: unknown keys, missing keys and wrong types are errors.
 
-Covers what the plan's types use: str, int, float, bool, None, tuples, optionals and dataclasses. A dataclass with
-a `from_dict` of its own (TrainingSetup) is read by it.
+Covers what the plan's types use: str, int, float, bool, None, tuples, optionals and dataclasses. A dataclass
+with a `from_dict` of its own (TrainingSetup) is read by it.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def decode_fields(kind: type[T], values: object, where: str = "") -> T:
     for key in values:
         if key not in hints:
             raise FieldError(f"{place} key", key, "one of " + ", ".join(hints))
-    found = {
-        name: _decode(hints[name], values[name], f"{place}.{name}") for name in hints if name in values
-    }
+    found = {name: _decode(hints[name], values[name], f"{place}.{name}") for name in hints if name in values}
     missing = [name for name in hints if name not in found and name in _required(kind)]
     if missing:
         raise InputError(f"{place}: {', '.join(missing)} is missing")

@@ -1,4 +1,4 @@
-"""What a run needs beside the GPU: download, disk, host memory; and facts about a model that guides get wrong."""
+"""What a run needs beside the GPU: download, disk, host memory; and facts that guides get wrong."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from planner.model_spec import ModelSpec
 from planner.plan import LoadNeeds, Note
 from planner.training_setup import TrainingSetup
 
-# Allowance for the training process itself, not measured on a GPU: the imports of torch, transformers, TRL, PEFT and
-# bitsandbytes held 0.49 GB resident with torch 2.13's CPU build; CUDA's libraries and context come on top.
+# Allowance for the training process itself, not measured on a GPU: the imports of torch, transformers, TRL, PEFT
+# and bitsandbytes held 0.49 GB resident with torch 2.13's CPU build; CUDA's libraries and context come on top.
 HOST_PROCESS_BYTES = 3_000_000_000
 # Weights are published in 16 bits and read tensor by tensor: one as mapped from the file, one converted.
 PUBLISHED_BYTES_PER_PARAMETER = 2
@@ -46,8 +46,8 @@ def model_notes(
     if setup.prepare_for_kbit_training:
         notes.append(
             Note(
-                text="prepare_model_for_kbit_training turns what is not quantised into float32; TRL's SFTTrainer "
-                "does not call it, and QLoRA does not need it"
+                text="prepare_model_for_kbit_training turns what is not quantised into float32; TRL's "
+                "SFTTrainer does not call it, and QLoRA does not need it"
             )
         )
     if setup.method == "qlora":
@@ -66,8 +66,8 @@ def _unquantized_notes(model: ModelSpec, setup: TrainingSetup) -> list[Note]:
     if experts:
         notes.append(
             Note(
-                text="the experts' weights, {size}, are not quantised: bitsandbytes replaces nn.Linear only, and "
-                "transformers keeps experts as 3-D tensors",
+                text="the experts' weights, {size}, are not quantised: bitsandbytes replaces nn.Linear only, "
+                "and transformers keeps experts as 3-D tensors",
                 size_bytes=experts * width,
             )
         )

@@ -68,7 +68,7 @@ class DataSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duration:
-    """Hours to train on `tokens` (what those are: `of`), with an interval, and the price where a rate is known.
+    """Hours to train on `tokens` (what those are: `of`), with an interval; the price where a rate is known.
 
     `steps` are optimizer steps; null where no data was given.
     """
@@ -85,9 +85,9 @@ class Duration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadNeeds:
-    """What loading and saving need beside the GPU. `download_bytes` is the weights as published; null if unknown.
+    """What loading and saving need beside the GPU.
 
-    `disk_bytes` adds what the run writes; `host_memory_bytes` is about what the training process holds.
+    `download_bytes` is the weights as published, null if unknown. `disk_bytes` adds what the run writes; `host_memory_bytes` is about what the training process holds.
     """
 
     download_bytes: int | None
@@ -113,7 +113,7 @@ class MethodFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alternative:
-    """Another setup that the search tried, and why it lost: "too large", "slower" or "tie" (as fast, but larger).
+    """Another setup that was tried, and why it lost: "too large", "slower" or "tie" (as fast, but larger).
 
     `amount` is the bytes it lacks ("too large") or the share of speed it gives up ("slower").
     """
@@ -166,9 +166,9 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The answer to a PlanRequest. `fits` is the verdict; where it is false, `setup` is the smallest one tried.
+    """The answer to a PlanRequest.
 
-    `advice` says how to make it fit or how to use what is left. `assumptions` are everything that was chosen
+    `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make it fit or how to use what is left. `assumptions` are everything that was chosen
     without being asked.
     """
 

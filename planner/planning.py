@@ -35,10 +35,16 @@ class _Chosen:
 
 
 def make_plan(
-    request: PlanRequest, *, allow_network: bool = False, inspector: Inspector | None = None
+    request: PlanRequest,
+    *,
+    stats: DatasetStats | None = None,
+    allow_network: bool = False,
+    inspector: Inspector | None = None,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
+    `stats` are the lengths of the request's data where they have been measured with the model's tokenizer;
+    without them they are estimated from the size of the texts.
     `inspector` describes models that equal none of the catalog (it needs the training stack); with
     `allow_network` the config of a Hub id may be fetched.
 
@@ -48,7 +54,8 @@ def make_plan(
     """
     target = resolve_gpu(request.gpu, display=request.display)
     model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
-    stats = read_stats(request.data) if request.data is not None else None
+    if stats is None and request.data is not None:
+        stats = read_stats(request.data)
     evaluator = Evaluator(model, target.spec, target.usable_bytes, padded=stats is not None)
     chosen = _choose(request, target, model, stats, evaluator, _processes(request, target, evaluator))
     best = chosen.tried.candidate
@@ -101,7 +108,7 @@ def policy_lengths(request: PlanRequest, model: ModelSpec, stats: DatasetStats |
 
 
 def effective_batch_size(request: PlanRequest, num_processes: int) -> int:
-    """Effective batch: the one asked for; else what fixed knobs give; else 16 or the nearest that they allow."""
+    """The effective batch asked for; else what fixed knobs give; else 16 or the nearest they allow."""
     if request.effective_batch_size is not None:
         return request.effective_batch_size
     micro = request.fixed.get("per_device_train_batch_size")
@@ -186,7 +193,7 @@ def summarise_data(path: str, stats: DatasetStats, setup: TrainingSetup) -> Data
         processed = stats.padding(setup.per_device_train_batch_size, setup.max_length).processed_tokens
     return DataSummary(
         path=path,
-        format=stats.format,
+        format=stats.data_format,
         examples=stats.examples,
         total_tokens=stats.total_tokens,
         longest=stats.longest,
@@ -297,7 +304,7 @@ def _assumptions(
         found.append(
             f"length {setup.max_length:,} tokens: no data was given"
             if stats is None
-            else f"length {setup.max_length:,} tokens: it is to cover {policy.COVERAGE_PERCENT:g}% of the examples"
+            else f"length {setup.max_length:,} tokens, to cover {policy.COVERAGE_PERCENT:g}% of the examples"
         )
     if setup.uses_lora and "lora_r" not in fixed:
         found.append(f"rank {DEFAULT_RANK}, the usual start")

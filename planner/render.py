@@ -1,4 +1,4 @@
-"""Figures and tables as text: the only place, with render_*.py, that writes GiB. rich is imported here alone."""
+"""Figures and tables as text: the only place, with render_*.py, that writes GiB and imports rich."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO
+from typing import IO, Literal
 
 from rich.console import Console
 from rich.padding import Padding
@@ -127,20 +127,24 @@ def bullets(out: Console, items: Iterable[str]) -> None:
     out.print(Padding(table, (0, 0, 0, 2)))
 
 
+def footnote(out: Console, text: str) -> None:
+    """A remark under a table."""
+    out.print(Text(text, style="dim"))
+
+
 def columns(
-    out: Console, heads: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str | Text]], *, indent: int = 2
+    out: Console, heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]], *, indent: int = 2
 ) -> None:
-    """Print a plain table; of each head the flag says whether the column holds numbers (set right, unbroken)."""
+    """Print a plain table. Columns: a "number" is set right, a "name" is not broken, "text" wraps."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title, number in heads:
-        table.add_column(
-            title, justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
+    for title, kind in heads:
+        justify: Literal["left", "right"] = "right" if kind == "number" else "left"
+        table.add_column(title, justify=justify, no_wrap=kind != "text", overflow="fold")
     for row in rows:
         table.add_row(*row)
     out.print(Padding(table, (0, 0, 0, indent)))
 
 
 def yes_no(fits: bool) -> Text:
-    """Whether something fits, in words and colour."""
-    return Text("fits", style="green") if fits else Text("too large", style="red")
+    """Whether something fits, in a column of that name."""
+    return Text("yes", style="green") if fits else Text("no", style="red")

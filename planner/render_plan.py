@@ -74,9 +74,7 @@ def _verdict(out: Console, plan: Plan) -> None:
     each = "Each GPU" if plan.setup.num_processes > 1 else "It"
     need = f"{each} needs {gib(memory.peak_bytes)}, at most {gib(memory.peak_upper_bytes)}, of the "
     need += f"{gib(usable)} that the card leaves: "
-    need += (
-        f"{gib(plan.headroom_bytes)} to spare." if plan.fits else f"{gib(-plan.headroom_bytes)} too much."
-    )
+    need += f"{gib(plan.headroom_bytes)} to spare." if plan.fits else f"{gib(-plan.headroom_bytes)} too much."
     out.print(Text(need))
     if plan.fits:
         return
@@ -151,11 +149,11 @@ def _memory(out: Console, plan: Plan, explain: bool) -> None:
     parts = [c for c in memory.components if c.size_bytes or explain]
     largest = max((c.size_bytes for c in parts), default=1) or 1
     heading(out, "Memory" + (" of each GPU" if plan.setup.num_processes > 1 else ""))
-    heads = [("", False), ("GiB", True)]
+    heads = [("", "text"), ("GiB", "number")]
     wide = out.width >= WIDE
     width = min(30, out.width - 48)
     if wide:
-        heads.append(("", False))
+        heads.append(("", "text"))
     rows = []
     for part in parts:
         row = [part.title, figure(part.size_bytes)]
@@ -176,7 +174,8 @@ def _memory(out: Console, plan: Plan, explain: bool) -> None:
             (
                 (
                     phase.name,
-                    f"{gib(phase.process_bytes)}, at most {gib(phase.process_upper_bytes)} ({phase.peak_moment})",
+                    f"{gib(phase.process_bytes)}, at most {gib(phase.process_upper_bytes)} "
+                    f"({phase.peak_moment})",
                 )
                 for phase in memory.phases
             ),
@@ -214,9 +213,9 @@ def _methods(out: Console, plan: Plan) -> None:
         f"Methods compared, at {setup.max_length:,} tokens, micro-batch {setup.per_device_train_batch_size}",
     )
     wide = out.width >= WIDE
-    heads = [("", False), ("weights", True), ("peak GiB", True), ("", False)]
+    heads = [("", "name"), ("weights", "number"), ("peak GiB", "number"), ("fits", "name")]
     if wide:
-        heads += [("tokens/s", True), ("smallest card", False)]
+        heads += [("tokens/s", "number"), ("smallest card", "name")]
     rows: list[list[str | Text]] = []
     for one in plan.methods:
         title = METHOD_TITLES[one.method] if wide else one.method
@@ -275,7 +274,7 @@ def _data(plan: Plan) -> str:
     text = f"{data.examples:,} examples, longest {data.longest:,} tokens, {data.covered_percent:.3g}% whole"
     if data.truncated_examples:
         lost = data.truncated_tokens / data.total_tokens
-        text += f"; {data.truncated_examples:,} are cut and lose {data.truncated_tokens:,} tokens ({lost:.2%})"
+        text += f"; {data.truncated_examples:,} are cut, losing {data.truncated_tokens:,} tokens ({lost:.2%})"
     return text
 
 
@@ -294,13 +293,13 @@ def _advice(out: Console, plan: Plan) -> None:
                 row.append(rate(one.tokens_per_second))
             row.append(one.flags or one.effect)
         table.append(row)
-    heads = [("", False), ("peak GiB", True)]
+    heads = [("", "text"), ("peak GiB", "number")]
     if not plan.fits:
-        heads.append(("", False))
+        heads.append(("fits", "name"))
     if wide:
         if plan.fits:
-            heads.append(("tokens/s", True))
-        heads.append(("", False))
+            heads.append(("tokens/s", "number"))
+        heads.append(("", "text"))
     columns(out, heads, table)
 
 
@@ -316,9 +315,9 @@ def _alternatives(out: Console, plan: Plan) -> None:
         if out.width >= WIDE:
             row.insert(2, figure(one.peak_upper_bytes))
         rows.append(row)
-    heads = [("batch", True), ("", False), ("", False)]
+    heads = [("batch", "number"), ("", "text"), ("", "text")]
     if out.width >= WIDE:
-        heads.insert(2, ("peak GiB", True))
+        heads.insert(2, ("peak GiB", "number"))
     columns(out, heads, rows)
 
 

@@ -26,14 +26,19 @@ class Strategy:
     knobs: tuple[tuple[str, Any], ...]
 
 
-# Further strategies (k of L layers checkpointed, compiled layers, Liger kernels, offloading) join here once their
-# memory and time are modelled. Ordered by rising memory.
+# Further strategies (k of L layers checkpointed, compiled layers, Liger kernels, offloading) join here once
+# their memory and time are modelled. Ordered by rising memory.
 STRATEGIES = (
     Strategy(name="checkpointed", knobs=(("gradient_checkpointing", True),)),
     Strategy(name="not checkpointed", knobs=(("gradient_checkpointing", False),)),
 )
 AS_GIVEN = Strategy(name="as given", knobs=())
-_DECIDES = ("gradient_checkpointing", "checkpointed_layers", "selective_checkpointing", "activation_memory_budget")
+_DECIDES = (
+    "gradient_checkpointing",
+    "checkpointed_layers",
+    "selective_checkpointing",
+    "activation_memory_budget",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,9 @@ _KNOBS: dict[str, _Knob] = {
     "checkpointed_layers": _Knob("int", "checkpoint the first K decoder layers only"),
     "selective_checkpointing": _Knob("bool", "keep attention outputs when checkpointing"),
     "activation_offloading": _Knob("bool", "move activations to host memory"),
-    "attn_implementation": _Knob("choice", "attention (default: the model's)", names.ATTENTION_IMPLEMENTATIONS),
+    "attn_implementation": _Knob(
+        "choice", "attention (default: the model's)", names.ATTENTION_IMPLEMENTATIONS
+    ),
     "kernels": _Knob("choice", "replacement kernels (default: none)", names.KERNELS),
     "compile": _Knob("choice", "compile each decoder layer (default: none)", names.COMPILE),
     "activation_memory_budget": _Knob("float", "0 to 1, with --compile and --no-gradient-checkpointing"),
@@ -65,9 +67,7 @@ def add_knobs(parser: argparse.ArgumentParser) -> None:
         else:
             kind: Any = {"int": whole_number, "float": real_number, "names": _names}[knob.kind]
             metavar = {"int": "N", "float": "X", "names": "NAMES"}[knob.kind]
-            group.add_argument(
-                flag, dest=name, action=StoreOnce, type=kind, help=knob.help, metavar=metavar
-            )
+            group.add_argument(flag, dest=name, action=StoreOnce, type=kind, help=knob.help, metavar=metavar)
 
 
 def given_knobs(args: argparse.Namespace) -> tuple[tuple[str, KnobValue], ...]:

@@ -1,0 +1,93 @@
+"""List the runs of a folder, follow one, or stop one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from planner.command_line import say
+from planner.errors import ExitCode, InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("action", nargs="?", choices=("list", "follow", "stop"), default="list")
+    parser.add_argument("run", nargs="?", help="name of a run folder (follow, stop)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (runs)")
+    parser.add_argument("--json", action="store_true", help="list as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List, follow or stop.
+
+    Raises:
+        InputError: no such run.
+    """
+    root: Path = args.runs.expanduser()
+    if args.action == "list":
+        if args.run is not None:
+            raise InputError("list takes no run")
+        return _list(root, as_json=args.json)
+    if args.run is None:
+        raise InputError(f"runs {args.action} needs the name of a run folder")
+    return _follow(root / args.run) if args.action == "follow" else _stop(root / args.run)
+
+
+def _list(root: Path, *, as_json: bool) -> int:
+    from launcher import supervisor
+
+    folders = sorted(path.parent for path in root.glob("*/job.json"))
+    found = [(path, supervisor.status(path)) for path in folders]
+    if as_json:
+        rows = [
+            {"run": path.name, "state": one.state, "step": one.step, "total_steps": one.total_steps}
+            for path, one in found
+        ]
+        json.dump({"version": 1, "runs": rows}, sys.stdout, indent=2)
+        print()
+        return ExitCode.OK
+    if not found:
+        say(f"no runs in {root}")
+        return ExitCode.OK
+    from planner.render import columns, show
+
+    table = [
+        [path.name, one.state, f"{one.step}/{'?' if one.total_steps is None else one.total_steps}"]
+        for path, one in found
+    ]
+    heads = [("run", "name"), ("state", "name"), ("step", "number")]
+    show(lambda out: columns(out, heads, table, indent=0))
+    return ExitCode.OK
+
+
+def _follow(path: Path) -> int:
+    from launcher import supervisor
+    from launcher.follow import finish, follow_run
+    from launcher.run_folder import RunFolder
+    from launcher.run_record import read_plan
+
+    folder = RunFolder(path.resolve())
+    if supervisor.status(folder.path).state == "created":
+        raise InputError(f"{path}: this run has not been started")
+    interrupted = follow_run(folder, still_running=lambda: supervisor.status(folder.path).alive)
+    return finish(
+        folder,
+        supervisor.status(folder.path),
+        read_plan(folder),
+        interrupted=interrupted,
+        out=sys.stdout,
+        store=False,
+    )
+
+
+def _stop(path: Path) -> int:
+    from launcher import supervisor
+
+    status = supervisor.status(path)
+    if not status.alive:
+        raise InputError(f"{path}: this run is not running ({status.state})")
+    supervisor.request_stop(path)
+    say(f"{path.name} stops after its current step and saves")
+    return ExitCode.OK

@@ -1,0 +1,135 @@
+"""Compare models and GPUs, or find the smallest card for a model, or the largest models for a card.
+
+Several --model and --gpu: each model planned on each GPU. --model alone: the smallest card by method.
+--gpu alone: the catalog's models that fit, and the longest length of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from planner.command_line import StoreOnce
+from planner.commands.knobs import add_knobs, given_knobs
+from planner.errors import ExitCode, InputError
+from planner.request import PlanRequest
+from planner.training_setup import METHODS
+
+MAX_PAIRS = 400
+# Stands in where the model is every one of the catalog.
+_ANY_MODEL = "any"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `compare`."""
+    parser.add_argument(
+        "--model", action="append", default=[], help="catalog name, Hub id or folder; may be repeated"
+    )
+    parser.add_argument(
+        "--gpu", action="append", default=[], help="16GB, rtx-4090, 2x24GB ...; may be repeated"
+    )
+    parser.add_argument(
+        "--price-per-hour", action=StoreOnce, type=float, metavar="USD", help="price of one GPU"
+    )
+    parser.add_argument("--display", action="store_true", help="a display is attached to the GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="the config of a model that is not on this machine may be fetched from the Hugging Face Hub",
+    )
+    add_knobs(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare and print."""
+    if not args.model and not args.gpu:
+        raise InputError("compare needs --model, --gpu or both")
+    if args.model and args.gpu:
+        return _pairs(args)
+    if len(args.model) > 1:
+        raise InputError("several --model need at least one --gpu")
+    if len(args.gpu) > 1:
+        raise InputError("several --gpu need at least one --model")
+    if args.model:
+        return _smallest_cards(args)
+    return _longest_lengths(args)
+
+
+def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanRequest:
+    return PlanRequest(
+        model=model,
+        gpu=gpu,
+        knobs=given_knobs(args),
+        price_usd_per_hour=args.price_per_hour,
+        display=args.display,
+    )
+
+
+def _pairs(args: argparse.Namespace) -> int:
+    from planner.comparison import row_of
+    from planner.planning import make_plan
+
+    if len(args.model) * len(args.gpu) > MAX_PAIRS:
+        raise InputError(f"at most {MAX_PAIRS} pairs of --model and --gpu are compared at once")
+    inspector = getattr(args, "inspector", None)
+    rows = [
+        row_of(make_plan(_request(args, model, gpu), allow_network=args.allow_download, inspector=inspector))
+        for model in args.model
+        for gpu in args.gpu
+    ]
+    if args.json:
+        return _print_json("rows", rows)
+    from planner.render import show
+    from planner.render_tables import print_rows
+
+    show(lambda out: print_rows(out, rows))
+    return ExitCode.OK
+
+
+def _smallest_cards(args: argparse.Namespace) -> int:
+    from planner.comparison import smallest_cards
+    from planner.model_catalog import resolve_model
+
+    name = args.model[0]
+    request = _request(args, name, None)
+    model = resolve_model(name, allow_network=args.allow_download, inspector=getattr(args, "inspector", None))
+    methods = METHODS if args.method is None else (args.method,)
+    base = request.setup(max_length=min(512, model.max_position_embeddings))
+    cards = smallest_cards(base, model, methods, given_length=args.max_length)
+    if args.json:
+        return _print_json("smallest_cards", cards)
+    from planner.render import show
+    from planner.render_tables import print_smallest_cards
+
+    show(lambda out: print_smallest_cards(out, name, cards))
+    return ExitCode.OK
+
+
+def _longest_lengths(args: argparse.Namespace) -> int:
+    from planner.comparison import longest_lengths
+    from planner.gpu_target import resolve_gpu
+
+    if args.max_length is not None:
+        raise InputError("--gpu alone looks for the longest length; --max-length needs --model too")
+    target = resolve_gpu(args.gpu[0], display=args.display)
+    base = _request(args, _ANY_MODEL, None).setup(max_length=512, dtype=target.spec.dtype)
+    found = longest_lengths(target, base)
+    if args.json:
+        return _print_json("models", found)
+    from planner.render import show
+    from planner.render_tables import print_longest_lengths
+
+    show(lambda out: print_longest_lengths(out, target, base.method, found))
+    return ExitCode.OK
+
+
+def _print_json(name: str, rows: Sequence[Any]) -> int:
+    from planner.json_codec import encode
+
+    json.dump({"version": 1, name: [encode(row) for row in rows]}, sys.stdout, indent=2, allow_nan=False)
+    print()
+    return ExitCode.OK

@@ -1,0 +1,127 @@
+"""Estimate the memory and speed of given training setups on a GPU, one setup a line.
+
+Exit code 0 whether or not a setup fits, 2 when a line is not a setup; the other lines are still answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from planner.command_line import StoreOnce
+from planner.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.estimation import Estimate, Estimator
+from planner.gpu_target import resolve_gpu
+from planner.training_setup import TrainingSetup
+
+MAX_LINE_BYTES = 2**20
+STDIN = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `estimate`."""
+    parser.add_argument(
+        "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: the GPU of this machine)"
+    )
+    parser.add_argument(
+        "--setups",
+        required=True,
+        action=StoreOnce,
+        metavar="FILE.jsonl",
+        help="training setups, one JSON object a line; - for stdin",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON line for each setup")
+    parser.add_argument("--display", action="store_true", help="a display is attached to the GPU")
+    parser.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="the config of a model that is not on this machine may be fetched from the Hugging Face Hub",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer line by line, in order."""
+    estimator = Estimator(
+        resolve_gpu(args.gpu, display=args.display),
+        allow_network=args.allow_download,
+        inspector=getattr(args, "inspector", None),
+    )
+    if args.setups == STDIN:
+        return _answer(sys.stdin.buffer, estimator, args.json, flush=True)
+    try:
+        with Path(args.setups).open("rb") as file:
+            return _answer(file, estimator, args.json, flush=False)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(f"--setups {shorten(args.setups)}: {error.strerror or error}") from error
+
+
+def _answer(file: BinaryIO, estimator: Estimator, as_json: bool, *, flush: bool) -> int:
+    if as_json:
+        return _print_json(file, estimator, flush=flush)
+    answers = list(_answers(file, estimator))
+    from planner.render import show
+    from planner.render_tables import print_estimates
+
+    show(lambda out: print_estimates(out, answers, estimator.target))
+    bad = [(number, answer) for number, answer in answers if isinstance(answer, VramwiseError)]
+    if bad:
+        number, first = bad[0]
+        more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
+        raise InputError(f"line {number}: {first}{more}")
+    return ExitCode.OK
+
+
+def _print_json(file: BinaryIO, estimator: Estimator, *, flush: bool) -> int:
+    encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+    write = sys.stdout.write
+    code = ExitCode.OK
+    for number, answer in _answers(file, estimator):
+        if isinstance(answer, VramwiseError):
+            code = ExitCode.BAD_INPUT
+            line: dict[str, Any] = {"error": " ".join(str(answer).split()), "line": number}
+        else:
+            line = answer.to_dict()
+        write(encode(line) + "\n")
+        if flush:
+            sys.stdout.flush()
+    return code
+
+
+def _answers(file: BinaryIO, estimator: Estimator) -> Iterator[tuple[int, Estimate | VramwiseError]]:
+    """Yield the answer to each line with its number; empty lines have none."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            _skip_rest(file, line)
+            yield number, InputError(f"a line of more than {MAX_LINE_BYTES:,} bytes is no training setup")
+            continue
+        if not line.strip():
+            continue
+        try:
+            answer: Estimate | VramwiseError = estimator.estimate(TrainingSetup.from_dict(_parse(line)))
+        except VramwiseError as error:
+            answer = error
+        yield number, answer
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"broken JSON at column {error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"JSON out of bounds: {error}") from error
+
+
+def _skip_rest(file: BinaryIO, line: bytes) -> None:
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE_BYTES)

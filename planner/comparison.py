@@ -1,0 +1,157 @@
+"""Several models and GPUs beside each other; the smallest card for a model; the largest models for a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner import policy
+from planner.candidate import Evaluator
+from planner.cards import native, smallest_gpu_for
+from planner.gpu_target import GpuTarget
+from planner.model_catalog import list_models, resolve_model
+from planner.model_spec import ModelSpec
+from planner.plan import Plan
+from planner.policy import DEFAULT_LENGTHS
+from planner.training_setup import TrainingSetup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One model on one GPU with its planned setup; where it does not fit, the smallest setup tried."""
+
+    model: str
+    gpu: str
+    method: str
+    fits: bool
+    max_length: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    peak_upper_bytes: int
+    usable_bytes: int
+    tokens_per_second: float | None
+    hours_per_million_tokens: float | None
+    usd_per_million_tokens: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallestCard:
+    """The card with least memory that takes a model by a method at a length; null when none does."""
+
+    method: str
+    max_length: int
+    peak_upper_bytes: int
+    gpu: str | None
+    usable_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongestLength:
+    """How long a model's sequences may be on a card, at micro-batch 1 with all layers checkpointed."""
+
+    model: str
+    parameter_count: int
+    max_length: int
+    peak_upper_bytes: int
+    reaches_model_limit: bool
+
+
+def row_of(plan: Plan) -> Row:
+    """The row of a plan made without data."""
+    setup, duration = plan.setup, plan.duration
+    return Row(
+        model=plan.request.model,
+        gpu=plan.gpu.text.strip(),
+        method=setup.method,
+        fits=plan.fits,
+        max_length=setup.max_length,
+        per_device_train_batch_size=setup.per_device_train_batch_size,
+        gradient_accumulation_steps=setup.gradient_accumulation_steps,
+        gradient_checkpointing=setup.gradient_checkpointing,
+        peak_upper_bytes=plan.memory.peak_upper_bytes,
+        usable_bytes=plan.gpu.usable_bytes,
+        tokens_per_second=None if plan.speed is None else plan.speed.tokens_per_second,
+        hours_per_million_tokens=None if duration is None else duration.hours,
+        usd_per_million_tokens=None if duration is None else duration.usd,
+    )
+
+
+def smallest_cards(
+    base: TrainingSetup, model: ModelSpec, methods: tuple[str, ...], *, given_length: int | None = None
+) -> tuple[SmallestCard, ...]:
+    """The smallest card for each method and default length (or the given one), the base's other knobs kept.
+
+    Raises:
+        NotModelledError: a knob whose memory is not modelled.
+    """
+    from planner.memory import estimate_memory
+    from planner.methods import with_method
+
+    lengths = policy.lengths(model, given_length, None)
+    found = []
+    for method in methods:
+        for length in lengths:
+            setup = with_method(base, method).replace(max_length=length)
+            about = estimate_memory(setup, model).peak_upper_bytes
+            gpu = smallest_gpu_for(setup, model, about)
+            needed = about
+            if gpu is not None:
+                needed = estimate_memory(native(setup, gpu), model, gpu=gpu).peak_upper_bytes
+            found.append(
+                SmallestCard(
+                    method=method,
+                    max_length=length,
+                    peak_upper_bytes=needed,
+                    gpu=None if gpu is None else gpu.id,
+                    usable_bytes=None if gpu is None else gpu.usable_bytes,
+                )
+            )
+    return tuple(found)
+
+
+def longest_lengths(target: GpuTarget, base: TrainingSetup) -> tuple[LongestLength, ...]:
+    """For each model of the catalog that fits, the longest sequences that do; the largest model first.
+
+    Lengths are tried in steps of 64 tokens up to what the model was made for.
+    """
+    found = []
+    for summary in list_models():
+        model = resolve_model(summary.id)
+        evaluator = Evaluator(model, target.spec, target.usable_bytes)
+        longest = _longest(evaluator, base.replace(model=summary.id))
+        if longest is not None:
+            found.append(longest)
+    return tuple(sorted(found, key=lambda one: (-one.parameter_count, one.model)))
+
+
+_STEP = 64
+
+
+def _longest(evaluator: Evaluator, base: TrainingSetup) -> LongestLength | None:
+    limit = evaluator.model.max_position_embeddings
+
+    def needed(length: int) -> int | None:
+        candidate = evaluator.try_evaluate(base.replace(max_length=length))
+        return None if candidate is None else candidate.peak_upper_bytes
+
+    def fits(steps: int) -> bool:
+        size = needed(min(limit, steps * _STEP))
+        return size is not None and size <= evaluator.usable_bytes
+
+    low, high = DEFAULT_LENGTHS[-1] // _STEP, -(-limit // _STEP)
+    if not fits(min(low, high)):
+        return None
+    low = min(low, high)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    length = min(limit, low * _STEP)
+    size = needed(length)
+    assert size is not None
+    return LongestLength(
+        model=evaluator.model.id,
+        parameter_count=evaluator.model.parameter_count,
+        max_length=length,
+        peak_upper_bytes=size,
+        reaches_model_limit=length == limit,
+    )
