@@ -47,6 +47,7 @@ class StoreOnce(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        """Store the value, once."""
         if getattr(namespace, self.dest, None) is not None:
             raise argparse.ArgumentError(self, "given twice")
         setattr(namespace, self.dest, values)
@@ -62,6 +63,7 @@ class SwitchOnce(argparse.BooleanOptionalAction):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        """Store the switch's position, once."""
         if getattr(namespace, self.dest, None) is not None:
             raise argparse.ArgumentError(self, "given twice")
         super().__call__(parser, namespace, values, option_string)

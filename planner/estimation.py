@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from planner.candidate import forecast
-from planner.gpu_target import GpuTarget
+from planner.gpu_target import GpuTarget, resolve_gpu
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import Basis
 from planner.model_catalog import Inspector, resolve_model
@@ -83,6 +84,18 @@ class Estimator:
             found = resolve_model(name, allow_network=self._allow_network, inspector=self._inspector)
             self._models[name] = found
         return found
+
+
+def estimate(
+    setup: TrainingSetup | Mapping[str, Any], *, gpu: str | None = None, display: bool = False
+) -> Estimate:
+    """Estimate one setup, given as such or in its JSON form, on a GPU (null: this machine's).
+
+    Raises:
+        InputError: setup, model or GPU are not usable, or a knob is not modelled.
+    """
+    wanted = setup if isinstance(setup, TrainingSetup) else TrainingSetup.from_dict(setup)
+    return Estimator(resolve_gpu(gpu, display=display)).estimate(wanted)
 
 
 def _basis(basis: Basis, speed: StepEstimate | None) -> dict[str, Any]:

@@ -16,9 +16,8 @@ class GpuTarget:
 
     `text` is what was asked, `reference` whether a plain size stands for the card `spec`. Each of the `count`
     GPUs leaves `usable_bytes` to the process: `held_bytes` of the card's usable memory are taken, by a
-    display or by other processes. For a GPU of this machine, `index` is NVML's and `position` that among the visible
-    ones. `alternatives` are other cards that go by
-    the same name; `notes` say what was assumed.
+    display or by other processes. For a GPU of this machine, `index` is NVML's and `position` that among the
+    visible ones. `alternatives` are other cards that go by the same name; `notes` say what was assumed.
     """
 
     text: str

@@ -9,8 +9,8 @@ from planner.model_spec import ModelSpec
 from planner.plan import LoadNeeds, Note
 from planner.training_setup import TrainingSetup
 
-# Allowance for the training process itself, not measured on a GPU: the imports of torch, transformers, TRL, PEFT
-# and bitsandbytes held 0.49 GB resident with torch 2.13's CPU build; CUDA's libraries and context come on top.
+# Allowance for the training process itself, not measured on a GPU: the imports of torch, transformers, TRL,
+# PEFT and bitsandbytes held 0.49 GB resident with torch 2.13's CPU build; CUDA's libraries come on top.
 HOST_PROCESS_BYTES = 3_000_000_000
 # Weights are published in 16 bits and read tensor by tensor: one as mapped from the file, one converted.
 PUBLISHED_BYTES_PER_PARAMETER = 2

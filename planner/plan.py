@@ -87,7 +87,8 @@ class Duration:
 class LoadNeeds:
     """What loading and saving need beside the GPU.
 
-    `download_bytes` is the weights as published, null if unknown. `disk_bytes` adds what the run writes; `host_memory_bytes` is about what the training process holds.
+    `download_bytes` is the weights as published, null if unknown. `disk_bytes` adds what the run
+    writes; `host_memory_bytes` is about what the training process holds.
     """
 
     download_bytes: int | None
@@ -168,8 +169,8 @@ class Note:
 class Plan:
     """The answer to a PlanRequest.
 
-    `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make it fit or how to use what is left. `assumptions` are everything that was chosen
-    without being asked.
+    `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make
+    it fit or how to use what is left. `assumptions` are everything that was chosen without being asked.
     """
 
     request: PlanRequest

@@ -11,8 +11,8 @@ COVERAGE_PERCENT = 99.0
 # Lengths chosen from data are rounded up to this: matmuls waste part of a tile on other sizes.
 LENGTH_STEP = 64
 
-# What fine-tuning guides use with LoRA: 2e-4 for 7B to 8B, 1e-4 from 14B; the line is drawn above 10B, so that
-# sizes in between get the lower rate. QLoRA's own runs used 2e-4 up to 13B and 1e-4 for 33B and 65B
+# What fine-tuning guides use with LoRA: 2e-4 for 7B to 8B, 1e-4 from 14B; the line is drawn above 10B, so
+# that sizes in between get the lower rate. QLoRA's own runs used 2e-4 up to 13B and 1e-4 for 33B and 65B
 # (arXiv:2305.14314, table 9).
 LORA_LEARNING_RATE = 2e-4
 LORA_LEARNING_RATE_LARGE = 1e-4
