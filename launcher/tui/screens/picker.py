@@ -20,6 +20,7 @@ from textual.worker import get_current_worker
 
 from launcher.tui.text import plain
 
+_REMARK_WIDTH = 12
 _SEPARATORS = re.compile(r"[\s_\-./]+")
 
 
@@ -76,8 +77,7 @@ class Picker(ModalScreen[str | None]):
         self._remark = remark
         self._remarks: dict[str, Remark] = {}
         self._shown: tuple[Row, ...] = rows
-        self._name_width = min(28, max((len(row.name) for row in rows), default=10))
-        self._detail_width = min(40, max((len(row.detail) for row in rows), default=0))
+        self._name_width = min(26, max((len(row.name) for row in rows), default=10))
 
     def compose(self) -> ComposeResult:
         """Title, filter, list."""
@@ -158,11 +158,12 @@ class Picker(ModalScreen[str | None]):
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(plain(row.name, self._name_width).ljust(self._name_width + 2))
         muted = self.app.theme_variables.get("muted", "#888888")
-        if self._detail_width:
-            line.append(plain(row.detail, self._detail_width).ljust(self._detail_width + 2), muted)
-        remark = self._remarks.get(row.key)
-        if remark is not None:
-            line.append(remark.text, self.app.theme_variables.get(remark.colour, muted))
+        if self._remark is not None:
+            remark = self._remarks.get(row.key, Remark("", "muted"))
+            colour = self.app.theme_variables.get(remark.colour, muted)
+            line.append(remark.text.ljust(_REMARK_WIDTH) + "  ", colour)
+        if row.detail:
+            line.append(plain(row.detail, 60), muted)
         return line
 
 

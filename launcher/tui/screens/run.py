@@ -102,7 +102,7 @@ class RunScreen(Screen[None]):
         self.query_one(PhaseComparison).snapshot = snapshot
         no_gpu = snapshot.on_gpu is False
         self.query_one("#gpu-heading", Static).update("host memory" if no_gpu else "GPU")
-        self.query_one(GpuPanel).show(snapshot)
+        self.query_one(GpuPanel).snapshot = snapshot
         self.query_one(LogTail).show(snapshot)
         if snapshot.behind:
             self.poll()

@@ -198,8 +198,8 @@ class SizingScreen(Screen[None]):
         def remark(row: Row) -> Remark:
             try:
                 sized = size_up(knobs.to_setup(row.key, texts, others), resolve_model(row.key), card)
-            except InputError as error:
-                return Remark(plain(error, 40), "muted")
+            except InputError:
+                return Remark("not possible", "muted")
             return _remark(sized)
 
         self.app.push_screen(
@@ -241,7 +241,7 @@ class SizingScreen(Screen[None]):
             Row(
                 key=key,
                 name=card.title,
-                detail=f"{gib(card.usable_bytes):>9} usable  {_origin(card)}",
+                detail=f"of {gib(card.usable_bytes):>9}  {_origin(card)}",
                 search=" ".join((card.spec.name, *card.spec.aliases)),
             )
             for key, card in known.items()
@@ -251,8 +251,8 @@ class SizingScreen(Screen[None]):
         def remark(row: Row) -> Remark:
             try:
                 return _remark(size_up(knobs.to_setup(name, texts, others), model, known[row.key]))
-            except InputError as error:
-                return Remark(plain(error, 40), "muted")
+            except InputError:
+                return Remark("not possible", "muted")
 
         def picked(key: str | None) -> None:
             if key is None:

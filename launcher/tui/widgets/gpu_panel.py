@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from rich.text import Text
-from textual.app import ComposeResult
-from textual.containers import Vertical
-from textual.widgets import Sparkline, Static
+from textual.reactive import reactive
+from textual.widget import Widget
 
 from launcher.tui.run_follower import RunSnapshot
-from launcher.tui.text import GIB, gib, size
+from launcher.tui.text import gib, size
+
+_LEVELS = " ▁▂▃▄▅▆▇█"
 
 
-class GpuPanel(Vertical):
-    """A line of figures over a sparkline of memory."""
+class GpuPanel(Widget):
+    """A line of figures over the course of memory, its full height being the card's total."""
 
     DEFAULT_CSS = "GpuPanel { height: auto; }"
 
-    def compose(self) -> ComposeResult:
-        """Figures and sparkline."""
-        yield Static("", id="gpu-figures")
-        yield Sparkline([], id="gpu-memory")
+    snapshot: reactive[RunSnapshot | None] = reactive(None, layout=True)
 
-    def show(self, snapshot: RunSnapshot) -> None:
-        """Show a snapshot."""
-        self.query_one("#gpu-figures", Static).update(Text(figures(snapshot)))
-        values = [used / GIB for _, used in snapshot.used_series]
-        # Zero belongs to the scale: a flat line must look flat.
-        self.query_one(Sparkline).data = [0.0, *values] if values else []
+    def render(self) -> Text:
+        """Draw figures and course."""
+        if self.snapshot is None:
+            return Text("")
+        colours = self.app.theme_variables
+        text = Text(figures(self.snapshot))
+        sample = self.snapshot.sample
+        values = [used for _, used in self.snapshot.used_series]
+        if sample is None or not values:
+            return text
+        total = sample.total_bytes if isinstance(sample.total_bytes, int) else max(values)
+        line = course(values, total, max(10, self.content_size.width))
+        return text.append("\n").append(line, f"{colours['primary']} on {colours['panel']}")
+
+
+def course(values: Sequence[float], total: float, width: int) -> str:
+    """Values over time in one line of blocks, the largest of each stretch shown, zero at the bottom."""
+    stretches = min(width, len(values))
+    cuts = [round(i * len(values) / stretches) for i in range(stretches + 1)]
+    peaks = [max(values[a:b]) for a, b in itertools.pairwise(cuts)]
+    top = len(_LEVELS) - 1
+    return "".join(_LEVELS[min(top, max(0, round(peak / max(total, 1) * top)))] for peak in peaks)
 
 
 def figures(snapshot: RunSnapshot) -> str:

@@ -31,7 +31,7 @@ class Legend(Widget):
 def legend(memory: MemoryBreakdown, width: int, *, muted: str) -> Text:
     """Swatch, title, bytes and share of the total, largest share last digit aligned."""
     colours = component_colours(component.name for component in memory.components)
-    title_width = max(_MINIMUM_TITLE, min(width, 64) - 2 - 10 - 6)
+    title_width = max(_MINIMUM_TITLE, min(width, 64) - 2 - 9 - 6)
     text = Text(no_wrap=True, overflow="ellipsis")
     for component in memory.components:
         if not component.size_bytes:
@@ -39,9 +39,9 @@ def legend(memory: MemoryBreakdown, width: int, *, muted: str) -> Text:
         share = component.size_bytes / memory.process_bytes
         text.append("█ ", colours[component.name])
         text.append(_column(component.title, title_width))
-        text.append(f"{size(component.size_bytes):>10}")
+        text.append(f"{size(component.size_bytes):>9}")
         text.append(f"{share:>6.1%}\n" if share >= 0.001 else " <0.1%\n", muted)
-    text.append(f"  {_column('while training', title_width)}{size(memory.process_bytes):>10}", "bold")
+    text.append(f"  {_column('while training', title_width)}{size(memory.process_bytes):>9}", "bold")
     text.append(f"{1:>6.0%}", muted)
     return text
 

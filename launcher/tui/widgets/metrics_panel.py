@@ -44,7 +44,7 @@ def metrics(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
     return (
         ("loss", _number(log.loss if log else None)),
         ("tokens/s", _number(log.tokens_per_second if log else None)),
-        ("rate", _number(log.learning_rate if log else None)),
+        ("learn rate", _number(log.learning_rate if log else None)),
         ("eval loss", _number(evaluation)),
         ("step time", duration(seconds) if isinstance(seconds, int | float) else "-"),
         ("grad norm", _number(log.grad_norm if log else None)),

@@ -103,8 +103,8 @@ def _footnote(snapshot: RunSnapshot) -> str:
         return "on the CPU: the trainer's resident memory, not what a GPU would need"
     if snapshot.prediction is None:
         return "this model's memory could not be predicted"
-    source = "its plan" if snapshot.prediction.stored else "its job, worked out now"
-    return f"planned: {source}; measured below it, % is planned over measured"
+    source = "in plan.json" if snapshot.prediction.stored else "worked out now, for want of plan.json"
+    return f"planned {source}; % is planned over measured"
 
 
 def _predicted(phase: PhaseMemory | None, event: MemoryEvent | None) -> int | None:

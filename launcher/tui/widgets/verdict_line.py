@@ -35,7 +35,9 @@ class VerdictLine(Widget):
         line = Text(no_wrap=True, overflow="ellipsis")
         if self.stale:
             muted = colours.get("muted", "#888888")
-            return line.append(" ? " + figures(self.sizing, short=self.size.width < _WIDE), muted)
+            return line.append(
+                "last answer: " + figures(self.sizing, short=self.size.width < _WIDE + 14), muted
+            )
         line.append(badge, Style(color=colours["background"], bgcolor=colours[colour], bold=True))
         line.append("  ")
         return line.append(figures(self.sizing, short=self.size.width < _WIDE + len(badge)))
