@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
+from launcher import run_record
 from launcher.events import WarningEvent
 from launcher.tui import run_follower
 from launcher.tui.screens.confirm import Confirm
@@ -168,3 +169,31 @@ async def test_state_progress_and_loss_are_in_sight_at_every_size(
         assert "RUNNING" in text
         assert "step 240 of 400" in text
         assert any(0x2800 < ord(character) < 0x2900 for character in text)
+
+
+@pytest.mark.usefixtures("alive")
+async def test_a_run_seen_to_end_is_recorded_once(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: list[tuple[Path, str]] = []
+    monkeypatch.setattr(
+        run_record, "store_record", lambda folder, outcome: stored.append((folder.path, outcome))
+    )
+    folder = synthetic.half_way(tmp_path / "run")
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)
+        assert not stored
+        synthetic.append(folder.events, synthetic.end("stopped", 241))
+        await see(pilot)
+        await see(pilot)
+    assert stored == [(folder.path, "ok")]
+
+
+async def test_a_run_that_was_over_is_not_recorded_again(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_record, "store_record", lambda folder, outcome: pytest.fail("stored"))
+    folder = synthetic.half_way(tmp_path / "run")
+    synthetic.append(folder.events, synthetic.end("finished", 400))
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)

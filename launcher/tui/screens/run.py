@@ -13,7 +13,7 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from launcher import supervisor
+from launcher import run_record, supervisor
 from launcher.run_folder import RunFolder
 from launcher.tui.run_follower import RunFollower, RunSnapshot
 from launcher.tui.screens.confirm import Confirm
@@ -24,8 +24,11 @@ from launcher.tui.widgets.log_tail import LogTail
 from launcher.tui.widgets.metrics_panel import MetricsPanel
 from launcher.tui.widgets.phase_comparison import PhaseComparison
 from launcher.tui.widgets.run_headline import RunHeadline
+from planner.errors import VramwiseError
 
 POLL_SECONDS = 0.25
+# Ends that leave a measurement, and what the record calls them.
+_RECORDED = {"finished": "ok", "stopped": "ok", "oom": "oom"}
 
 
 class RunScreen(Screen[None]):
@@ -46,12 +49,20 @@ class RunScreen(Screen[None]):
             super().__init__()
             self.snapshot = snapshot
 
+    class Recorded(Message):
+        """The run's record was stored, or says why not."""
+
+        def __init__(self, message: str) -> None:
+            super().__init__()
+            self.message = message
+
     def __init__(self, folder: RunFolder) -> None:
         super().__init__()
         self.folder = folder
         self.snapshot: RunSnapshot | None = None
         self._follower = RunFollower(folder)
         self._polling = False
+        self._seen_alive = False
 
     def compose(self) -> ComposeResult:
         """Headline, loss and figures beside memory, log below."""
@@ -104,8 +115,32 @@ class RunScreen(Screen[None]):
         self.query_one("#gpu-heading", Static).update("host memory" if no_gpu else "GPU")
         self.query_one(GpuPanel).snapshot = snapshot
         self.query_one(LogTail).show(snapshot)
+        self._store_when_seen_to_end(snapshot)
         if snapshot.behind:
             self.poll()
+
+    def _store_when_seen_to_end(self, snapshot: RunSnapshot) -> None:
+        """A run that ends before our eyes is recorded; one that was over at first is left as it is."""
+        if not snapshot.over:
+            self._seen_alive = self._seen_alive or snapshot.state in ("starting", "running", "stopping")
+        elif self._seen_alive:
+            self._seen_alive = False
+            if snapshot.losses and snapshot.state in _RECORDED and not self.folder.record.exists():
+                self._store(_RECORDED[snapshot.state])
+
+    @work(thread=True, group="record")
+    def _store(self, outcome: str) -> None:
+        try:
+            record = run_record.store_record(self.folder, outcome)
+        except (VramwiseError, OSError) as error:
+            self.post_message(self.Recorded(f"not recorded: {error}"))
+            return
+        if record is not None:
+            self.post_message(self.Recorded("predicted and measured figures are kept in record.json"))
+
+    @on(Recorded)
+    def _say_recorded(self, event: Recorded) -> None:
+        self.notify(plain(event.message), title="Run record", markup=False)
 
     def _tick(self) -> None:
         """Between snapshots the time left counts down on the monotonic clock."""
