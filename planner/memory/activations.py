@@ -36,7 +36,7 @@ class LayerReplay:
 def layer_replay(
     layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
 ) -> LayerReplay:
-    """Replay one layer; `input_requires_grad` is false for the first layer of a LoRA run without checkpoints."""
+    """Replay one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
     width = layer.hidden_size * knobs.default.activation_bytes
     plain = Tape(saves=False)
     hidden = Value(plain.tokens(0), False)
@@ -45,11 +45,11 @@ def layer_replay(
     tape = Tape(saves=True)
     hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
     incoming = tape.tokens(width) if checkpointed else None
-    early = tape.tokens(width) if checkpointed and _scales_first(layer, knobs) else None
+    early = [tape.tokens(width) for _ in range(_scalings_first(layer, knobs))] if checkpointed else []
     output = replay(tape, layer, knobs, hidden)
     if checkpointed:
         tape.stop_after_last_save()
-        tape.free(output.buffer, incoming, early)
+        tape.free(output.buffer, incoming, *early)
         saved = NOTHING
         forward_saving: tuple[Moment, ...] = ()
     else:
@@ -69,14 +69,16 @@ def layer_replay(
     )
 
 
-def _scales_first(layer: LayerSpec, knobs: LayerKnobs) -> bool:
-    """Whether backward's first node is the adapter's scaling, which runs before recomputation is asked for."""
-    return not layer.output_norms and knobs.kind("down_proj").rank > 0 and not layer.experts
+def _scalings_first(layer: LayerSpec, knobs: LayerKnobs) -> int:
+    """Scalings of the gradient that run before anything asks for recomputation: they need no saved tensor."""
+    if layer.output_norms or layer.experts:
+        return 0
+    return int(layer.residual_multiplier) + int(knobs.kind("down_proj").rank > 0)
 
 
 @lru_cache(maxsize=4096)
 def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
-    """The norm after the last decoder layer; its `saved` is what the head's passes find beside checkpoints."""
+    """The norm after the last decoder layer; its `saved` lies beside checkpoints in the head's passes."""
     width = layer.hidden_size * knobs.default.activation_bytes
     tape = Tape(saves=True)
     hidden = Value(tape.tokens(0), True)

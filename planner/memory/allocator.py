@@ -34,7 +34,7 @@ def segment_size(size_bytes: int) -> int:
 
 
 class CachingAllocator:
-    """Replays requests; addresses are numbers, segments lie far apart so that blocks merge only within one."""
+    """Replays requests; addresses are numbers, segments lie far apart so that blocks never merge across."""
 
     def __init__(self) -> None:
         self.allocated_bytes = 0

@@ -39,7 +39,7 @@ class LayerKnobs:
 
 
 def replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
-    """Replay the layer's forward pass; its backward lies on the tape. The caller keeps its hold on `hidden`."""
+    """Replay the forward pass; backward lies on the tape. The caller keeps its hold on `hidden`."""
     residual = hidden
     normed = norm(tape, layer, knobs, hidden, layer.hidden_size) if layer.input_norms else _again(hidden)
     attended = _attention(tape, layer, knobs, normed)

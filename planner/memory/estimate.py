@@ -10,7 +10,14 @@ from planner.memory.breakdown import Component, MemoryBreakdown, PhaseMemory
 from planner.memory.head import HeadMemory, head_memory
 from planner.memory.optimizer import OptimizerMemory, optimizer_memory
 from planner.memory.refusals import attention_implementation, refuse_unmodelled
-from planner.memory.runtime import Coefficients, basis_of, coefficients_for, cublas_workspace_bytes
+from planner.memory.runtime import (
+    Coefficients,
+    ReserveTerms,
+    basis_of,
+    coefficients_for,
+    cublas_workspace_bytes,
+    managed_process_bytes,
+)
 from planner.memory.segments import segments
 from planner.memory.timeline import StepMoment, StepShape, StepTimeline
 from planner.memory.weights import DTYPE_BYTES, WeightMemory, is_quantized, weight_memory
@@ -64,15 +71,10 @@ def estimate_memory(
     refuse_unmodelled(setup, model)
     gpu_name = gpu.id if gpu else None
     measured = coefficients or coefficients_for(gpu_name)
-    resident = _resident(setup, model, gpu)
-    timeline = _timeline(setup, model, resident, padded=padded)
-    step = max(
-        timeline.largest(),
-        timeline.optimizer_step(resident.optimizer.temporary_bytes),
-        key=lambda moment: moment.total_bytes,
-    )
+    resident, timeline, step = _replayed(setup, model, gpu, padded=padded)
     evaluation = timeline.forward_only(_head(setup, model, evaluating=True))
-    phases = _phases(measured, resident, step, evaluation)
+    terms = _reserve_terms(resident, timeline, step)
+    phases = _phases(measured, resident, step, evaluation, terms)
     step_phase = phases[1]
     return MemoryBreakdown(
         weights_bytes=resident.weights.allocated_bytes,
@@ -86,16 +88,44 @@ def estimate_memory(
     )
 
 
-def _resident(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None) -> _Resident:
+def reserve_terms(
+    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool
+) -> ReserveTerms:
+    """What the allocator's reserve is fitted to, for a setup that was measured."""
+    return _reserve_terms(*_replayed(setup, model, gpu, padded=padded))
+
+
+def _replayed(
+    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, *, padded: bool
+) -> tuple[_Resident, StepTimeline, StepMoment]:
+    """What is there between steps, the step's timeline, and its peak."""
+    resident = _resident(setup, model, gpu, padded=padded)
+    timeline = _timeline(setup, model, resident, padded=padded)
+    step = max(
+        timeline.largest(),
+        timeline.optimizer_step(resident.optimizer.temporary_bytes),
+        key=lambda moment: moment.total_bytes,
+    )
+    return resident, timeline, step
+
+
+def _reserve_terms(resident: _Resident, timeline: StepTimeline, step: StepMoment) -> ReserveTerms:
+    return ReserveTerms(
+        working_bytes=timeline.working_bytes(),
+        head_bytes=timeline.head.backward_bytes,
+        kept_bytes=step.kept_bytes,
+        weight_bytes=resident.largest_dequantized_bytes,
+        optimizer_bytes=resident.optimizer.temporary_bytes,
+    )
+
+
+def _resident(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, *, padded: bool) -> _Resident:
     weights = weight_memory(setup, model)
     trained = trainables(setup, model)
     width = DTYPE_BYTES[setup.dtype]
     layer = model.layers[0]
     rotary = model.rotary_tables * 2 * setup.max_length * (layer.rotary_dim or layer.head_dim) * width
-    masks = 0
-    if attention_implementation(setup, model) == "eager":
-        kinds = len({layer.sliding_window for layer in model.layers})
-        masks = kinds * setup.per_device_train_batch_size * setup.max_length**2 * width
+    masks = _mask_bytes(setup, model, padded=padded)
     return _Resident(
         weights=weights,
         trained=trained,
@@ -105,6 +135,19 @@ def _resident(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None) -> _R
         tables_bytes=rotary + masks + INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step,
         largest_dequantized_bytes=_largest_quantized(model) * width if setup.method == "qlora" else 0,
     )
+
+
+def _mask_bytes(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
+    """Attention masks, one for each kind of layer that needs one: additive for eager, boolean for sdpa.
+
+    sdpa needs none for full sequences that no window cuts (transformers masking_utils.py, sdpa_mask).
+    """
+    kinds = {layer.sliding_window for layer in model.layers}
+    elements = setup.per_device_train_batch_size * setup.max_length**2
+    if attention_implementation(setup, model) == "eager":
+        return len(kinds) * elements * DTYPE_BYTES[setup.dtype]
+    needed = [w for w in kinds if padded or (w is not None and w < setup.max_length)]
+    return len(needed) * elements
 
 
 _LARGEST: dict[tuple[str, int], int] = {}
@@ -134,8 +177,10 @@ def _timeline(setup: TrainingSetup, model: ModelSpec, resident: _Resident, *, pa
     parts, final_norm = segments(setup, model, resident.trained, attention=attention, padded=padded)
     width = DTYPE_BYTES[setup.dtype]
     embedding = model.vocab_size * model.hidden_size * width if setup.method == "full" else 0
+    scaled = model.embedding_multiplier and not any("Scaled" in p.module_class for p in model.parameters)
     return StepTimeline(
         parts=parts,
+        raw_embedding=scaled and setup.uses_lora and setup.gradient_checkpointing,
         final_norm=final_norm,
         head=_head(setup, model),
         trained=resident.trained,
@@ -151,16 +196,14 @@ def _timeline(setup: TrainingSetup, model: ModelSpec, resident: _Resident, *, pa
 
 
 def _phases(
-    measured: Coefficients, resident: _Resident, step: StepMoment, evaluation: StepMoment
+    measured: Coefficients,
+    resident: _Resident,
+    step: StepMoment,
+    evaluation: StepMoment,
+    terms: ReserveTerms,
 ) -> tuple[PhaseMemory, ...]:
-    outside = measured.context_bytes
-    if resident.optimizer.managed_bytes:
-        outside += measured.paged_context_bytes + resident.optimizer.managed_bytes
-    reserve = int(
-        measured.reserve_constant_bytes
-        + measured.reserve_per_dynamic_byte * step.total_bytes
-        + measured.reserve_per_weight_byte * resident.largest_dequantized_bytes
-    )
+    outside = measured.context_bytes + managed_process_bytes(resident.optimizer.managed_bytes)
+    reserve, margin = measured.reserve_bytes(terms), measured.margin(terms)
     step_allocated = resident.allocated_bytes + step.total_bytes
     step_reserved = step_allocated + reserve
     load = resident.weights.allocated_bytes + resident.largest_dequantized_bytes
@@ -190,8 +233,7 @@ def _phases(
             allocated_bytes=allocated,
             reserved_bytes=reserved,
             process_bytes=reserved + beyond,
-            process_upper_bytes=int((reserved + beyond) * (1 + measured.margin_fraction))
-            + measured.margin_bytes,
+            process_upper_bytes=reserved + beyond + (measured.margin_bytes if name == "load" else margin),
         )
         for name, moment, allocated, reserved, beyond in rows
     )
@@ -202,7 +244,7 @@ def _components(
 ) -> tuple[Component, ...]:
     weights, optimizer = resident.weights, resident.optimizer
     width = DTYPE_BYTES[setup.dtype] * 8
-    paged = measured.paged_context_bytes if optimizer.managed_bytes else 0
+    managed = managed_process_bytes(optimizer.managed_bytes)
     rows = (
         (
             "weights_4bit",
@@ -232,7 +274,7 @@ def _components(
         (
             "optimizer",
             "optimizer",
-            optimizer.allocated_bytes + optimizer.managed_bytes,
+            optimizer.allocated_bytes + managed,
             f"{setup.optim}: state by tensor, as torch or bitsandbytes lays it out",
         ),
         (
@@ -257,7 +299,7 @@ def _components(
         (
             "context",
             "CUDA context",
-            measured.context_bytes + paged,
+            measured.context_bytes,
             f"context, kernels and libraries (measured: {measured.name})",
         ),
     )

@@ -76,7 +76,7 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
 
 
 def _weight_casts(tape: Tape, kind: LinearKind, inputs: int, outputs: int) -> Buffer | None:
-    """Copies of fp32 adapter weights in the compute dtype: autocast keeps them until backward has used them."""
+    """Copies of fp32 adapter weights in the compute dtype: autocast keeps them until backward is done."""
     if kind.adapter_bytes <= kind.activation_bytes:
         return None
     copies = tape.fixed(kind.rank * (inputs + outputs) * kind.activation_bytes)

@@ -1,12 +1,12 @@
-"""What cannot be counted: CUDA context, cuBLAS workspaces, the allocator's reserve. Measured, per environment.
+"""What cannot be counted: CUDA context, cuBLAS workspaces, the allocator's reserve. Measured by environment.
 
-Coefficients come from profiles/calibration (shipped) or the user's data folder; `vramwise calibrate` fits them.
+Coefficients lie in profiles/calibration (shipped) or the user's data folder; `vramwise calibrate` fits them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,37 @@ aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
 CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
 CUBLAS_HANDLES = 2
 """The main thread's handle and the autograd thread's: 64 MiB appear in the first step on an H100."""
+MANAGED_CHUNK_BYTES = 128 * MIB
+"""The driver's figure grows by multiples of this with a paged optimizer's state (seen on an H100)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReserveTerms:
+    """What the allocator's reserve grows with: `working` the busiest layer's own allocations, `head` the
+    output head's, `kept` what forward keeps for backward, `weight` the largest dequantised weight,
+    `optimizer` the optimizer step's temporaries, in bytes.
+    """
+
+    working_bytes: int
+    head_bytes: int
+    kept_bytes: int
+    weight_bytes: int
+    optimizer_bytes: int
+
+    def as_tuple(self) -> tuple[int, int, int, int, int]:
+        """In the order of Coefficients.reserve_per_byte."""
+        return (
+            self.working_bytes,
+            self.head_bytes,
+            self.kept_bytes,
+            self.weight_bytes,
+            self.optimizer_bytes,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """All terms together: the scale of what can go otherwise than expected."""
+        return sum(self.as_tuple())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,18 +62,16 @@ class Coefficients:
     """Measured terms of one environment.
 
     `context_bytes`: what the driver shows above reserved memory at the end of a step, without managed
-    memory (context, kernels, libraries). `paged_context_bytes`: what a paged optimizer adds beside its state.
-    Reserved memory above allocated is `reserve_constant_bytes` + `reserve_per_dynamic_byte` x (peak - what
-    is there between steps) + `reserve_per_weight_byte` x (largest dequantised weight). `margin_fraction` and
-    `margin_bytes` make the interval: upper end = expected x (1 + fraction) + bytes.
+    memory (context, kernels, libraries). Reserved memory above allocated is `reserve_constant_bytes` plus
+    `reserve_per_byte` times the ReserveTerms. The interval's upper end is the expected figure plus
+    `margin_fraction` of the terms' sum plus `margin_bytes`; it covers every record when its model is left out
+    of the fit.
     """
 
     name: str
     context_bytes: int
-    paged_context_bytes: int
     reserve_constant_bytes: int
-    reserve_per_dynamic_byte: float
-    reserve_per_weight_byte: float
+    reserve_per_byte: tuple[float, ...]
     margin_fraction: float
     margin_bytes: int
     record_ids: tuple[str, ...]
@@ -52,10 +81,21 @@ class Coefficients:
 
     def __post_init__(self) -> None:
         validate.text("coefficients name", self.name)
-        for field in ("context_bytes", "paged_context_bytes", "reserve_constant_bytes", "margin_bytes"):
+        for field in ("context_bytes", "reserve_constant_bytes", "margin_bytes"):
             validate.integer(field, getattr(self, field), minimum=0, maximum=2**40)
-        for field in ("reserve_per_dynamic_byte", "reserve_per_weight_byte", "margin_fraction"):
-            validate.number(field, getattr(self, field), minimum=0.0, maximum=10.0)
+        if len(self.reserve_per_byte) != len(fields(ReserveTerms)):
+            raise InputError(f"reserve_per_byte needs {len(fields(ReserveTerms))} numbers")
+        for value in (*self.reserve_per_byte, self.margin_fraction):
+            validate.number("coefficient", value, minimum=0.0, maximum=10.0)
+
+    def reserve_bytes(self, terms: ReserveTerms) -> int:
+        """Reserved memory above allocated at the peak of a step."""
+        reserve = sum(rate * size for rate, size in zip(self.reserve_per_byte, terms.as_tuple(), strict=True))
+        return self.reserve_constant_bytes + int(reserve)
+
+    def margin(self, terms: ReserveTerms) -> int:
+        """How far above the expected figure the interval ends."""
+        return int(self.margin_fraction * terms.total_bytes) + self.margin_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -72,6 +112,7 @@ class Coefficients:
             return cls(
                 **{
                     **values,
+                    "reserve_per_byte": tuple(values["reserve_per_byte"]),
                     "record_ids": tuple(values["record_ids"]),
                     "model_ids": tuple(values["model_ids"]),
                     "stack_versions": tuple((k, v) for k, v in values["stack_versions"]),
@@ -79,6 +120,11 @@ class Coefficients:
             )
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"not calibration coefficients: {error}") from error
+
+
+def managed_process_bytes(managed_bytes: int) -> int:
+    """What the driver shows for managed memory of that size: it is held in chunks."""
+    return -(-managed_bytes // MANAGED_CHUNK_BYTES) * MANAGED_CHUNK_BYTES
 
 
 def calibration_files() -> tuple[Path, ...]:

@@ -108,7 +108,7 @@ def _replay_all(
     found = []
     for layer, window in zip(model.layers, windows, strict=True):
         knobs = LayerKnobs(kinds=kinds, default=default, attention=attention, masked=padded or window)
-        # Without checkpoints nothing asks for the gradient of a LoRA run's embeddings, so the first layer saves less.
+        # Nothing asks for the embeddings' gradient in a LoRA run without checkpoints.
         groups = {
             (True, True): [i for i in layer.indices if i < limit],
             (False, False): [i for i in layer.indices if i >= limit and i == 0 and setup.uses_lora],

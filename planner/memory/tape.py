@@ -1,4 +1,4 @@
-"""A tape of allocations: replays what a decoder layer allocates and frees, forward and backward, symbolically.
+"""A tape of allocations: replays what a decoder layer allocates and frees, forward and backward.
 
 Every size is linear in the tokens of a micro-step and in the attention-score elements, so one replay of a
 layer gives its peak for every length and batch: the largest of the recorded moments. The order of

@@ -56,6 +56,7 @@ class StepTimeline:
         trained: Trainables,
         embedding_gradient_bytes: int,
         tied: bool,
+        raw_embedding: bool,
         shape: StepShape,
     ) -> None:
         self.parts = parts
@@ -75,6 +76,8 @@ class StepTimeline:
         self._gradients = [
             0.0 if shape.accumulating else at(part.replay.gradients, tokens, scores) for part in parts
         ]
+        # PEFT marks the embedding's output as a leaf that wants a gradient; scaling it makes a second tensor.
+        self._raw_embedding = shape.hidden_bytes_per_token * tokens if raw_embedding else 0
         self._layers = sum(len(part.indices) for part in parts)
         self._all_gradients = trained.elements * trained.element_bytes
 
@@ -123,8 +126,17 @@ class StepTimeline:
         )
 
     def _kept_below(self, index: int) -> int:
-        return int(
-            sum(kept * part.count_below(index) for kept, part in zip(self._kept, self.parts, strict=True))
+        layers = sum(
+            kept * part.count_below(index) for kept, part in zip(self._kept, self.parts, strict=True)
+        )
+        return int(layers) + self._raw_embedding
+
+    def working_bytes(self) -> int:
+        """What the busiest layer allocates and frees while it is worked on, its saved tensors left out."""
+        tokens, scores = self.shape.tokens, self.shape.scores
+        return max(
+            int(peak(part.replay.backward, tokens, scores)[0] - at(part.replay.saved, tokens, scores))
+            for part in self.parts
         )
 
     def _gradients_above(self, index: int) -> int:
