@@ -4,8 +4,8 @@
     plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
     figures = estimate({"model": "qwen2.5-14b", "max_length": 4096}, gpu="16GB")
 
-Everything is imported when it is first used. (`planner.plan` is the module of the type Plan, so the function that
-makes one is `make_plan`.)
+Everything is imported when it is first used. (`planner.plan` is the module of the type Plan, so the function
+that makes one is `make_plan`.)
 """
 
 from __future__ import annotations

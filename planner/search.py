@@ -97,7 +97,8 @@ def batches(effective: int, num_processes: int, fixed: dict[str, Any]) -> tuple[
             )
             if value is not None
         )
-        raise InputError(f"{asked} cannot give an effective batch of {effective} on {num_processes} GPU(s)")
+        gpus = f" on {num_processes} GPUs" if num_processes > 1 else ""
+        raise InputError(f"{asked} cannot give an effective batch of {effective}{gpus}")
     return found
 
 

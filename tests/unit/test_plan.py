@@ -1,0 +1,284 @@
+"""What a plan promises: defaults, verdicts, advice that holds, and JSON that comes back whole."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from planner import policy
+from planner.cards import cards_by_memory
+from planner.errors import FieldError, InputError
+from planner.estimation import Estimator
+from planner.gpu_target import resolve_gpu
+from planner.memory import estimate_memory
+from planner.model_catalog import resolve_model
+from planner.plan import Plan
+from planner.planning import make_plan
+from planner.request import PlanRequest, make_request
+from tests.unit.conftest import Cli
+
+GIB = 2**30
+
+
+def plan_for(model: str, gpu: str, **wishes: object) -> Plan:
+    return make_plan(make_request(model, gpu=gpu, **wishes))  # type: ignore[arg-type]
+
+
+REQUESTS = {
+    "fits": make_request("qwen2.5-14b", gpu="16GB"),
+    "does not fit": make_request("llama-3.1-70b", gpu="24GB"),
+    "full": make_request("smollm2-135m", gpu="12GB", knobs={"method": "full", "optim": "adamw_torch"}),
+    "knobs": make_request(
+        "llama-3.2-1b",
+        gpu="rtx-4090",
+        knobs={"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05, "use_rslora": True},
+        effective_batch_size=8,
+        num_train_epochs=2,
+        learning_rate=1e-4,
+        price_usd_per_hour=0.5,
+        display=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS.keys())
+def test_json_comes_back_whole(request_: PlanRequest) -> None:
+    plan = make_plan(request_)
+    text = json.dumps(plan.to_dict(), allow_nan=False)
+    assert Plan.from_dict(json.loads(text)) == plan
+    assert json.loads(text)["version"] == 1
+
+
+def test_json_of_another_version_or_shape_is_refused() -> None:
+    values = plan_for("qwen2.5-0.5b", "16GB").to_dict()
+    with pytest.raises(FieldError, match="version"):
+        Plan.from_dict({**values, "version": 2})
+    with pytest.raises(FieldError, match="key"):
+        Plan.from_dict({**values, "colour": "red"})
+    with pytest.raises(InputError, match="missing"):
+        Plan.from_dict({k: v for k, v in values.items() if k != "memory"})
+    with pytest.raises(FieldError, match="fits"):
+        Plan.from_dict({**values, "fits": 1})
+    with pytest.raises(InputError):
+        Plan.from_dict([])  # type: ignore[arg-type]
+
+
+def test_the_bar_of_14b_on_16gb() -> None:
+    plan = plan_for("qwen2.5-14b", "16GB")
+    assert plan.fits
+    setup = plan.setup
+    assert (setup.method, setup.lora_r, setup.alpha, setup.max_length) == ("qlora", 16, 32, 4096)
+    assert setup.effective_batch_size == 16
+    assert setup.optim == "paged_adamw_8bit"
+    assert setup.dtype == "bfloat16"
+    assert plan.memory.weights_bytes == pytest.approx(9.327 * GIB, rel=0.005)
+    assert plan.memory.allocated_bytes == pytest.approx(12.52 * GIB, rel=0.04)
+    assert any("rtx-5060-ti-16gb" in text for text in plan.assumptions)
+
+
+def test_70b_on_24gb_names_the_smallest_card_that_takes_it() -> None:
+    plan = plan_for("llama-3.1-70b", "24GB")
+    assert not plan.fits
+    assert plan.headroom_bytes < 0
+    card = plan.smallest_gpu
+    assert card is not None
+    there = plan_for("llama-3.1-70b", card.gpu)
+    assert there.fits
+    assert there.setup.max_length == card.max_length
+    for smaller in cards_by_memory():
+        if smaller.usable_bytes < card.usable_bytes:
+            assert not plan_for("llama-3.1-70b", smaller.id).fits
+
+
+def test_without_data_the_longest_default_that_fits_is_taken() -> None:
+    wanted = {"24GB": 4096, "16GB": 4096}
+    for gpu, length in wanted.items():
+        assert plan_for("qwen2.5-7b", gpu).setup.max_length == length
+    tight = plan_for("qwen2.5-14b", "12GB")
+    lengths = list(policy.DEFAULT_LENGTHS)
+    assert tight.setup.max_length in lengths[1:]
+    longer = lengths[lengths.index(tight.setup.max_length) - 1]
+    assert not plan_for("qwen2.5-14b", "12GB", knobs={"max_length": longer}).fits
+
+
+def test_a_length_beyond_the_model_is_not_chosen() -> None:
+    assert plan_for("tinyllama-1.1b", "24GB").setup.max_length == 2048
+
+
+def test_float16_where_bfloat16_is_emulated() -> None:
+    plan = plan_for("llama-3.2-1b", "t4")
+    assert plan.setup.dtype == "float16"
+    assert any("float16" in text for text in plan.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "rate"),
+    [
+        ("llama-3.1-8b", "qlora", 2e-4),
+        ("qwen2.5-14b", "qlora", 1e-4),
+        ("qwen2.5-14b", "lora", 1e-4),
+        ("llama-3.1-8b", "full", 2e-5),
+        ("qwen2.5-32b", "full", 1e-5),
+    ],
+)
+def test_learning_rate_by_method_and_size(model: str, method: str, rate: float) -> None:
+    assert policy.learning_rate(method, resolve_model(model)) == pytest.approx(rate)
+
+
+def test_what_was_fixed_is_kept_and_not_listed_as_assumed() -> None:
+    knobs = {"max_length": 1024, "lora_r": 8, "gradient_checkpointing": False}
+    plan = plan_for("qwen2.5-0.5b", "24GB", knobs=knobs, effective_batch_size=4, learning_rate=3e-4)
+    assert (plan.setup.max_length, plan.setup.lora_r) == (1024, 8)
+    assert not plan.setup.gradient_checkpointing
+    assert plan.setup.effective_batch_size == 4
+    assert plan.schedule.learning_rate == 3e-4
+    text = " ".join(plan.assumptions)
+    for word in ("length 1,024", "rank", "effective batch", "learning rate"):
+        assert word not in text
+
+
+def test_a_fixed_batch_bends_only_an_effective_batch_that_nobody_asked_for() -> None:
+    plan = plan_for("qwen2.5-0.5b", "24GB", knobs={"per_device_train_batch_size": 3})
+    assert plan.setup.effective_batch_size == 15
+    assert any("15" in text for text in plan.assumptions)
+
+
+def test_a_display_takes_memory() -> None:
+    bare, shown = plan_for("qwen2.5-0.5b", "16GB"), plan_for("qwen2.5-0.5b", "16GB", display=True)
+    assert bare.gpu.usable_bytes - shown.gpu.usable_bytes == shown.gpu.held_bytes > GIB
+
+
+def test_the_plan_and_estimate_agree() -> None:
+    plan = plan_for("llama-3.1-8b", "24GB")
+    figures = Estimator(resolve_gpu("24GB")).estimate(plan.setup)
+    assert figures.memory == plan.memory
+    assert figures.speed == plan.speed
+    assert figures.fits == plan.fits
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS.keys())
+def test_every_advice_is_what_its_flags_give(request_: PlanRequest, cli: Cli) -> None:
+    """Typing the flags gives the figures that the advice showed."""
+    plan = make_plan(request_)
+    assert plan.advice
+    for advice in plan.advice:
+        if not advice.flags or plan.fits:
+            continue
+        flags = dict(zip(shlex.split(advice.flags)[::2], shlex.split(advice.flags)[1::2], strict=True))
+        changes = {k[2:].replace("-", "_"): int(v) if v.isdigit() else v for k, v in flags.items()}
+        setup = plan.setup.replace(**changes)
+        memory = estimate_memory(setup, resolve_model(setup.model), gpu=plan.gpu.spec)
+        assert memory.peak_upper_bytes == advice.peak_upper_bytes
+        assert memory.fits(plan.gpu.usable_bytes) == advice.fits
+
+
+def test_advice_to_make_it_fit_puts_what_works_first() -> None:
+    plan = plan_for("llama-3.1-8b", "8GB", knobs={"max_length": 8192, "optim": "adamw_torch", "lora_r": 64})
+    assert not plan.fits
+    own = [advice for advice in plan.advice if "--model" not in advice.flags]
+    assert own
+    assert [advice.fits for advice in own] == sorted((a.fits for a in own), reverse=True)
+    assert all(advice.change_bytes < 0 for advice in own)
+    smaller = [advice for advice in plan.advice if "--model" in advice.flags]
+    assert [advice.flags for advice in smaller] != ["--model llama-3.1-8b"]
+
+
+def test_what_is_left_is_offered_only_where_it_fits() -> None:
+    plan = plan_for("llama-3.1-8b", "24GB")
+    assert plan.fits
+    assert {"--lora-r 64"} <= {advice.flags for advice in plan.advice}
+    assert all(advice.peak_upper_bytes <= plan.gpu.usable_bytes for advice in plan.advice)
+
+
+def test_methods_are_compared_at_the_same_shape() -> None:
+    plan = plan_for("llama-3.1-8b", "24GB")
+    methods = {one.method: one for one in plan.methods}
+    assert set(methods) == {"qlora", "lora", "full"}
+    assert methods["qlora"].peak_upper_bytes == plan.memory.peak_upper_bytes
+    assert methods["qlora"].peak_upper_bytes < methods["lora"].peak_upper_bytes
+    assert methods["lora"].peak_upper_bytes < methods["full"].peak_upper_bytes
+
+
+def test_experts_and_embeddings_are_told() -> None:
+    notes = " ".join(note.text for note in plan_for("qwen3-30b-a3b", "80GB").notes)
+    assert "experts" in notes
+    assert "embeddings" in notes
+    assert "experts" not in " ".join(note.text for note in plan_for("qwen2.5-7b", "80GB").notes)
+    assert any("paged" in note.text for note in plan_for("llama-3.1-70b", "24GB").notes)
+
+
+def test_alternatives_say_why_they_lost() -> None:
+    plan = plan_for("llama-3.1-8b", "24GB")
+    assert {one.lost for one in plan.alternatives} <= {"too large", "slower", "tie"}
+    for one in plan.alternatives:
+        assert one.fits == (one.lost != "too large")
+        if one.lost == "too large":
+            assert one.amount == one.peak_upper_bytes - plan.gpu.usable_bytes > 0
+
+
+def test_data_decides_length_time_and_steps(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [json.dumps({"text": "word " * (100 + i)}) for i in range(995)]
+    rows += [json.dumps({"text": "word " * 30_000})] * 5
+    data.write_text("\n".join(rows))
+    plan = plan_for("qwen2.5-0.5b", "24GB", data=str(data), num_train_epochs=2, price_usd_per_hour=2.0)
+    assert plan.data is not None
+    assert plan.data.examples == 1000
+    assert plan.data.covered_percent >= 99.0
+    assert plan.setup.max_length < 4096
+    assert plan.data.truncated_examples == 5
+    assert plan.data.truncated_tokens > 100_000
+    assert plan.data.estimated
+    assert plan.duration is not None
+    assert plan.duration.steps == 2 * 63
+    assert plan.duration.usd == pytest.approx(2.0 * plan.duration.hours)
+    assert plan.duration.hours_low < plan.duration.hours < plan.duration.hours_high
+
+
+def test_no_rate_is_above_the_roofline() -> None:
+    for model, gpu in (("llama-3.1-8b", "24GB"), ("qwen2.5-14b", "16GB"), ("qwen2.5-0.5b", "t4")):
+        speed = plan_for(model, gpu).speed
+        assert speed is not None
+        assert speed.tokens_per_second <= speed.roofline_tokens_per_second
+        assert not speed.calibrated
+
+
+def test_two_cards_are_planned() -> None:
+    plan = plan_for("llama-3.1-8b", "2x24GB")
+    assert plan.gpu.count == 2
+    if plan.setup.num_processes == 1:
+        assert any("one of the 2 GPUs" in text for text in plan.assumptions)
+    else:
+        assert plan.setup.effective_batch_size == 16
+
+
+def test_a_request_without_its_own_gpu_asks_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner.hardware import LocalGpu
+
+    spec = resolve_gpu("24GB").spec
+    free = LocalGpu(
+        index=1,
+        uuid="GPU-1",
+        spec=spec,
+        in_catalog=True,
+        used_bytes=2 * GIB,
+        processes=(),
+        display_active=False,
+    )
+    busy = LocalGpu(
+        index=0,
+        uuid="GPU-0",
+        spec=spec,
+        in_catalog=True,
+        used_bytes=20 * GIB,
+        processes=(),
+        display_active=True,
+    )
+    monkeypatch.setattr("planner.hardware.local_gpus", lambda: (busy, free))
+    plan = make_plan(make_request("llama-3.1-8b"))
+    assert (plan.gpu.index, plan.gpu.position) == (1, 1)
+    assert plan.gpu.usable_bytes == spec.usable_bytes - 2 * GIB
+    assert plan.gpu.held_bytes == 2 * GIB

@@ -1,0 +1,146 @@
+"""The search finds the fastest setup that fits, and keeps what must be kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from planner.candidate import Evaluator
+from planner.errors import InputError, NotModelledError
+from planner.gpu_spec import GpuSpec
+from planner.gpu_target import resolve_gpu
+from planner.model_catalog import resolve_model
+from planner.search import STRATEGIES, Strategy, batches, search, strategies
+from planner.training_setup import TrainingSetup
+
+GIB = 2**30
+
+
+def evaluator_for(model: str, gpu: str, usable_bytes: int | None = None) -> Evaluator:
+    target = resolve_gpu(gpu)
+    return Evaluator(resolve_model(model), target.spec, usable_bytes or target.usable_bytes)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "length"),
+    [("llama-3.1-8b", "24GB", 2048), ("qwen2.5-0.5b", "80GB", 512), ("qwen2.5-14b", "16GB", 1024)],
+)
+def test_the_choice_is_what_brute_force_finds(model: str, gpu: str, length: int) -> None:
+    evaluator = evaluator_for(model, gpu)
+    base = TrainingSetup(model=model, max_length=length)
+    result = search(base, evaluator, effective_batch_size=16, fixed={})
+    rates = []
+    for checkpointing in (True, False):
+        for micro in range(1, 17):
+            if 16 % micro:
+                continue
+            setup = base.replace(
+                gradient_checkpointing=checkpointing,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=16 // micro,
+            )
+            candidate = evaluator.evaluate(setup)
+            if evaluator.fits(candidate):
+                assert candidate.tokens_per_second is not None
+                rates.append(candidate.tokens_per_second)
+    assert result.chosen is not None
+    chosen = result.chosen.candidate.tokens_per_second
+    assert chosen is not None
+    assert chosen >= 0.99 * max(rates)
+    assert evaluator.fits(result.chosen.candidate)
+
+
+def test_the_effective_batch_is_never_traded() -> None:
+    for effective, processes in ((16, 1), (12, 1), (7, 1), (32, 2), (1, 1)):
+        for batch in batches(effective, processes, {}):
+            size = batch.per_device_train_batch_size * batch.gradient_accumulation_steps * processes
+            assert size == effective
+    assert [b.per_device_train_batch_size for b in batches(12, 1, {})] == [1, 2, 3, 4, 6, 12]
+
+
+@pytest.mark.parametrize(
+    ("effective", "processes", "fixed"),
+    [
+        (16, 3, {}),
+        (16, 1, {"per_device_train_batch_size": 3}),
+        (16, 1, {"gradient_accumulation_steps": 5}),
+        (16, 1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+    ],
+)
+def test_an_impossible_batch_is_refused(effective: int, processes: int, fixed: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        batches(effective, processes, fixed)
+
+
+def test_a_fixed_knob_is_kept() -> None:
+    fixed = {"per_device_train_batch_size": 4, "gradient_checkpointing": False}
+    base = TrainingSetup(model="qwen2.5-0.5b", max_length=512, **fixed)  # type: ignore[arg-type]
+    result = search(base, evaluator_for("qwen2.5-0.5b", "24GB"), effective_batch_size=16, fixed=fixed)
+    assert [one.candidate.setup.per_device_train_batch_size for one in result.tried] == [4]
+    assert not result.tried[0].candidate.setup.gradient_checkpointing
+
+
+def test_checkpointing_is_left_alone_when_a_knob_decides_it() -> None:
+    assert [s.knobs for s in strategies({"checkpointed_layers": 4})] == [()]
+    assert len(strategies({"lora_r": 8})) == len(STRATEGIES)
+
+
+def test_nothing_fits_on_a_card_without_memory() -> None:
+    evaluator = evaluator_for("llama-3.1-8b", "16GB", usable_bytes=GIB)
+    base = TrainingSetup(model="llama-3.1-8b", max_length=512)
+    result = search(base, evaluator, effective_batch_size=16, fixed={})
+    assert result.chosen is None
+    smallest = result.smallest.candidate
+    assert smallest.peak_upper_bytes == min(one.candidate.peak_upper_bytes for one in result.tried)
+    assert smallest.setup.per_device_train_batch_size == 1
+    assert smallest.setup.gradient_checkpointing
+
+
+def test_a_knob_that_is_not_modelled_is_refused_when_fixed_and_never_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from planner import candidate
+    from planner.memory import estimate_memory
+
+    def refuse(setup: TrainingSetup, *args: Any, **kwargs: Any) -> Any:
+        if setup.kernels != "none":
+            raise NotModelledError("kernels", setup.kernels)
+        return estimate_memory(setup, *args, **kwargs)
+
+    monkeypatch.setattr(candidate, "estimate_memory", refuse)
+    evaluator = evaluator_for("qwen2.5-0.5b", "24GB")
+    base = TrainingSetup(model="qwen2.5-0.5b", max_length=512)
+    assert search(base, evaluator, effective_batch_size=4, fixed={}).chosen is not None
+    with pytest.raises(NotModelledError, match="kernels"):
+        search(base.replace(kernels="liger"), evaluator, effective_batch_size=4, fixed={})
+
+
+def test_a_strategy_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = Strategy(
+        name="half checkpointed", knobs=(("gradient_checkpointing", True), ("checkpointed_layers", 12))
+    )
+    monkeypatch.setattr("planner.search.STRATEGIES", (*STRATEGIES, half))
+    base = TrainingSetup(model="qwen2.5-0.5b", max_length=512)
+    result = search(base, evaluator_for("qwen2.5-0.5b", "24GB"), effective_batch_size=4, fixed={})
+    assert "half checkpointed" in {one.strategy for one in result.tried}
+
+
+def test_without_forecasts_the_largest_batch_that_fits_is_taken() -> None:
+    known = resolve_gpu("24GB").spec
+    unknown = GpuSpec(
+        id="unknown",
+        name="Unknown",
+        memory_bytes=known.memory_bytes,
+        usable_bytes=known.usable_bytes,
+        compute_capability=(9, 0),
+        supports_bfloat16=True,
+        bandwidth_bytes_per_second=None,
+        matrix_flops_per_second=None,
+    )
+    evaluator = Evaluator(resolve_model("qwen2.5-0.5b"), unknown, unknown.usable_bytes)
+    base = TrainingSetup(model="qwen2.5-0.5b", max_length=512)
+    result = search(base, evaluator, effective_batch_size=4, fixed={})
+    assert result.chosen is not None
+    assert result.chosen.candidate.speed is None
+    assert result.chosen.candidate.setup.per_device_train_batch_size == 4
