@@ -10,6 +10,7 @@ from typing import Any
 from planner.candidate import Candidate, Evaluator
 from planner.cards import fits_on, smallest_gpu_for
 from planner.gpu_target import GpuTarget
+from planner.longest import longest_length
 from planner.methods import with_method
 from planner.model_catalog import ModelSummary, list_models, resolve_model
 from planner.model_spec import ModelSpec
@@ -23,6 +24,7 @@ SMALL_RANK = 8
 LARGE_RANKS = (64, 32)
 MEMORY_SAVING_OPTIMIZERS = ("paged_adamw_8bit", "paged_lion_8bit")
 MAX_ADVICE = 6
+WORTH_MENTIONING = 1.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,7 @@ def use_what_is_left(evaluator: Evaluator, setup: TrainingSetup, request: PlanRe
     """Ways to spend the memory that a fitting plan leaves: rank, length, 16-bit LoRA; each searched anew."""
     now = evaluator.evaluate(setup).peak_upper_bytes
     found = []
-    for group in _spendings(setup, evaluator.model):
+    for group in (*_spendings(setup), _longer(evaluator, setup, request)):
         for change in group:
             best = _searched(evaluator, change.setup, setup.effective_batch_size, request)
             if best is None:
@@ -289,7 +291,7 @@ def _family(model: ModelSpec) -> list[ModelSummary]:
     return sorted(smaller, key=lambda s: (s.id.rpartition("-")[0] != generation, -s.parameter_count))
 
 
-def _spendings(setup: TrainingSetup, model: ModelSpec) -> Iterator[tuple[_Change, ...]]:
+def _spendings(setup: TrainingSetup) -> Iterator[tuple[_Change, ...]]:
     """Groups of changes that need more memory; of each group the first that fits is wanted."""
     if setup.uses_lora:
         yield tuple(
@@ -302,17 +304,6 @@ def _spendings(setup: TrainingSetup, model: ModelSpec) -> Iterator[tuple[_Change
             for rank in LARGE_RANKS
             if rank > setup.lora_r
         )
-    doubled = [setup.max_length * 2**k for k in range(1, 6)]
-    yield tuple(
-        _Change(
-            title=f"length {length:,}",
-            flags=f"--max-length {length}",
-            effect="longer examples",
-            setup=setup.replace(max_length=length),
-        )
-        for length in reversed(doubled)
-        if length <= model.max_position_embeddings
-    )
     if setup.method == "qlora":
         yield (
             _Change(
@@ -322,6 +313,30 @@ def _spendings(setup: TrainingSetup, model: ModelSpec) -> Iterator[tuple[_Change
                 setup=with_method(setup, "lora"),
             ),
         )
+
+
+def _longer(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) -> tuple[_Change, ...]:
+    """The longest length that fits, when it is worth mentioning."""
+    shape: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps * setup.per_device_train_batch_size,
+        "gradient_checkpointing": True,
+    }
+    smallest = setup if any(name in request.fixed for name in shape) else setup.replace(**shape)
+    limit = evaluator.model.max_position_embeddings
+    length = None
+    if limit > setup.max_length:
+        length = longest_length(evaluator, smallest, start=setup.max_length, limit=limit)
+    if length is None or length < setup.max_length * WORTH_MENTIONING:
+        return ()
+    return (
+        _Change(
+            title=f"length {length:,}",
+            flags=f"--max-length {length}",
+            effect="the longest that fits",
+            setup=setup.replace(max_length=length),
+        ),
+    )
 
 
 def _searched(

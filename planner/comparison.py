@@ -8,6 +8,7 @@ from planner import policy
 from planner.candidate import Evaluator
 from planner.cards import native, smallest_gpu_for
 from planner.gpu_target import GpuTarget
+from planner.longest import longest_length
 from planner.model_catalog import list_models, resolve_model
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
@@ -124,30 +125,12 @@ def longest_lengths(target: GpuTarget, base: TrainingSetup) -> tuple[LongestLeng
     return tuple(sorted(found, key=lambda one: (-one.parameter_count, one.model)))
 
 
-_STEP = 64
-
-
 def _longest(evaluator: Evaluator, base: TrainingSetup) -> LongestLength | None:
     limit = evaluator.model.max_position_embeddings
-
-    def needed(length: int) -> int | None:
-        candidate = evaluator.try_evaluate(base.replace(max_length=length))
-        return None if candidate is None else candidate.peak_upper_bytes
-
-    def fits(steps: int) -> bool:
-        size = needed(min(limit, steps * _STEP))
-        return size is not None and size <= evaluator.usable_bytes
-
-    low, high = DEFAULT_LENGTHS[-1] // _STEP, -(-limit // _STEP)
-    if not fits(min(low, high)):
+    length = longest_length(evaluator, base, start=DEFAULT_LENGTHS[-1], limit=limit)
+    if length is None:
         return None
-    low = min(low, high)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    length = min(limit, low * _STEP)
-    size = needed(length)
-    assert size is not None
+    size = evaluator.evaluate(base.replace(max_length=length)).peak_upper_bytes
     return LongestLength(
         model=evaluator.model.id,
         parameter_count=evaluator.model.parameter_count,

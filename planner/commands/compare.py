@@ -15,7 +15,7 @@ from typing import Any
 from planner.command_line import StoreOnce
 from planner.commands.knobs import add_knobs, given_knobs
 from planner.errors import ExitCode, InputError
-from planner.request import PlanRequest
+from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest
 from planner.training_setup import METHODS
 
 MAX_PAIRS = 400
@@ -98,7 +98,10 @@ def _smallest_cards(args: argparse.Namespace) -> int:
     request = _request(args, name, None)
     model = resolve_model(name, allow_network=args.allow_download, inspector=getattr(args, "inspector", None))
     methods = METHODS if args.method is None else (args.method,)
-    base = request.setup(max_length=min(512, model.max_position_embeddings))
+    base = request.setup(
+        max_length=min(512, model.max_position_embeddings),
+        gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
+    )
     cards = smallest_cards(base, model, methods, given_length=args.max_length)
     if args.json:
         return _print_json("smallest_cards", cards)
@@ -116,7 +119,11 @@ def _longest_lengths(args: argparse.Namespace) -> int:
     if args.max_length is not None:
         raise InputError("--gpu alone looks for the longest length; --max-length needs --model too")
     target = resolve_gpu(args.gpu[0], display=args.display)
-    base = _request(args, _ANY_MODEL, None).setup(max_length=512, dtype=target.spec.dtype)
+    base = _request(args, _ANY_MODEL, None).setup(
+        max_length=512,
+        gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
+        dtype=target.spec.dtype,
+    )
     found = longest_lengths(target, base)
     if args.json:
         return _print_json("models", found)

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.conftest import Cli
+Cli = Callable[..., Any]
 
 PLAN = ("plan", "--model", "qwen2.5-0.5b", "--gpu", "16GB")
 ESTIMATE = ("estimate", "--gpu", "16GB", "--json", "--setups")
@@ -184,7 +185,8 @@ CASES: dict[str, Make] = {
     "data not UTF-8": with_data("data.jsonl", b'{"text": "\xff"}\n'),
     "data without known keys": with_data("data.jsonl", b'{"question": "a"}\n'),
     "data with an empty answer": with_data(
-        "data.jsonl", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n'
+        "data.jsonl",
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n',
     ),
     "data with a wrong role": with_data("data.jsonl", b'{"messages": [{"role": "bot", "content": "a"}]}\n'),
     "data of two formats": with_data("data.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": "b"}\n'),

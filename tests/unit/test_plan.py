@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +20,8 @@ from planner.model_catalog import resolve_model
 from planner.plan import Plan
 from planner.planning import make_plan
 from planner.request import PlanRequest, make_request
-from tests.unit.conftest import Cli
 
+Cli = Callable[..., Any]
 GIB = 2**30
 
 
