@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import platform
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,6 +67,9 @@ def load_config(model_id: str) -> PretrainedConfig:
     return AutoConfig.for_model(text.pop("model_type"), **text)
 
 
+PROFILE_FIELDS = ("padded", "steps", "evaluates", "memory_cap_bytes")
+
+
 class Profiler:
     """Runs profiles on the first visible GPU of this process."""
 
@@ -95,7 +99,10 @@ class Profiler:
         if profile.memory_cap_bytes is not None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(profile.memory_cap_bytes / total)
-        run = _Run(profile, self._device, self._driver_bytes)
+        # Later runs in a process find what earlier ones left outside torch's allocator: managed memory is
+        # never given back, so the driver's figure is a run's own only for the first.
+        isolated = self._runs == 0
+        run = _Run(profile, self._device, self._driver_bytes if isolated else None)
         try:
             outcome = run.execute()
         finally:
@@ -194,7 +201,9 @@ def _predict(profile: Profile) -> Predicted | None:
 class _Run:
     """One profile's run: the model, its trainer and what was measured."""
 
-    def __init__(self, profile: Profile, device: torch.device, driver_bytes: Any) -> None:
+    def __init__(
+        self, profile: Profile, device: torch.device, driver_bytes: Callable[[], int] | None
+    ) -> None:
         self.profile = profile
         self.weights_bytes = 0
         self.phases: list[MeasuredPhase] = []
@@ -275,7 +284,7 @@ class _Run:
                 name=name,
                 allocated_bytes=torch.cuda.max_memory_allocated(),
                 reserved_bytes=torch.cuda.max_memory_reserved(),
-                process_bytes=self._driver_bytes(),
+                process_bytes=self._driver_bytes() if self._driver_bytes is not None else None,
             )
         )
         torch.cuda.reset_peak_memory_stats()
@@ -357,24 +366,31 @@ def _driver_version() -> str:
     return f"CUDA {torch.version.cuda}"
 
 
-def run_profiles(profiles: Sequence[Profile], output: Path) -> int:
+def run_profiles(profiles: Sequence[Profile], output: Path, *, seconds: float = math.inf) -> int:
     """Measure profiles one after the other in this process, appending each record as it comes.
 
-    Says each outcome on stdout, a JSON line: {"index", "outcome", "seconds"}; a setup that cannot run here
-    has the outcome "refused" and a message. Returns how many were recorded.
+    Says on stdout, a JSON line each: {"event": "started", "index"} and {"event": "ended", "index", "outcome",
+    "seconds", "message"}; a setup that cannot run here has the outcome "refused". No run is started that
+    would, at the pace of the slowest so far, end after `seconds`. Returns how many were recorded.
     """
+    begun = time.monotonic()
     profiler = Profiler()
-    recorded = 0
+    recorded, slowest = 0, 0.0
     for index, profile in enumerate(profiles):
         started = time.monotonic()
+        if started - begun + slowest > seconds:
+            break
+        _say(event="started", index=index)
         try:
             record = profiler.measure(profile)
         except InputError as error:
-            _say(index=index, outcome="refused", seconds=time.monotonic() - started, message=str(error))
+            _say(event="ended", index=index, outcome="refused", seconds=0.0, message=str(error))
             continue
         append_record(output, record)
         recorded += 1
-        _say(index=index, outcome=record.outcome, seconds=time.monotonic() - started, message=record.id)
+        took = time.monotonic() - started
+        slowest = max(slowest, took)
+        _say(event="ended", index=index, outcome=record.outcome, seconds=round(took, 2), message=record.id)
     return recorded
 
 
@@ -382,19 +398,28 @@ def _say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
+def profile_line(profile: Profile) -> str:
+    """A profile as a JSON line: its setup's keys, and its own beside them."""
+    own = {field: getattr(profile, field) for field in PROFILE_FIELDS}
+    return json.dumps({**profile.setup.to_dict(), **own})
+
+
 def read_profiles(path: Path) -> tuple[Profile, ...]:
-    """Profiles of a JSON-lines file: a setup's keys, and `padded`, `evaluates`, `memory_cap_bytes` beside."""
+    """Profiles of a JSON-lines file.
+
+    Raises:
+        InputError: a line is not a profile.
+    """
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        extra = {
-            key: values.pop(key)
-            for key in ("padded", "steps", "evaluates", "memory_cap_bytes")
-            if key in values
-        }
-        found.append(Profile(setup=TrainingSetup.from_dict(values), **extra))
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} line {number}: {error}") from error
+        own = {field: values.pop(field) for field in PROFILE_FIELDS if field in values}
+        found.append(Profile(setup=TrainingSetup.from_dict(values), **own))
     return tuple(found)
 
 
 if __name__ == "__main__":
-    run_profiles(read_profiles(Path(sys.argv[1])), Path(sys.argv[2]))
+    run_profiles(read_profiles(Path(sys.argv[1])), Path(sys.argv[2]), seconds=float(sys.argv[3]))

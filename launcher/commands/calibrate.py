@@ -1,0 +1,94 @@
+"""Measure this GPU with runs of published shapes, and plan by what it shows."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from planner import validate
+from planner.command_line import say
+from planner.errors import ExitCode, MissingExtraError
+from planner.hardware import LocalGpu, local_gpus
+
+if TYPE_CHECKING:
+    from launcher.calibrate import Progress
+    from planner.calibration import Calibration
+
+STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+MAX_MINUTES = 24 * 60
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("--minutes", type=float, default=5.0, help="time to spend on measuring (5)")
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured here before")
+    parser.add_argument("--json", action="store_true", help="print coefficients and residuals as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, fit, keep, and show the residuals.
+
+    Raises:
+        InputError: no GPU, minutes out of range, or nothing that fits.
+        MissingExtraError: the training stack is not installed.
+    """
+    minutes = validate.number("minutes", args.minutes, minimum=0.1, maximum=MAX_MINUTES)
+    gpu = local_gpus()[0]
+    for package in STACK:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("calibrate", package)
+    from launcher.calibrate import coefficients_file, fit, measure, records_file
+
+    say(f"{gpu.spec.name}: measuring for up to {minutes:g} min; Ctrl-C keeps what was measured")
+    try:
+        recorded = measure(gpu, minutes, _report, again=args.again)
+        say(f"{recorded} runs recorded in {records_file(gpu)}")
+    except KeyboardInterrupt:
+        say("interrupted; fitting what was measured")
+    found = fit(gpu)
+    say(f"coefficients kept in {coefficients_file(gpu)}")
+    if args.json:
+        values = {
+            "version": 1,
+            "coefficients": found.coefficients.to_dict(),
+            "residuals": [asdict(residual) for residual in found.residuals],
+        }
+        json.dump(values, sys.stdout, indent=2, allow_nan=False)
+        print()
+    else:
+        _show(gpu, found)
+    return ExitCode.OK
+
+
+def _report(progress: Progress) -> None:
+    say(f"[{progress.ended}/{progress.total}] {progress.text}")
+
+
+def _show(gpu: LocalGpu, found: Calibration) -> None:
+    from planner.render import columns, show
+
+    coefficients = found.coefficients
+    rows = [
+        [
+            residual.model,
+            f"{100 * residual.allocated_error:+.2f}",
+            f"{100 * residual.reserved_error:+.2f}",
+            "" if residual.process_error is None else f"{100 * residual.process_error:+.2f}",
+        ]
+        for residual in found.residuals
+    ]
+    heads = [
+        ("each run, its model left out", "name"),
+        ("allocated %", "number"),
+        ("reserved %", "number"),
+        ("process %", "number"),
+    ]
+    print(
+        f"{gpu.spec.id}: context {coefficients.context_bytes / 2**20:.0f} MiB; "
+        f"{len(coefficients.record_ids)} runs of {len(coefficients.model_ids)} models"
+    )
+    show(lambda out: columns(out, heads, rows, indent=0))

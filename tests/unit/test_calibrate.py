@@ -1,0 +1,129 @@
+"""`vramwise calibrate`: what it chooses, how it follows its measuring processes, what it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import calibrate
+from launcher.profiler import read_profiles
+from planner.errors import InputError, VramwiseError
+from planner.gpu_catalog import gpu_catalog
+from planner.hardware import LocalGpu
+from planner.records import all_records, read_records
+
+GIB = 2**30
+
+
+def gpu(gpu_id: str, *, used_bytes: int = 0) -> LocalGpu:
+    return LocalGpu(
+        index=0,
+        uuid="GPU-test",
+        spec=gpu_catalog().get(gpu_id),
+        in_catalog=True,
+        used_bytes=used_bytes,
+        processes=(),
+        display_active=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def fake_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """A python that, asked to measure, runs `body` with the profiles' path and the output's."""
+    path = tmp_path / "python"
+    path.write_text(f"#!{sys.executable}\nimport json, sys\nprofiles, output = sys.argv[3:5]\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_a_small_card_is_asked_for_small_runs_only() -> None:
+    unpaged, paged = calibrate.choose(gpu("rtx-4060"), ())
+    chosen = [profile.setup.model for profile in (*unpaged, *paged)]
+    assert "qwen2.5-0.5b" in chosen and "llama-3.2-1b" in chosen
+    assert "llama-3.1-70b" not in chosen and "qwen2.5-14b" not in chosen
+
+
+def test_what_other_processes_hold_is_not_counted_on() -> None:
+    free = calibrate.choose(gpu("rtx-4090"), ())
+    busy = calibrate.choose(gpu("rtx-4090", used_bytes=20 * GIB), ())
+    assert sum(map(len, busy)) < sum(map(len, free))
+
+
+def test_what_was_measured_here_is_not_measured_again() -> None:
+    card = gpu("h100-80gb")
+    record = next(r for r in all_records() if r.environment.gpu_id == "h100-80gb")
+    setup = calibrate.PAGED[1].setup
+    done = dataclasses.replace(record, setup=setup)
+    assert setup in [profile.setup for profile in calibrate.choose(card, ())[1]]
+    assert setup not in [profile.setup for profile in calibrate.choose(card, (done,))[1]]
+
+
+def test_runs_of_the_children_are_counted_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_interpreter(
+        tmp_path,
+        monkeypatch,
+        "print('a library says hello')\n"
+        "for i, _ in enumerate(open(profiles)):\n"
+        "    print(json.dumps({'event': 'started', 'index': i}))\n"
+        "    outcome = 'refused' if i == 1 else 'ok'\n"
+        "    print(json.dumps({'event': 'ended', 'index': i, 'outcome': outcome, 'seconds': 1, 'message': ''}))",
+    )
+    said: list[calibrate.Progress] = []
+    recorded = calibrate.measure(gpu("h100-80gb"), 5.0, said.append)
+    total = len(calibrate.UNPAGED) + len(calibrate.PAGED)
+    assert recorded == total - 2
+    assert said[-1].ended == said[-1].total == total
+    assert any("refused" in progress.text for progress in said)
+
+
+def test_a_dead_child_is_an_error_that_quotes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_interpreter(tmp_path, monkeypatch, "sys.stderr.write('no device\\n'); sys.exit(3)")
+    with pytest.raises(VramwiseError, match="code 3: no device"):
+        calibrate.measure(gpu("h100-80gb"), 5.0, lambda progress: None)
+
+
+def test_a_full_card_is_told_in_one_line() -> None:
+    with pytest.raises(InputError, match="too few"):
+        calibrate.measure(gpu("rtx-4060", used_bytes=8 * GIB), 5.0, lambda progress: None)
+
+
+def test_fitting_keeps_coefficients_that_planning_then_uses(own_data: Path) -> None:
+    card = gpu("h100-80gb")
+    found = calibrate.fit(card)
+    kept = json.loads(calibrate.coefficients_file(card).read_text())
+    assert kept["name"] == found.coefficients.name == "h100-80gb, calibrated here"
+    assert calibrate.coefficients_file(card).is_relative_to(own_data)
+    assert len(found.residuals) == len(found.coefficients.record_ids)
+
+
+def test_a_card_never_measured_cannot_be_fitted() -> None:
+    with pytest.raises(InputError, match="too few"):
+        calibrate.fit(gpu("rtx-3090"))
+
+
+def test_profiles_survive_the_way_to_the_child(tmp_path: Path) -> None:
+    from launcher.profiler import profile_line
+
+    path = tmp_path / "profiles.jsonl"
+    profiles = (*calibrate.UNPAGED, *calibrate.PAGED)
+    path.write_text("".join(profile_line(profile) + "\n" for profile in profiles))
+    assert read_profiles(path) == profiles
+
+
+def test_every_shipped_record_can_be_read() -> None:
+    records = all_records()
+    assert len(records) >= 60
+    assert len({record.id for record in records}) == len(records)
+    from planner.data_files import PROFILES
+
+    assert len(list(read_records(PROFILES / "runs" / "h100-80gb.jsonl"))) >= 60
