@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable
@@ -239,7 +240,8 @@ class _Facts:
         """Steps that remain at the recent pace, less the time since the last log."""
         if self.total_steps is None or not self.step_seconds or self.end is not None:
             return None
-        pace = sum(self.step_seconds) / len(self.step_seconds)
+        # The median: one step that waited for a save says nothing about the rest.
+        pace = statistics.median(self.step_seconds)
         return max(0.0, (self.total_steps - self.step) * pace - (now - self.logged_at))
 
     def _take_log(self, event: LogEvent, now: float) -> None:

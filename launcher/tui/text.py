@@ -23,9 +23,11 @@ def size(size_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two largest units that matter: "42s", "3m 20s", "5h 07m", "2d 03h"."""
+    """Seconds in the two largest units that matter: "350 ms", "42s", "3m 20s", "5h 07m", "2d 03h"."""
     if not math.isfinite(seconds) or seconds < 0:
         return "unknown"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f}s"
     whole = round(seconds)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from launcher.tui.sizing import Verdict
 from launcher.tui.widgets.choice_knob import ChoiceKnob
 from launcher.tui.widgets.pick_button import PickButton
 from launcher.tui.widgets.verdict_line import VerdictLine
+from planner.command_line import Parser
+from planner.commands import plan
+from planner.commands.knobs import given_knobs
 from planner.errors import MissingExtraError
 from planner.memory import estimate_memory
+from planner.training_setup import TrainingSetup
 
 from .conftest import MakeApp, settle
 
@@ -218,6 +223,21 @@ async def test_the_command_line_is_copied(make_app: MakeApp) -> None:
         assert copied.startswith("vramwise plan --model qwen2.5-14b --gpu 16GB ")
         assert "--max-length 4096" in copied
         assert "--lora-r 32" in copied
+
+
+async def test_the_copied_command_means_the_same_setup(make_app: MakeApp) -> None:
+    knobs = {"lora_r": 32, "lora_dropout": 0.05, "target_modules": ("q_proj", "v_proj"), "use_rslora": True}
+    async with make_app(**knobs).run_test(size=SIZE) as pilot:
+        await pilot.press("c")
+        await pilot.pause()
+        sizing = screen_of(pilot).sizing
+        parser = Parser()
+        plan.add_arguments(parser)
+        words = shlex.split(pilot.app.clipboard)
+        assert words[:2] == ["vramwise", "plan"]
+        args = parser.parse_args(words[2:])
+        assert sizing is not None
+        assert TrainingSetup(model=args.model, **dict(given_knobs(args))) == sizing.setup
 
 
 async def test_training_without_the_training_stack_says_what_to_install(

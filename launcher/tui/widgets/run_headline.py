@@ -54,7 +54,8 @@ def describe_job(snapshot: RunSnapshot) -> str:
         return plain(snapshot.folder.path.name)
     setup = snapshot.job.setup
     rank = f" r{setup.lora_r}" if setup.uses_lora else ""
-    model = setup.model.rstrip("/").rsplit("/", 1)[-1]
+    # Of a folder the last two names: many are called "model".
+    model = "/".join(setup.model.rstrip("/").split("/")[-2:])
     data = snapshot.job.data_path.rsplit("/", 1)[-1]
     return (
         f"{plain(model, 40)} · {setup.method}{rank} · {setup.max_length:,} tokens · "

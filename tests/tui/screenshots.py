@@ -1,0 +1,136 @@
+"""Makes docs/images: `python -m tests.tui.screenshots`. Trains the demo on the CPU for the run screen.
+
+Writes SVG, and PNG where cairosvg is installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from launcher.tui import cards
+from launcher.tui.app import VramwiseApp
+from launcher.tui.inspection import inspector
+from launcher.tui.screens.run import RunScreen
+from planner.data_files import PROFILES
+from planner.model_catalog import resolve_model
+from planner.training_setup import TrainingSetup
+
+SIZE = (120, 40)
+STEPS = 200
+IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
+DEMO = PROFILES / "demo"
+_TEXT = re.compile(r"<text ([^>]*)>([^<]*)</text>")
+_CELL = 12.2
+
+
+async def main() -> None:
+    """Write both pictures."""
+    # Warnings of the training stack name this machine's folders.
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    await _sizing()
+    with tempfile.TemporaryDirectory() as folder:
+        await _run(Path(folder))
+
+
+async def _sizing() -> None:
+    app = VramwiseApp(
+        model=resolve_model("qwen2.5-14b"),
+        card=cards.card_from_text("16GB"),
+        setup=TrainingSetup(model="qwen2.5-14b", max_length=4096, gradient_accumulation_steps=16),
+        runs_root=Path("runs"),
+    )
+    async with app.run_test(size=SIZE) as pilot:
+        await _settle(pilot)
+        _save(app, "sizing")
+
+
+async def _run(folder: Path) -> None:
+    model = DEMO / "model"
+    app = VramwiseApp(
+        model=resolve_model(str(model), inspector=inspector),
+        card=cards.card_from_text("16GB"),
+        setup=TrainingSetup(model=str(model), max_length=128, per_device_train_batch_size=8),
+        runs_root=folder / "runs",
+        data=str(DEMO / "data" / "train.jsonl"),
+    )
+    async with app.run_test(size=SIZE) as pilot:
+        await _settle(pilot)
+        await pilot.press("t")
+        await _settle(pilot)
+        app.screen.query_one("#start-steps", Input).value = str(STEPS)
+        await pilot.press("ctrl+s")
+        await _settle(pilot)
+        screen = app.screen
+        assert isinstance(screen, RunScreen)
+        deadline = time.monotonic() + 300
+        while screen.snapshot is None or screen.snapshot.step < STEPS * 0.7:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.2)
+        app.clear_notifications()
+        await pilot.pause()
+        _save(app, "run")
+        while not screen.snapshot.over:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.2)
+
+
+async def _settle(pilot: Pilot[None]) -> None:
+    for _ in range(3):
+        await pilot.app.workers.wait_for_complete()
+        await pilot.pause()
+
+
+def _save(app: VramwiseApp, name: str) -> None:
+    svg = app.export_screenshot(title="vramwise tui")
+    # Fonts come from the reader's machine, not from a server.
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    svg = svg.replace("Fira Code", "'Fira Code', Menlo, Consolas, 'DejaVu Sans Mono'")
+    (IMAGES / f"{name}.svg").write_text(svg)
+    if importlib.util.find_spec("cairosvg") is None:
+        print("cairosvg is not installed: no PNG", file=sys.stderr)
+        return
+    png = _TEXT.sub(_single_cells, svg).replace(
+        "'Fira Code', Menlo, Consolas, 'DejaVu Sans Mono'", "DejaVu Sans Mono"
+    )
+    cairosvg = importlib.import_module("cairosvg")
+    cairosvg.svg2png(bytestring=png.encode(), write_to=str(IMAGES / f"{name}.png"), scale=1.0)
+
+
+def _single_cells(match: re.Match[str]) -> str:
+    """Split text with braille or half blocks into cells: not all mono fonts have braille or gapless blocks."""
+    attributes, text = match[1], match[2].replace("&#160;", " ")
+    if not any(0x2800 <= ord(c) < 0x2900 or c == "▌" for c in text):
+        return match[0]
+    x = float(re.search(r'\bx="([\d.]+)"', attributes)[1])  # type: ignore[index]
+    y = float(re.search(r'\by="([\d.]+)"', attributes)[1])  # type: ignore[index]
+    rest = re.sub(r'\b(x|textLength)="[\d.]+" ?', "", attributes)
+    parts = []
+    for index, character in enumerate(text):
+        left = x + index * _CELL
+        if character == "▌":
+            shape = re.sub(r'\by="[\d.]+" ?', "", rest)
+            parts.append(
+                f'<rect {shape} x="{left:.1f}" y="{y - 18.5:.1f}" width="{_CELL / 2}" height="24.65"/>'
+            )
+        elif character != " ":
+            style = (
+                ' style="font-family:DejaVu Sans;font-size:16px"' if 0x2800 <= ord(character) < 0x2900 else ""
+            )
+            parts.append(f'<text {rest} x="{left:.1f}"{style}>{character}</text>')
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
