@@ -109,7 +109,7 @@ def _save(app: VramwiseApp, name: str) -> None:
 
 
 def _single_cells(match: re.Match[str]) -> str:
-    """Split text with braille or half blocks into cells: not all mono fonts have braille or gapless blocks."""
+    """Split text with braille or half blocks into cells, since few mono fonts draw both without gaps."""
     attributes, text = match[1], match[2].replace("&#160;", " ")
     if not any(0x2800 <= ord(c) < 0x2900 or c == "▌" for c in text):
         return match[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -18,14 +17,14 @@ from textual.worker import get_current_worker
 from launcher.tui import advice, cards, knobs
 from launcher.tui.command_line import plan_command
 from launcher.tui.inspection import inspector
+from launcher.tui.screens import sizing_parts as parts
 from launcher.tui.screens.picker import Picker, Remark, Row
-from launcher.tui.sizing import Sizing, Verdict, size_up
+from launcher.tui.sizing import Sizing, size_up
 from launcher.tui.text import gib, parameters, plain
-from launcher.tui.themes import component_colours
 from launcher.tui.widgets.advice_panel import AdvicePanel
 from launcher.tui.widgets.knob_form import KnobForm
 from launcher.tui.widgets.legend import Legend
-from launcher.tui.widgets.memory_bar import BarData, MemoryBar, Segment
+from launcher.tui.widgets.memory_bar import MemoryBar
 from launcher.tui.widgets.phase_table import PhaseTable
 from launcher.tui.widgets.pick_button import PickButton
 from launcher.tui.widgets.speed_panel import SpeedPanel
@@ -34,8 +33,6 @@ from planner.errors import FieldError, InputError, NotModelledError, VramwiseErr
 from planner.model_catalog import list_models, resolve_model
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
-
-_VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
 
 
 class SizingScreen(Screen[None]):
@@ -143,7 +140,11 @@ class SizingScreen(Screen[None]):
             setup = knobs.to_setup(self._model_name, texts, self._others)
             sizing = size_up(setup, self._model, self._card)
         except InputError as error:
-            field = error.field if isinstance(error, FieldError | NotModelledError) else _field_of(str(error))
+            field = (
+                error.field
+                if isinstance(error, FieldError | NotModelledError)
+                else parts.field_of(str(error))
+            )
             self.form.show_error(field, str(error))
             self.query_one(VerdictLine).stale = True
             return
@@ -152,14 +153,14 @@ class SizingScreen(Screen[None]):
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
-        self.query_one("#question", Static).update(_question(sizing, self.app.theme_variables["muted"]))
+        self.query_one("#question", Static).update(parts.question(sizing, self.app.theme_variables["muted"]))
         line = self.query_one(VerdictLine)
         line.stale, line.sizing = False, sizing
-        self.query_one(MemoryBar).data = _bar(sizing)
+        self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory
         self.query_one(PhaseTable).memory = sizing.memory
         self.query_one(SpeedPanel).sizing = sizing
-        self.form.show_other_fields(_other_fields(self._others))
+        self.form.show_other_fields(parts.other_fields(self._others))
         self._advise(sizing)
 
     @work(thread=True, exclusive=True, group="advice")
@@ -200,7 +201,7 @@ class SizingScreen(Screen[None]):
                 sized = size_up(knobs.to_setup(row.key, texts, others), resolve_model(row.key), card)
             except InputError:
                 return Remark("not possible", "muted")
-            return _remark(sized)
+            return parts.remark(sized)
 
         self.app.push_screen(
             Picker(
@@ -241,7 +242,7 @@ class SizingScreen(Screen[None]):
             Row(
                 key=key,
                 name=card.title,
-                detail=f"of {gib(card.usable_bytes):>9}  {_origin(card)}",
+                detail=f"of {gib(card.usable_bytes):>9}  {parts.origin(card)}",
                 search=" ".join((card.spec.name, *card.spec.aliases)),
             )
             for key, card in known.items()
@@ -250,7 +251,7 @@ class SizingScreen(Screen[None]):
 
         def remark(row: Row) -> Remark:
             try:
-                return _remark(size_up(knobs.to_setup(name, texts, others), model, known[row.key]))
+                return parts.remark(size_up(knobs.to_setup(name, texts, others), model, known[row.key]))
             except InputError:
                 return Remark("not possible", "muted")
 
@@ -317,46 +318,3 @@ class SizingScreen(Screen[None]):
     def action_leave_field(self) -> None:
         """Let go of the field, so that all keys reach the screen."""
         self.set_focus(None)
-
-
-def _question(sizing: Sizing, muted: str) -> Text:
-    card = sizing.card
-    text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(plain(sizing.setup.model, 60), "bold")
-    text.append(f" {parameters(sizing.model.parameter_count)}", muted)
-    text.append(" on ", muted)
-    text.append(plain(card.title, 60), "bold")
-    if card.argument is not None:
-        text.append(f" {plain(card.detail, 60)}", muted)
-    return text
-
-
-def _bar(sizing: Sizing) -> BarData:
-    memory = sizing.memory
-    colours = component_colours(component.name for component in memory.components)
-    return BarData(
-        segments=tuple(Segment(c.size_bytes, colours[c.name]) for c in memory.components if c.size_bytes),
-        peak_bytes=memory.peak_bytes,
-        upper_bytes=memory.peak_upper_bytes,
-        usable_bytes=sizing.card.usable_bytes,
-    )
-
-
-def _origin(card: cards.Card) -> str:
-    return card.spec.name if card.group == cards.SIZE else card.group
-
-
-def _remark(sizing: Sizing) -> Remark:
-    verdict = sizing.verdict
-    sign = {Verdict.FITS: "✔", Verdict.TIGHT: "!", Verdict.DOES_NOT_FIT: "✘"}[verdict]
-    return Remark(f"{sign} {gib(sizing.memory.peak_bytes):>10}", _VERDICT_COLOURS[verdict])
-
-
-def _other_fields(others: Mapping[str, Any]) -> str:
-    return "also " + ", ".join(f"{name}={value}" for name, value in others.items()) if others else ""
-
-
-def _field_of(message: str) -> str | None:
-    """The knob that a message about two knobs begins with."""
-    first = message.split(" ", 1)[0].rstrip(":")
-    return first if first in knobs.KNOB_FIELDS else None

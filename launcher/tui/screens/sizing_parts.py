@@ -1,0 +1,65 @@
+"""What the sizing screen says of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from launcher.tui import cards, knobs
+from launcher.tui.screens.picker import Remark
+from launcher.tui.sizing import Sizing, Verdict
+from launcher.tui.text import gib, parameters, plain
+from launcher.tui.themes import component_colours
+from launcher.tui.widgets.memory_bar import BarData, Segment
+
+_VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
+
+
+def question(sizing: Sizing, muted: str) -> Text:
+    """What is asked: model and card."""
+    card = sizing.card
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(plain(sizing.setup.model, 60), "bold")
+    text.append(f" {parameters(sizing.model.parameter_count)}", muted)
+    text.append(" on ", muted)
+    text.append(plain(card.title, 60), "bold")
+    if card.argument is not None:
+        text.append(f" {plain(card.detail, 60)}", muted)
+    return text
+
+
+def bar(sizing: Sizing) -> BarData:
+    """The memory bar of an answer."""
+    memory = sizing.memory
+    colours = component_colours(component.name for component in memory.components)
+    return BarData(
+        segments=tuple(Segment(c.size_bytes, colours[c.name]) for c in memory.components if c.size_bytes),
+        peak_bytes=memory.peak_bytes,
+        upper_bytes=memory.peak_upper_bytes,
+        usable_bytes=sizing.card.usable_bytes,
+    )
+
+
+def origin(card: cards.Card) -> str:
+    """Where a card of the list comes from, or what a size stands for."""
+    return card.spec.name if card.group == cards.SIZE else card.group
+
+
+def remark(sizing: Sizing) -> Remark:
+    """Verdict and peak, as a remark in a picker."""
+    verdict = sizing.verdict
+    sign = {Verdict.FITS: "✔", Verdict.TIGHT: "!", Verdict.DOES_NOT_FIT: "✘"}[verdict]
+    return Remark(f"{sign} {gib(sizing.memory.peak_bytes):>10}", _VERDICT_COLOURS[verdict])
+
+
+def other_fields(others: Mapping[str, Any]) -> str:
+    """Fields that are set and have no knob."""
+    return "also " + ", ".join(f"{name}={value}" for name, value in others.items()) if others else ""
+
+
+def field_of(message: str) -> str | None:
+    """The knob that a message about two knobs begins with."""
+    first = message.split(" ", 1)[0].rstrip(":")
+    return first if first in knobs.KNOB_FIELDS else None
