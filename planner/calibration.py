@@ -96,7 +96,8 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
             continue
-        if record.memory_cap_bytes is not None:
+        # Under a cap the allocator gives cached blocks back; a training run's data may not fill its length.
+        if record.memory_cap_bytes is not None or record.source != "calibrate":
             continue
         model = resolve(record.setup.model)
         try:
