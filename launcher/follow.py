@@ -63,7 +63,7 @@ class _Line:
         self._progress.stop()
 
     def tell(self, message: str) -> None:
-        self._console.print(Text(message))
+        self._console.print(Text(message), soft_wrap=True)
 
     def show(self, event: Event) -> None:
         match event:
@@ -88,7 +88,8 @@ class _Line:
         if self._console.is_terminal:
             return
         interval = max(1, self._total // PLAIN_LINES)
-        if event.step - self._last_shown >= interval or event.step == self._total:
+        due = event.step - self._last_shown >= interval
+        if due or self._last_shown == 0 or event.step == self._total:
             self._last_shown = event.step
             self.tell(text)
 

@@ -1,0 +1,88 @@
+"""`vramwise train` on the demo: plan, run, compare; and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.events import EndEvent, LogEvent, read_events
+from launcher.run_folder import RunFolder
+from planner.data_files import PROFILES
+from planner.plan import Plan
+
+pytestmark = pytest.mark.slow
+DEMO = (
+    *("--model", str(PROFILES / "demo" / "model")),
+    *("--data", str(PROFILES / "demo" / "data" / "train.jsonl")),
+)
+
+
+def start(tmp_path: Path, *extra: str) -> subprocess.Popen[str]:
+    for module in ("torch", "trl", "bitsandbytes"):
+        pytest.importorskip(module)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "launcher.cli",
+            "train",
+            *DEMO,
+            "--runs",
+            str(tmp_path),
+            "--name",
+            "run",
+            *extra,
+        ],
+        env={**os.environ, "VRAMWISE_DATA_DIR": str(tmp_path / "own"), "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_planned_run_is_what_runs(tmp_path: Path) -> None:
+    child = start(tmp_path, "--max-steps", "4", "--gpu", "16GB", "--lora-r", "4")
+    out, talk = child.communicate(timeout=250)
+    assert child.returncode == 0, talk
+    assert "Traceback" not in talk
+    assert out.startswith("FITS")
+    assert out.index("Finished after 4 steps") < out.index("Predicted beside measured")
+    folder = RunFolder(tmp_path / "run")
+    plan = Plan.from_dict(json.loads(folder.plan.read_text()))
+    assert folder.read_job().setup == plan.setup
+    assert plan.setup.lora_r == 4
+    assert plan.data is not None
+    assert not plan.data.estimated
+    assert json.loads((folder.adapter / "adapter_config.json").read_text())["r"] == 4
+    assert sum(isinstance(event, LogEvent) for event in read_events(folder.events)) == 4
+
+
+def test_ctrl_c_stops_after_the_step_and_saves(tmp_path: Path) -> None:
+    child = start(tmp_path, "--epochs", "500")
+    assert child.stderr is not None
+    for line in child.stderr:
+        if "loss" in line:
+            break
+    child.send_signal(signal.SIGINT)
+    _, talk = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "Traceback" not in talk
+    folder = RunFolder(tmp_path / "run")
+    end = read_events(folder.events)[-1]
+    assert isinstance(end, EndEvent)
+    assert end.state == "stopped"
+    assert (folder.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
+    child = start(tmp_path, "--gpu", "6GB", "--per-device-train-batch-size", "4096", "--max-length", "4096")
+    out, talk = child.communicate(timeout=120)
+    assert child.returncode == 3, talk
+    assert out.startswith("DOES NOT FIT")
+    assert not (tmp_path / "run").exists()
