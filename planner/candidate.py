@@ -32,13 +32,26 @@ class Candidate:
 
 
 class Evaluator:
-    """Estimates setups of one model on one card, each once."""
+    """Estimates setups of one model on one card, each once.
 
-    def __init__(self, model: ModelSpec, gpu: GpuSpec, usable_bytes: int, *, padded: bool = False) -> None:
+    `longest` is the length of the data's longest example, where that is known not to be a guess: no batch is
+    longer, whatever max_length allows. `padded` says that examples differ in length.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        gpu: GpuSpec,
+        usable_bytes: int,
+        *,
+        padded: bool = False,
+        longest: int | None = None,
+    ) -> None:
         self.model = model
         self.gpu = gpu
         self.usable_bytes = usable_bytes
         self.padded = padded
+        self.longest = longest
         self._known: dict[TrainingSetup, Candidate] = {}
 
     def evaluate(self, setup: TrainingSetup) -> Candidate:
@@ -53,11 +66,17 @@ class Evaluator:
             padded = self.padded and setup.per_device_train_batch_size > 1 and not setup.packing
             found = Candidate(
                 setup=setup,
-                memory=estimate_memory(setup, self.model, gpu=self.gpu, padded=padded),
+                memory=estimate_memory(self._as_batched(setup), self.model, gpu=self.gpu, padded=padded),
                 speed=forecast(setup, self.model, self.gpu),
             )
             self._known[setup] = found
         return found
+
+    def _as_batched(self, setup: TrainingSetup) -> TrainingSetup:
+        """The setup at the length of its longest batch."""
+        if self.longest is None or setup.packing or setup.max_length <= self.longest:
+            return setup
+        return setup.replace(max_length=self.longest)
 
     def try_evaluate(self, setup: TrainingSetup) -> Candidate | None:
         """Estimate a setup that nobody asked for; None when one of its knobs is not modelled."""

@@ -56,7 +56,8 @@ def make_plan(
     model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
-    evaluator = Evaluator(model, target.spec, target.usable_bytes, padded=stats is not None)
+    longest = None if stats is None or stats.estimated else stats.longest
+    evaluator = Evaluator(model, target.spec, target.usable_bytes, padded=stats is not None, longest=longest)
     chosen = _choose(request, target, model, stats, evaluator, _processes(request, target, evaluator))
     best = chosen.tried.candidate
     setup = best.setup
@@ -322,6 +323,8 @@ def _assumptions(
     else:
         if stats.estimated:
             found.append("token counts are estimated from the text's size, at 4 bytes a token")
+        elif stats.longest < setup.max_length and not setup.packing:
+            found.append(f"memory is for the longest example, {stats.longest:,} tokens")
         if request.num_train_epochs is None:
             found.append(f"{schedule.num_train_epochs:g} epochs, the usual number")
     return tuple(found)
