@@ -107,9 +107,12 @@ def run_commands(program: str, description: str, commands: Mapping[str, Command]
         close = difflib.get_close_matches(argv[0], commands, n=1)
         raise UnknownNameError("command", argv[0], close, hint)
     if parser.parse_args(list(argv)).version:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"vramwise {version('vramwise')}")
+        try:
+            print(f"vramwise {version('vramwise')}")
+        except PackageNotFoundError:
+            print("vramwise, from a source tree that is not installed")
         return ExitCode.OK
     parser.print_help()
     return ExitCode.OK

@@ -7,7 +7,6 @@ with a `from_dict` of its own (TrainingSetup) is read by it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -106,18 +105,21 @@ def _decode_tuple(items: tuple[Any, ...], value: object, where: str) -> tuple[An
     )
 
 
-@functools.cache
+_KNOWN_HINTS: dict[type, dict[str, Any]] = {}
+
+
 def _names(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
-@functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {name: hints[name] for name in _names(kind)}
+    found = _KNOWN_HINTS.get(kind)
+    if found is None:
+        hints = typing.get_type_hints(kind)
+        found = _KNOWN_HINTS[kind] = {name: hints[name] for name in _names(kind)}
+    return found
 
 
-@functools.cache
 def _required(kind: type) -> frozenset[str]:
     return frozenset(
         field.name
