@@ -1,4 +1,4 @@
-"""Outputs as committed, at 80 columns. VRAMWISE_UPDATE_GOLDEN=1 writes them anew: read the difference then."""
+"""Outputs as committed, at 80 columns. VRAMWISE_UPDATE_GOLDEN=1 writes them anew: read what differs."""
 
 from __future__ import annotations
 
