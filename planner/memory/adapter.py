@@ -31,13 +31,15 @@ class TrainableTensor:
 class Trainables:
     """What a setup trains.
 
-    `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` that of expert
-    tensors, `element_bytes` the width of trained parameters and so of gradients and torch optimizer state.
+    `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` and `router_rank` that
+    of experts' and routers' tensors, `element_bytes` the width of trained parameters and so of gradients and
+    torch optimizer state.
     """
 
     tensors: tuple[TrainableTensor, ...]
     ranks: tuple[tuple[str, int], ...]
     experts_rank: int
+    router_rank: int
     element_bytes: int
 
     @property
@@ -80,7 +82,9 @@ def _full(setup: TrainingSetup, model: ModelSpec) -> Trainables:
         for p in model.parameters
         if not p.tied
     )
-    return Trainables(tensors=tensors, ranks=(), experts_rank=0, element_bytes=DTYPE_BYTES[setup.dtype])
+    return Trainables(
+        tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_bytes=DTYPE_BYTES[setup.dtype]
+    )
 
 
 def _adapter(setup: TrainingSetup, model: ModelSpec) -> Trainables:
@@ -112,6 +116,7 @@ def _adapter(setup: TrainingSetup, model: ModelSpec) -> Trainables:
         tensors=tuple(tensors),
         ranks=tuple((p.module_name, setup.lora_r) for p in chosen),
         experts_rank=setup.lora_r if with_experts else 0,
+        router_rank=setup.lora_r if with_experts and routers and targets == ALL_LINEAR else 0,
         element_bytes=2 if setup.method == "qlora" and setup.dtype != "float16" else 4,
     )
 

@@ -53,14 +53,17 @@ def replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Va
     return result
 
 
-def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int) -> Value:
-    """RMSNorm over `size` features a token (the whole width for a per-head norm)."""
+def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *, groups: int = 1) -> Value:
+    """RMSNorm of `size` features a token in `groups` (heads): the fp32 input and inverse roots are saved."""
     kind = knobs.default
     width = kind.activation_bytes
     casts = width != FP32
     wide = tape.tokens(size * FP32) if casts else _hold(x.buffer)
     tape.free(tape.tokens(size * FP32))
+    root = tape.tokens(groups * FP32)
     saved_wide = tape.save(wide) if x.requires_grad else None
+    saved_root = tape.save(root) if x.requires_grad else None
+    tape.free(root)
     scaled = tape.tokens(size * FP32)
     saved_scaled = None
     if layer.norm in FP32_NORMS:
@@ -78,7 +81,8 @@ def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int) -
         tape.free(narrow, scaled)
     if x.requires_grad:
         fp32 = layer.norm in FP32_NORMS
-        tape.nodes.append(lambda: _norm_backward(tape, kind, x, result, size, saved_wide, saved_scaled, fp32))
+        saved = (saved_wide, saved_root)
+        tape.nodes.append(lambda: _norm_backward(tape, kind, x, result, size, saved, saved_scaled, fp32))
     return result
 
 
@@ -88,7 +92,7 @@ def _norm_backward(
     x: Value,
     result: Value,
     size: int,
-    saved_wide: Buffer | None,
+    saved: tuple[Buffer | None, Buffer | None],
     saved_scaled: Buffer | None,
     fp32_weight: bool,
 ) -> None:
@@ -119,7 +123,7 @@ def _norm_backward(
     power = tape.tokens(size * FP32)
     doubled = tape.tokens(size * FP32)
     through_square = tape.tokens(size * FP32)
-    tape.free(doubled, power, saved_wide, expanded, through_square)
+    tape.free(doubled, power, expanded, through_square, *saved)
     if casts:
         narrow = tape.tokens(size * width)
         tape.free(to_input)
@@ -159,7 +163,8 @@ def _attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Val
 def _qk_norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int) -> Value:
     if layer.qk_norm == "none":
         return x
-    normed = norm(tape, layer, knobs, x, size)
+    groups = size // layer.head_dim if layer.qk_norm == "head" else 1
+    normed = norm(tape, layer, knobs, x, size, groups=groups)
     tape.free(x.buffer)
     return normed
 
@@ -261,7 +266,9 @@ def _masked_attention(
     """torch's sdpa with a mask: keys and values repeated to all heads, the mask made additive in 16 bits."""
     heads = layer.num_attention_heads
     whole = layer.query_size * width
-    repeats = heads != layer.num_key_value_heads
+    # A single key head is repeated by a view (sdpa_attention.py, repeat_kv: reshape of an expanded tensor).
+    shared = heads != layer.num_key_value_heads
+    repeats = shared and layer.num_key_value_heads > 1
     repeated = [tape.tokens(whole) if repeats else _hold(v.buffer) for v in (key, value)]
     additive = tape.allocate(Size(per_score=width))
     result = Value(tape.tokens(whole), query.requires_grad)
@@ -274,7 +281,7 @@ def _masked_attention(
         grads = [tape.tokens(whole) for _ in range(3)]
         tape.free(tape.tokens(heads * (4 * layer.head_dim + 4)))
         tape.free(*saved, grad)
-        if repeats:
+        if shared:
             for index in (2, 1):
                 summed = tape.tokens(layer.key_value_size * width)
                 tape.free(grads[index])
@@ -358,7 +365,7 @@ def _mlp(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Value:
     width = knobs.default.activation_bytes
     inner = layer.intermediate_size
     if layer.experts:
-        return experts(tape, layer, knobs.kind("experts"), x)
+        return experts(tape, layer, knobs.kind("experts"), x, router=knobs.kind("router"))
     if layer.fused_gate_up:
         fused = linear(tape, knobs.kind("gate_up_proj"), x, layer.hidden_size, 2 * inner)
         gate, up = _split(tape, fused, (inner, inner), width)

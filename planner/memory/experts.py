@@ -15,7 +15,7 @@ from planner.model_spec import LayerSpec
 FP32 = 4
 
 
-def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> Value:
+def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
     """Replay routing and experts of one layer; `kind` is that of the experts' tensors."""
     width = kind.activation_bytes
     routed = layer.experts_per_token
@@ -28,6 +28,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> Value:
         # torch.nn.utils.parametrize evaluates each parametrisation once when it is registered.
         for elements in (down_elements, gate_up_elements):
             tape.free(tape.fixed(elements * width))
+    saved_router = _router(tape, layer, router, x)
     probabilities = tape.tokens(layer.experts * FP32)
     saved_probabilities = tape.save(probabilities)
     tape.free(probabilities)
@@ -61,7 +62,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> Value:
         down_grad = _weight_grad(tape, kind, down_elements)
         product_grad = tape.tokens(routed * inner * width)
         tape.free(saved_product, saved_down_weight, to_outputs)
-        _adapter_grads(tape, layer, kind, hidden + inner)
+        _adapter_grads(tape, layer, kind, kind.rank * (hidden + inner))
         tape.free(down_grad)
         activated_grad = tape.tokens(routed * inner * width)
         up_grad = tape.tokens(routed * inner * width)
@@ -73,11 +74,12 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> Value:
         gate_up_grad = _weight_grad(tape, kind, gate_up_elements)
         gathered_grad = tape.tokens(routed * hidden * width)
         tape.free(saved_gathered, saved_gate_up_weight, fused_grad)
-        _adapter_grads(tape, layer, kind, hidden + 2 * inner)
+        _adapter_grads(tape, layer, kind, 2 * kind.rank * (hidden + 2 * inner))
         tape.free(gate_up_grad)
         x_grad = tape.tokens(hidden * width)
         tape.free(gathered_grad)
         tape.add_grad(x, x_grad)
+        _router_backward(tape, layer, router, x, saved_router)
 
     tape.nodes.append(backward)
     return result
@@ -93,5 +95,36 @@ def _weight_grad(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
 
 
 def _adapter_grads(tape: Tape, layer: LayerSpec, kind: LinearKind, widths: int) -> None:
+    """Gradients of the experts' adapters, `widths` elements an expert; the fused tensor's rank is doubled."""
     if kind.rank:
-        weight_gradient(tape, kind, layer.experts * kind.rank * widths, kind.adapter_bytes)
+        weight_gradient(tape, kind, layer.experts * widths, kind.adapter_bytes)
+
+
+def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[Buffer | None, ...]:
+    """An adapted or trained router needs its input in backward; its folded weight is kept too."""
+    if not (kind.rank or kind.trained):
+        return ()
+    saved_input = tape.save(x.buffer)
+    if not kind.rank:
+        return (saved_input,)
+    folded = tape.fixed(layer.experts * layer.hidden_size * kind.activation_bytes)
+    saved = (saved_input, tape.save(folded))
+    tape.free(folded)
+    return saved
+
+
+def _router_backward(
+    tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, saved: tuple[Buffer | None, ...]
+) -> None:
+    logits_grad = tape.tokens(layer.experts * kind.activation_bytes)
+    elements = layer.experts * layer.hidden_size
+    folded_grad = tape.fixed(elements * kind.activation_bytes) if kind.rank else None
+    if kind.trained:
+        weight_gradient(tape, kind, elements, kind.adapter_bytes)
+    x_grad = tape.tokens(layer.hidden_size * kind.activation_bytes)
+    tape.free(logits_grad, *saved)
+    if kind.rank:
+        adapter = kind.rank * (layer.experts + layer.hidden_size)
+        weight_gradient(tape, kind, adapter, kind.adapter_bytes)
+    tape.free(folded_grad)
+    tape.add_grad(x, x_grad, view=True)

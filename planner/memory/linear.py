@@ -49,18 +49,19 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
     if kind.quantized:
         base = tape.tokens(outputs * width)
         tape.free(base_result)
-    adapter_input, mask = _adapter_input(tape, kind, x, inputs)
+    adapter_input, mask, wide, dropped = _adapter_input(tape, kind, x, inputs)
     saved_input = tape.save(adapter_input)
-    saved_mask = tape.save(mask) if mask else None
+    saved_mask = tape.save(mask) if mask and x.requires_grad else None
     casts = _weight_casts(tape, kind, inputs, outputs)
     down = tape.tokens(kind.rank * width)
+    tape.free(dropped)
     saved_down = tape.save(down)
     up = tape.tokens(outputs * width)
     tape.free(down)
     scaled = tape.tokens(outputs * width)
     tape.free(up)
     result = Value(tape.tokens(outputs * width), True)
-    tape.free(scaled, base, adapter_input, mask)
+    tape.free(scaled, base, adapter_input, mask, wide)
 
     def backward() -> None:
         grad = tape.take_grad(result)
@@ -111,28 +112,27 @@ def _base_backward(tape: Tape, kind: LinearKind, x: Value, grad: Buffer, inputs:
     tape.add_grad(x, x_grad, view=True)
 
 
-def _adapter_input(tape: Tape, kind: LinearKind, x: Value, inputs: int) -> tuple[Buffer, Buffer | None]:
-    """Input of lora_A: PEFT casts it to the adapter's dtype and autocast back, unless the base is NF4."""
+def _adapter_input(
+    tape: Tape, kind: LinearKind, x: Value, inputs: int
+) -> tuple[Buffer, Buffer | None, Buffer | None, Buffer | None]:
+    """Input of lora_A, the dropout mask, the fp32 input and what dropout makes of it.
+
+    PEFT casts the input to the adapter's dtype and autocast casts it back, unless the base is NF4; the fp32
+    input lives until the module returns, dropout's output until lora_A does (tuners/lora/layer.py, forward).
+    """
     width = kind.activation_bytes
     casts = kind.adapter_bytes != width and not kind.quantized
+    wide = tape.tokens(inputs * kind.adapter_bytes) if casts else None
     if not kind.dropout:
-        if not casts:
-            x.buffer.holders += 1
-            return x.buffer, None
-        wide = tape.tokens(inputs * kind.adapter_bytes)
-        narrow = tape.tokens(inputs * width)
-        tape.free(wide)
-        return narrow, None
-    if not casts:
-        mask = tape.tokens(inputs)
-        return tape.tokens(inputs * width), mask
-    wide = tape.tokens(inputs * kind.adapter_bytes)
+        if casts:
+            return tape.tokens(inputs * width), None, wide, None
+        x.buffer.holders += 1
+        return x.buffer, None, None, None
     mask = tape.tokens(inputs)
+    if not casts:
+        return tape.tokens(inputs * width), mask, None, None
     dropped = tape.tokens(inputs * kind.adapter_bytes)
-    tape.free(wide)
-    narrow = tape.tokens(inputs * width)
-    tape.free(dropped)
-    return narrow, mask
+    return tape.tokens(inputs * width), mask, wide, dropped
 
 
 def _adapter_backward(

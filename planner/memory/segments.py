@@ -62,7 +62,11 @@ def segments(
         default = _linear_kind(setup, 0, trained.element_bytes, accumulating=accumulating)
         kinds = tuple(
             (name, _linear_kind(setup, rank, trained.element_bytes, accumulating=accumulating))
-            for name, rank in (*trained.ranks, ("experts", trained.experts_rank))
+            for name, rank in (
+                *trained.ranks,
+                ("experts", trained.experts_rank),
+                ("router", trained.router_rank),
+            )
         )
         known = _SEGMENTS[key] = _replay_all(
             setup, model, kinds, default, attention=attention, windows=windows, padded=padded

@@ -193,9 +193,17 @@ class StepTimeline:
             size, moment = peak(forward, tokens, scores)
             index = part.indices[-1]
             name = f"forward of decoder layer {index}"
-            hidden = self.shape.hidden_bytes_per_token * tokens
-            moments.append(self._layer_moment(name, index, own or hidden, size, moment, backward=False))
+            held = own or self._held_in_forward(index)
+            moments.append(self._layer_moment(name, index, held, size, moment, backward=False))
         return moments
+
+    def _held_in_forward(self, index: int) -> int:
+        """What the model's forward pass holds in its variables: the layer's input and the embeddings.
+
+        Embeddings that a checkpointed first layer keeps are counted with the checkpoints.
+        """
+        embeddings = index > 0 and not any(part.checkpointed and part.indices[0] == 0 for part in self.parts)
+        return self.shape.hidden_bytes_per_token * self.shape.tokens * (1 + embeddings)
 
     def _layer_moment(
         self, name: str, index: int, own: int, size: float, moment: Moment, *, backward: bool = True
