@@ -272,7 +272,7 @@ def _environment(device: torch.device) -> dict[str, str | int | float | None]:
 
 
 def _gpu_facts(device: torch.device, gpu: ChosenGpu | None) -> dict[str, str | int | float | None]:
-    """What a run record says of the GPU; `context_bytes` is what the driver shows before the model is loaded."""
+    """What a run record says of the GPU; `context_bytes` is what the driver shows before the model loads."""
     import torch
 
     torch.zeros(1, device=device)
