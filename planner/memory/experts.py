@@ -41,16 +41,19 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     product = tape.tokens(routed * inner * width)
     saved_inner = [tape.save(fused), tape.save(activated)]
     saved_product = tape.save(product) if adapted or kind.trained else None
-    tape.free(fused, activated, gate_up_weight)
+    tape.free(fused, activated)
     down_weight = tape.fixed(down_elements * width) if adapted else None
     saved_down_weight = tape.save(down_weight) if down_weight else None
     outputs = tape.tokens(routed * hidden * width)
-    tape.free(product, down_weight)
+    tape.free(product)
     saved_outputs = tape.save(outputs)
     weighted = tape.tokens(routed * hidden * width)
-    tape.free(outputs, gathered)
-    result = Value(tape.tokens(hidden * width), True)
+    reordered = tape.tokens(routed * hidden * width)
     tape.free(weighted)
+    summed = tape.tokens(hidden * FP32) if width != FP32 else None
+    result = Value(tape.tokens(hidden * width), True)
+    # PEFT caches the folded weights for the whole block (tuners/lora/layer.py, parametrize.cached).
+    tape.free(summed, reordered, outputs, gathered, gate_up_weight, down_weight)
 
     def backward() -> None:
         grad = tape.take_grad(result)

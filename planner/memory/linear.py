@@ -51,17 +51,19 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
         tape.free(base_result)
     adapter_input, mask, wide, dropped = _adapter_input(tape, kind, x, inputs)
     saved_input = tape.save(adapter_input)
-    saved_mask = tape.save(mask) if mask and x.requires_grad else None
+    saved_mask = mask if mask and tape.saves and x.requires_grad else None
+    if saved_mask is None:
+        tape.free(mask)
     casts = _weight_casts(tape, kind, inputs, outputs)
     down = tape.tokens(kind.rank * width)
-    tape.free(dropped)
+    tape.free(adapter_input, dropped)
     saved_down = tape.save(down)
     up = tape.tokens(outputs * width)
     tape.free(down)
     scaled = tape.tokens(outputs * width)
     tape.free(up)
     result = Value(tape.tokens(outputs * width), True)
-    tape.free(scaled, base, adapter_input, mask, wide)
+    tape.free(scaled, base, wide)
 
     def backward() -> None:
         grad = tape.take_grad(result)

@@ -8,7 +8,7 @@ steps (tests/stack/test_traces.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 ACTIVATIONS = 0
@@ -34,16 +34,19 @@ class Size(NamedTuple):
 
 Moment = tuple[Size, Size, Size]
 """Live bytes of a moment, by category (activations, workspace, gradients)."""
+_COEFFICIENTS = 3 * len(CATEGORIES)
 
 
 class Buffer:
     """One allocation; freed when the last holder lets go."""
 
-    __slots__ = ("category", "holders", "size")
+    __slots__ = ("constant", "holders", "per_score", "per_token", "slot")
 
-    def __init__(self, size: Size, category: int) -> None:
-        self.size = size
-        self.category = category
+    def __init__(self, constant: float, per_token: float, per_score: float, slot: int) -> None:
+        self.constant = constant
+        self.per_token = per_token
+        self.per_score = per_score
+        self.slot = slot
         self.holders = 1
 
 
@@ -60,49 +63,66 @@ class Value:
 
 
 class Tape:
-    """Live bytes over a replay, its backward nodes, and the moments worth keeping."""
+    """Live bytes over a replay, its backward nodes, and the moments worth keeping.
+
+    A moment is noted where a free follows an allocation: only there can live memory have been at its most.
+    """
 
     def __init__(self, *, saves: bool) -> None:
         self.saves = saves
         self.nodes: list[Callable[[], None]] = []
-        self._live = [[0.0, 0.0, 0.0] for _ in CATEGORIES]
-        self._moments: list[Moment] = []
+        self._live = [0.0] * _COEFFICIENTS
+        self._moments: list[tuple[float, ...]] = []
+        self._rising = False
         self._last_save = 0
 
     def allocate(self, size: Size, category: int = ACTIVATIONS) -> Buffer:
-        """Allocate a buffer and note the moment."""
-        live = self._live[category]
-        live[0] += size.constant
-        live[1] += size.per_token
-        live[2] += size.per_score
-        self._moments.append(self.live)
-        return Buffer(size, category)
+        """Allocate a buffer."""
+        return self._take(size.constant, size.per_token, size.per_score, 3 * category)
 
     def tokens(self, per_token: float, category: int = ACTIVATIONS) -> Buffer:
         """Allocate a buffer of so many bytes a token."""
-        return self.allocate(Size(per_token=per_token), category)
+        return self._take(0.0, per_token, 0.0, 3 * category)
 
     def fixed(self, size_bytes: float, category: int = WORKSPACE) -> Buffer:
         """Allocate a buffer whose size does not depend on the batch."""
-        return self.allocate(Size(constant=size_bytes), category)
+        return self._take(size_bytes, 0.0, 0.0, 3 * category)
+
+    def _take(self, constant: float, per_token: float, per_score: float, slot: int) -> Buffer:
+        live = self._live
+        live[slot] += constant
+        live[slot + 1] += per_token
+        live[slot + 2] += per_score
+        self._rising = True
+        return Buffer(constant, per_token, per_score, slot)
 
     def free(self, *buffers: Buffer | None) -> None:
         """Let go of buffers; one is freed when its last holder does."""
+        live = self._live
         for buffer in buffers:
             if buffer is None:
                 continue
             buffer.holders -= 1
             if buffer.holders == 0:
-                live = self._live[buffer.category]
-                live[0] -= buffer.size.constant
-                live[1] -= buffer.size.per_token
-                live[2] -= buffer.size.per_score
+                if self._rising:
+                    self._moments.append(tuple(live))
+                    self._rising = False
+                slot = buffer.slot
+                live[slot] -= buffer.constant
+                live[slot + 1] -= buffer.per_token
+                live[slot + 2] -= buffer.per_score
+
+    def _note(self) -> None:
+        if self._rising:
+            self._moments.append(tuple(self._live))
+            self._rising = False
 
     def save(self, buffer: Buffer) -> Buffer | None:
         """Hold a buffer for backward, when this replay saves at all."""
         if not self.saves:
             return None
         buffer.holders += 1
+        self._note()
         self._last_save = len(self._moments)
         return buffer
 
@@ -118,8 +138,9 @@ class Tape:
             value.grad = grad
             value.grad_is_view = view
         elif value.grad_is_view:
-            total = self.allocate(value.grad.size)
-            self.free(value.grad, grad)
+            held = value.grad
+            total = self._take(held.constant, held.per_token, held.per_score, held.slot)
+            self.free(held, grad)
             value.grad = total
             value.grad_is_view = False
         else:
@@ -144,36 +165,41 @@ class Tape:
         torch.utils.checkpoint's early stop (torch/utils/checkpoint.py, _StopRecomputationError).
         """
         del self._moments[self._last_save :]
+        self._rising = False
 
     def forget_moments(self) -> None:
         """Start a new pass: earlier moments are reported already."""
-        self._moments = [self.live]
+        self._moments = [tuple(self._live)]
+        self._rising = False
         self._last_save = 0
 
     @property
     def live(self) -> Moment:
         """What is live now, by category."""
-        a, b, c = self._live
-        return Size(*a), Size(*b), Size(*c)
+        return _moment(self._live)
 
     def moments(self) -> tuple[Moment, ...]:
         """The recorded moments that can be a peak for some length and batch."""
+        self._note()
         return prune(self._moments)
 
 
-def total(moment: Moment) -> Size:
-    """All categories of a moment together."""
-    a, b, c = moment
-    return Size(a[0] + b[0] + c[0], a[1] + b[1] + c[1], a[2] + b[2] + c[2])
+def _moment(values: Sequence[float]) -> Moment:
+    a, b, c, d, e, f, g, h, i = values
+    return Size(a, b, c), Size(d, e, f), Size(g, h, i)
 
 
-def prune(moments: Iterable[Moment]) -> tuple[Moment, ...]:
-    """Drop the moments that another one exceeds in every coefficient."""
-    kept: list[tuple[Size, Moment]] = []
-    for size, moment in sorted(((total(m), m) for m in moments), reverse=True):
-        if not any(
-            size.constant <= k.constant and size.per_token <= k.per_token and size.per_score <= k.per_score
-            for k, _ in kept
-        ):
-            kept.append((size, moment))
-    return tuple(moment for _, moment in kept)
+def prune(moments: Iterable[tuple[float, ...]]) -> tuple[Moment, ...]:
+    """Drop the moments that another one exceeds in every coefficient.
+
+    Moments are flat: constant, per token and per score of each category in turn.
+    """
+    totals = [(m[0] + m[3] + m[6], m[1] + m[4] + m[7], m[2] + m[5] + m[8], m) for m in moments]
+    totals.sort(reverse=True)
+    kept: list[tuple[float, float, float, tuple[float, ...]]] = []
+    for entry in totals:
+        _, per_token, per_score, _ = entry
+        # Constants fall along the list, so only the other two decide.
+        if not any(per_token <= k[1] and per_score <= k[2] for k in kept):
+            kept.append(entry)
+    return tuple(_moment(entry[3]) for entry in kept)

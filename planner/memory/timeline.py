@@ -78,6 +78,7 @@ class StepTimeline:
         ]
         # PEFT marks the embedding's output as a leaf that wants a gradient; scaling it makes a second tensor.
         self._raw_embedding = shape.hidden_bytes_per_token * tokens if raw_embedding else 0
+        self._first_checkpointed = any(part.checkpointed and part.indices[0] == 0 for part in parts)
         self._layers = sum(len(part.indices) for part in parts)
         self._all_gradients = trained.elements * trained.element_bytes
 
@@ -154,6 +155,8 @@ class StepTimeline:
         accumulated = self._all_gradients if self.shape.accumulating else 0
         norm_saved = int(at(self.final_norm.saved, tokens, scores))
         norm_peak, _ = peak(self.final_norm.backward, tokens, scores)
+        norm_forward, _ = peak(self.final_norm.forward, tokens, scores)
+        stream = self.shape.hidden_bytes_per_token * tokens
         moments = [
             StepMoment(
                 name=name,
@@ -168,6 +171,16 @@ class StepTimeline:
                 ("output head, backward", self.head.backward_bytes),
             )
         ]
+        held = stream if self._first_checkpointed else 2 * stream
+        moments.append(
+            StepMoment(
+                name="forward of the final norm",
+                kept_bytes=kept + held,
+                live_bytes=int(norm_forward),
+                workspace_bytes=0,
+                gradient_bytes=accumulated,
+            )
+        )
         moments.append(
             StepMoment(
                 name="backward of the final norm",
@@ -202,7 +215,7 @@ class StepTimeline:
 
         Embeddings that a checkpointed first layer keeps are counted with the checkpoints.
         """
-        embeddings = index > 0 and not any(part.checkpointed and part.indices[0] == 0 for part in self.parts)
+        embeddings = index > 0 and not self._first_checkpointed
         return self.shape.hidden_bytes_per_token * self.shape.tokens * (1 + embeddings)
 
     def _layer_moment(

@@ -1,0 +1,1 @@
+"""The memory model against the real code: TRL, transformers, PEFT, bitsandbytes."""
