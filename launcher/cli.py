@@ -35,6 +35,7 @@ def _with_inspector(command: Command) -> Command:
 COMMANDS = {
     **{name: _with_inspector(command) for name, command in planner_cli.COMMANDS.items()},
     "train": _with_inspector(Command("launcher.commands.train", "plan a run, start it and follow it")),
+    "demo": _with_inspector(Command("launcher.commands.demo", "train the demo model on whatever is here")),
     "runs": Command("launcher.commands.runs", "list runs, follow one or stop it"),
     "calibrate": Command("launcher.commands.calibrate", "measure this GPU, and plan by what it shows"),
     "tui": Command("launcher.commands.tui", "size setups and watch runs in the terminal"),
@@ -63,12 +64,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `vramwise`."""
     arguments = sys.argv[1:] if argv is None else argv
     run_as_program(PROGRAM, lambda: run(arguments))
-
-
-def plan_main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of `plan`, the same as `vramwise plan`."""
-    arguments = sys.argv[1:] if argv is None else argv
-    run_as_program("plan", lambda: run_command("plan", COMMANDS["plan"], arguments))
 
 
 if __name__ == "__main__":

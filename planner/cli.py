@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from planner.command_line import Command, run_as_program, run_command
+from planner.inspectors import installed_inspector
 
+_INSPECTING = {"inspector": installed_inspector}
 COMMANDS = {
     "plan": Command(
-        "planner.commands.plan", "choose the fastest setup that fits a GPU, and say what it needs"
+        "planner.commands.plan",
+        "choose the fastest setup that fits a GPU, and say what it needs",
+        _INSPECTING,
     ),
-    "estimate": Command("planner.commands.estimate", "memory and speed of given setups, one JSON line each"),
-    "compare": Command("planner.commands.compare", "several models or GPUs in one table"),
+    "estimate": Command(
+        "planner.commands.estimate", "memory and speed of given setups, one JSON line each", _INSPECTING
+    ),
+    "compare": Command("planner.commands.compare", "several models or GPUs in one table", _INSPECTING),
     "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),
     "models": Command("planner.commands.models", "the models of the catalog"),
 }

@@ -1,0 +1,88 @@
+"""Train the demo model that ships with vramwise, as `vramwise train` would, and ask it before and after.
+
+Takes about half a minute on a CPU; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planner.command_line import Parser, StoreOnce
+from planner.data_files import PROFILES
+from planner.errors import ExitCode
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEMO = PROFILES / "demo"
+# A model of 2.5M parameters learns at a rate that would ruin a large one.
+SETTINGS = (
+    "--per-device-train-batch-size=8",
+    "--gradient-accumulation-steps=1",
+    "--learning-rate=3e-3",
+    "--epochs=3",
+    "--eval-steps=40",
+    "--assistant-only-loss",
+)
+# None is in the training data but the last.
+QUESTIONS = ("What are 6 kilometres in metres?", "Hello, I am Emil.", "What is the opposite of early?")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument(
+        "--gpu", action=StoreOnce, help="card to plan for (default: the GPU of this machine, else 16GB)"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (runs)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then show answers before and after.
+
+    Raises:
+        MissingExtraError: the training stack is not installed.
+    """
+    from launcher.commands import train
+
+    name = time.strftime("demo-%Y%m%d-%H%M%S")
+    code = train.run(_training_arguments(args, name))
+    adapter = args.runs.expanduser() / name / "adapter"
+    if code != ExitCode.OK or not adapter.is_dir():
+        return code
+    _show_answers(adapter)
+    return code
+
+
+def _training_arguments(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    from launcher.commands import train
+
+    parser = Parser(prog="vramwise demo")
+    train.add_arguments(parser)
+    asked = [
+        f"--model={DEMO / 'model'}",
+        f"--data={DEMO / 'data' / 'train.jsonl'}",
+        f"--eval-data={DEMO / 'data' / 'eval.jsonl'}",
+        f"--runs={args.runs}",
+        f"--name={name}",
+        *SETTINGS,
+    ]
+    if args.gpu is not None:
+        asked.append(f"--gpu={args.gpu}")
+    return parser.parse_args(asked, argparse.Namespace(inspector=args.inspector))
+
+
+def _show_answers(adapter: Path) -> None:
+    from launcher.answers import compare_answers
+    from planner.render import heading, pairs, show
+
+    answers = compare_answers(DEMO / "model", adapter, QUESTIONS)
+
+    def write(out: Console) -> None:
+        heading(out, "What it learned")
+        for one in answers:
+            pairs(out, [("asked", one.question), ("before", one.before), ("after", one.after)])
+
+    show(write)
