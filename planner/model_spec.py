@@ -20,6 +20,10 @@ QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
 
 
+# Totals by table; the table is kept beside its total, so that an id is never that of another one.
+_COUNTS: dict[int, tuple[tuple[Parameter, ...], int]] = {}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
     """Parameters of one shape under one name pattern.
@@ -201,7 +205,11 @@ class ModelSpec:
     @property
     def parameter_count(self) -> int:
         """All parameters, tied ones once: the published total."""
-        return sum(p.elements * p.count for p in self.parameters if not p.tied)
+        known = _COUNTS.get(id(self.parameters))
+        if known is None or known[0] is not self.parameters:
+            count = sum(p.elements * p.count for p in self.parameters if not p.tied)
+            known = _COUNTS[id(self.parameters)] = (self.parameters, count)
+        return known[1]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

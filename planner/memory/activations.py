@@ -5,7 +5,7 @@ One replay per layer kind and set of knobs (planner/memory/decoder_layer.py) ans
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from planner.memory.decoder_layer import LayerKnobs, norm, replay
@@ -38,10 +38,6 @@ def layer_replay(
 ) -> LayerReplay:
     """Replay one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
     width = layer.hidden_size * knobs.default.activation_bytes
-    plain = Tape(saves=False)
-    hidden = Value(plain.tokens(0), False)
-    replay(plain, layer, knobs, hidden)
-
     tape = Tape(saves=True)
     hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
     incoming = tape.tokens(width) if checkpointed else None
@@ -61,11 +57,27 @@ def layer_replay(
     tape.backward()
     tape.free(hidden.grad)
     return LayerReplay(
-        forward=plain.moments(),
+        forward=_forward_moments(layer, _without_accumulation(knobs)),
         forward_saving=forward_saving,
         saved=saved,
         backward=tape.moments(),
         gradients=tape.live,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _forward_moments(layer: LayerSpec, knobs: LayerKnobs) -> tuple[Moment, ...]:
+    tape = Tape(saves=False)
+    replay(tape, layer, knobs, Value(tape.tokens(0), False))
+    return tape.moments()
+
+
+def _without_accumulation(knobs: LayerKnobs) -> LayerKnobs:
+    """The same knobs for what does not depend on earlier micro-steps: a forward pass."""
+    return replace(
+        knobs,
+        default=replace(knobs.default, accumulating=False),
+        kinds=tuple((name, replace(kind, accumulating=False)) for name, kind in knobs.kinds),
     )
 
 

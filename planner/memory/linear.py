@@ -51,10 +51,7 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
         tape.free(base_result)
     adapter_input, mask, wide, dropped = _adapter_input(tape, kind, x, inputs)
     saved_input = tape.save(adapter_input)
-    saved_mask = mask if mask and tape.saves and x.requires_grad else None
-    if saved_mask is None:
-        tape.free(mask)
-    casts = _weight_casts(tape, kind, inputs, outputs)
+    casts = _weight_casts(tape, kind, inputs if x.requires_grad else 0, outputs)
     down = tape.tokens(kind.rank * width)
     tape.free(adapter_input, dropped)
     saved_down = tape.save(down)
@@ -67,7 +64,7 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        _adapter_backward(tape, kind, x, inputs, outputs, saved_input, saved_mask, saved_down)
+        _adapter_backward(tape, kind, x, inputs, outputs, saved_input, mask, saved_down)
         tape.free(casts)
         if x.requires_grad:
             _base_backward(tape, kind, x, grad, inputs, outputs)
@@ -79,7 +76,10 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
 
 
 def _weight_casts(tape: Tape, kind: LinearKind, inputs: int, outputs: int) -> Buffer | None:
-    """Copies of fp32 adapter weights in the compute dtype: autocast keeps them until backward is done."""
+    """Copies of fp32 adapter weights in the compute dtype: autocast keeps them until backward is done.
+
+    `inputs` is 0 where the input wants no gradient: backward does not need lora_A's copy then.
+    """
     if kind.adapter_bytes <= kind.activation_bytes:
         return None
     copies = tape.fixed(kind.rank * (inputs + outputs) * kind.activation_bytes)
@@ -117,7 +117,7 @@ def _base_backward(tape: Tape, kind: LinearKind, x: Value, grad: Buffer, inputs:
 def _adapter_input(
     tape: Tape, kind: LinearKind, x: Value, inputs: int
 ) -> tuple[Buffer, Buffer | None, Buffer | None, Buffer | None]:
-    """Input of lora_A, the dropout mask, the fp32 input and what dropout makes of it.
+    """Input of lora_A, the dropout mask if backward needs it, the fp32 input and what dropout makes of it.
 
     PEFT casts the input to the adapter's dtype and autocast casts it back, unless the base is NF4; the fp32
     input lives until the module returns, dropout's output until lora_A does (tuners/lora/layer.py, forward).
@@ -130,10 +130,13 @@ def _adapter_input(
             return tape.tokens(inputs * width), None, wide, None
         x.buffer.holders += 1
         return x.buffer, None, None, None
-    mask = tape.tokens(inputs)
+    mask: Buffer | None = tape.tokens(inputs)
+    dropped = tape.tokens(inputs * (kind.adapter_bytes if casts else width))
+    if not (tape.saves and x.requires_grad):
+        tape.free(mask)
+        mask = None
     if not casts:
-        return tape.tokens(inputs * width), mask, None, None
-    dropped = tape.tokens(inputs * kind.adapter_bytes)
+        return dropped, mask, None, None
     return tape.tokens(inputs * width), mask, wide, dropped
 
 

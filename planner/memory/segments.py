@@ -41,7 +41,9 @@ def segments(
     """Segments of a setup, and the replay of the final norm."""
     windows = tuple(_window(layer, setup.max_length) for layer in model.layers)
     checkpointed = _checkpointed_layers(setup, model)
-    accumulating = setup.gradient_accumulation_steps > 1
+    # An adapter's gradients are so small that those of one layer may be counted as new beside those that are
+    # there already; a trained weight's are not.
+    accumulating = setup.gradient_accumulation_steps > 1 and setup.method == "full"
     key = (
         model.id,
         model.parameter_count,

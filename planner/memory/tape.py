@@ -82,7 +82,10 @@ class Tape:
 
     def tokens(self, per_token: float, category: int = ACTIVATIONS) -> Buffer:
         """Allocate a buffer of so many bytes a token."""
-        return self._take(0.0, per_token, 0.0, 3 * category)
+        slot = 3 * category
+        self._live[slot + 1] += per_token
+        self._rising = True
+        return Buffer(0.0, per_token, 0.0, slot)
 
     def fixed(self, size_bytes: float, category: int = WORKSPACE) -> Buffer:
         """Allocate a buffer whose size does not depend on the batch."""
@@ -102,14 +105,17 @@ class Tape:
         for buffer in buffers:
             if buffer is None:
                 continue
-            buffer.holders -= 1
-            if buffer.holders == 0:
-                if self._rising:
-                    self._moments.append(tuple(live))
-                    self._rising = False
-                slot = buffer.slot
+            if buffer.holders > 1:
+                buffer.holders -= 1
+                continue
+            if self._rising:
+                self._moments.append(tuple(live))
+                self._rising = False
+            slot = buffer.slot
+            live[slot + 1] -= buffer.per_token
+            if buffer.constant:
                 live[slot] -= buffer.constant
-                live[slot + 1] -= buffer.per_token
+            if buffer.per_score:
                 live[slot + 2] -= buffer.per_score
 
     def _note(self) -> None:
@@ -194,12 +200,15 @@ def prune(moments: Iterable[tuple[float, ...]]) -> tuple[Moment, ...]:
 
     Moments are flat: constant, per token and per score of each category in turn.
     """
-    totals = [(m[0] + m[3] + m[6], m[1] + m[4] + m[7], m[2] + m[5] + m[8], m) for m in moments]
-    totals.sort(reverse=True)
-    kept: list[tuple[float, float, float, tuple[float, ...]]] = []
-    for entry in totals:
-        _, per_token, per_score, _ = entry
+    totals = sorted(
+        {(m[0] + m[3] + m[6], m[1] + m[4] + m[7], m[2] + m[5] + m[8]): m for m in moments}.items(),
+        reverse=True,
+    )
+    kept: list[tuple[float, float, tuple[float, ...]]] = []
+    most_per_token = -1.0
+    for (_, per_token, per_score), moment in totals:
         # Constants fall along the list, so only the other two decide.
-        if not any(per_token <= k[1] and per_score <= k[2] for k in kept):
-            kept.append(entry)
-    return tuple(_moment(entry[3]) for entry in kept)
+        if per_token > most_per_token or not any(per_token <= k[0] and per_score <= k[1] for k in kept):
+            most_per_token = max(most_per_token, per_token)
+            kept.append((per_token, per_score, moment))
+    return tuple(_moment(entry[2]) for entry in kept)
