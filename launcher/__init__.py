@@ -1,0 +1,1 @@
+"""The launcher: everything that needs torch, transformers, TRL or Textual."""

@@ -34,7 +34,7 @@ def build_random_model(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    # Buffers (rotary frequencies, embedding scales) are computed at construction, so only parameters are meta.
+    # Buffers (rotary frequencies, embedding scales) are computed at construction: only parameters are meta.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config,

@@ -1,6 +1,6 @@
 """Every error a person can meet, and the exit codes of the commands.
 
-A command turns one of these into a single line on stderr and the exit code; nothing else prints tracebacks away.
+A command turns one of these into a single line on stderr and the exit code; other errors show themselves.
 """
 
 from __future__ import annotations

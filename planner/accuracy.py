@@ -1,0 +1,101 @@
+"""Accuracy: what the committed records say of the memory model, each model held out of its fit."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner.calibration import Residual, calibrate
+from planner.data_files import PROFILES
+from planner.gpu_catalog import gpu_catalog
+from planner.model_catalog import load_shipped
+from planner.records import RunRecord, read_records
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorSummary:
+    """Errors of one figure over runs, as shares: signed mean, median and 95th percentile of size, worst.
+
+    `runs` counts those where the figure was measured; the errors are null when there is none.
+    """
+
+    figure: str
+    runs: int
+    bias: float | None
+    median: float | None
+    percentile_95: float | None
+    worst: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelAccuracy:
+    """Errors of one held-out model's runs."""
+
+    model: str
+    runs: int
+    summaries: tuple[ErrorSummary, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Held-out errors on one GPU: all runs together, and by model."""
+
+    gpu: str
+    overall: tuple[ErrorSummary, ...]
+    models: tuple[ModelAccuracy, ...]
+
+
+def shipped_records() -> tuple[RunRecord, ...]:
+    """The committed records, a person's own left out."""
+    return tuple(r for path in sorted((PROFILES / "runs").glob("*.jsonl")) for r in read_records(path))
+
+
+def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:
+    """Held-out errors on every GPU with enough records.
+
+    Raises:
+        InputError: a GPU has too few records to leave any out.
+    """
+    gpus = sorted({record.environment.gpu_id for record in records if record.source == "calibrate"})
+    found = []
+    for gpu_id in gpus:
+        residuals = calibrate(records, gpu_catalog().get(gpu_id), load_shipped, name=gpu_id).residuals
+        by_model = sorted({residual.model for residual in residuals})
+        found.append(
+            Accuracy(
+                gpu=gpu_id,
+                overall=_summaries(residuals),
+                models=tuple(
+                    _model_accuracy(model, [r for r in residuals if r.model == model]) for model in by_model
+                ),
+            )
+        )
+    return tuple(found)
+
+
+def _model_accuracy(model: str, residuals: Sequence[Residual]) -> ModelAccuracy:
+    return ModelAccuracy(model=model, runs=len(residuals), summaries=_summaries(residuals))
+
+
+def _summaries(residuals: Sequence[Residual]) -> tuple[ErrorSummary, ...]:
+    columns = (
+        ("allocated", [r.allocated_error for r in residuals]),
+        ("reserved", [r.reserved_error for r in residuals]),
+        ("process", [r.process_error for r in residuals if r.process_error is not None]),
+    )
+    return tuple(_summary(figure, errors) for figure, errors in columns)
+
+
+def _summary(figure: str, errors: Sequence[float]) -> ErrorSummary:
+    if not errors:
+        return ErrorSummary(figure=figure, runs=0, bias=None, median=None, percentile_95=None, worst=None)
+    sizes = sorted(abs(error) for error in errors)
+    return ErrorSummary(
+        figure=figure,
+        runs=len(errors),
+        bias=statistics.fmean(errors),
+        median=statistics.median(sizes),
+        percentile_95=sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
+        worst=max(errors, key=abs),
+    )
