@@ -6,6 +6,7 @@ margin covers the worst of them.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.estimate import estimate_memory, reserve_terms
-from planner.memory.runtime import Coefficients, managed_process_bytes
+from planner.memory.runtime import Coefficients, coefficients_for, managed_process_bytes
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
 
@@ -57,6 +58,7 @@ class _Sample:
     terms: tuple[float, ...]
     reserve_bytes: int
     managed_bytes: int
+    workspace_bytes: int
 
 
 def usable_records(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[RunRecord]:
@@ -92,6 +94,7 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
 
 def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[_Sample]:
     found = []
+    bare = dataclasses.replace(coefficients_for(gpu.id), gpu=gpu.id, workspace_bytes=0)
     for record in records:
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
@@ -104,6 +107,9 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
             breakdown = estimate_memory(record.setup, model, gpu=gpu, padded=record.padded)
         except NotModelledError:
             continue
+        without_workspace = estimate_memory(
+            record.setup, model, gpu=gpu, padded=record.padded, coefficients=bare
+        )
         terms = reserve_terms(record.setup, model, gpu=gpu, padded=record.padded)
         found.append(
             _Sample(
@@ -112,6 +118,7 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
                 terms=tuple(float(value) for value in terms.as_tuple()),
                 reserve_bytes=step.reserved_bytes - step.allocated_bytes,
                 managed_bytes=_managed(breakdown),
+                workspace_bytes=step.allocated_bytes - without_workspace.allocated_bytes,
             )
         )
     return found
@@ -138,6 +145,7 @@ def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
     return Coefficients(
         name=name,
         context_bytes=int(statistics.median(contexts)),
+        workspace_bytes=max(0, int(statistics.median(sample.workspace_bytes for sample in samples))),
         reserve_constant_bytes=int(constant),
         reserve_per_byte=tuple(slopes),
         margin_fraction=0.0,
@@ -207,6 +215,4 @@ def _residual(sample: _Sample, fitted: Coefficients, gpu: GpuSpec) -> tuple[Resi
 
 
 def _with_margin(fitted: Coefficients, margin: float) -> Coefficients:
-    import dataclasses
-
     return dataclasses.replace(fitted, margin_fraction=round(margin, 4))

@@ -40,9 +40,7 @@ def _print(found: Accuracy) -> None:
     from planner.render import columns, show
 
     runs = sum(model.runs for model in found.models)
-    print(
-        f"{found.gpu}: {runs} runs of {len(found.models)} models, each model held out of the fit that judges it"
-    )
+    print(f"{found.gpu}: {runs} runs of {len(found.models)} models, each model held out of its fit")
     print("Errors are (predicted / measured - 1) in percent.\n")
     summary = [
         [

@@ -71,7 +71,7 @@ def estimate_memory(
     refuse_unmodelled(setup, model)
     gpu_name = gpu.id if gpu else None
     measured = coefficients or coefficients_for(gpu_name)
-    resident, timeline, step = _replayed(setup, model, gpu, padded=padded)
+    resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded)
     evaluation = timeline.forward_only(_head(setup, model, evaluating=True))
     terms = _reserve_terms(resident, timeline, step)
     phases = _phases(measured, resident, step, evaluation, terms)
@@ -92,14 +92,15 @@ def reserve_terms(
     setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool
 ) -> ReserveTerms:
     """What the allocator's reserve is fitted to, for a setup that was measured."""
-    return _reserve_terms(*_replayed(setup, model, gpu, padded=padded))
+    measured = coefficients_for(gpu.id if gpu else None)
+    return _reserve_terms(*_replayed(setup, model, gpu, measured, padded=padded))
 
 
 def _replayed(
-    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, *, padded: bool
+    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, measured: Coefficients, *, padded: bool
 ) -> tuple[_Resident, StepTimeline, StepMoment]:
     """What is there between steps, the step's timeline, and its peak."""
-    resident = _resident(setup, model, gpu, padded=padded)
+    resident = _resident(setup, model, gpu, measured, padded=padded)
     timeline = _timeline(setup, model, resident, padded=padded)
     step = max(
         timeline.largest(),
@@ -119,7 +120,9 @@ def _reserve_terms(resident: _Resident, timeline: StepTimeline, step: StepMoment
     )
 
 
-def _resident(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, *, padded: bool) -> _Resident:
+def _resident(
+    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, measured: Coefficients, *, padded: bool
+) -> _Resident:
     weights = weight_memory(setup, model)
     trained = trainables(setup, model)
     width = DTYPE_BYTES[setup.dtype]
@@ -131,7 +134,7 @@ def _resident(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, *, pa
         trained=trained,
         adapter_bytes=trained.allocated_bytes if setup.uses_lora else 0,
         optimizer=optimizer_memory(setup.optim, trained),
-        cublas_bytes=cublas_workspace_bytes(gpu.compute_capability if gpu else None),
+        cublas_bytes=cublas_workspace_bytes(gpu, measured),
         tables_bytes=rotary + masks + INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step,
         largest_dequantized_bytes=_largest_quantized(model) * width if setup.method == "qlora" else 0,
     )

@@ -14,6 +14,7 @@ from typing import Any
 from planner import validate
 from planner.data_files import PROFILES, user_data_dir
 from planner.errors import InputError
+from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import Basis
 from planner.model_spec import ModelSpec
 
@@ -62,14 +63,15 @@ class Coefficients:
     """Measured terms of one environment.
 
     `context_bytes`: what the driver shows above reserved memory at the end of a step, without managed
-    memory (context, kernels, libraries). Reserved memory above allocated is `reserve_constant_bytes` plus
-    `reserve_per_byte` times the ReserveTerms. The interval's upper end is the expected figure plus
-    `margin_fraction` of the terms' sum plus `margin_bytes`; it covers every record when its model is left out
-    of the fit.
+    memory (context, kernels, libraries). `workspace_bytes`: what cuBLAS holds in torch's allocator. Reserved
+    memory above allocated is `reserve_constant_bytes` plus `reserve_per_byte` times the ReserveTerms. The
+    interval's upper end is the expected figure plus `margin_fraction` of the terms' sum plus `margin_bytes`;
+    it covers every record when its model is left out of the fit.
     """
 
     name: str
     context_bytes: int
+    workspace_bytes: int
     reserve_constant_bytes: int
     reserve_per_byte: tuple[float, ...]
     margin_fraction: float
@@ -81,7 +83,7 @@ class Coefficients:
 
     def __post_init__(self) -> None:
         validate.text("coefficients name", self.name)
-        for field in ("context_bytes", "reserve_constant_bytes", "margin_bytes"):
+        for field in ("context_bytes", "workspace_bytes", "reserve_constant_bytes", "margin_bytes"):
             validate.integer(field, getattr(self, field), minimum=0, maximum=2**40)
         if len(self.reserve_per_byte) != len(fields(ReserveTerms)):
             raise InputError(f"reserve_per_byte needs {len(fields(ReserveTerms))} numbers")
@@ -155,8 +157,11 @@ def coefficients_for(gpu_name: str | None) -> Coefficients:
     return fallback
 
 
-def cublas_workspace_bytes(compute_capability: tuple[int, int] | None) -> int:
-    """Workspaces of both handles; an unknown GPU is given the larger ones."""
+def cublas_workspace_bytes(gpu: GpuSpec | None, measured: Coefficients) -> int:
+    """Workspaces of both handles: as measured on this GPU, else torch's defaults (unknown: the larger)."""
+    if gpu is not None and gpu.id == measured.gpu:
+        return measured.workspace_bytes
+    compute_capability = gpu.compute_capability if gpu is not None else None
     if compute_capability is not None and compute_capability < (9, 0):
         return CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
     return CUBLAS_HANDLES * CUBLAS_WORKSPACE_HOPPER_BYTES
