@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from planner.memory.decoder_layer import LayerKnobs, norm, replay
+from planner.memory.decoder_layer import FP32, FP32_NORMS, LayerKnobs, norm, replay
 from planner.memory.tape import ACTIVATIONS, GRADIENTS, Moment, Size, Tape, Value, prune
 from planner.model_spec import LayerSpec
 
@@ -22,7 +22,8 @@ class LayerReplay:
     `forward` are the moments of a forward pass that keeps nothing, `saved` what a forward pass keeps for
     backward, `forward_saving` the moments of that pass (what it has kept so far included), `backward` the
     moments of the backward pass with all that this layer holds (recomputed or kept), the incoming gradient
-    and gradients of its own weights included; `gradients` what it leaves of those.
+    and gradients of its own weights included; `gradients` what it leaves of those. `keeps_input` says that
+    the layer's input itself is kept: as its checkpoint, or in `saved` for a linear layer that reads it.
     """
 
     forward: tuple[Moment, ...]
@@ -30,6 +31,7 @@ class LayerReplay:
     saved: Moment
     backward: tuple[Moment, ...]
     gradients: Moment
+    keeps_input: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -39,17 +41,18 @@ def layer_replay(
     """Replay one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
     width = layer.hidden_size * knobs.default.activation_bytes
     tape = Tape(saves=True)
-    hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
-    incoming = tape.tokens(width) if checkpointed else None
-    early = [tape.tokens(width) for _ in range(_scalings_first(layer, knobs))] if checkpointed else []
+    # The timeline counts checkpoints; any other input is there at least until the forward pass is done.
+    hidden = Value(tape.tokens(0 if checkpointed else width), input_requires_grad or checkpointed)
+    early = [tape.tokens(size) for size in _gradients_before(layer, knobs)] if checkpointed else []
     output = replay(tape, layer, knobs, hidden)
+    keeps_input = checkpointed or hidden.buffer.holders > 1
     if checkpointed:
         tape.stop_after_last_save()
-        tape.free(output.buffer, incoming, *early)
+        tape.free(output.buffer, *early)
         saved = NOTHING
         forward_saving: tuple[Moment, ...] = ()
     else:
-        tape.free(output.buffer)
+        tape.free(output.buffer, hidden.buffer)
         saved = tape.live
         forward_saving = tape.moments()
         tape.forget_moments()
@@ -62,6 +65,7 @@ def layer_replay(
         saved=saved,
         backward=tape.moments(),
         gradients=tape.live,
+        keeps_input=keeps_input,
     )
 
 
@@ -81,11 +85,19 @@ def _without_accumulation(knobs: LayerKnobs) -> LayerKnobs:
     )
 
 
-def _scalings_first(layer: LayerSpec, knobs: LayerKnobs) -> int:
-    """Scalings of the gradient that run before anything asks for recomputation: they need no saved tensor."""
-    if layer.output_norms or layer.experts:
-        return 0
-    return int(layer.residual_multiplier) + int(knobs.kind("down_proj").rank > 0)
+def _gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
+    """Bytes a token of gradients that are there when a checkpointed layer starts to be recomputed.
+
+    The incoming one, and what backward makes of it before a node asks for a saved tensor: a cast to fp32 by
+    an output norm, else scalings by the residual multiplier and by alpha / rank.
+    """
+    width = layer.hidden_size * knobs.default.activation_bytes
+    if layer.output_norms:
+        casts = layer.norm in FP32_NORMS and knobs.default.activation_bytes != FP32
+        return [width, layer.hidden_size * FP32] if casts else [width]
+    if layer.experts:
+        return [width]
+    return [width] * (1 + int(layer.residual_multiplier) + int(knobs.kind("down_proj").rank > 0))
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,9 @@ from planner.model_spec import LayerSpec
 
 FP32 = 4
 FP32_NORMS = ("rms_fp32_weight",)
+NORM_SCRATCH_BYTES = 2 * FP32
+"""Bytes an element of the scratch buffer in which CUDA reduces a trained norm weight's gradient over tokens
+(seen in traces llama_f and qwen3_f)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +73,11 @@ def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *
         if kind.trained:
             saved_scaled = tape.save(scaled)
         weighted = tape.tokens(size * FP32)
+        # Gemma's norm lets go of the unweighted tensor here, OLMo 2's (no input norms) when it returns.
+        held = None if layer.input_norms else _hold(scaled)
+        tape.free(scaled, wide)
         result = Value(tape.tokens(size * width) if casts else _hold(weighted), x.requires_grad)
-        tape.free(weighted, scaled, wide)
+        tape.free(weighted, held)
     else:
         tape.free(wide)
         narrow = tape.tokens(size * width) if casts else _hold(scaled)
@@ -108,7 +114,7 @@ def _norm_backward(
     if kind.trained:
         # The weight's gradient: a product per element, reduced over tokens with a global scratch buffer.
         elementwise = tape.tokens(size * product)
-        tape.free(tape.tokens(size * 2 * FP32), elementwise, saved_scaled)
+        tape.free(tape.tokens(size * NORM_SCRATCH_BYTES), elementwise, saved_scaled)
         weight_gradient(tape, kind, size, kind.adapter_bytes)
     tape.free(grad)
     grad = weighted

@@ -78,7 +78,9 @@ class StepTimeline:
         ]
         # PEFT marks the embedding's output as a leaf that wants a gradient; scaling it makes a second tensor.
         self._raw_embedding = shape.hidden_bytes_per_token * tokens if raw_embedding else 0
-        self._first_checkpointed = any(part.checkpointed and part.indices[0] == 0 for part in parts)
+        first = next(part for part in parts if part.indices[0] == 0)
+        # The model's forward pass holds the embeddings in a variable even if its first layer keeps nothing.
+        self._embeddings_held = 0 if first.replay.keeps_input else shape.hidden_bytes_per_token * tokens
         self._layers = sum(len(part.indices) for part in parts)
         self._all_gradients = trained.elements * trained.element_bytes
 
@@ -171,11 +173,10 @@ class StepTimeline:
                 ("output head, backward", self.head.backward_bytes),
             )
         ]
-        held = stream if self._first_checkpointed else 2 * stream
         moments.append(
             StepMoment(
                 name="forward of the final norm",
-                kept_bytes=kept + held,
+                kept_bytes=kept + stream + self._embeddings_held,
                 live_bytes=int(norm_forward),
                 workspace_bytes=0,
                 gradient_bytes=accumulated,
@@ -206,17 +207,9 @@ class StepTimeline:
             size, moment = peak(forward, tokens, scores)
             index = part.indices[-1]
             name = f"forward of decoder layer {index}"
-            held = own or self._held_in_forward(index)
+            held = own + (self._embeddings_held if index else 0)
             moments.append(self._layer_moment(name, index, held, size, moment, backward=False))
         return moments
-
-    def _held_in_forward(self, index: int) -> int:
-        """What the model's forward pass holds in its variables: the layer's input and the embeddings.
-
-        Embeddings that a checkpointed first layer keeps are counted with the checkpoints.
-        """
-        embeddings = index > 0 and not self._first_checkpointed
-        return self.shape.hidden_bytes_per_token * self.shape.tokens * (1 + embeddings)
 
     def _layer_moment(
         self, name: str, index: int, own: int, size: float, moment: Moment, *, backward: bool = True

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 from launcher.inspect_model import inspect_config
 from planner.memory.estimate import _replayed
 from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK
+from planner.memory.runtime import coefficients_for
 from planner.memory.timeline import StepTimeline
 from planner.memory.weights import DTYPE_BYTES
 from planner.training_setup import TrainingSetup
@@ -67,7 +68,7 @@ def load(name: str) -> Trace:
     config, padded = values.pop("config"), values.pop("padded")
     setup = TrainingSetup(model=name, **values)
     spec = inspect_config(config, model_id=name, hub_id=name)
-    resident, timeline, step = _replayed(setup, spec, None, padded=padded)
+    resident, timeline, step = _replayed(setup, spec, None, coefficients_for(None), padded=padded)
     rows = setup.tokens_per_micro_step - setup.per_device_train_batch_size
     tile = min(rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * DTYPE_BYTES[setup.dtype]
     # The last micro-step only: gradients of the earlier ones are there, as the model assumes.

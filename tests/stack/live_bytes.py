@@ -1,0 +1,80 @@
+"""Live bytes of a program on the CPU, seen from torch's dispatcher: every storage, from birth to release.
+
+What a kernel allocates inside one operation is not seen; the tests name where that matters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts bytes of storages that operations inside the context create and that are still held."""
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.peak_operation = ""
+        self._sizes: dict[int, tuple[int, str]] = {}
+        for tensor in known:
+            self._watch(tensor, 0, "known")
+
+    def reset_peak(self) -> None:
+        """Start a new phase: the peak is what is live now."""
+        self.peak_bytes = self.live_bytes
+
+    def by_operation(self) -> Counter[str]:
+        """Live bytes by the operation that made them."""
+        counted: Counter[str] = Counter()
+        for size, operation in self._sizes.values():
+            counted[operation] += size
+        return +counted
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor, tensor.untyped_storage().nbytes(), str(func))
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_operation = self.live_bytes, str(func)
+        return result
+
+    def _watch(self, tensor: torch.Tensor, size_bytes: int, operation: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = (size_bytes, operation)
+            self.live_bytes += size_bytes
+            weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        size_bytes, _ = self._sizes.pop(key)
+        self.live_bytes -= size_bytes
+
+
+def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers and bitsandbytes' quantisation constants of a model."""
+    found = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found += constants_of(state)
+    return found
+
+
+def constants_of(state: Any) -> list[torch.Tensor]:
+    """Tensors of a bitsandbytes QuantState, the nested one's included."""
+    found = [state.absmax, state.code]
+    if state.nested:
+        found += [state.offset, state.state2.absmax, state.state2.code]
+    return found
