@@ -1,0 +1,73 @@
+"""Writes what the documentation quotes: `python -m tests.write_docs`; `--check` tells whether it still holds.
+
+docs/commands.md is the help of every command. In README.md, the block after `<!-- output: COMMAND -->` is
+what the command prints, or its first lines with `COMMAND | head -N`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+from launcher import cli
+from planner.command_line import guarded
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+COMMANDS = ROOT / "docs" / "commands.md"
+_OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
+_PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
+
+
+def output_of(arguments: Sequence[str]) -> str:
+    """What `vramwise ARGUMENTS` prints in 80 columns on a machine of which nothing is known."""
+    quiet = {"COLUMNS": "80", "NO_COLOR": "1", "VRAMWISE_DATA_DIR": str(ROOT / "tests" / "no-such-folder")}
+    with mock.patch.dict(os.environ, quiet), contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.suppress(SystemExit):
+            guarded("vramwise", lambda: cli.run(list(arguments)))
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def commands_page() -> str:
+    """The text of docs/commands.md."""
+    names = [[name] for name in cli.COMMANDS] + [list(words) for words in cli.SUBCOMMANDS]
+    parts = [_PREAMBLE, _section("vramwise", ["--help"])]
+    parts += [_section("vramwise " + " ".join(words), [*words, "--help"]) for words in names]
+    return "\n".join(parts)
+
+
+def _section(title: str, arguments: list[str]) -> str:
+    return f"## {title}\n\n```text\n{output_of(arguments)}```\n"
+
+
+def readme(text: str) -> str:
+    """README.md with its quotations as they are now."""
+    return _OUTPUT.sub(lambda match: match[1] + _printed(match[2], match[3]) + match[5], text)
+
+
+def _printed(command: str, lines: str | None) -> str:
+    words = shlex.split(command)
+    printed = output_of(words[1:] if words[0] == "vramwise" else words)
+    return printed if lines is None else "".join(printed.splitlines(keepends=True)[: int(lines)])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write or check; returns 1 when something is out of date."""
+    wanted = {COMMANDS: commands_page(), README: readme(README.read_text(encoding="utf-8"))}
+    old = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    for path in old:
+        print(f"{path.relative_to(ROOT)} is out of date: make docs", file=sys.stderr)
+        if "--check" not in arguments:
+            path.write_text(wanted[path], encoding="utf-8")
+    return int(bool(old) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
