@@ -181,7 +181,7 @@ class Step:
         return self.allocator.allocate(int(size))
 
     def _head(self, last: int, *, first: bool) -> tuple[int, list[int]]:
-        """Final norm and tiled head, forward and backward; returns the gradient of the last layer's output."""
+        """Final norm and tiled head, forward and backward; returns the gradient of the last hidden state."""
         take, free = self._take, self.allocator.free
         size, width = self.model.hidden_size, self.width
         tokens, rows = self.tokens, self.tokens - self.setup.per_device_train_batch_size

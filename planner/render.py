@@ -135,12 +135,19 @@ def footnote(out: Console, text: str) -> None:
 def columns(
     out: Console, heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]], *, indent: int = 2
 ) -> None:
-    """Print a plain table. Columns: a "number" is set right, a "name" is not broken, "text" wraps."""
+    """Print a plain table. Columns: a "number" is set right, a "name" is not broken, "text" wraps.
+
+    Where a table is wider than the terminal, text and then names give way; a number is never cut.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title, kind in heads:
+    cells = [list(row) for row in rows]
+    for index, (title, kind) in enumerate(heads):
         justify: Literal["left", "right"] = "right" if kind == "number" else "left"
-        table.add_column(title, justify=justify, no_wrap=kind != "text", overflow="fold")
-    for row in rows:
+        widest = max((len(row[index]) for row in cells), default=0) if kind == "number" else 0
+        table.add_column(
+            title, justify=justify, no_wrap=kind != "text", overflow="fold", min_width=widest or None
+        )
+    for row in cells:
         table.add_row(*row)
     out.print(Padding(table, (0, 0, 0, indent)))
 

@@ -106,7 +106,7 @@ def print_models(out: Console, models: Sequence[ModelSummary]) -> None:
     wide = out.width >= WIDE
     heads = [("model", "name"), ("parameters", "number")]
     if wide:
-        heads += [("longest", "number"), ("Hub id", "name")]
+        heads += [("longest", "number"), ("Hub id", "text")]
     rows = []
     for model in models:
         row = [model.id, count(model.parameter_count)]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from planner.errors import ExitCode
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from planner.accuracy import Accuracy
 
 
@@ -37,37 +39,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(found: Accuracy) -> None:
-    from planner.render import columns, show
+    from planner.render import WIDE, columns, show
 
     runs = sum(model.runs for model in found.models)
     print(f"{found.gpu}: {runs} runs of {len(found.models)} models, each model held out of its fit")
     print("Errors are (predicted / measured - 1) in percent.\n")
-    summary = [
-        [
-            one.figure,
-            str(one.runs),
-            _percent(one.bias),
-            _size(one.median),
-            _size(one.percentile_95),
-            _percent(one.worst),
+
+    def tables(out: Console) -> None:
+        wide = out.width >= WIDE
+        heads = [("figure", "name"), ("median", "number"), ("worst", "number")]
+        rows = [[one.figure, _size(one.median), _percent(one.worst)] for one in found.overall]
+        if wide:
+            heads += [("95th", "number"), ("bias", "number"), ("runs", "number")]
+            for row, one in zip(rows, found.overall, strict=True):
+                row += [_size(one.percentile_95), _percent(one.bias), str(one.runs)]
+        columns(out, heads, rows, indent=0)
+        out.print("\nThe worst run of each model")
+        heads = [("model", "name"), ("allocated", "number"), ("reserved", "number")]
+        rows = [
+            [model.model, *(_percent(one.worst) for one in model.summaries[:2])] for model in found.models
         ]
-        for one in found.overall
-    ]
-    heads = [("figure", "name"), *((name, "number") for name in ("runs", "bias", "median", "95th", "worst"))]
-    show(lambda out: columns(out, heads, summary, indent=0))
-    print("\nThe worst run of each model")
-    rows = [
-        [model.model, str(model.runs), *(_percent(one.worst) for one in model.summaries)]
-        for model in found.models
-    ]
-    heads = [
-        ("model", "name"),
-        ("runs", "number"),
-        ("allocated", "number"),
-        ("reserved", "number"),
-        ("process", "number"),
-    ]
-    show(lambda out: columns(out, heads, rows, indent=0))
+        if wide:
+            heads += [("process", "number"), ("runs", "number")]
+            for row, model in zip(rows, found.models, strict=True):
+                row += [_percent(model.summaries[2].worst), str(model.runs)]
+        columns(out, heads, rows, indent=0)
+
+    show(tables)
 
 
 def _percent(value: float | None) -> str:

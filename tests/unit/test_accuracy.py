@@ -1,0 +1,59 @@
+"""`vramwise accuracy`: held-out errors from the committed records."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from launcher.cli import run
+from planner.accuracy import accuracy, shipped_records
+
+
+@pytest.fixture(scope="module")
+def found() -> object:
+    return accuracy(shipped_records())
+
+
+def test_each_model_is_judged_by_a_fit_without_it(found: tuple) -> None:
+    for one in found:
+        assert sum(model.runs for model in one.models) == one.overall[0].runs
+        assert len({model.model for model in one.models}) == len(one.models) >= 30
+
+
+def test_allocated_memory_is_as_right_as_the_readme_says(found: tuple) -> None:
+    allocated = next(one for one in found if one.gpu == "h100-80gb").overall[0]
+    assert allocated.figure == "allocated"
+    assert allocated.median < 0.01
+    assert abs(allocated.worst) < 0.05
+
+
+def test_a_capped_run_or_a_persons_own_is_not_counted(found: tuple) -> None:
+    counted = found[0].overall[0].runs
+    assert counted < len(shipped_records())
+
+
+def test_json_holds_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["accuracy", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [one["figure"] for one in values["gpus"][0]["overall"]] == ["allocated", "reserved", "process"]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_number_is_cut(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run(["accuracy"]) == 0
+    text = capsys.readouterr().out
+    worst = next(one for one in accuracy(shipped_records()) if one.gpu == "h100-80gb").overall[1].worst
+    assert worst is not None
+    assert f"{100 * worst:+.2f}" in text
+
+
+def test_models_table_never_cuts_a_length(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["models", "llama-3.1-8b"]) == 0
+    assert "131,072" in capsys.readouterr().out
