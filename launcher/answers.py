@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +23,16 @@ class Answer:
 def compare_answers(model_folder: Path, adapter: Path, questions: Sequence[str]) -> list[Answer]:
     """Answer each question greedily, on the CPU in float32, without and with the adapter."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     # Neither a bar that flashes by nor notes to authors of libraries are for the person.
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Imports bitsandbytes, which talks as it is imported.
+    from peft import PeftModel
+
     tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
     base = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, use_safetensors=True, local_files_only=True

@@ -76,7 +76,7 @@ def _training_arguments(args: argparse.Namespace, name: str) -> argparse.Namespa
 
 def _show_answers(adapter: Path) -> None:
     from launcher.answers import compare_answers
-    from planner.render import heading, pairs, show
+    from planner.render import footnote, heading, pairs, show
 
     answers = compare_answers(DEMO / "model", adapter, QUESTIONS)
 
@@ -84,5 +84,7 @@ def _show_answers(adapter: Path) -> None:
         heading(out, "What it learned")
         for one in answers:
             pairs(out, [("asked", one.question), ("before", one.before), ("after", one.after)])
+        out.print()
+        footnote(out, "A model this small learns the manner of the data; its facts often stay wrong.")
 
     show(write)
