@@ -77,8 +77,9 @@ def _adafactor(trained: Trainables) -> OptimizerMemory:
 
 
 def _factored_bytes(tensor: TrainableTensor) -> int:
+    """Row and column moments (the whole second moment of a vector), and one value: the parameter's RMS."""
     if len(tensor.shape) < 2:
-        return rounded(tensor.elements * 4)
+        return rounded(tensor.elements * 4) + rounded(4)
     rows = tensor.elements // tensor.shape[-1]
     columns = tensor.elements // tensor.shape[-2]
-    return rounded(rows * 4) + rounded(columns * 4)
+    return rounded(rows * 4) + rounded(columns * 4) + rounded(4)

@@ -23,6 +23,7 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peak_operation = ""
+        self.largest_bytes = 0
         self._sizes: dict[int, tuple[int, str]] = {}
         for tensor in known:
             self._watch(tensor, 0, "known")
@@ -55,6 +56,7 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._sizes:
             self._sizes[key] = (size_bytes, operation)
             self.live_bytes += size_bytes
+            self.largest_bytes = max(self.largest_bytes, size_bytes)
             weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:

@@ -1,0 +1,60 @@
+"""Small models with random weights: real transformers classes, shapes large enough to tell tensors apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from launcher import build
+from launcher.inspect_model import inspect_config
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+LAYERS, HIDDEN, VOCABULARY = 3, 512, 256
+BASE = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": LAYERS,
+}
+SCALED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": {**BASE, "model_type": "llama"},
+    "qwen3": {**BASE, "model_type": "qwen3", "head_dim": 128},
+    "phi3": {**BASE, "model_type": "phi3", "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1},
+    "gemma3": {**BASE, "model_type": "gemma3_text", "head_dim": 128, "num_attention_heads": 4},
+    "olmo2": {**BASE, "model_type": "olmo2"},
+    "granite": {**BASE, "model_type": "granite", **SCALED},
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **BASE,
+        "model_type": "qwen3_moe",
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 384,
+    },
+    "mixtral": {**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+FAMILIES = {**DENSE, **EXPERTS, "qwen2": {**BASE, "model_type": "qwen2", "tie_word_embeddings": True}}
+
+
+def spec_of(family: str) -> ModelSpec:
+    return inspect_config(FAMILIES[family], model_id=family, hub_id=family)
+
+
+def load_model(family: str, setup: TrainingSetup, folder: Path) -> Any:
+    """The base model as the launcher loads it: quantised while loading for qlora."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=build.torch_dtype(setup))
+    if setup.method != "qlora":
+        return model
+    model.save_pretrained(folder)
+    return build.load_model(setup, str(folder), device=torch.device("cpu"), allow_download=False)

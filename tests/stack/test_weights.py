@@ -1,0 +1,69 @@
+"""Bytes of the loaded weights: the memory model against what bitsandbytes and transformers hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("bitsandbytes")
+
+import bitsandbytes as bnb
+
+from planner.memory.weights import weight_memory
+from planner.training_setup import TrainingSetup
+
+from .live_bytes import constants_of
+from .small_models import FAMILIES, load_model, spec_of
+
+
+def make_setup(family: str, **knobs: object) -> TrainingSetup:
+    return TrainingSetup(**{"model": family, "max_length": 64, **knobs})
+
+
+def nbytes(tensors: list[object]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"bnb_4bit_use_double_quant": False},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"dtype": "float32"},
+    ],
+    ids=["nf4", "not-nested", "fp4", "float32"],
+)
+def test_quantised_model(family: str, knobs: dict[str, object], tmp_path: Path) -> None:
+    setup = make_setup(family, **knobs)
+    model = load_model(family, setup, tmp_path)
+    expected = weight_memory(setup, spec_of(family))
+    quantised = [p for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)]
+    assert quantised
+    assert expected.quantized_bytes == nbytes(quantised)
+    assert expected.constants_bytes == sum(nbytes(constants_of(p.quant_state)) for p in quantised)
+    rest = [p for p in model.parameters() if not isinstance(p, bnb.nn.Params4bit)]
+    assert expected.unquantized_bytes == nbytes(rest)
+    assert expected.largest_bytes == max(
+        [p.quant_state.shape.numel() * rest[0].element_size() for p in quantised]
+        + [p.numel() * p.element_size() for p in rest]
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_unquantised_model(family: str, method: str, tmp_path: Path) -> None:
+    setup = make_setup(family, method=method)
+    expected = weight_memory(setup, spec_of(family))
+    assert expected.quantized_bytes == expected.constants_bytes == 0
+    assert expected.unquantized_bytes == nbytes(list(load_model(family, setup, tmp_path).parameters()))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_and_routers_stay_in_16_bits(family: str, tmp_path: Path) -> None:
+    model = load_model(family, make_setup(family), tmp_path)
+    experts = [p for name, p in model.named_parameters() if "experts" in name or "mlp.gate" in name]
+    assert len(experts) == 9
+    assert {str(p.dtype) for p in experts} == {"torch.bfloat16"}
