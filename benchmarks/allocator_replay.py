@@ -21,8 +21,9 @@ from planner.accuracy import shipped_records
 from planner.memory.activations import _gradients_before
 from planner.memory.adapter import Trainables, trainables
 from planner.memory.allocator import MIB, CachingAllocator
-from planner.memory.decoder_layer import LayerKnobs, replay
+from planner.memory.decoder_layer import replay
 from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK
+from planner.memory.layer_knobs import LayerKnobs
 from planner.memory.optimizer import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, MOMENTS, optimizer_memory
 from planner.memory.refusals import attention_implementation
 from planner.memory.segments import _linear_kind, _window

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.profiler import Profile, profile_line
+from launcher.profile import Profile, profile_line
 from planner.calibration import Calibration, calibrate
 from planner.data_files import user_data_dir, write_atomically
 from planner.errors import InputError, VramwiseError

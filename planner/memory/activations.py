@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from planner.memory.decoder_layer import FP32, FP32_NORMS, LayerKnobs, norm, replay
+from planner.memory.decoder_layer import replay
+from planner.memory.layer_knobs import FP32, LayerKnobs
+from planner.memory.norms import FP32_NORMS, norm
 from planner.memory.tape import ACTIVATIONS, GRADIENTS, Moment, Size, Tape, Value, prune
 from planner.model_spec import LayerSpec
 

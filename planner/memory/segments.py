@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.memory.activations import LayerReplay, final_norm_replay, layer_replay
 from planner.memory.adapter import Trainables
-from planner.memory.decoder_layer import LayerKnobs
+from planner.memory.layer_knobs import LayerKnobs
 from planner.memory.linear import LinearKind
 from planner.memory.weights import DTYPE_BYTES
 from planner.model_spec import LayerSpec, ModelSpec

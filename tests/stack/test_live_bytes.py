@@ -33,12 +33,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import build
 from launcher.inspect_model import inspect_config
-from planner.memory import activations, decoder_layer, segments
+from planner.memory import activations, decoder_layer, norms, segments
+from planner.memory import attention as attention_replay
 from planner.memory.activations import at
 from planner.memory.adapter import trainables
-from planner.memory.decoder_layer import LayerKnobs, norm
 from planner.memory.estimate import _replayed
+from planner.memory.layer_knobs import LayerKnobs
 from planner.memory.linear import linear
+from planner.memory.norms import norm
 from planner.memory.runtime import coefficients_for
 from planner.memory.tape import Tape, Value
 from planner.memory.timeline import StepTimeline
@@ -112,7 +114,7 @@ def _cuda_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _no_cuda_scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(decoder_layer, "NORM_SCRATCH_BYTES", 0)
+    monkeypatch.setattr(norms, "NORM_SCRATCH_BYTES", 0)
     forget_replays()
     yield
     forget_replays()
@@ -254,7 +256,7 @@ def test_parts_of_a_layer(family: str, method: str, tmp_path: Path) -> None:
         "attention": (
             layer.self_attn,
             attention,
-            lambda t, x: decoder_layer._attention(t, spec, knobs, x),
+            lambda t, x: attention_replay.attention(t, spec, knobs, x),
         ),
         "mlp": (layer.mlp, {}, lambda t, x: decoder_layer._mlp(t, spec, knobs, x)),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import calibrate
-from launcher.profiler import read_profiles
+from launcher.profile import profile_line, read_profiles
 from planner.errors import InputError, VramwiseError
 from planner.gpu_catalog import gpu_catalog
 from planner.hardware import LocalGpu
@@ -113,8 +113,6 @@ def test_a_card_never_measured_cannot_be_fitted() -> None:
 
 
 def test_profiles_survive_the_way_to_the_child(tmp_path: Path) -> None:
-    from launcher.profiler import profile_line
-
     path = tmp_path / "profiles.jsonl"
     profiles = (*calibrate.UNPAGED, *calibrate.PAGED)
     path.write_text("".join(profile_line(profile) + "\n" for profile in profiles))

@@ -1,0 +1,187 @@
+"""One run of a profile: build the model with random weights, train a few steps, read what was used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.profile import Profile
+from planner.data_files import PROFILES
+from planner.records import MeasuredPhase
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+WARM_UP_STEPS = 2
+"""Optimizer state is born in the first step, kernels are compiled in it; the second settles the allocator."""
+
+
+def load_config(model_id: str) -> PretrainedConfig:
+    """transformers' config of a catalog model, of its language part where it is multimodal."""
+    from transformers import AutoConfig
+
+    from planner.model_config import text_part
+
+    values = json.loads((PROFILES / "configs" / f"{model_id}.json").read_text(encoding="utf-8"))
+    text, _ = text_part(values)
+    text.pop("auto_map", None)
+    return AutoConfig.for_model(text.pop("model_type"), **text)
+
+
+class MeasuredRun:
+    """One profile's run: the model, its trainer and what was measured."""
+
+    def __init__(
+        self, profile: Profile, device: torch.device, driver_bytes: Callable[[], int] | None
+    ) -> None:
+        self.profile = profile
+        self.weights_bytes = 0
+        self.phases: list[MeasuredPhase] = []
+        self.step_seconds: list[float] = []
+        self._device = device
+        self._driver_bytes = driver_bytes
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second over the steps after warm-up."""
+        steady = self.step_seconds[WARM_UP_STEPS:]
+        if not steady:
+            return None
+        setup = self.profile.setup
+        tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps
+        return tokens * len(steady) / sum(steady)
+
+    def execute(self) -> str:
+        """Train; returns the outcome."""
+        import torch
+
+        try:
+            with tempfile.TemporaryDirectory() as folder, _quiet():
+                self._train(Path(folder))
+        except torch.OutOfMemoryError:
+            return "oom"
+        return "ok"
+
+    def _train(self, folder: Path) -> None:
+        import torch
+
+        from launcher import build
+        from launcher.random_weights import build_random_model
+        from launcher.run_folder import TrainingJob
+
+        setup = self.profile.setup
+        config = load_config(setup.model)
+        torch.cuda.reset_peak_memory_stats()
+        model = build_random_model(
+            config,
+            dtype=build.torch_dtype(setup),
+            device=self._device,
+            attn_implementation=setup.attn_implementation,
+            quantization_config=build.quantization_config(setup),
+        )
+        torch.cuda.synchronize()
+        self.weights_bytes = torch.cuda.memory_allocated()
+        self._close("load")
+        steps = WARM_UP_STEPS + self.profile.steps
+        rows = _random_rows(self.profile, steps, config.vocab_size)
+        data, eval_data = _dataset(rows), _dataset(rows[: 2 * setup.per_device_train_batch_size])
+        trainer = build.build_trainer(
+            setup,
+            TrainingJob(setup=setup, model_source=setup.model, data_path="random tokens", max_steps=steps),
+            model=model,
+            tokenizer=_tokenizer(),
+            train_dataset=data,
+            eval_dataset=eval_data if self.profile.evaluates else None,
+            output_dir=folder,
+            on_gpu=True,
+            callbacks=[_step_clock(self.step_seconds)],
+        )
+        trainer.args.eval_strategy = "no"
+        trainer.train()
+        torch.cuda.synchronize()
+        self._close("step")
+        if self.profile.evaluates:
+            trainer.evaluate()
+            self._close("evaluation")
+            trainer.save_model(str(folder / "saved"))
+            self._close("save")
+
+    def _close(self, name: str) -> None:
+        import torch
+
+        self.phases.append(
+            MeasuredPhase(
+                name=name,
+                allocated_bytes=torch.cuda.max_memory_allocated(),
+                reserved_bytes=torch.cuda.max_memory_reserved(),
+                process_bytes=self._driver_bytes() if self._driver_bytes is not None else None,
+            )
+        )
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _step_clock(seconds: list[float]) -> Any:
+    """A callback that times optimizer steps, the GPU's work included, and starts peaks anew after warm-up."""
+    import torch
+    from transformers import TrainerCallback
+
+    class StepClock(TrainerCallback):  # type: ignore[misc]
+        started = 0.0
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            if len(seconds) == WARM_UP_STEPS:
+                torch.cuda.reset_peak_memory_stats()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.started)
+
+    return StepClock()
+
+
+def _random_rows(profile: Profile, steps: int, vocab_size: int) -> list[list[int]]:
+    """Token ids: full sequences, or every other one half as long when batches are to be padded."""
+    import torch
+
+    setup = profile.setup
+    generator = torch.Generator().manual_seed(0)
+    count = setup.per_device_train_batch_size * setup.gradient_accumulation_steps * steps
+    lengths = [
+        max(2, setup.max_length // 2) if profile.padded and index % 2 else setup.max_length
+        for index in range(count)
+    ]
+    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _dataset(rows: Sequence[list[int]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": list(rows), "labels": list(rows)})
+
+
+def _tokenizer() -> Any:
+    from launcher.build import load_tokenizer
+
+    return load_tokenizer(str(PROFILES / "demo" / "model"), allow_download=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep libraries' progress and warnings off stdout and stderr for one run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

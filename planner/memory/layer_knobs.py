@@ -1,0 +1,31 @@
+"""What a setup says about every decoder layer, as far as its replay asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.memory.linear import LinearKind
+
+FP32 = 4
+"""Bytes of an fp32 element."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerKnobs:
+    """What the setup says about every layer: kinds of linear layers by module name, and attention.
+
+    `attention` is "sdpa", "eager" or "flash_attention_2"; `masked` says that sdpa gets a mask (a batch
+    with padding, or a sliding window shorter than the sequence).
+    """
+
+    kinds: tuple[tuple[str, LinearKind], ...]
+    default: LinearKind
+    attention: str
+    masked: bool
+
+    def kind(self, name: str) -> LinearKind:
+        """The kind of the linear layer of that module name."""
+        for known, kind in self.kinds:
+            if known == name:
+                return kind
+        return self.default

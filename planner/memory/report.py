@@ -1,0 +1,126 @@
+"""From the timeline to what is reported: phases as the driver shows them, and components."""
+
+from __future__ import annotations
+
+from planner.memory.breakdown import Component, PhaseMemory
+from planner.memory.resident import Resident
+from planner.memory.runtime import Coefficients, ReserveTerms, managed_process_bytes
+from planner.memory.timeline import StepMoment
+from planner.memory.weights import DTYPE_BYTES
+from planner.training_setup import TrainingSetup
+
+
+def phases(
+    measured: Coefficients,
+    resident: Resident,
+    step: StepMoment,
+    evaluation: StepMoment,
+    terms: ReserveTerms,
+) -> tuple[PhaseMemory, ...]:
+    """Peaks of load, step, evaluation and save; what the allocator has reserved by then it keeps."""
+    outside = measured.context_bytes + managed_process_bytes(resident.optimizer.managed_bytes)
+    reserve, margin = measured.reserve_bytes(terms), measured.margin(terms)
+    step_allocated = resident.allocated_bytes + step.total_bytes
+    step_reserved = step_allocated + reserve
+    load = resident.weights.allocated_bytes + resident.largest_dequantized_bytes
+    evaluated = resident.allocated_bytes + evaluation.total_bytes
+    rows = (
+        (
+            "load",
+            "quantising the largest weight" if resident.largest_dequantized_bytes else "the last weight",
+            load,
+            load,
+            measured.context_bytes,
+        ),
+        ("step", step.name, step_allocated, step_reserved, outside),
+        ("evaluation", evaluation.name, evaluated, max(evaluated, step_reserved), outside),
+        (
+            "save",
+            "adapter and state are copied to the host",
+            resident.allocated_bytes,
+            step_reserved,
+            outside,
+        ),
+    )
+    return tuple(
+        PhaseMemory(
+            name=name,
+            peak_moment=moment,
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
+            process_bytes=reserved + beyond,
+            process_upper_bytes=reserved + beyond + (measured.margin_bytes if name == "load" else margin),
+        )
+        for name, moment, allocated, reserved, beyond in rows
+    )
+
+
+def components(
+    setup: TrainingSetup, measured: Coefficients, resident: Resident, step: StepMoment, phase: PhaseMemory
+) -> tuple[Component, ...]:
+    """The parts of the step's process bytes, in the order in which people think of them."""
+    weights, optimizer = resident.weights, resident.optimizer
+    width = DTYPE_BYTES[setup.dtype] * 8
+    managed = managed_process_bytes(optimizer.managed_bytes)
+    rows = (
+        (
+            "weights_4bit",
+            "weights in 4 bits",
+            weights.quantized_bytes,
+            "half a byte for each quantised weight",
+        ),
+        (
+            "weights_unquantized",
+            f"weights kept in {width} bits",
+            weights.unquantized_bytes,
+            "embeddings, output head, norms, biases, routers and experts as transformers leaves them",
+        ),
+        (
+            "quantization_constants",
+            "quantisation constants",
+            weights.constants_bytes,
+            "bitsandbytes: one constant per 64 weights, themselves quantised with double quantisation",
+        ),
+        ("adapter", "adapter", resident.adapter_bytes, "rank x (inputs + outputs) of each target module"),
+        (
+            "gradients",
+            "gradients",
+            step.gradient_bytes,
+            "in the trained parameters' dtype, alive at the peak",
+        ),
+        (
+            "optimizer",
+            "optimizer",
+            optimizer.allocated_bytes + managed,
+            f"{setup.optim}: state by tensor, as torch or bitsandbytes lays it out",
+        ),
+        (
+            "activations",
+            "activations",
+            step.kept_bytes + step.live_bytes + resident.tables_bytes,
+            "checkpoints, what layers save for backward, and the layer at work",
+        ),
+        ("head_and_loss", "head and loss", step.head_bytes, "TRL's tiled log-probabilities"),
+        (
+            "workspace",
+            "workspace",
+            step.workspace_bytes + resident.cublas_bytes,
+            "dequantised weights of the layer at work, optimizer temporaries, cuBLAS",
+        ),
+        (
+            "allocator",
+            "allocator reserve",
+            weights.rounding_bytes + phase.reserved_bytes - phase.allocated_bytes,
+            "rounding, and cached blocks that do not fit what is asked for (measured)",
+        ),
+        (
+            "context",
+            "CUDA context",
+            measured.context_bytes,
+            f"context, kernels and libraries (measured: {measured.name})",
+        ),
+    )
+    return tuple(
+        Component(name=name, title=title, size_bytes=size, origin=origin)
+        for name, title, size, origin in rows
+    )

@@ -1,0 +1,85 @@
+"""What lies on the GPU between steps: weights, adapter, optimizer state, workspaces, tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.gpu_spec import GpuSpec
+from planner.memory.adapter import Trainables, trainables
+from planner.memory.optimizer import OptimizerMemory, optimizer_memory
+from planner.memory.refusals import attention_implementation
+from planner.memory.runtime import Coefficients, cublas_workspace_bytes
+from planner.memory.weights import DTYPE_BYTES, WeightMemory, is_quantized, weight_memory
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+INPUT_BYTES_PER_TOKEN = 3 * 8
+"""input_ids, labels and attention_mask as int64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resident:
+    """What is on the GPU between steps, in torch's allocator unless said otherwise."""
+
+    weights: WeightMemory
+    trained: Trainables
+    adapter_bytes: int
+    optimizer: OptimizerMemory
+    cublas_bytes: int
+    tables_bytes: int
+    largest_dequantized_bytes: int
+
+    @property
+    def allocated_bytes(self) -> int:
+        """All of it that torch's allocator holds."""
+        return (
+            self.weights.allocated_bytes
+            + self.adapter_bytes
+            + self.optimizer.allocated_bytes
+            + self.cublas_bytes
+            + self.tables_bytes
+        )
+
+
+def resident_memory(
+    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, measured: Coefficients, *, padded: bool
+) -> Resident:
+    """What a setup keeps on the GPU between steps."""
+    weights = weight_memory(setup, model)
+    trained = trainables(setup, model)
+    width = DTYPE_BYTES[setup.dtype]
+    layer = model.layers[0]
+    rotary = model.rotary_tables * 2 * setup.max_length * (layer.rotary_dim or layer.head_dim) * width
+    masks = _mask_bytes(setup, model, padded=padded)
+    return Resident(
+        weights=weights,
+        trained=trained,
+        adapter_bytes=trained.allocated_bytes if setup.uses_lora else 0,
+        optimizer=optimizer_memory(setup.optim, trained),
+        cublas_bytes=cublas_workspace_bytes(gpu, measured),
+        tables_bytes=rotary + masks + INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step,
+        largest_dequantized_bytes=_largest_quantized(model) * width if setup.method == "qlora" else 0,
+    )
+
+
+def _mask_bytes(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
+    """Attention masks, one for each kind of layer that needs one: additive for eager, boolean for sdpa.
+
+    sdpa needs none for full sequences that no window cuts (transformers masking_utils.py, sdpa_mask).
+    """
+    kinds = {layer.sliding_window for layer in model.layers}
+    elements = setup.per_device_train_batch_size * setup.max_length**2
+    if attention_implementation(setup, model) == "eager":
+        return len(kinds) * elements * DTYPE_BYTES[setup.dtype]
+    needed = [w for w in kinds if padded or (w is not None and w < setup.max_length)]
+    return len(needed) * elements
+
+
+_LARGEST: dict[tuple[str, int], int] = {}
+
+
+def _largest_quantized(model: ModelSpec) -> int:
+    key = (model.id, model.parameter_count)
+    if key not in _LARGEST:
+        _LARGEST[key] = max((p.elements for p in model.parameters if is_quantized(p)), default=0)
+    return _LARGEST[key]
