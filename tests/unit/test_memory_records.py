@@ -1,0 +1,246 @@
+"""Run records, and the calibration that is fitted to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.calibration import MARGIN_BYTES, calibrate, usable_records
+from planner.data_files import PROFILES
+from planner.errors import FieldError, InputError
+from planner.gpu_catalog import gpu_catalog
+from planner.memory import estimate_memory
+from planner.memory.runtime import (
+    Coefficients,
+    ReserveTerms,
+    coefficients_for,
+    cublas_workspace_bytes,
+    managed_process_bytes,
+)
+from planner.model_catalog import load_shipped
+from planner.records import (
+    MeasuredPhase,
+    RunRecord,
+    all_records,
+    append_record,
+    read_records,
+)
+from planner.training_setup import TrainingSetup
+
+MIB = 2**20
+H100 = gpu_catalog().get("h100-80gb")
+SHIPPED = PROFILES / "runs" / "h100-80gb.jsonl"
+MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-3-1b", "smollm2-135m")
+KNOWN = Coefficients(
+    name="known",
+    context_bytes=700 * MIB,
+    workspace_bytes=64 * MIB,
+    reserve_constant_bytes=20 * MIB,
+    reserve_per_byte=(0.3, 0.2, 0.05, 0.4, 0.1),
+    margin_fraction=0.0,
+    margin_bytes=0,
+    record_ids=(),
+    model_ids=(),
+    gpu="h100-80gb",
+    stack_versions=(),
+)
+
+
+def shipped() -> tuple[RunRecord, ...]:
+    return tuple(read_records(SHIPPED))
+
+
+def synthetic(number: int, setup: TrainingSetup, **changes: Any) -> RunRecord:
+    """A record that is exactly what KNOWN says."""
+    found = estimate_memory(setup, load_shipped(setup.model), gpu=H100, coefficients=KNOWN)
+    step = MeasuredPhase(
+        name="step",
+        allocated_bytes=found.allocated_bytes,
+        reserved_bytes=found.reserved_bytes,
+        process_bytes=found.process_bytes,
+    )
+    values = {
+        "id": f"synthetic-{number}",
+        "setup": setup,
+        "phases": (step,),
+        "predicted": None,
+        "isolated": True,
+        "memory_cap_bytes": None,
+        "padded": False,
+        "outcome": "ok",
+    }
+    return dataclasses.replace(shipped()[0], **{**values, **changes})
+
+
+def synthetic_records() -> list[RunRecord]:
+    records = []
+    for model in MODELS:
+        for length, batch in ((512, 2), (2048, 1), (1024, 8), (4096, 2)):
+            setup = TrainingSetup(model=model, max_length=length, per_device_train_batch_size=batch)
+            for knobs in ({}, {"gradient_checkpointing": False}, {"optim": "adamw_torch", "method": "full"}):
+                records.append(synthetic(len(records), setup.replace(**knobs)))
+    return records
+
+
+def test_json_round_trip() -> None:
+    for record in shipped():
+        again = RunRecord.from_dict(json.loads(json.dumps(record.to_dict())))
+        assert again == record
+        assert again.phase("step") == record.phase("step")
+        assert again.phase("nothing") is None
+
+
+def test_a_last_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "own.jsonl"
+    for record in shipped()[:2]:
+        append_record(path, record)
+    with path.open("a") as file:
+        file.write("\n" + json.dumps(shipped()[2].to_dict())[:100])
+    assert tuple(read_records(path)) == shipped()[:2]
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", "null", '{"id": 1}', "\udcff"])
+def test_a_broken_line_names_file_and_line(broken: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    append_record(path, shipped()[0])
+    with path.open("a", errors="surrogateescape") as file:
+        file.write(broken + "\n")
+    with pytest.raises(InputError, match=r"own\.jsonl"):
+        list(read_records(path))
+    if broken != "\udcff":
+        with pytest.raises(InputError, match="line 2"):
+            list(read_records(path))
+
+
+def test_a_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        list(read_records(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outcome": "fine"},
+        {"source": "guessed"},
+        {"schema_version": 2},
+        {"id": ""},
+    ],
+)
+def test_a_record_is_checked(changes: dict[str, Any]) -> None:
+    with pytest.raises(FieldError):
+        dataclasses.replace(shipped()[0], **changes)
+
+
+def test_own_records_join_the_shipped_ones_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path))
+    before = all_records()
+    append_record(tmp_path / "runs" / "own.jsonl", before[0])
+    append_record(tmp_path / "runs" / "own.jsonl", dataclasses.replace(before[0], id="mine"))
+    assert {record.id for record in all_records()} == {record.id for record in before} | {"mine"}
+    assert len(all_records()) == len(before) + 1
+
+
+def test_known_coefficients_are_recovered() -> None:
+    found = calibrate(synthetic_records(), H100, load_shipped, name="again")
+    fitted = found.coefficients
+    assert fitted.context_bytes == pytest.approx(KNOWN.context_bytes, abs=MIB)
+    assert fitted.reserve_per_byte == pytest.approx(KNOWN.reserve_per_byte, abs=0.01)
+    assert fitted.reserve_constant_bytes == pytest.approx(KNOWN.reserve_constant_bytes, abs=2 * MIB)
+    assert fitted.gpu == "h100-80gb"
+    assert max(abs(residual.allocated_error) for residual in found.residuals) < 0.002
+    assert max(abs(residual.reserved_error) for residual in found.residuals) < 0.01
+
+
+def test_the_interval_covers_every_held_out_record() -> None:
+    found = calibrate(shipped(), H100, load_shipped, name="again")
+    for record in usable_records(shipped(), H100, load_shipped):
+        step = record.phase("step")
+        assert step is not None
+        predicted = estimate_memory(
+            record.setup,
+            load_shipped(record.setup.model),
+            gpu=H100,
+            padded=record.padded,
+            coefficients=found.coefficients,
+        )
+        beyond = predicted.process_bytes - predicted.reserved_bytes
+        assert step.reserved_bytes + beyond <= predicted.process_upper_bytes, record.id
+    assert found.coefficients.margin_fraction > 0
+    assert found.coefficients.margin_bytes == MARGIN_BYTES
+
+
+def test_allocated_memory_against_measured_runs() -> None:
+    """Largest error and bias, separately, over every run that was measured."""
+    errors = []
+    for record in usable_records(shipped(), H100, load_shipped):
+        step = record.phase("step")
+        assert step is not None
+        found = estimate_memory(
+            record.setup, load_shipped(record.setup.model), gpu=H100, padded=record.padded
+        )
+        errors.append(found.allocated_bytes / step.allocated_bytes - 1)
+        assert found.weights_bytes == pytest.approx(record.weights_bytes, rel=1e-4)
+    assert len(errors) > 60
+    assert max(map(abs, errors)) < 0.008
+    assert sorted(map(abs, errors))[len(errors) // 2] < 0.0005
+    assert abs(sum(errors) / len(errors)) < 0.001
+
+
+def test_what_cannot_calibrate_is_left_out_or_refused() -> None:
+    records = synthetic_records()
+    with pytest.raises(InputError, match="2 measured runs are too few"):
+        calibrate(records[:2], H100, load_shipped, name="x")
+    odd = [
+        dataclasses.replace(records[0], outcome="oom"),
+        dataclasses.replace(records[1], phases=()),
+        dataclasses.replace(records[2], memory_cap_bytes=2**33),
+        dataclasses.replace(records[3], setup=records[3].setup.replace(packing=True)),
+        dataclasses.replace(records[4], environment=dataclasses.replace(records[4].environment, gpu_id="l4")),
+    ]
+    assert usable_records(odd, H100, load_shipped) == []
+    shared = [dataclasses.replace(record, isolated=False) for record in records]
+    with pytest.raises(InputError, match="context"):
+        calibrate(shared, H100, load_shipped, name="x")
+
+
+def test_coefficients_round_trip_and_are_checked() -> None:
+    assert Coefficients.from_dict(json.loads(json.dumps(KNOWN.to_dict()))) == KNOWN
+    with pytest.raises(InputError, match="not calibration coefficients"):
+        Coefficients.from_dict({"name": "x"})
+    with pytest.raises(InputError, match="5 numbers"):
+        dataclasses.replace(KNOWN, reserve_per_byte=(1.0,))
+    with pytest.raises(FieldError):
+        dataclasses.replace(KNOWN, context_bytes=-1)
+    terms = ReserveTerms(working_bytes=10, head_bytes=10, kept_bytes=20, weight_bytes=10, optimizer_bytes=10)
+    assert KNOWN.reserve_bytes(terms) == 20 * MIB + 3 + 2 + 1 + 4 + 1
+    assert dataclasses.replace(KNOWN, margin_fraction=0.5).margin(terms) == 30
+
+
+def test_a_persons_own_calibration_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path))
+    folder = tmp_path / "calibration"
+    folder.mkdir()
+    coefficients_for.cache_clear()
+    try:
+        own = dataclasses.replace(KNOWN, name="own")
+        (folder / "own.json").write_text(json.dumps(own.to_dict()))
+        assert coefficients_for("h100-80gb").name == "own"
+        assert coefficients_for("l4").name != "own"
+        (folder / "own.json").write_text("{")
+        coefficients_for.cache_clear()
+        with pytest.raises(InputError, match=r"own\.json"):
+            coefficients_for("h100-80gb")
+    finally:
+        coefficients_for.cache_clear()
+
+
+def test_workspaces_and_managed_memory() -> None:
+    assert cublas_workspace_bytes(H100, KNOWN) == KNOWN.workspace_bytes
+    assert cublas_workspace_bytes(None, KNOWN) == 64 * MIB
+    assert cublas_workspace_bytes(gpu_catalog().get("rtx-4090"), KNOWN) == 2 * 8_519_680
+    assert managed_process_bytes(0) == 0
+    assert managed_process_bytes(1) == managed_process_bytes(128 * MIB) == 128 * MIB
