@@ -38,7 +38,7 @@ def estimate_memory(
     measured = coefficients or coefficients_for(gpu_name)
     resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded)
     evaluation = timeline.forward_only(_head(setup, model, evaluating=True))
-    terms = _reserve_terms(resident, timeline, step)
+    terms = _reserve_terms(resident, timeline)
     found = phases(measured, resident, step, evaluation, terms)
     step_phase = found[1]
     return MemoryBreakdown(
@@ -58,7 +58,8 @@ def reserve_terms(
 ) -> ReserveTerms:
     """What the allocator's reserve is fitted to, for a setup that was measured."""
     measured = coefficients_for(gpu.id if gpu else None)
-    return _reserve_terms(*_replayed(setup, model, gpu, measured, padded=padded))
+    resident, timeline, _ = _replayed(setup, model, gpu, measured, padded=padded)
+    return _reserve_terms(resident, timeline)
 
 
 def _replayed(
@@ -75,11 +76,11 @@ def _replayed(
     return resident, timeline, step
 
 
-def _reserve_terms(resident: Resident, timeline: StepTimeline, step: StepMoment) -> ReserveTerms:
+def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:
     return ReserveTerms(
         working_bytes=timeline.working_bytes(),
         head_bytes=timeline.head.backward_bytes,
-        kept_bytes=step.kept_bytes,
+        kept_bytes=timeline.kept_bytes,
         weight_bytes=resident.largest_dequantized_bytes,
         optimizer_bytes=resident.optimizer.temporary_bytes,
     )

@@ -128,6 +128,11 @@ class StepTimeline:
             gradient_bytes=0,
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """What forward keeps for backward, all layers together."""
+        return self._kept_below(self._layers)
+
     def _kept_below(self, index: int) -> int:
         layers = sum(
             kept * part.count_below(index) for kept, part in zip(self._kept, self.parts, strict=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from planner.errors import FieldError, InputError, NotModelledError
 from planner.gpu_catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory.optimizer import MOMENTS
 from planner.model_catalog import load_shipped
 from planner.training_setup import OPTIMIZERS, TrainingSetup
 
@@ -83,7 +84,8 @@ def test_more_of_anything_never_needs_less(setup: TrainingSetup) -> None:
         {"per_device_train_batch_size": setup.per_device_train_batch_size + 1},
         {"max_length": setup.max_length * 2},
     ]
-    if setup.method != "full":
+    if setup.method != "full" and setup.optim not in MOMENTS:
+        # bitsandbytes holds larger tensors in 8 bits, or outside the allocator: a higher rank can take less.
         changes.append({"lora_r": setup.lora_r + 8})
     before = estimate(setup)
     for change in changes:
