@@ -16,7 +16,7 @@ from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK, head_memory
 from .live_bytes import LiveBytes, tensors_of
 from .small_models import BASE
 
-LENGTH, HIDDEN = 512, 64
+LENGTH, HIDDEN = 128, 64
 
 
 def test_tile_sizes_are_trls() -> None:

@@ -29,10 +29,8 @@ pytest.importorskip("peft")
 
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import build
-from launcher.inspect_model import inspect_config
 from planner.memory import activations, decoder_layer, norms, segments
 from planner.memory import attention as attention_replay
 from planner.memory.activations import at
@@ -48,39 +46,23 @@ from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
 from .live_bytes import LiveBytes, tensors_of
+from .small_models import DENSE, HIDDEN, LAYERS, load_model, spec_of
 
-LENGTH, BATCH, LAYERS, HIDDEN = 512, 2, 3, 512
+LENGTH, BATCH = 512, 2
 STREAM_BYTES = LENGTH * BATCH * HIDDEN * 2
 POSITION_IDS_BYTES = LENGTH * 8
 TOLERANCE = 0.0005
 
 
-BASE = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 1536,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "num_hidden_layers": LAYERS,
-}
-SCALED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {**BASE, "model_type": "llama"},
-    "qwen3": {**BASE, "model_type": "qwen3", "head_dim": 128},
-    "phi3": {**BASE, "model_type": "phi3", "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1},
-    "gemma3": {**BASE, "model_type": "gemma3_text", "head_dim": 128, "num_attention_heads": 4},
-    "olmo2": {**BASE, "model_type": "olmo2"},
-    "granite": {**BASE, "model_type": "granite", **SCALED},
-}
 SUBSET = ("q_proj", "v_proj")
 
 QLORA, LORA, FULL = {"method": "qlora"}, {"method": "lora"}, {"method": "full"}
 KEPT = {"gradient_checkpointing": False}
 DROPOUT = {"lora_dropout": 0.05}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((family, {**QLORA, **knobs}) for family in FAMILIES for knobs in ({}, KEPT)),
-    *((family, {**LORA, **knobs}) for family in FAMILIES for knobs in ({}, KEPT)),
-    *((family, {**FULL, **knobs}) for family in FAMILIES for knobs in ({}, KEPT)),
+    *((family, {**QLORA, **knobs}) for family in DENSE for knobs in ({}, KEPT)),
+    *((family, {**LORA, **knobs}) for family in DENSE for knobs in ({}, KEPT)),
+    *((family, {**FULL, **knobs}) for family in DENSE for knobs in ({}, KEPT)),
     ("llama", {**QLORA, **DROPOUT}),
     ("llama", {**QLORA, **DROPOUT, **KEPT}),
     ("llama", {**LORA, **DROPOUT}),
@@ -135,17 +117,7 @@ def make_setup(family: str, **knobs: Any) -> TrainingSetup:
 
 def make_model(family: str, setup: TrainingSetup, folder: Path) -> Any:
     """The model as TRL trains it: adapters in bf16 on a quantised base, checkpoints without reentry."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if setup.method == "qlora":
-        model.save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            quantization_config=build.quantization_config(setup),
-            dtype=torch.bfloat16,
-            device_map={"": "cpu"},
-        )
+    model = load_model(family, setup, folder)
     if setup.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if setup.uses_lora:
@@ -187,7 +159,7 @@ def measure(model: Any) -> Measured:
 
 def predict(family: str, setup: TrainingSetup) -> tuple[StepTimeline, ModelSpec, int]:
     """The step's timeline, the spec, and bytes of rotary tables and positions."""
-    spec = inspect_config(FAMILIES[family], model_id=family, hub_id=family)
+    spec = spec_of(family)
     _, timeline, _ = _replayed(setup, spec, None, coefficients_for(None), padded=False)
     layer = spec.layers[0]
     tables = spec.rotary_tables * 2 * LENGTH * (layer.rotary_dim or layer.head_dim) * 2
@@ -241,7 +213,7 @@ def test_parts_of_a_layer(family: str, method: str, tmp_path: Path) -> None:
     """What norm, projection, attention and MLP keep, one by one: a change upstream is told by its name."""
     setup = make_setup(family, method=method, gradient_checkpointing=False)
     layer = decoder(make_model(family, setup, tmp_path)).layers[1]
-    spec = inspect_config(FAMILIES[family], model_id=family, hub_id=family).layers[0]
+    spec = spec_of(family).layers[0]
     knobs = knobs_of(family, setup)
     positions = rotary_positions(family)
     attention = {"position_embeddings": positions, "attention_mask": None}
@@ -267,7 +239,7 @@ def test_parts_of_a_layer(family: str, method: str, tmp_path: Path) -> None:
 
 
 def knobs_of(family: str, setup: TrainingSetup) -> LayerKnobs:
-    spec = inspect_config(FAMILIES[family], model_id=family, hub_id=family)
+    spec = spec_of(family)
     trained = trainables(setup, spec)
     make = functools.partial(segments._linear_kind, setup, accumulating=False)
     return LayerKnobs(
@@ -279,7 +251,7 @@ def knobs_of(family: str, setup: TrainingSetup) -> LayerKnobs:
 
 
 def rotary_positions(family: str) -> tuple[Any, Any]:
-    config = FAMILIES[family]
+    config = DENSE[family]
     size = config.get("head_dim", HIDDEN // config["num_attention_heads"])
     tables = torch.randn(2, 1, LENGTH, size).to(torch.bfloat16)
     return tables[0], tables[1]

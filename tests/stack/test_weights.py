@@ -25,16 +25,14 @@ def nbytes(tensors: list[object]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "knobs",
+    ("family", "knobs"),
     [
-        {},
-        {"bnb_4bit_use_double_quant": False},
-        {"bnb_4bit_quant_type": "fp4"},
-        {"dtype": "float32"},
+        *((family, {}) for family in FAMILIES),
+        *((family, {"bnb_4bit_use_double_quant": False}) for family in ("llama", "qwen3_moe")),
+        ("llama", {"bnb_4bit_quant_type": "fp4"}),
+        ("llama", {"dtype": "float32"}),
     ],
-    ids=["nf4", "not-nested", "fp4", "float32"],
 )
 def test_quantised_model(family: str, knobs: dict[str, object], tmp_path: Path) -> None:
     setup = make_setup(family, **knobs)
