@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -228,13 +227,12 @@ BAD_CONFIGS = {
 }
 
 
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize("content", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
 def test_bad_config_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    started = time.perf_counter()
     with pytest.raises(InputError) as caught:
         resolve_model(str(tmp_path))
-    assert time.perf_counter() - started < 1
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
