@@ -264,17 +264,13 @@ def test_spec_survives_json() -> None:
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_lookup_is_quick_and_light() -> None:
+def test_lookup_is_light() -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from planner.model_catalog import resolve_model\n"
-        "started = time.perf_counter()\n"
         "resolve_model('qwen2.5-14b')\n"
-        "print(time.perf_counter() - started)\n"
         "heavy = ('torch', 'transformers', 'huggingface_hub', 'platformdirs')\n"
         "print([m for m in heavy if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, heavy = done.stdout.splitlines()
-    assert float(seconds) < 0.02  # 1 ms on an idle machine
-    assert heavy == "[]"
+    assert done.stdout.strip() == "[]"
