@@ -65,7 +65,7 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
     def backward() -> None:
         grad = tape.take_grad(result)
         _adapter_backward(tape, kind, x, inputs, outputs, saved_input, mask, saved_down)
-        tape.free(casts)
+        tape.free(*casts)
         if x.requires_grad:
             _base_backward(tape, kind, x, grad, inputs, outputs)
         else:
@@ -75,18 +75,15 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
     return result
 
 
-def _weight_casts(tape: Tape, kind: LinearKind, inputs: int, outputs: int) -> Buffer | None:
+def _weight_casts(tape: Tape, kind: LinearKind, inputs: int, outputs: int) -> tuple[Buffer, ...]:
     """Copies of fp32 adapter weights in the compute dtype: autocast keeps them until backward is done.
 
     `inputs` is 0 where the input wants no gradient: backward does not need lora_A's copy then.
     """
     if kind.adapter_bytes <= kind.activation_bytes:
-        return None
-    copies = tape.fixed(kind.rank * (inputs + outputs) * kind.activation_bytes)
-    if tape.saves:
-        return copies
-    tape.free(copies)
-    return None
+        return ()
+    copy = kind.rank * kind.activation_bytes
+    return tape.cast_weights(*(copy * width for width in (inputs, outputs) if width))
 
 
 def _base_forward(tape: Tape, kind: LinearKind, inputs: int, outputs: int) -> Buffer:

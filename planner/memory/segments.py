@@ -16,12 +16,18 @@ from planner.training_setup import TrainingSetup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """Layers at `indices` (ascending), alike in kind and checkpointing."""
+    """Layers at `indices` (ascending), alike in kind and checkpointing.
+
+    `layer`, `knobs` and `input_requires_grad` are what their replay was made from.
+    """
 
     indices: tuple[int, ...]
     checkpointed: bool
     input_bytes_per_token: int
     replay: LayerReplay
+    layer: LayerSpec
+    knobs: LayerKnobs
+    input_requires_grad: bool
 
     def count_below(self, index: int) -> int:
         """How many of these layers lie below a position."""
@@ -130,6 +136,9 @@ def _replay_all(
                         replay=layer_replay(
                             layer, knobs, checkpointed=checkpointed, input_requires_grad=input_grad
                         ),
+                        layer=layer,
+                        knobs=knobs,
+                        input_requires_grad=input_grad,
                     )
                 )
     last = model.layers[-1]

@@ -132,6 +132,18 @@ class Tape:
         self._last_save = len(self._moments)
         return buffer
 
+    def cast_weights(self, *sizes_bytes: float) -> tuple[Buffer, ...]:
+        """Copies of weights in the compute dtype that autocast makes; kept for backward.
+
+        Those of a pass that saves nothing are let go here; autocast holds them until the forward pass ends,
+        which planner/memory/program.py replays.
+        """
+        copies = tuple(self.fixed(size) for size in sizes_bytes)
+        if self.saves:
+            return copies
+        self.free(*copies)
+        return ()
+
     def add_grad(self, value: Value, grad: Buffer, *, view: bool = False) -> None:
         """Collect a gradient; takes over the caller's hold on `grad`.
 

@@ -69,12 +69,15 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
     assert allocator.allocate(12 * MIB) == small
 
 
-def test_an_emptied_cache_serves_nothing() -> None:
+def test_an_emptied_cache_gives_back_segments_that_are_wholly_free() -> None:
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(40 * MIB))
+    freed, held = allocator.allocate(4 * MIB), allocator.allocate(4 * MIB)
+    allocator.free(freed)
     allocator.empty_cache()
-    allocator.allocate(40 * MIB)
-    assert allocator.reserved_bytes == 80 * MIB
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (4 * MIB, 20 * MIB)
+    assert allocator.allocate(4 * MIB) == freed
+    allocator.free(held)
 
 
 @given(st.lists(st.integers(1, 64 * MIB), max_size=40), st.randoms(use_true_random=False))
