@@ -15,6 +15,8 @@ MIN_8BIT_ELEMENTS = 4096
 MIN_PAGED_ELEMENTS = 100_000
 OPTIMIZER_BLOCK = 256
 QUANTIZATION_MAP_BYTES = 256 * 4
+FUSED_STEP_BYTES = 4
+FP32 = 4
 MOMENTS = {
     "adamw_8bit": 2,
     "paged_adamw_8bit": 2,
@@ -36,50 +38,65 @@ class OptimizerMemory:
 
 def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
     """Memory of the named optimizer for what a setup trains."""
-    if optim in MOMENTS:
-        return _bitsandbytes(optim, trained)
-    width = trained.element_bytes
-    if optim == "sgd":
-        return OptimizerMemory(allocated_bytes=0, managed_bytes=0, temporary_bytes=0)
-    if optim == "adafactor":
-        return _adafactor(trained)
-    steps = 512 if optim == "adamw_torch_fused" else 0
-    state = sum((2 * rounded(t.elements * width) + steps) * t.count for t in trained.tensors)
-    # The unfused implementation takes the square root of every second moment at once (adam.py:791).
-    temporary = trained.allocated_bytes if optim == "adamw_torch" else 0
-    return OptimizerMemory(allocated_bytes=state, managed_bytes=0, temporary_bytes=temporary)
-
-
-def _bitsandbytes(optim: str, trained: Trainables) -> OptimizerMemory:
-    moments = MOMENTS[optim]
-    paged = optim.startswith("paged")
-    allocated = managed = 0
-    for tensor in trained.tensors:
-        narrow = "8bit" in optim and tensor.elements >= MIN_8BIT_ELEMENTS and not tensor.is_embedding
-        state = tensor.elements * (1 if narrow else 4)
-        if paged and tensor.elements >= MIN_PAGED_ELEMENTS:
-            managed += moments * state * tensor.count
-        else:
-            allocated += moments * rounded(state) * tensor.count
-        if narrow:
-            allocated += moments * rounded(-(-tensor.elements // OPTIMIZER_BLOCK) * 4) * tensor.count
+    allocated = sum(sum(map(rounded, state_blocks(optim, t, trained.element_bytes))) * t.count for t in trained.tensors)
+    managed = sum(managed_bytes(optim, t) * t.count for t in trained.tensors)
     if "8bit" in optim:
-        allocated += moments * QUANTIZATION_MAP_BYTES
-    return OptimizerMemory(allocated_bytes=allocated, managed_bytes=managed, temporary_bytes=0)
+        allocated += MOMENTS[optim] * QUANTIZATION_MAP_BYTES
+    return OptimizerMemory(
+        allocated_bytes=allocated, managed_bytes=managed, temporary_bytes=_temporary_bytes(optim, trained)
+    )
 
 
-def _adafactor(trained: Trainables) -> OptimizerMemory:
-    state = sum(_factored_bytes(tensor) * tensor.count for tensor in trained.tensors)
-    largest = max((t.elements for t in trained.tensors), default=0)
-    # Gradient and parameter in fp32 (when held in 16 bits), the update, and one product of its making.
-    copies = 4 if trained.element_bytes < 4 else 2
-    return OptimizerMemory(allocated_bytes=state, managed_bytes=0, temporary_bytes=copies * 4 * largest)
+def state_blocks(optim: str, tensor: TrainableTensor, element_bytes: int) -> tuple[int, ...]:
+    """Bytes of the blocks that one tensor's state takes from torch's allocator, in the order of their birth."""
+    if optim == "sgd":
+        return ()
+    if optim == "adafactor":
+        return _factored(tensor)
+    if optim not in MOMENTS:
+        state = tensor.elements * element_bytes
+        # The fused implementation counts its steps on the GPU.
+        return (FUSED_STEP_BYTES, state, state) if optim == "adamw_torch_fused" else (state, state)
+    blocks: list[int] = []
+    narrow = _is_narrow(optim, tensor)
+    for _ in range(MOMENTS[optim]):
+        if not _is_paged(optim, tensor):
+            blocks.append(tensor.elements * (1 if narrow else FP32))
+        if narrow:
+            blocks.append(-(-tensor.elements // OPTIMIZER_BLOCK) * FP32)
+    return tuple(blocks)
 
 
-def _factored_bytes(tensor: TrainableTensor) -> int:
+def managed_bytes(optim: str, tensor: TrainableTensor) -> int:
+    """Bytes of CUDA managed memory that one tensor's state takes."""
+    if not _is_paged(optim, tensor):
+        return 0
+    return MOMENTS[optim] * tensor.elements * (1 if _is_narrow(optim, tensor) else FP32)
+
+
+def _is_narrow(optim: str, tensor: TrainableTensor) -> bool:
+    return "8bit" in optim and tensor.elements >= MIN_8BIT_ELEMENTS and not tensor.is_embedding
+
+
+def _is_paged(optim: str, tensor: TrainableTensor) -> bool:
+    return optim.startswith("paged") and tensor.elements >= MIN_PAGED_ELEMENTS
+
+
+def _temporary_bytes(optim: str, trained: Trainables) -> int:
+    if optim == "adamw_torch":
+        # The unfused implementation takes the square root of every second moment at once (adam.py:791).
+        return trained.allocated_bytes
+    if optim == "adafactor":
+        # Gradient and parameter in fp32 (when held in 16 bits), the update, and one product of its making.
+        copies = 4 if trained.element_bytes < FP32 else 2
+        return copies * FP32 * max((t.elements for t in trained.tensors), default=0)
+    return 0
+
+
+def _factored(tensor: TrainableTensor) -> tuple[int, ...]:
     """Row and column moments (the whole second moment of a vector), and one value: the parameter's RMS."""
     if len(tensor.shape) < 2:
-        return rounded(tensor.elements * 4) + rounded(4)
+        return (tensor.elements * FP32, FP32)
     rows = tensor.elements // tensor.shape[-1]
     columns = tensor.elements // tensor.shape[-2]
-    return rounded(rows * 4) + rounded(columns * 4) + rounded(4)
+    return (rows * FP32, columns * FP32, FP32)

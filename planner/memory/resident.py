@@ -67,12 +67,17 @@ def _mask_bytes(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
 
     sdpa needs none for full sequences that no window cuts (transformers masking_utils.py, sdpa_mask).
     """
-    kinds = {layer.sliding_window for layer in model.layers}
     elements = setup.per_device_train_batch_size * setup.max_length**2
+    width = DTYPE_BYTES[setup.dtype] if attention_implementation(setup, model) == "eager" else 1
+    return mask_kinds(setup, model, padded=padded) * elements * width
+
+
+def mask_kinds(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
+    """How many masks there are: one for each kind of layer that needs one."""
+    kinds = {layer.sliding_window for layer in model.layers}
     if attention_implementation(setup, model) == "eager":
-        return len(kinds) * elements * DTYPE_BYTES[setup.dtype]
-    needed = [w for w in kinds if padded or (w is not None and w < setup.max_length)]
-    return len(needed) * elements
+        return len(kinds)
+    return len([w for w in kinds if padded or (w is not None and w < setup.max_length)])
 
 
 _LARGEST: dict[tuple[str, int], int] = {}

@@ -161,10 +161,13 @@ def cublas_workspace_bytes(gpu: GpuSpec | None, measured: Coefficients) -> int:
     """Workspaces of both handles: as measured on this GPU, else torch's defaults (unknown: the larger)."""
     if gpu is not None and gpu.id == measured.gpu:
         return measured.workspace_bytes
-    compute_capability = gpu.compute_capability if gpu is not None else None
-    if compute_capability is not None and compute_capability < (9, 0):
-        return CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
-    return CUBLAS_HANDLES * CUBLAS_WORKSPACE_HOPPER_BYTES
+    return CUBLAS_HANDLES * workspace_block_bytes(gpu)
+
+
+def workspace_block_bytes(gpu: GpuSpec | None) -> int:
+    """torch's default for one handle's workspace (unknown GPU: the larger)."""
+    before_hopper = gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < (9, 0)
+    return CUBLAS_WORKSPACE_BYTES if before_hopper else CUBLAS_WORKSPACE_HOPPER_BYTES
 
 
 def basis_of(coefficients: Coefficients, model: ModelSpec, gpu_name: str | None) -> Basis:

@@ -77,12 +77,22 @@ def _weight_memory(model: ModelSpec, quantized: bool, width: int, double_quant: 
     key = (model.id, model.parameter_count, quantized, width, double_quant)
     known = _CACHE.get(key)
     if known is None:
-        known = _CACHE[key] = _replay_load(model, quantized, width, double_quant)
+        known = _CACHE[key] = _replay_load(
+            CachingAllocator(), model, quantized, width, double_quant
+        )
     return known
 
 
-def _replay_load(model: ModelSpec, quantized: bool, width: int, double_quant: bool) -> WeightMemory:
+def replay_load(model: ModelSpec, quantized: bool, width: int, double_quant: bool) -> CachingAllocator:
+    """The allocator as loading leaves it."""
     allocator = CachingAllocator()
+    _replay_load(allocator, model, quantized, width, double_quant)
+    return allocator
+
+
+def _replay_load(
+    allocator: CachingAllocator, model: ModelSpec, quantized: bool, width: int, double_quant: bool
+) -> WeightMemory:
     packed = constants = plain = largest = 0
     for parameter in _in_module_order(model):
         size = parameter.elements * width

@@ -1,0 +1,89 @@
+"""The output head's and the loss's requests in order, as in the traces (tests/stack/traces)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.memory.allocator import CachingAllocator
+from planner.memory.head import FP32, ROW_STATISTICS, TOKEN_CHUNK, VOCABULARY_CHUNK
+from planner.memory.weights import DTYPE_BYTES
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+INDEX_BYTES = 16
+"""Bytes a row of the two int64 coordinates that pick the rows with a label."""
+
+
+class HeadReplay:
+    """TRL's tiled log-probabilities for one setup's micro-step, every label counted."""
+
+    def __init__(self, setup: TrainingSetup, model: ModelSpec) -> None:
+        width = DTYPE_BYTES[setup.dtype]
+        rows = setup.tokens_per_micro_step - setup.per_device_train_batch_size
+        weight = model.hidden_size * model.vocab_size
+        self.trained = setup.method == "full"
+        self.rows = rows
+        self.tile_bytes = min(rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * width
+        self.selected_bytes = rows * model.hidden_size * width
+        self.row_gradient_bytes = rows * model.hidden_size * FP32
+        self.normed_bytes = setup.tokens_per_micro_step * model.hidden_size * width
+        self.weight_bytes = weight * width
+        self.wide_weight_bytes = weight * FP32
+
+    def run(
+        self,
+        allocator: CachingAllocator,
+        normed: int,
+        casts: Sequence[int],
+        *,
+        workspace_bytes: int,
+        later: bool,
+    ) -> tuple[int, list[int]]:
+        """Forward and backward; lets go of `normed` and, as autocast ends, of `casts`.
+
+        `workspace_bytes` is taken by the autograd thread's first product (0: it has its workspace). Returns
+        the normed states' gradient and the trained weight's (none with `later`, where it is added in place).
+        """
+        take, free = allocator.allocate, allocator.free
+        kept = self._forward(allocator)
+        for block in (*casts, normed):
+            free(block)
+        if workspace_bytes:
+            take(workspace_bytes)
+        row_gradient = take(self.row_gradient_bytes)
+        wide = take(self.wide_weight_bytes) if self.trained else None
+        tile, narrow = take(self.tile_bytes), take(self.selected_bytes)
+        gradients = []
+        if wide is not None:
+            gradients.append(take(self.weight_bytes))
+        free(row_gradient)
+        if wide is not None:
+            free(wide)
+        for block in (tile, *kept):
+            free(block)
+        if later and gradients:
+            free(gradients.pop())
+        scaled = take(self.selected_bytes)
+        free(narrow)
+        padded = take(self.normed_bytes)
+        free(scaled)
+        return padded, gradients
+
+    def forward(self, allocator: CachingAllocator, normed: int) -> None:
+        """The pass of an evaluation; lets go of `normed`."""
+        for block in (*self._forward(allocator), normed):
+            allocator.free(block)
+
+    def _forward(self, allocator: CachingAllocator) -> list[int]:
+        """Rows with a label, their statistics and one tile; returns what backward needs."""
+        take, free = allocator.allocate, allocator.free
+        index = take(self.rows * INDEX_BYTES)
+        selected = take(self.selected_bytes)
+        free(index)
+        labels = take(self.rows * 2 * FP32)
+        statistics = [take(self.rows * FP32) for _ in range(ROW_STATISTICS - 1)]
+        tile = take(self.tile_bytes)
+        kept = [selected, labels, take(self.rows * FP32), take(self.rows * FP32)]
+        for block in (*statistics, tile):
+            free(block)
+        return kept

@@ -1,0 +1,78 @@
+"""Loading a model and giving it an adapter, through the allocator: the state that training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from planner.memory.adapter import Trainables, TrainableTensor
+from planner.memory.allocator import CachingAllocator
+from planner.memory.weights import DTYPE_BYTES, replay_load
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+FP32 = 4
+TRL_ADAPTER_BYTES = 2
+"""TRL casts the adapter of a quantised base to bfloat16 (sft_trainer.py:908)."""
+
+_LOADED: dict[tuple[object, ...], tuple[CachingAllocator, int, int]] = {}
+
+
+def loaded_allocator(
+    setup: TrainingSetup, model: ModelSpec, trained: Trainables
+) -> tuple[CachingAllocator, int, int]:
+    """An allocator as training finds it; allocated bytes at most and reserved bytes after loading."""
+    width = DTYPE_BYTES[setup.dtype]
+    key = (
+        model.id,
+        model.parameter_count,
+        setup.method,
+        setup.dtype,
+        setup.bnb_4bit_use_double_quant,
+        setup.lora_r,
+        setup.target_modules,
+    )
+    known = _LOADED.get(key)
+    if known is None:
+        allocator = replay_load(model, setup.method == "qlora", width, setup.bnb_4bit_use_double_quant)
+        peak, reserved = allocator.peak_allocated_bytes, allocator.reserved_bytes
+        if setup.uses_lora:
+            _add_adapter(allocator, setup, model, trained, width)
+        # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
+        allocator.empty_cache()
+        known = _LOADED[key] = (allocator, peak, reserved)
+    return known[0].copy(), known[1], known[2]
+
+
+def _add_adapter(
+    allocator: CachingAllocator, setup: TrainingSetup, model: ModelSpec, trained: Trainables, width: int
+) -> None:
+    """PEFT puts every tensor on the GPU (fp32 beside 4-bit weights, else in the base's dtype), then all are
+    cast, one by one: by PEFT to fp32 (tuners_utils.py, cast_adapter_dtype), by TRL to bfloat16 on a quantised
+    base, and by the launcher back to fp32 where that trains in float16.
+    """
+    quantized = setup.method == "qlora"
+    widths = [FP32, TRL_ADAPTER_BYTES] if quantized else [width, FP32]
+    if widths[-1] != trained.element_bytes:
+        widths.append(trained.element_bytes)
+    if widths[0] == widths[1]:
+        widths.pop(0)
+    elements = [tensor.elements for tensor in in_module_order(trained, model.num_hidden_layers)]
+    blocks = [allocator.allocate(count * widths[0]) for count in elements]
+    for following in widths[1:]:
+        for index, count in enumerate(elements):
+            cast = allocator.allocate(count * following)
+            allocator.free(blocks[index])
+            blocks[index] = cast
+
+
+def in_module_order(trained: Trainables, layers: int) -> Iterator[TrainableTensor]:
+    """Trained tensors one at a time: before, inside and after the decoder layers."""
+    tensors = trained.tensors
+    inside = [index for index, tensor in enumerate(tensors) if tensor.in_decoder_layer]
+    first = inside[0] if inside else len(tensors)
+    yield from tensors[:first]
+    for layer in range(layers):
+        for index in inside:
+            if layer < tensors[index].count:
+                yield tensors[index]
+    yield from (tensor for tensor in tensors[first:] if not tensor.in_decoder_layer)

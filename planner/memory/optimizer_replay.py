@@ -1,0 +1,68 @@
+"""An optimizer step's requests in order: state at the first step, temporaries at every one."""
+
+from __future__ import annotations
+
+from planner.memory.adapter import Trainables
+from planner.memory.allocator import CachingAllocator
+from planner.memory.loading_replay import in_module_order
+from planner.memory.optimizer import state_blocks
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+FP32 = 4
+
+
+class OptimizerReplay:
+    """One setup's optimizer. transformers gives it biases and norms last (trainer.py, create_optimizer)."""
+
+    def __init__(self, setup: TrainingSetup, model: ModelSpec, trained: Trainables) -> None:
+        tensors = sorted(
+            in_module_order(trained, model.num_hidden_layers), key=lambda tensor: len(tensor.shape) < 2
+        )
+        self.optim = setup.optim
+        self.element_bytes = trained.element_bytes
+        self.elements = [tensor.elements for tensor in tensors]
+        self.states = [state_blocks(setup.optim, tensor, trained.element_bytes) for tensor in tensors]
+
+    def step(self, allocator: CachingAllocator, *, first: bool) -> None:
+        """Replay one step."""
+        if self.optim == "adafactor":
+            self._adafactor(allocator, first=first)
+            return
+        if first:
+            for sizes in self.states:
+                for size in sizes:
+                    allocator.allocate(size)
+        if self.optim == "adamw_torch":
+            # Square roots of every second moment at once (torch optim/adam.py:791).
+            roots = [allocator.allocate(count * self.element_bytes) for count in self.elements]
+            for block in roots:
+                allocator.free(block)
+
+    def _adafactor(self, allocator: CachingAllocator, *, first: bool) -> None:
+        """Tensor by tensor; a name's tensor lives until the next one takes the name (optimization.py:1257)."""
+        take, free = allocator.allocate, allocator.free
+        casts = self.element_bytes < FP32
+        gradient = parameter = update = None
+        for count, sizes in zip(self.elements, self.states, strict=True):
+            wide = count * FP32
+            if gradient is not None:
+                free(gradient)
+            gradient = take(wide) if casts else None
+            if first:
+                for size in sizes:
+                    take(size)
+            if parameter is not None:
+                free(parameter)
+            parameter = take(wide) if casts else None
+            square = take(wide)
+            shifted = take(wide)
+            free(square)
+            if update is not None:
+                free(update)
+            update = take(wide)
+            free(shifted)
+            free(take(wide))
+        for block in (gradient, parameter, update):
+            if block is not None:
+                free(block)

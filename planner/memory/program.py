@@ -1,0 +1,276 @@
+"""Programs: what a layer allocates and frees, in order, as events that the allocator can replay.
+
+The same replays that give live bytes (planner/memory/decoder_layer.py, norms.py) are written down by a tape
+that logs. A program has no sizes of its own: bytes are linear in tokens and attention scores, as on the tape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from planner.memory.activations import _gradients_before
+from planner.memory.allocator import block_units
+from planner.memory.decoder_layer import replay
+from planner.memory.layer_knobs import LayerKnobs
+from planner.memory.norms import norm
+from planner.memory.tape import GRADIENTS, Buffer, Tape, Value
+from planner.model_spec import LayerSpec
+
+Coefficients = tuple[float, float, float]
+"""Bytes of a block: constant, per token, per score element."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """Events of one layer's forward and backward pass: n allocates block n, -1 - n frees it.
+
+    Blocks 0 (the input) and `incoming` (the output's gradient) are there when the pass that uses them starts.
+    `output` is left by forward, `outgoing` (the input's gradient, null if nobody asks for it) and `gradients`
+    (of trained weights) by backward. `casts` are left by forward until the whole forward pass ends. Whatever
+    else forward leaves is `kept` for backward, which frees it. With `checkpointed` backward recomputes, and
+    frees nothing of block 0; else one of the passes frees block 0 after its last use: `keeps_input` says
+    that it is backward.
+    """
+
+    blocks: tuple[Coefficients, ...]
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    checkpointed: bool
+    keeps_input: bool
+    output: int
+    incoming: int
+    outgoing: int | None
+    gradients: tuple[int, ...]
+    casts: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def units(self, tokens: int, scores: int) -> list[int]:
+        """Sizes of the blocks in the allocator's units."""
+        return [block_units(int(a + b * tokens + c * scores)) for a, b, c in self.blocks]
+
+
+class _Block(Buffer):
+    """A buffer that knows its number."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, coefficients: Coefficients, slot: int, number: int) -> None:
+        super().__init__(*coefficients, slot)
+        self.number = number
+
+
+class LoggingTape(Tape):
+    """A tape that writes down every allocation and free, in order; it counts no live bytes."""
+
+    def __init__(self, *, saves: bool) -> None:
+        super().__init__(saves=saves)
+        self.blocks: list[Coefficients] = []
+        self.slots: list[int] = []
+        self.events: list[int] = []
+        self.casts: list[int] = []
+        self.last_save_event = 0
+
+    def given(self) -> _Block:
+        """A block that is there already."""
+        block = self._new(0.0, 0.0, 0.0, 0)
+        self.events.pop()
+        return block
+
+    def _new(self, constant: float, per_token: float, per_score: float, slot: int) -> _Block:
+        number = len(self.blocks)
+        self.blocks.append((constant, per_token, per_score))
+        self.slots.append(slot)
+        self.events.append(number)
+        return _Block((constant, per_token, per_score), slot, number)
+
+    def _take(self, constant: float, per_token: float, per_score: float, slot: int) -> Buffer:
+        return self._new(constant, per_token, per_score, slot)
+
+    def tokens(self, per_token: float, category: int = 0) -> Buffer:
+        """Allocate a buffer of so many bytes a token."""
+        return self._new(0.0, per_token, 0.0, 3 * category)
+
+    def free(self, *buffers: Buffer | None) -> None:
+        """Let go of buffers; one is freed when its last holder does."""
+        for buffer in buffers:
+            if buffer is None:
+                continue
+            if buffer.holders > 1:
+                buffer.holders -= 1
+            else:
+                self.events.append(-1 - number(buffer))
+
+    def save(self, buffer: Buffer) -> Buffer | None:
+        """Hold a buffer for backward, when this replay saves at all."""
+        if not self.saves:
+            return None
+        buffer.holders += 1
+        self.last_save_event = len(self.events)
+        return buffer
+
+    def cast_weights(self, *sizes_bytes: float) -> tuple[Buffer, ...]:
+        """Copies that autocast holds until the forward pass ends, unless backward frees them."""
+        copies = tuple(self.fixed(size) for size in sizes_bytes)
+        if self.saves:
+            return copies
+        self.casts += [number(copy) for copy in copies]
+        return ()
+
+
+def number(buffer: Buffer) -> int:
+    """Number of a buffer that a logging tape made."""
+    if not isinstance(buffer, _Block):
+        raise TypeError("the buffer is not of a logging tape")
+    return buffer.number
+
+
+@lru_cache(maxsize=1024)
+def layer_program(
+    layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool, accumulating: bool
+) -> Program:
+    """Program of one decoder layer; `accumulating` says that gradients of earlier micro-steps are there."""
+    knobs = _accumulating(knobs, accumulating)
+    if checkpointed:
+        return _checkpointed(layer, knobs)
+    tape = LoggingTape(saves=True)
+    hidden = Value(tape.given(), input_requires_grad)
+    output = replay(tape, layer, knobs, hidden)
+    return _both_passes(tape, hidden, output)
+
+
+@lru_cache(maxsize=256)
+def norm_program(layer: LayerSpec, knobs: LayerKnobs) -> Program:
+    """Program of the norm after the last decoder layer."""
+    tape = LoggingTape(saves=True)
+    hidden = Value(tape.given(), True)
+    output = norm(tape, layer, _accumulating(knobs, False), hidden, layer.hidden_size)
+    return _both_passes(tape, hidden, output)
+
+
+def _both_passes(tape: LoggingTape, hidden: Value, output: Value) -> Program:
+    """Forward that keeps what backward needs, and that backward; the caller lets go of input and output."""
+    keeps_input = hidden.buffer.holders > 1
+    tape.free(hidden.buffer)
+    forward = tape.events
+    result = number(output.buffer)
+    tape.events = []
+    incoming = tape.given()
+    output.grad = incoming
+    tape.backward()
+    return _program(
+        tape,
+        forward=forward,
+        backward=tape.events,
+        checkpointed=False,
+        keeps_input=keeps_input,
+        output=result,
+        incoming=incoming.number,
+        hidden=hidden,
+        casts=(),
+    )
+
+
+def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
+    first = LoggingTape(saves=False)
+    result = number(replay(first, layer, knobs, Value(first.given(), True)).buffer)
+    tape = LoggingTape(saves=True)
+    tape.blocks, tape.slots = first.blocks.copy(), first.slots.copy()
+    hidden = Value(_Block((0.0, 0.0, 0.0), 0, 0), True)
+    output = replay(tape, layer, knobs, hidden)
+    tape.free(output.buffer)
+    recomputed = _stopped_early(tape.events, tape.last_save_event)
+    tape.events = []
+    incoming = tape.given()
+    output.grad = incoming
+    tape.backward()
+    before, after = _split(tape.events, len(_gradients_before(layer, knobs)) - 1, recomputed)
+    return _program(
+        tape,
+        forward=first.events,
+        backward=[*before, *recomputed, *after],
+        checkpointed=True,
+        keeps_input=True,
+        output=result,
+        incoming=incoming.number,
+        hidden=hidden,
+        casts=tuple(first.casts),
+    )
+
+
+def _stopped_early(events: Sequence[int], last_save: int) -> list[int]:
+    """Recomputation up to its last saved tensor; what it has not saved is let go as the stop unwinds it.
+
+    torch/utils/checkpoint.py, _StopRecomputationError.
+    """
+    rest = events[last_save:]
+    never = {event for event in rest if event >= 0}
+    return [*events[:last_save], *(event for event in rest if event < 0 and -1 - event not in never)]
+
+
+def _split(events: Sequence[int], allocations: int, recomputed: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Backward up to its so many first allocations, which asks for no saved tensor, and from there on."""
+    index, left = 0, allocations
+    while left:
+        left -= events[index] >= 0
+        index += 1
+    saved = {event for event in recomputed if event >= 0}
+    while allocations and events[index] < 0 and -1 - events[index] not in saved:
+        index += 1
+    return list(events[:index]), list(events[index:])
+
+
+def _program(
+    tape: LoggingTape,
+    *,
+    forward: Sequence[int],
+    backward: Sequence[int],
+    checkpointed: bool,
+    keeps_input: bool,
+    output: int,
+    incoming: int,
+    hidden: Value,
+    casts: tuple[int, ...],
+) -> Program:
+    """A program without the blocks that have no bytes."""
+    outgoing = None if hidden.grad is None else number(hidden.grad)
+    empty = {n for n, size in enumerate(tape.blocks) if not any(size)} - {0, incoming}
+    passes = [tuple(e for e in events if (e if e >= 0 else -1 - e) not in empty) for events in (forward, backward)]
+    left = _left({0}, passes[0]) - {output, *casts}
+    after = _left(left | {incoming} | ({0} if checkpointed else set()), passes[1])
+    gradients = tuple(sorted(n for n in after if tape.slots[n] == 3 * GRADIENTS))
+    if after - {*gradients, outgoing} - ({0} if checkpointed else set()):
+        raise AssertionError("a layer's backward pass leaves blocks behind")
+    return Program(
+        blocks=tuple(tape.blocks),
+        forward=passes[0],
+        backward=passes[1],
+        checkpointed=checkpointed,
+        keeps_input=keeps_input,
+        output=output,
+        incoming=incoming,
+        outgoing=outgoing,
+        gradients=gradients,
+        casts=casts,
+        kept=tuple(sorted(left)),
+    )
+
+
+def _left(held: set[int], events: Sequence[int]) -> set[int]:
+    """What is held after events."""
+    held = set(held)
+    for event in events:
+        if event >= 0:
+            held.add(event)
+        else:
+            held.remove(-1 - event)
+    return held
+
+
+def _accumulating(knobs: LayerKnobs, accumulating: bool) -> LayerKnobs:
+    return replace(
+        knobs,
+        default=replace(knobs.default, accumulating=accumulating),
+        kinds=tuple((name, replace(kind, accumulating=accumulating)) for name, kind in knobs.kinds),
+    )

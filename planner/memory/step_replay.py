@@ -1,0 +1,260 @@
+"""Whole training steps through torch's caching allocator: allocated and reserved bytes without a coefficient.
+
+Loading, the adapter, then optimizer steps as TRL's trainer runs them, every request in its order: reserved
+memory follows the history of requests, so only their replay tells it. Orders outside the decoder layers are
+those of allocation traces (tests/stack/traces).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner.gpu_spec import GpuSpec
+from planner.memory.allocator import CachingAllocator, block_units
+from planner.memory.head_replay import HeadReplay
+from planner.memory.loading_replay import loaded_allocator
+from planner.memory.optimizer_replay import OptimizerReplay
+from planner.memory.program import Program, layer_program, norm_program
+from planner.memory.refusals import attention_implementation
+from planner.memory.resident import mask_kinds
+from planner.memory.runtime import workspace_block_bytes
+from planner.memory.segments import segments
+from planner.memory.weights import DTYPE_BYTES
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+STEPS = 2
+"""Steps until reserved memory stays: optimizer state is born in the first, and moves the second's blocks."""
+INT64 = 8
+FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayedMemory:
+    """What the allocator has handed out at most (unsplit tails included) and reserved, by phase, in bytes.
+
+    The step's are those of steady state; evaluation and save keep what the steps have reserved.
+    """
+
+    load_allocated_bytes: int
+    load_reserved_bytes: int
+    step_allocated_bytes: int
+    step_reserved_bytes: int
+    evaluation_allocated_bytes: int
+    evaluation_reserved_bytes: int
+    between_steps_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    """A decoder layer's program for the first micro-step and for later ones, with sizes in units."""
+
+    first: Program
+    later: Program
+    first_units: Sequence[int]
+    later_units: Sequence[int]
+
+
+def replay_steps(
+    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool, steps: int = STEPS
+) -> ReplayedMemory:
+    """Replay loading and so many optimizer steps.
+
+    Raises:
+        InputError: target_modules that the model does not have.
+    """
+    return StepReplay(setup, model, gpu=gpu, padded=padded).run(steps)
+
+
+class StepReplay:
+    """One setup's training through an allocator of its own."""
+
+    def __init__(
+        self, setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool
+    ) -> None:
+        from planner.memory.adapter import trainables
+
+        self.setup, self.model = setup, model
+        self.trained = trainables(setup, model)
+        self.width = DTYPE_BYTES[setup.dtype]
+        self.tokens = setup.tokens_per_micro_step
+        self.scores = setup.per_device_train_batch_size * setup.max_length**2
+        self.stream = self.tokens * model.hidden_size * self.width
+        self.workspace_bytes = workspace_block_bytes(gpu)
+        self.allocator, self.load_peak, self.load_reserved = loaded_allocator(setup, model, self.trained)
+        self.attention = attention_implementation(setup, model)
+        self.masks = mask_kinds(setup, model, padded=padded)
+        parts, _ = segments(setup, model, self.trained, attention=self.attention, padded=padded)
+        self.layers = self._programs(parts)
+        last = max(parts, key=lambda part: part.indices[-1])
+        self.norm = norm_program(last.layer, last.knobs)
+        self.norm_units = self.norm.units(self.tokens, self.scores)
+        self.head = HeadReplay(setup, model)
+        self.optimizer = OptimizerReplay(setup, model, self.trained)
+        scaled = model.embedding_multiplier and not any("Scaled" in p.module_class for p in model.parameters)
+        self.raw_embedding = bool(scaled and setup.uses_lora and setup.gradient_checkpointing)
+        self.gradients: list[int] = []
+
+    def _programs(self, parts: Sequence[object]) -> list[_Layer]:
+        accumulates = self.setup.gradient_accumulation_steps > 1
+        found: dict[int, _Layer] = {}
+        for part in parts:
+            first, later = (
+                layer_program(
+                    part.layer,
+                    part.knobs,
+                    checkpointed=part.checkpointed,
+                    input_requires_grad=part.input_requires_grad,
+                    accumulating=accumulating,
+                )
+                for accumulating in (False, accumulates)
+            )
+            layer = _Layer(
+                first=first,
+                later=later,
+                first_units=first.units(self.tokens, self.scores),
+                later_units=later.units(self.tokens, self.scores),
+            )
+            found |= dict.fromkeys(part.indices, layer)
+        return [found[index] for index in sorted(found)]
+
+    def run(self, steps: int) -> ReplayedMemory:
+        """Replay optimizer steps, and an evaluation."""
+        allocator = self.allocator
+        micro_steps = min(2, self.setup.gradient_accumulation_steps)
+        for step in range(steps):
+            allocator.reset_peak()
+            inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
+            for micro_step in range(micro_steps):
+                self._micro_step(first=step == 0 and micro_step == 0, later=micro_step > 0)
+            for block in inputs:
+                allocator.free(block)
+            self.optimizer.step(allocator, first=step == 0)
+            for block in self.gradients:
+                allocator.free(block)
+            self.gradients = []
+        return ReplayedMemory(
+            load_allocated_bytes=self.load_peak,
+            load_reserved_bytes=self.load_reserved,
+            step_allocated_bytes=allocator.peak_allocated_bytes,
+            step_reserved_bytes=allocator.reserved_bytes,
+            evaluation_allocated_bytes=allocator.allocated_bytes,
+            evaluation_reserved_bytes=allocator.reserved_bytes,
+            between_steps_bytes=allocator.allocated_bytes,
+        )
+
+    def _take(self, size: float) -> int:
+        return self.allocator.allocate(int(size))
+
+    def _micro_step(self, *, first: bool, later: bool) -> None:
+        allocator = self.allocator
+        held = self._before_layers()
+        if first:
+            self._take(self.workspace_bytes)
+        hidden = held[0]
+        slots: list[list[int]] = []
+        casts: list[int] = []
+        run = allocator.run
+        for index, layer in enumerate(self.layers):
+            program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
+            own = [0] * len(units)
+            own[0] = hidden
+            forward = program.forward
+            if not index and not program.keeps_input:
+                # The model's forward pass holds the embeddings in a variable.
+                forward = tuple(event for event in forward if event != -1)
+            run(forward, units, own)
+            hidden = own[program.output]
+            casts += [own[cast] for cast in program.casts]
+            slots.append(own)
+        embeddings_free = not self.layers[0].first.keeps_input
+        gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
+        for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
+            program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
+            own[program.incoming] = gradient
+            run(program.backward, units, own)
+            self.gradients += [own[block] for block in program.gradients]
+            if program.checkpointed:
+                if own is not slots[0]:
+                    allocator.free(own[0])
+            if program.outgoing is not None:
+                gradient = own[program.outgoing]
+        if self.layers[0].first.outgoing is not None:
+            self._embedding_backward(gradient, later=later)
+            allocator.free(gradient)
+        if self.layers[0].first.checkpointed:
+            allocator.free(slots[0][0])
+        for block in held[1:]:
+            allocator.free(block)
+
+    def _before_layers(self) -> list[int]:
+        """Embeddings, then what stays until the micro-step ends: masks, rotary tables, raw embeddings."""
+        allocator = self.allocator
+        held = [self._take(self.stream)]
+        if self.raw_embedding:
+            held.append(self._take(self.stream))
+        elif self.model.embedding_multiplier:
+            scaled = self._take(self.stream)
+            allocator.free(held[0])
+            held[0] = scaled
+        square = self.setup.max_length**2
+        width = self.width if self.attention == "eager" else 1
+        for _ in range(self.masks):
+            causal = self._take(square)
+            combined = self._take(square)
+            allocator.free(causal)
+            held.append(self._take(self.scores * width))
+            allocator.free(combined)
+        layer = self.model.layers[0]
+        table = self.setup.max_length * (layer.rotary_dim or layer.head_dim)
+        for _ in range(self.model.rotary_tables):
+            # Angles, both halves of them, and cosine and sine in fp32, unscaled and scaled.
+            wide = [self._take(table * FP32 // 2), self._take(table * FP32)]
+            for _ in range(2):
+                turned, scaled = self._take(table * FP32), self._take(table * FP32)
+                allocator.free(turned)
+                wide.append(scaled)
+            held += [self._take(table * self.width) for _ in range(2)]
+            for block in wide:
+                allocator.free(block)
+        return held
+
+    def _head(
+        self, hidden: int, casts: Sequence[int], embeddings: int | None, *, first: bool, later: bool
+    ) -> int:
+        """Final norm and head, forward and backward; returns the gradient of the last hidden state."""
+        allocator, norm = self.allocator, self.norm
+        own = [0] * len(self.norm_units)
+        own[0] = hidden
+        allocator.run(norm.forward, self.norm_units, own)
+        if embeddings is not None:
+            allocator.free(embeddings)
+        gradient, kept = self.head.run(
+            allocator,
+            own[norm.output],
+            casts,
+            workspace_bytes=self.workspace_bytes if first else 0,
+            later=later,
+        )
+        self.gradients += kept
+        own[norm.incoming] = gradient
+        allocator.run(norm.backward, self.norm_units, own)
+        self.gradients += [own[block] for block in norm.gradients]
+        if norm.outgoing is None:
+            raise AssertionError("the final norm's input has no gradient")
+        return own[norm.outgoing]
+
+    def _embedding_backward(self, gradient: int, *, later: bool) -> None:
+        """The embedding's dense gradient: the head's takes it in where tied, an earlier one where there is."""
+        if self.setup.method != "full":
+            return
+        size = self.model.vocab_size * self.model.hidden_size * self.width
+        block = self._take(size)
+        if later or self.model.tied_embeddings:
+            self.allocator.free(block)
+        else:
+            self.gradients.append(block)
+
+
+__all__ = ["STEPS", "ReplayedMemory", "StepReplay", "block_units", "replay_steps"]
