@@ -151,7 +151,7 @@ def _predict(profile: Profile) -> Predicted | None:
     model = resolve_model(profile.setup.model)
     gpu = local_gpus()[0].spec
     try:
-        breakdown = estimate_memory(profile.setup, model, gpu=gpu, padded=profile.padded)
+        breakdown = estimate_memory(profile.setup, model, gpu=gpu, padded=profile.padded, replay=True)
     except NotModelledError:
         return None
     return Predicted(

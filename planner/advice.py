@@ -84,7 +84,7 @@ def smallest_card(evaluator: Evaluator, setup: TrainingSetup, lengths: tuple[int
     """
     shortest = setup.replace(max_length=min(lengths))
     about = evaluator.evaluate(shortest).peak_upper_bytes
-    gpu = smallest_gpu_for(shortest, evaluator.model, about)
+    gpu = smallest_gpu_for(shortest, evaluator.model, about, above_bytes=evaluator.usable_bytes)
     if gpu is None:
         return None
     longest = next(

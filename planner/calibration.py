@@ -22,8 +22,12 @@ from planner.records import RunRecord
 MIB = 2**20
 MARGIN_BYTES = 256 * MIB
 """Constant part of the interval: about two of the allocator's larger cached blocks in the records."""
+REPLAY_MARGIN_BYTES = 128 * MIB
+"""The same where the allocator is replayed: about one such block."""
 MARGIN_SLACK = 0.02
 """Added to the worst held-out shortfall (a share of the terms): the next run is not among the records."""
+REPLAY_MARGIN_SLACK = 0.01
+"""The same for what is reserved beside the weights."""
 MIN_RECORDS = 3
 STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 Resolve = Callable[[str], ModelSpec]
@@ -31,7 +35,7 @@ Resolve = Callable[[str], ModelSpec]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Residual:
-    """A record beside its prediction from a fit that has not seen its model.
+    """A record beside its prediction from a fit that has not seen its model, by one way of telling reserve.
 
     Errors are predicted / measured - 1; `process_error` is null where the run shared its process.
     """
@@ -45,10 +49,14 @@ class Residual:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Coefficients and the held-out residuals that their interval rests on."""
+    """Coefficients and the held-out residuals that their intervals rest on.
+
+    `residuals` are those of the allocator's replay, `fitted_residuals` those of the fitted reserve.
+    """
 
     coefficients: Coefficients
     residuals: tuple[Residual, ...]
+    fitted_residuals: tuple[Residual, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,19 +85,26 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
         raise InputError(
             f"{gpu.id}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
         )
-    residuals = []
-    shortfalls = [0.0]
+    residuals: dict[bool, list[Residual]] = {True: [], False: []}
+    shortfalls: dict[bool, list[float]] = {True: [0.0], False: [0.0]}
     for held_out in sorted({sample.record.setup.model for sample in samples}):
         rest = [sample for sample in samples if sample.record.setup.model != held_out]
         fitted = _fit(rest if len(rest) >= MIN_RECORDS else samples, gpu, name)
         for sample in samples:
-            if sample.record.setup.model == held_out:
-                residual, shortfall = _residual(sample, fitted, gpu)
-                residuals.append(residual)
-                shortfalls.append(shortfall)
-    fitted = _fit(samples, gpu, name)
-    margin = max(shortfalls) + MARGIN_SLACK
-    return Calibration(coefficients=_with_margin(fitted, margin), residuals=tuple(residuals))
+            for replay in (True, False) if sample.record.setup.model == held_out else ():
+                residual, shortfall = _residual(sample, fitted, gpu, replay=replay)
+                residuals[replay].append(residual)
+                shortfalls[replay].append(shortfall)
+    coefficients = dataclasses.replace(
+        _fit(samples, gpu, name),
+        margin_fraction=round(max(shortfalls[False]) + MARGIN_SLACK, 4),
+        replay_margin_fraction=round(max(shortfalls[True]) + REPLAY_MARGIN_SLACK, 4),
+    )
+    return Calibration(
+        coefficients=coefficients,
+        residuals=tuple(residuals[True]),
+        fitted_residuals=tuple(residuals[False]),
+    )
 
 
 def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[_Sample]:
@@ -150,6 +165,8 @@ def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
         reserve_per_byte=tuple(slopes),
         margin_fraction=0.0,
         margin_bytes=MARGIN_BYTES,
+        replay_margin_fraction=0.0,
+        replay_margin_bytes=REPLAY_MARGIN_BYTES,
         record_ids=tuple(sorted(sample.record.id for sample in samples)),
         model_ids=tuple(sorted({sample.record.setup.model for sample in samples})),
         gpu=gpu.id,
@@ -190,14 +207,16 @@ def _reserved(sample: _Sample) -> int:
     return step.reserved_bytes
 
 
-def _residual(sample: _Sample, fitted: Coefficients, gpu: GpuSpec) -> tuple[Residual, float]:
-    """Errors of a held-out record; what it needed beyond expected and MARGIN_BYTES, by byte of its terms."""
+def _residual(sample: _Sample, fitted: Coefficients, gpu: GpuSpec, *, replay: bool) -> tuple[Residual, float]:
+    """Errors of a held-out record; what it needed beyond expected and the interval's constant part, as a
+    share of what the rest of the interval is a share of.
+    """
     record = sample.record
     step = record.phase("step")
     if step is None:
         raise InputError(f"{record.id}: no step was measured")
     predicted = estimate_memory(
-        record.setup, sample.model, gpu=gpu, padded=record.padded, coefficients=fitted
+        record.setup, sample.model, gpu=gpu, padded=record.padded, coefficients=fitted, replay=replay
     )
     own_process = step.process_bytes if record.isolated else None
     # In a shared process the driver's figure holds what earlier runs left; reserve and context tell instead.
@@ -210,9 +229,7 @@ def _residual(sample: _Sample, fitted: Coefficients, gpu: GpuSpec) -> tuple[Resi
         reserved_error=predicted.reserved_bytes / step.reserved_bytes - 1,
         process_error=None if own_process is None else predicted.process_bytes / own_process - 1,
     )
-    shortfall = (measured - MARGIN_BYTES - predicted.process_bytes) / sum(sample.terms)
-    return residual, max(0.0, shortfall)
-
-
-def _with_margin(fitted: Coefficients, margin: float) -> Coefficients:
-    return dataclasses.replace(fitted, margin_fraction=round(margin, 4))
+    beside_weights = predicted.reserved_bytes - predicted.weights_bytes
+    constant = fitted.replay_margin_bytes if replay else fitted.margin_bytes
+    scale = beside_weights if replay else sum(sample.terms)
+    return residual, max(0.0, (measured - constant - predicted.process_bytes) / scale)

@@ -53,9 +53,10 @@ class Evaluator:
         self.padded = padded
         self.longest = longest
         self._known: dict[TrainingSetup, Candidate] = {}
+        self._confirmed: dict[TrainingSetup, Candidate] = {}
 
     def evaluate(self, setup: TrainingSetup) -> Candidate:
-        """Estimate memory and speed of a setup.
+        """Estimate memory and speed of a setup, what the allocator reserves by its fit.
 
         Raises:
             NotModelledError: a knob whose memory is not modelled.
@@ -63,14 +64,34 @@ class Evaluator:
         """
         found = self._known.get(setup)
         if found is None:
-            padded = self.padded and setup.per_device_train_batch_size > 1 and not setup.packing
-            found = Candidate(
+            found = self._known[setup] = Candidate(
                 setup=setup,
-                memory=estimate_memory(self._as_batched(setup), self.model, gpu=self.gpu, padded=padded),
+                memory=self._memory(setup, replay=False),
                 speed=forecast(setup, self.model, self.gpu),
             )
-            self._known[setup] = found
         return found
+
+    def confirm(self, setup: TrainingSetup) -> Candidate:
+        """The same with the allocator replayed: the figures that decide, at a hundred times the time.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+            InputError: the setup asks of the model what it does not have.
+        """
+        found = self._confirmed.get(setup)
+        if found is None:
+            found = self._confirmed[setup] = Candidate(
+                setup=setup,
+                memory=self._memory(setup, replay=True),
+                speed=self.evaluate(setup).speed,
+            )
+        return found
+
+    def _memory(self, setup: TrainingSetup, *, replay: bool) -> MemoryBreakdown:
+        padded = self.padded and setup.per_device_train_batch_size > 1 and not setup.packing
+        return estimate_memory(
+            self._as_batched(setup), self.model, gpu=self.gpu, padded=padded, replay=replay
+        )
 
     def _as_batched(self, setup: TrainingSetup) -> TrainingSetup:
         """The setup at the length of its longest batch."""
@@ -88,6 +109,19 @@ class Evaluator:
     def fits(self, candidate: Candidate) -> bool:
         """Whether the upper end of every phase is within what the card leaves."""
         return candidate.memory.fits(self.usable_bytes)
+
+    def decide(self, setup: TrainingSetup) -> bool:
+        """Whether a setup fits: by the fitted estimate where that is clear, else by the allocator's replay.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+            InputError: the setup asks of the model what it does not have.
+        """
+        return self.may_fit(self.evaluate(setup)) and self.fits(self.confirm(setup))
+
+    def may_fit(self, candidate: Candidate) -> bool:
+        """Whether the interval's lower end is within what the card leaves."""
+        return candidate.memory.peak_lower_bytes <= self.usable_bytes
 
 
 def forecast(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec) -> StepEstimate | None:

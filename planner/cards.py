@@ -22,27 +22,45 @@ def cards_by_memory() -> tuple[GpuSpec, ...]:
     )
 
 
-def smallest_gpu_for(setup: TrainingSetup, model: ModelSpec, about_bytes: int) -> GpuSpec | None:
+def smallest_gpu_for(
+    setup: TrainingSetup,
+    model: ModelSpec,
+    about_bytes: int,
+    *,
+    above_bytes: int = 0,
+    confirm: bool = True,
+) -> GpuSpec | None:
     """The card with least usable memory that takes the setup; None when none of the catalog does.
 
-    `about_bytes` is what the setup needs on some card; those far below it are passed over.
+    `about_bytes` is what the setup needs on some card; those far below it are passed over, and those that
+    leave no more than `above_bytes`. With `confirm` the allocator's replay decides.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
     """
     for gpu in cards_by_memory():
-        if gpu.usable_bytes >= CLEARLY_TOO_SMALL * about_bytes and fits_on(gpu, setup, model):
+        if gpu.usable_bytes <= max(above_bytes, CLEARLY_TOO_SMALL * about_bytes):
+            continue
+        if fits_on(gpu, setup, model, confirm=confirm):
             return gpu
     return None
 
 
-def fits_on(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec) -> bool:
+def fits_on(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec, *, confirm: bool = True) -> bool:
     """Whether a setup fits on a card that holds nothing else, in the 16-bit type that the card computes in.
+
+    With `confirm` the allocator's replay decides where the fitted estimate does not rule it out.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
     """
-    return estimate_memory(native(setup, gpu), model, gpu=gpu).fits(gpu.usable_bytes)
+    own = native(setup, gpu)
+    fitted = estimate_memory(own, model, gpu=gpu)
+    if not confirm:
+        return fitted.fits(gpu.usable_bytes)
+    if fitted.peak_lower_bytes > gpu.usable_bytes:
+        return False
+    return estimate_memory(own, model, gpu=gpu, replay=True).fits(gpu.usable_bytes)
 
 
 def native(setup: TrainingSetup, gpu: GpuSpec) -> TrainingSetup:

@@ -97,7 +97,7 @@ def smallest_cards(
             gpu = smallest_gpu_for(setup, model, about)
             needed = about
             if gpu is not None:
-                needed = estimate_memory(native(setup, gpu), model, gpu=gpu).peak_upper_bytes
+                needed = estimate_memory(native(setup, gpu), model, gpu=gpu, replay=True).peak_upper_bytes
             found.append(
                 SmallestCard(
                     method=method,
@@ -127,10 +127,10 @@ def longest_lengths(target: GpuTarget, base: TrainingSetup) -> tuple[LongestLeng
 
 def _longest(evaluator: Evaluator, base: TrainingSetup) -> LongestLength | None:
     limit = evaluator.model.max_position_embeddings
-    length = longest_length(evaluator, base, start=DEFAULT_LENGTHS[-1], limit=limit)
+    length = longest_length(evaluator, base, start=DEFAULT_LENGTHS[-1], limit=limit, confirm=True)
     if length is None:
         return None
-    size = evaluator.evaluate(base.replace(max_length=length)).peak_upper_bytes
+    size = evaluator.confirm(base.replace(max_length=length)).peak_upper_bytes
     return LongestLength(
         model=evaluator.model.id,
         parameter_count=evaluator.model.parameter_count,

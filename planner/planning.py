@@ -77,7 +77,7 @@ def make_plan(
         duration=_duration(best, schedule, data, target, request.price_usd_per_hour),
         loading=load_needs(model, best.memory),
         data=data,
-        methods=_methods(evaluator, best),
+        methods=_methods(evaluator, best, fits=chosen.fits),
         alternatives=_alternatives(chosen, evaluator),
         advice=(
             use_what_is_left(evaluator, setup, request)
@@ -136,11 +136,19 @@ def _choose(
     for length in policy_lengths(request, model, stats):
         base = request.setup(**chosen, max_length=length)
         effective = effective_batch_size(request, base.num_processes)
-        result = search(base, evaluator, effective_batch_size=effective, fixed=fixed)
+        result = search(base, evaluator, effective_batch_size=effective, fixed=fixed, confirm=True)
         if result.chosen is not None:
             return _Chosen(tried=result.chosen, result=result, fits=True, effective_batch_size=effective)
     assert result is not None
-    return _Chosen(tried=result.smallest, result=result, fits=False, effective_batch_size=effective)
+    smallest = result.smallest
+    candidate = evaluator.confirm(smallest.candidate.setup)
+    fits = evaluator.fits(candidate)
+    return _Chosen(
+        tried=Tried(strategy=smallest.strategy, candidate=candidate, fits=fits),
+        result=result,
+        fits=fits,
+        effective_batch_size=effective,
+    )
 
 
 def _processes(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> int:
@@ -235,16 +243,20 @@ def _duration(
     )
 
 
-def _methods(evaluator: Evaluator, best: Candidate) -> tuple[MethodFigures, ...]:
+def _methods(evaluator: Evaluator, best: Candidate, *, fits: bool) -> tuple[MethodFigures, ...]:
+    """The plan's own method as planned; the others by the fitted estimate."""
     from planner.cards import smallest_gpu_for
     from planner.methods import with_method
 
     found = []
     for method in METHODS:
-        candidate = evaluator.try_evaluate(with_method(best.setup, method))
+        own = method == best.setup.method
+        candidate = best if own else evaluator.try_evaluate(with_method(best.setup, method))
         if candidate is None:
             continue
-        gpu = smallest_gpu_for(candidate.setup, evaluator.model, candidate.peak_upper_bytes)
+        gpu = smallest_gpu_for(candidate.setup, evaluator.model, candidate.peak_upper_bytes, confirm=False)
+        if own and fits and (gpu is None or gpu.usable_bytes > evaluator.gpu.usable_bytes):
+            gpu = evaluator.gpu
         found.append(
             MethodFigures(
                 method=method,
@@ -264,7 +276,7 @@ def _alternatives(chosen: _Chosen, evaluator: Evaluator) -> tuple[Alternative, .
     best = chosen.tried.candidate
     found = []
     for one in chosen.result.tried:
-        if one is chosen.tried:
+        if one.candidate.setup == best.setup:
             continue
         candidate, rate = one.candidate, one.candidate.tokens_per_second
         if not one.fits:
@@ -272,7 +284,8 @@ def _alternatives(chosen: _Chosen, evaluator: Evaluator) -> tuple[Alternative, .
         elif rate is not None and best.tokens_per_second and rate < best.tokens_per_second:
             lost, amount = "slower", 1.0 - rate / best.tokens_per_second
         else:
-            lost, amount = "tie", float(candidate.peak_upper_bytes - best.peak_upper_bytes)
+            fitted = [evaluator.evaluate(each.setup).peak_upper_bytes for each in (candidate, best)]
+            lost, amount = "tie", float(fitted[0] - fitted[1])
         found.append(
             Alternative(
                 strategy=one.strategy,

@@ -1,7 +1,9 @@
 """Search: of all setups that fit on a card and keep the effective batch, the fastest.
 
 The space is execution strategies x micro-batches, the length and the knobs that a person fixed being given.
-Within a strategy memory rises with the micro-batch, so the first one that does not fit ends it.
+Within a strategy memory rises with the micro-batch, so the first one that does not fit ends it. Where a
+choice is to be confirmed, the fitted estimate only prunes: the fastest are replayed through the allocator,
+one after the other, until one fits.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from planner.training_setup import TrainingSetup
 
 # Forecasts closer than this are a tie, which the setup with less memory wins.
 SPEED_TIE = 0.01
+# Replays after which only what fits by the fitted estimate's wide interval is still considered.
+MAX_DOUBTFUL_REPLAYS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,9 +112,16 @@ def strategies(fixed: dict[str, Any]) -> tuple[Strategy, ...]:
 
 
 def search(
-    base: TrainingSetup, evaluator: Evaluator, *, effective_batch_size: int, fixed: dict[str, Any]
+    base: TrainingSetup,
+    evaluator: Evaluator,
+    *,
+    effective_batch_size: int,
+    fixed: dict[str, Any],
+    confirm: bool = False,
 ) -> SearchResult:
     """Find the fastest setup that fits, at the length and with the knobs of `base`.
+
+    With `confirm` it fits by the allocator's replay, which is in its figures; else by the fitted estimate.
 
     Raises:
         NotModelledError: a fixed knob whose memory is not modelled.
@@ -119,12 +130,19 @@ def search(
     choices = batches(effective_batch_size, base.num_processes, fixed)
     tried: list[Tried] = []
     for strategy in strategies(fixed):
-        tried += _climb(base, strategy, choices, evaluator)
+        tried += _climb(base, strategy, choices, evaluator, confirm=confirm)
+    if confirm:
+        return _confirm(tried, evaluator)
     return SearchResult(tried=tuple(tried), chosen=_fastest([one for one in tried if one.fits]))
 
 
 def _climb(
-    base: TrainingSetup, strategy: Strategy, choices: tuple[Batch, ...], evaluator: Evaluator
+    base: TrainingSetup,
+    strategy: Strategy,
+    choices: tuple[Batch, ...],
+    evaluator: Evaluator,
+    *,
+    confirm: bool,
 ) -> Iterator[Tried]:
     for batch in choices:
         setup = base.replace(
@@ -135,8 +153,26 @@ def _climb(
         candidate = evaluator.evaluate(setup)
         fits = evaluator.fits(candidate)
         yield Tried(strategy=strategy.name, candidate=candidate, fits=fits)
-        if not fits:
+        if not (evaluator.may_fit(candidate) if confirm else fits):
             return
+
+
+def _confirm(tried: list[Tried], evaluator: Evaluator) -> SearchResult:
+    """Replay the contenders, the fastest first, until one fits; what was replayed shows its replay."""
+    found = list(tried)
+    contenders = [one for one in tried if evaluator.may_fit(one.candidate)]
+    replays = 0
+    while (best := _fastest(contenders)) is not None:
+        candidate = evaluator.confirm(best.candidate.setup)
+        replayed = Tried(strategy=best.strategy, candidate=candidate, fits=evaluator.fits(candidate))
+        found[found.index(best)] = replayed
+        if replayed.fits:
+            return SearchResult(tried=tuple(found), chosen=replayed)
+        contenders.remove(best)
+        replays += 1
+        if replays == MAX_DOUBTFUL_REPLAYS:
+            contenders = [one for one in contenders if one.fits]
+    return SearchResult(tried=tuple(found), chosen=None)
 
 
 def _fastest(fitting: list[Tried]) -> Tried | None:

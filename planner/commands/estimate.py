@@ -1,6 +1,8 @@
 """Estimate the memory and speed of given training setups on a GPU, one setup a line.
 
 Exit code 0 whether or not a setup fits, 2 when a line is not a setup; the other lines are still answered.
+Up to 200 lines each get a replay of torch's allocator; longer files, and what comes after that on stdin, the
+fitted reserve, which is quicker and less exact. `basis` says which.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from planner.command_line import StoreOnce
+from planner.command_line import StoreOnce, SwitchOnce
 from planner.errors import ExitCode, InputError, VramwiseError, shorten
 from planner.estimation import Estimate, Estimator
 from planner.gpu_target import resolve_gpu
@@ -20,6 +23,8 @@ from planner.training_setup import TrainingSetup
 
 MAX_LINE_BYTES = 2**20
 STDIN = "-"
+MAX_REPLAYED_LINES = 200
+"""Lines that are replayed unless asked otherwise: some ten seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training setups, one JSON object a line; - for stdin",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line for each setup")
+    parser.add_argument(
+        "--replay",
+        action=SwitchOnce,
+        default=None,
+        help=f"replay torch's allocator for each setup (default: up to {MAX_REPLAYED_LINES} setups)",
+    )
     parser.add_argument("--display", action="store_true", help="a display is attached to the GPU")
     parser.add_argument(
         "--allow-download",
@@ -50,25 +61,49 @@ def run(args: argparse.Namespace) -> int:
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
     )
+    replayed = 0 if args.replay is False else None if args.replay else MAX_REPLAYED_LINES
     if args.setups == STDIN:
-        return _answer(sys.stdin.buffer, estimator, args.json, flush=True)
+        return _answer(_Lines(sys.stdin.buffer, estimator, replayed), args.json, flush=True)
     try:
         with Path(args.setups).open("rb") as file:
-            return _answer(file, estimator, args.json, flush=False)
+            if replayed and _has_more_lines(file, replayed):
+                replayed = 0
+            return _answer(_Lines(file, estimator, replayed), args.json, flush=False)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
         raise InputError(f"--setups {shorten(args.setups)}: {error.strerror or error}") from error
 
 
-def _answer(file: BinaryIO, estimator: Estimator, as_json: bool, *, flush: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """Setups to answer; the first `replayed` lines (null: all) with the allocator replayed."""
+
+    file: BinaryIO
+    estimator: Estimator
+    replayed: int | None
+
+
+def _has_more_lines(file: BinaryIO, limit: int) -> bool:
+    """Whether a file has more lines; a pipe, which cannot be read twice, is taken to have none."""
+    if not file.seekable():
+        return False
+    lines = 0
+    while lines <= limit and (line := file.readline(MAX_LINE_BYTES + 1)):
+        _skip_rest(file, line)
+        lines += 1
+    file.seek(0)
+    return lines > limit
+
+
+def _answer(lines: _Lines, as_json: bool, *, flush: bool) -> int:
     if as_json:
-        return _print_json(file, estimator, flush=flush)
-    answers = list(_answers(file, estimator))
+        return _print_json(lines, flush=flush)
+    answers = list(_answers(lines))
     from planner.render import show
     from planner.render_tables import print_estimates
 
-    show(lambda out: print_estimates(out, answers, estimator.target))
+    show(lambda out: print_estimates(out, answers, lines.estimator.target))
     bad = [(number, answer) for number, answer in answers if isinstance(answer, VramwiseError)]
     if bad:
         number, first = bad[0]
@@ -77,11 +112,11 @@ def _answer(file: BinaryIO, estimator: Estimator, as_json: bool, *, flush: bool)
     return ExitCode.OK
 
 
-def _print_json(file: BinaryIO, estimator: Estimator, *, flush: bool) -> int:
+def _print_json(lines: _Lines, *, flush: bool) -> int:
     encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
     write = sys.stdout.write
     code = ExitCode.OK
-    for number, answer in _answers(file, estimator):
+    for number, answer in _answers(lines):
         if isinstance(answer, VramwiseError):
             code = ExitCode.BAD_INPUT
             line: dict[str, Any] = {"error": " ".join(str(answer).split()), "line": number}
@@ -93,9 +128,9 @@ def _print_json(file: BinaryIO, estimator: Estimator, *, flush: bool) -> int:
     return code
 
 
-def _answers(file: BinaryIO, estimator: Estimator) -> Iterator[tuple[int, Estimate | VramwiseError]]:
+def _answers(lines: _Lines) -> Iterator[tuple[int, Estimate | VramwiseError]]:
     """Yield the answer to each line with its number; empty lines have none."""
-    number = 0
+    file, number = lines.file, 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
@@ -104,8 +139,10 @@ def _answers(file: BinaryIO, estimator: Estimator) -> Iterator[tuple[int, Estima
             continue
         if not line.strip():
             continue
+        replay = lines.replayed is None or number <= lines.replayed
         try:
-            answer: Estimate | VramwiseError = estimator.estimate(TrainingSetup.from_dict(_parse(line)))
+            setup = TrainingSetup.from_dict(_parse(line))
+            answer: Estimate | VramwiseError = lines.estimator.estimate(setup, replay=replay)
         except VramwiseError as error:
             answer = error
         yield number, answer

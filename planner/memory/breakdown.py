@@ -9,6 +9,8 @@ from planner import validate
 from planner.errors import InputError
 
 PHASES = ("load", "step", "evaluation", "save")
+REPLAYED = "allocator replayed"
+FITTED = "reserve fitted"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +49,8 @@ class Basis:
     """What the numbers rest on.
 
     `coefficients` names the calibration, `record_ids` the measured runs behind it, `stack_versions` the
-    library versions they were measured with, `measured` whether a setup like this one was measured, and
-    `notes` how far this one lies from anything measured.
+    library versions they were measured with, `measured` whether a setup like this one was measured,
+    `notes` how far this one lies from anything measured, and `reserve` how reserved memory was told.
     """
 
     coefficients: str
@@ -56,6 +58,7 @@ class Basis:
     stack_versions: tuple[tuple[str, str], ...]
     measured: bool
     notes: tuple[str, ...] = ()
+    reserve: str = FITTED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +103,11 @@ class MemoryBreakdown:
     def peak_upper_bytes(self) -> int:
         """Upper end of the largest phase: what has to fit."""
         return max(phase.process_upper_bytes for phase in self.phases)
+
+    @property
+    def peak_lower_bytes(self) -> int:
+        """As far below the expected bytes of the largest phase as the upper end is above them."""
+        return 2 * self.peak_bytes - self.peak_upper_bytes
 
     def fits(self, usable_bytes: int) -> bool:
         """Whether the upper end of every phase is within the bytes a card leaves."""

@@ -10,6 +10,7 @@ from planner.memory.report import components, phases
 from planner.memory.resident import Resident, resident_memory
 from planner.memory.runtime import Coefficients, ReserveTerms, basis_of, coefficients_for
 from planner.memory.segments import segments
+from planner.memory.step_replay import replay_steps
 from planner.memory.timeline import StepMoment, StepShape, StepTimeline
 from planner.memory.weights import DTYPE_BYTES
 from planner.model_spec import ModelSpec
@@ -23,11 +24,14 @@ def estimate_memory(
     gpu: GpuSpec | None = None,
     padded: bool = False,
     coefficients: Coefficients | None = None,
+    replay: bool = False,
 ) -> MemoryBreakdown:
     """Estimate one GPU's memory.
 
     `padded` says whether batches mix lengths (a mask is then built); `gpu` decides cuBLAS workspaces and
-    which measured coefficients apply, unless `coefficients` are given.
+    which measured coefficients apply, unless `coefficients` are given. With `replay` allocated and reserved
+    bytes are those of torch's allocator after whole steps, replayed (tens of milliseconds); without it live
+    bytes are counted and what the allocator reserves beside them is fitted (a tenth of a millisecond).
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
@@ -39,7 +43,8 @@ def estimate_memory(
     resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded)
     evaluation = timeline.forward_only(_head(setup, model, evaluating=True))
     terms = _reserve_terms(resident, timeline)
-    found = phases(measured, resident, step, evaluation, terms)
+    replayed = replay_steps(setup, model, gpu=gpu, padded=padded) if replay else None
+    found = phases(measured, resident, step, evaluation, terms, replayed)
     step_phase = found[1]
     return MemoryBreakdown(
         weights_bytes=resident.weights.allocated_bytes,
@@ -47,9 +52,9 @@ def estimate_memory(
         reserved_bytes=step_phase.reserved_bytes,
         process_bytes=step_phase.process_bytes,
         process_upper_bytes=step_phase.process_upper_bytes,
-        components=components(setup, measured, resident, step, step_phase),
+        components=components(setup, measured, resident, step, step_phase, replayed=replay),
         phases=found,
-        basis=basis_of(measured, model, gpu_name),
+        basis=basis_of(measured, model, gpu_name, replayed=replay),
     )
 
 

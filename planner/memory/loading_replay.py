@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from planner.memory.adapter import Trainables, TrainableTensor
 from planner.memory.allocator import CachingAllocator
-from planner.memory.weights import DTYPE_BYTES, replay_load
+from planner.memory.weights import DTYPE_BYTES, loaded_weights
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -33,7 +33,7 @@ def loaded_allocator(
     )
     known = _LOADED.get(key)
     if known is None:
-        allocator = replay_load(model, setup.method == "qlora", width, setup.bnb_4bit_use_double_quant)
+        allocator = loaded_weights(setup, model)
         peak, reserved = allocator.peak_allocated_bytes, allocator.reserved_bytes
         if setup.uses_lora:
             _add_adapter(allocator, setup, model, trained, width)

@@ -38,7 +38,9 @@ class OptimizerMemory:
 
 def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
     """Memory of the named optimizer for what a setup trains."""
-    allocated = sum(sum(map(rounded, state_blocks(optim, t, trained.element_bytes))) * t.count for t in trained.tensors)
+    allocated = sum(
+        sum(map(rounded, state_blocks(optim, t, trained.element_bytes))) * t.count for t in trained.tensors
+    )
     managed = sum(managed_bytes(optim, t) * t.count for t in trained.tensors)
     if "8bit" in optim:
         allocated += MOMENTS[optim] * QUANTIZATION_MAP_BYTES
@@ -48,7 +50,7 @@ def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
 
 
 def state_blocks(optim: str, tensor: TrainableTensor, element_bytes: int) -> tuple[int, ...]:
-    """Bytes of the blocks that one tensor's state takes from torch's allocator, in the order of their birth."""
+    """Bytes of the blocks that one tensor's state takes from torch's allocator, first born first."""
     if optim == "sgd":
         return ()
     if optim == "adafactor":

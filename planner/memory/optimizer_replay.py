@@ -40,7 +40,7 @@ class OptimizerReplay:
                 allocator.free(block)
 
     def _adafactor(self, allocator: CachingAllocator, *, first: bool) -> None:
-        """Tensor by tensor; a name's tensor lives until the next one takes the name (optimization.py:1257)."""
+        """Tensor by tensor; a name holds its tensor until it is given another (optimization.py:1257)."""
         take, free = allocator.allocate, allocator.free
         casts = self.element_bytes < FP32
         gradient = parameter = update = None

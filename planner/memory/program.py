@@ -236,7 +236,9 @@ def _program(
     """A program without the blocks that have no bytes."""
     outgoing = None if hidden.grad is None else number(hidden.grad)
     empty = {n for n, size in enumerate(tape.blocks) if not any(size)} - {0, incoming}
-    passes = [tuple(e for e in events if (e if e >= 0 else -1 - e) not in empty) for events in (forward, backward)]
+    passes = [
+        tuple(e for e in events if (e if e >= 0 else -1 - e) not in empty) for events in (forward, backward)
+    ]
     left = _left({0}, passes[0]) - {output, *casts}
     after = _left(left | {incoming} | ({0} if checkpointed else set()), passes[1])
     gradients = tuple(sorted(n for n in after if tape.slots[n] == 3 * GRADIENTS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.memory.breakdown import Component, PhaseMemory
 from planner.memory.resident import Resident
 from planner.memory.runtime import Coefficients, ReserveTerms, managed_process_bytes
+from planner.memory.step_replay import ReplayedMemory
 from planner.memory.timeline import StepMoment
 from planner.memory.weights import DTYPE_BYTES
 from planner.training_setup import TrainingSetup
@@ -16,20 +17,30 @@ def phases(
     step: StepMoment,
     evaluation: StepMoment,
     terms: ReserveTerms,
+    replayed: ReplayedMemory | None,
 ) -> tuple[PhaseMemory, ...]:
-    """Peaks of load, step, evaluation and save; what the allocator has reserved by then it keeps."""
+    """Peaks of load, step, evaluation and save; what the allocator has reserved by then it keeps.
+
+    Load and step are those of the allocator's replay where there is one.
+    """
     outside = measured.context_bytes + managed_process_bytes(resident.optimizer.managed_bytes)
-    reserve, margin = measured.reserve_bytes(terms), measured.margin(terms)
-    step_allocated = resident.allocated_bytes + step.total_bytes
-    step_reserved = step_allocated + reserve
-    load = resident.weights.allocated_bytes + resident.largest_dequantized_bytes
+    if replayed is None:
+        step_allocated = resident.allocated_bytes + step.total_bytes
+        step_reserved = step_allocated + measured.reserve_bytes(terms)
+        load = load_reserved = resident.weights.allocated_bytes + resident.largest_dequantized_bytes
+        load_margin, margin = measured.margin_bytes, measured.margin(terms)
+    else:
+        step_allocated, step_reserved = replayed.step_allocated_bytes, replayed.step_reserved_bytes
+        load, load_reserved = replayed.load_allocated_bytes, replayed.load_reserved_bytes
+        load_margin = measured.replay_margin_bytes
+        margin = measured.replay_margin(step_reserved - resident.weights.allocated_bytes)
     evaluated = resident.allocated_bytes + evaluation.total_bytes
     rows = (
         (
             "load",
             "quantising the largest weight" if resident.largest_dequantized_bytes else "the last weight",
             load,
-            load,
+            load_reserved,
             measured.context_bytes,
         ),
         ("step", step.name, step_allocated, step_reserved, outside),
@@ -49,17 +60,27 @@ def phases(
             allocated_bytes=allocated,
             reserved_bytes=reserved,
             process_bytes=reserved + beyond,
-            process_upper_bytes=reserved + beyond + (measured.margin_bytes if name == "load" else margin),
+            process_upper_bytes=reserved + beyond + (load_margin if name == "load" else margin),
         )
         for name, moment, allocated, reserved, beyond in rows
     )
 
 
 def components(
-    setup: TrainingSetup, measured: Coefficients, resident: Resident, step: StepMoment, phase: PhaseMemory
+    setup: TrainingSetup,
+    measured: Coefficients,
+    resident: Resident,
+    step: StepMoment,
+    phase: PhaseMemory,
+    *,
+    replayed: bool,
 ) -> tuple[Component, ...]:
-    """The parts of the step's process bytes, in the order in which people think of them."""
+    """The parts of the step's process bytes, in the order in which people think of them.
+
+    What the allocator holds beyond the counted parts is its reserve: cached blocks, unsplit tails, rounding.
+    """
     weights, optimizer = resident.weights, resident.optimizer
+    counted = resident.allocated_bytes + step.total_bytes
     width = DTYPE_BYTES[setup.dtype] * 8
     managed = managed_process_bytes(optimizer.managed_bytes)
     rows = (
@@ -110,8 +131,9 @@ def components(
         (
             "allocator",
             "allocator reserve",
-            weights.rounding_bytes + phase.reserved_bytes - phase.allocated_bytes,
-            "rounding, and cached blocks that do not fit what is asked for (measured)",
+            weights.rounding_bytes + phase.reserved_bytes - counted,
+            "rounding, and cached blocks that do not fit what is asked for "
+            + ("(torch's allocator replayed)" if replayed else "(measured)"),
         ),
         (
             "context",

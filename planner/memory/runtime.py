@@ -15,7 +15,7 @@ from planner import validate
 from planner.data_files import PROFILES, user_data_dir
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
-from planner.memory.breakdown import Basis
+from planner.memory.breakdown import FITTED, REPLAYED, Basis
 from planner.model_spec import ModelSpec
 
 MIB = 2**20
@@ -25,6 +25,10 @@ aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
 CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
 CUBLAS_HANDLES = 2
 """The main thread's handle and the autograd thread's: 64 MiB appear in the first step on an H100."""
+UNKNOWN_REPLAY_MARGIN_FRACTION = 0.1
+UNKNOWN_REPLAY_MARGIN_BYTES = 256 * MIB
+"""Interval of a replay where a calibration file does not give one: the worst of the shipped records' held-out
+shortfalls is a tenth of what is reserved beside the weights."""
 MANAGED_CHUNK_BYTES = 128 * MIB
 """The driver's figure grows by multiples of this with a paged optimizer's state (seen on an H100)."""
 
@@ -66,7 +70,8 @@ class Coefficients:
     memory (context, kernels, libraries). `workspace_bytes`: what cuBLAS holds in torch's allocator. Reserved
     memory above allocated is `reserve_constant_bytes` plus `reserve_per_byte` times the ReserveTerms. The
     interval's upper end is the expected figure plus `margin_fraction` of the terms' sum plus `margin_bytes`;
-    it covers every record when its model is left out of the fit.
+    where the allocator is replayed, plus `replay_margin_fraction` of what is reserved beside the weights plus
+    `replay_margin_bytes`. Either covers every record when its model is left out of the fit.
     """
 
     name: str
@@ -80,14 +85,22 @@ class Coefficients:
     model_ids: tuple[str, ...]
     gpu: str
     stack_versions: tuple[tuple[str, str], ...]
+    replay_margin_fraction: float = UNKNOWN_REPLAY_MARGIN_FRACTION
+    replay_margin_bytes: int = UNKNOWN_REPLAY_MARGIN_BYTES
 
     def __post_init__(self) -> None:
         validate.text("coefficients name", self.name)
-        for field in ("context_bytes", "workspace_bytes", "reserve_constant_bytes", "margin_bytes"):
+        for field in (
+            "context_bytes",
+            "workspace_bytes",
+            "reserve_constant_bytes",
+            "margin_bytes",
+            "replay_margin_bytes",
+        ):
             validate.integer(field, getattr(self, field), minimum=0, maximum=2**40)
         if len(self.reserve_per_byte) != len(fields(ReserveTerms)):
             raise InputError(f"reserve_per_byte needs {len(fields(ReserveTerms))} numbers")
-        for value in (*self.reserve_per_byte, self.margin_fraction):
+        for value in (*self.reserve_per_byte, self.margin_fraction, self.replay_margin_fraction):
             validate.number("coefficient", value, minimum=0.0, maximum=10.0)
 
     def reserve_bytes(self, terms: ReserveTerms) -> int:
@@ -99,13 +112,17 @@ class Coefficients:
         """How far above the expected figure the interval ends."""
         return int(self.margin_fraction * terms.total_bytes) + self.margin_bytes
 
+    def replay_margin(self, beside_weights_bytes: int) -> int:
+        """The same where the allocator is replayed, of what it reserves beside the weights."""
+        return int(self.replay_margin_fraction * beside_weights_bytes) + self.replay_margin_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Coefficients:
-        """Read the JSON form.
+        """Read the JSON form; files written before the allocator was replayed get a wide replay margin.
 
         Raises:
             InputError: the JSON is not a set of coefficients.
@@ -170,11 +187,12 @@ def workspace_block_bytes(gpu: GpuSpec | None) -> int:
     return CUBLAS_WORKSPACE_BYTES if before_hopper else CUBLAS_WORKSPACE_HOPPER_BYTES
 
 
-def basis_of(coefficients: Coefficients, model: ModelSpec, gpu_name: str | None) -> Basis:
+def basis_of(coefficients: Coefficients, model: ModelSpec, gpu_name: str | None, *, replayed: bool) -> Basis:
     """What an estimate rests on."""
     notes = []
     if gpu_name != coefficients.gpu:
-        notes.append(f"context and reserve measured on {coefficients.gpu}, not on this GPU")
+        what = "context" if replayed else "context and reserve"
+        notes.append(f"{what} measured on {coefficients.gpu}, not on this GPU")
     measured = model.id in coefficients.model_ids
     if not measured:
         notes.append("no run of this model among the records")
@@ -182,6 +200,7 @@ def basis_of(coefficients: Coefficients, model: ModelSpec, gpu_name: str | None)
         coefficients=coefficients.name,
         record_count=len(coefficients.record_ids),
         stack_versions=coefficients.stack_versions,
+        reserve=REPLAYED if replayed else FITTED,
         measured=measured and gpu_name == coefficients.gpu,
         notes=tuple(notes),
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.gpu_spec import GpuSpec
-from planner.memory.allocator import CachingAllocator, block_units
+from planner.memory.adapter import trainables
 from planner.memory.head_replay import HeadReplay
 from planner.memory.loading_replay import loaded_allocator
 from planner.memory.optimizer_replay import OptimizerReplay
@@ -19,13 +19,17 @@ from planner.memory.program import Program, layer_program, norm_program
 from planner.memory.refusals import attention_implementation
 from planner.memory.resident import mask_kinds
 from planner.memory.runtime import workspace_block_bytes
-from planner.memory.segments import segments
+from planner.memory.segments import Segment, segments
 from planner.memory.weights import DTYPE_BYTES
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
-STEPS = 2
-"""Steps until reserved memory stays: optimizer state is born in the first, and moves the second's blocks."""
+ADAPTER_STEPS = 2
+FULL_STEPS = 3
+"""Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
+where all weights are trained, its gradients' holes settle in the third."""
+MAX_KNOWN = 4096
+"""Replays that are remembered."""
 INT64 = 8
 FP32 = 4
 
@@ -34,16 +38,13 @@ FP32 = 4
 class ReplayedMemory:
     """What the allocator has handed out at most (unsplit tails included) and reserved, by phase, in bytes.
 
-    The step's are those of steady state; evaluation and save keep what the steps have reserved.
+    The step's are those of steady state.
     """
 
     load_allocated_bytes: int
     load_reserved_bytes: int
     step_allocated_bytes: int
     step_reserved_bytes: int
-    evaluation_allocated_bytes: int
-    evaluation_reserved_bytes: int
-    between_steps_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,25 +57,30 @@ class _Layer:
     later_units: Sequence[int]
 
 
+_KNOWN: dict[tuple[object, ...], ReplayedMemory] = {}
+
+
 def replay_steps(
-    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool, steps: int = STEPS
+    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool
 ) -> ReplayedMemory:
-    """Replay loading and so many optimizer steps.
+    """Replay loading and as many optimizer steps as reach steady state.
 
     Raises:
         InputError: target_modules that the model does not have.
     """
-    return StepReplay(setup, model, gpu=gpu, padded=padded).run(steps)
+    key = (setup, model.id, model.parameter_count, workspace_block_bytes(gpu), padded)
+    known = _KNOWN.get(key)
+    if known is None:
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+        known = _KNOWN[key] = StepReplay(setup, model, gpu=gpu, padded=padded).run()
+    return known
 
 
 class StepReplay:
     """One setup's training through an allocator of its own."""
 
-    def __init__(
-        self, setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool
-    ) -> None:
-        from planner.memory.adapter import trainables
-
+    def __init__(self, setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool) -> None:
         self.setup, self.model = setup, model
         self.trained = trainables(setup, model)
         self.width = DTYPE_BYTES[setup.dtype]
@@ -96,7 +102,7 @@ class StepReplay:
         self.raw_embedding = bool(scaled and setup.uses_lora and setup.gradient_checkpointing)
         self.gradients: list[int] = []
 
-    def _programs(self, parts: Sequence[object]) -> list[_Layer]:
+    def _programs(self, parts: Sequence[Segment]) -> list[_Layer]:
         accumulates = self.setup.gradient_accumulation_steps > 1
         found: dict[int, _Layer] = {}
         for part in parts:
@@ -119,11 +125,14 @@ class StepReplay:
             found |= dict.fromkeys(part.indices, layer)
         return [found[index] for index in sorted(found)]
 
-    def run(self, steps: int) -> ReplayedMemory:
-        """Replay optimizer steps, and an evaluation."""
+    def run(self) -> ReplayedMemory:
+        """Replay optimizer steps, with as few micro-steps as have every kind of them in the last."""
         allocator = self.allocator
-        micro_steps = min(2, self.setup.gradient_accumulation_steps)
+        # The first step's second micro-step would leave adapters' small gradients where they are.
+        short = self.setup.uses_lora
+        steps = ADAPTER_STEPS if short else FULL_STEPS
         for step in range(steps):
+            micro_steps = 1 if step == 0 and short else min(2, self.setup.gradient_accumulation_steps)
             allocator.reset_peak()
             inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
             for micro_step in range(micro_steps):
@@ -139,9 +148,6 @@ class StepReplay:
             load_reserved_bytes=self.load_reserved,
             step_allocated_bytes=allocator.peak_allocated_bytes,
             step_reserved_bytes=allocator.reserved_bytes,
-            evaluation_allocated_bytes=allocator.allocated_bytes,
-            evaluation_reserved_bytes=allocator.reserved_bytes,
-            between_steps_bytes=allocator.allocated_bytes,
         )
 
     def _take(self, size: float) -> int:
@@ -175,9 +181,8 @@ class StepReplay:
             own[program.incoming] = gradient
             run(program.backward, units, own)
             self.gradients += [own[block] for block in program.gradients]
-            if program.checkpointed:
-                if own is not slots[0]:
-                    allocator.free(own[0])
+            if program.checkpointed and own is not slots[0]:
+                allocator.free(own[0])
             if program.outgoing is not None:
                 gradient = own[program.outgoing]
         if self.layers[0].first.outgoing is not None:
@@ -246,7 +251,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient: the head's takes it in where tied, an earlier one where there is."""
+        """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
         if self.setup.method != "full":
             return
         size = self.model.vocab_size * self.model.hidden_size * self.width
@@ -255,6 +260,3 @@ class StepReplay:
             self.allocator.free(block)
         else:
             self.gradients.append(block)
-
-
-__all__ = ["STEPS", "ReplayedMemory", "StepReplay", "block_units", "replay_steps"]

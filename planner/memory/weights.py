@@ -61,33 +61,28 @@ def is_quantized(parameter: Parameter) -> bool:
 
 def weight_memory(setup: TrainingSetup, model: ModelSpec) -> WeightMemory:
     """Memory of the loaded base model of a setup."""
-    return _weight_memory(
-        model,
-        setup.method == "qlora",
-        DTYPE_BYTES[setup.dtype],
-        setup.bnb_4bit_use_double_quant,
-    )
+    return _loaded(setup, model)[0]
 
 
-_CACHE: dict[tuple[str, int, bool, int, bool], WeightMemory] = {}
+_CACHE: dict[tuple[str, int, bool, int, bool], tuple[WeightMemory, CachingAllocator]] = {}
 
 
-def _weight_memory(model: ModelSpec, quantized: bool, width: int, double_quant: bool) -> WeightMemory:
+def loaded_weights(setup: TrainingSetup, model: ModelSpec) -> CachingAllocator:
+    """The allocator as loading leaves it, for the caller to change."""
+    return _loaded(setup, model)[1].copy()
+
+
+def _loaded(setup: TrainingSetup, model: ModelSpec) -> tuple[WeightMemory, CachingAllocator]:
+    quantized, width = setup.method == "qlora", DTYPE_BYTES[setup.dtype]
+    double_quant = setup.bnb_4bit_use_double_quant
     # Keyed by name and size: hashing a whole spec costs more than the estimate it serves.
     key = (model.id, model.parameter_count, quantized, width, double_quant)
     known = _CACHE.get(key)
     if known is None:
-        known = _CACHE[key] = _replay_load(
-            CachingAllocator(), model, quantized, width, double_quant
-        )
+        allocator = CachingAllocator()
+        known = (_replay_load(allocator, model, quantized, width, double_quant), allocator)
+        _CACHE[key] = known
     return known
-
-
-def replay_load(model: ModelSpec, quantized: bool, width: int, double_quant: bool) -> CachingAllocator:
-    """The allocator as loading leaves it."""
-    allocator = CachingAllocator()
-    _replay_load(allocator, model, quantized, width, double_quant)
-    return allocator
 
 
 def _replay_load(

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from planner.calibration import MARGIN_BYTES, calibrate, usable_records
+from planner.calibration import MARGIN_BYTES, REPLAY_MARGIN_BYTES, calibrate, usable_records
 from planner.data_files import PROFILES
 from planner.errors import FieldError, InputError
 from planner.gpu_catalog import gpu_catalog
 from planner.memory import estimate_memory
 from planner.memory.runtime import (
+    UNKNOWN_REPLAY_MARGIN_BYTES,
     Coefficients,
     ReserveTerms,
     coefficients_for,
@@ -151,11 +152,12 @@ def test_known_coefficients_are_recovered() -> None:
     assert fitted.reserve_per_byte == pytest.approx(KNOWN.reserve_per_byte, abs=0.01)
     assert fitted.reserve_constant_bytes == pytest.approx(KNOWN.reserve_constant_bytes, abs=2 * MIB)
     assert fitted.gpu == "h100-80gb"
-    assert max(abs(residual.allocated_error) for residual in found.residuals) < 0.002
-    assert max(abs(residual.reserved_error) for residual in found.residuals) < 0.01
+    assert max(abs(residual.allocated_error) for residual in found.fitted_residuals) < 0.002
+    assert max(abs(residual.reserved_error) for residual in found.fitted_residuals) < 0.01
 
 
-def test_the_interval_covers_every_held_out_record() -> None:
+@pytest.mark.parametrize("replay", [False, True])
+def test_the_interval_covers_every_held_out_record(replay: bool) -> None:
     found = calibrate(shipped(), H100, load_shipped, name="again")
     for record in usable_records(shipped(), H100, load_shipped):
         step = record.phase("step")
@@ -166,11 +168,14 @@ def test_the_interval_covers_every_held_out_record() -> None:
             gpu=H100,
             padded=record.padded,
             coefficients=found.coefficients,
+            replay=replay,
         )
         beyond = predicted.process_bytes - predicted.reserved_bytes
         assert step.reserved_bytes + beyond <= predicted.process_upper_bytes, record.id
     assert found.coefficients.margin_fraction > 0
     assert found.coefficients.margin_bytes == MARGIN_BYTES
+    assert found.coefficients.replay_margin_fraction > 0
+    assert found.coefficients.replay_margin_bytes == REPLAY_MARGIN_BYTES
 
 
 def test_allocated_memory_against_measured_runs() -> None:
@@ -218,6 +223,13 @@ def test_coefficients_round_trip_and_are_checked() -> None:
     terms = ReserveTerms(working_bytes=10, head_bytes=10, kept_bytes=20, weight_bytes=10, optimizer_bytes=10)
     assert KNOWN.reserve_bytes(terms) == 20 * MIB + 3 + 2 + 1 + 4 + 1
     assert dataclasses.replace(KNOWN, margin_fraction=0.5).margin(terms) == 30
+
+
+def test_coefficients_from_before_the_replay_get_a_wide_margin() -> None:
+    older = {name: value for name, value in KNOWN.to_dict().items() if not name.startswith("replay_")}
+    found = Coefficients.from_dict(json.loads(json.dumps(older)))
+    assert found.replay_margin_bytes == UNKNOWN_REPLAY_MARGIN_BYTES
+    assert found.replay_margin(10 * MIB) == MIB + UNKNOWN_REPLAY_MARGIN_BYTES
 
 
 def test_a_persons_own_calibration_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
