@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.run_folder import TrainingJob
 from planner.errors import InputError, MissingExtraError, shorten
@@ -41,6 +41,12 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
         raise InputError(f"num_processes={setup.num_processes}: the launcher runs one process so far")
     if setup.dtype == "float16" and setup.method == "full":
         raise InputError("dtype=float16 with method full: gradients of float16 weights cannot be unscaled")
+    if setup.activation_memory_budget is not None and setup.lora_dropout > 0:
+        # Seen on torch 2.11 and 2.13, where the budget recomputes random numbers without their seed.
+        raise InputError(
+            "activation_memory_budget needs lora_dropout 0: torch would draw other dropout masks for the "
+            "backward pass than in the forward pass, and train on wrong gradients"
+        )
     if setup.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
         raise MissingExtraError("kernels=liger", "the package liger-kernel")
     if setup.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -49,9 +55,8 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
         return
     if setup.dtype == "float16":
         raise InputError("dtype=float16 needs a GPU; use bfloat16 or float32 on the CPU")
-    for name in ("activation_offloading", "selective_checkpointing"):
-        if getattr(setup, name):
-            raise InputError(f"{name}=true needs a GPU")
+    if setup.activation_offloading:
+        raise InputError("activation_offloading=true needs a GPU")
     for name in ("kernels", "compile"):
         if getattr(setup, name) != "none":
             raise InputError(f"{name}={getattr(setup, name)} needs a GPU")
@@ -164,11 +169,7 @@ def sft_config(
     from trl import SFTConfig
 
     eval_strategy = ("steps" if job.eval_steps else "epoch") if evaluates else "no"
-    checkpointing_kwargs: dict[str, Any] | None = None
-    if setup.gradient_checkpointing:
-        checkpointing_kwargs = (
-            {"selective": True} if setup.selective_checkpointing else {"use_reentrant": False}
-        )
+    checkpointing_kwargs = {"use_reentrant": False} if setup.gradient_checkpointing else None
     return SFTConfig(
         output_dir=str(output_dir),
         # batches and length
@@ -272,6 +273,11 @@ def build_trainer(
             use_gradient_checkpointing=setup.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
+    if setup.selective_checkpointing:
+        from trl.models import enable_selective_activation_checkpointing
+
+        # TRL's own switch marks the PEFT wrapper, which transformers 5.23 does not ask; it asks the base.
+        enable_selective_activation_checkpointing(model)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
     try:
         trainer = LaunchedTrainer(
@@ -291,7 +297,12 @@ def build_trainer(
     if setup.dtype == "float16":
         _hold_trainables_in_float32(trainer.model)
     if setup.compile == "regional":
-        _compile_decoder_layers(trainer.model, setup.activation_memory_budget)
+        from launcher.compilation import compile_decoder_layers
+
+        compiled = compile_decoder_layers(
+            trainer.model, activation_memory_budget=setup.activation_memory_budget
+        )
+        trainer.add_callback(compiled)
     return trainer
 
 
@@ -304,15 +315,3 @@ def _hold_trainables_in_float32(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-
-
-def _compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: float | None) -> None:
-    """Compile each decoder layer in place, inside transformers' checkpoint call where a layer has one."""
-    from launcher.trainer_callback import decoder_layers
-
-    if activation_memory_budget is not None:
-        import torch._functorch.config
-
-        torch._functorch.config.activation_memory_budget = activation_memory_budget
-    for layer in decoder_layers(model):
-        layer.compile()

@@ -150,16 +150,19 @@ def _step_clock(seconds: list[float]) -> Any:
 
 
 def _random_rows(profile: Profile, steps: int, vocab_size: int) -> list[list[int]]:
-    """Token ids: full sequences, or every other one half as long when batches are to be padded."""
+    """Token ids: full sequences; every other one half as long when batches are to be padded; when packed,
+    three to a sequence that fill it.
+    """
     import torch
 
     setup = profile.setup
     generator = torch.Generator().manual_seed(0)
     count = setup.per_device_train_batch_size * setup.gradient_accumulation_steps * steps
-    lengths = [
-        max(2, setup.max_length // 2) if profile.padded and index % 2 else setup.max_length
-        for index in range(count)
-    ]
+    length, half, quarter = setup.max_length, setup.max_length // 2, setup.max_length // 4
+    if setup.packing:
+        lengths = [half, quarter, length - half - quarter] * count
+    else:
+        lengths = [max(2, half) if profile.padded and index % 2 else length for index in range(count)]
     return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 

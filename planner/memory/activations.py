@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from planner.memory.decoder_layer import replay
 from planner.memory.layer_knobs import FP32, LayerKnobs
-from planner.memory.norms import FP32_NORMS, norm
+from planner.memory.norms import FP32_NORMS, norm, norm_saves_input
 from planner.memory.tape import ACTIVATIONS, GRADIENTS, Moment, Size, Tape, Value, prune
 from planner.model_spec import LayerSpec
 
@@ -26,6 +26,7 @@ class LayerReplay:
     moments of the backward pass with all that this layer holds (recomputed or kept), the incoming gradient
     and gradients of its own weights included; `gradients` what it leaves of those. `keeps_input` says that
     the layer's input itself is kept: as its checkpoint, or in `saved` for a linear layer that reads it.
+    `output_bytes` is the width of the output's elements.
     """
 
     forward: tuple[Moment, ...]
@@ -33,6 +34,7 @@ class LayerReplay:
     saved: Moment
     backward: tuple[Moment, ...]
     gradients: Moment
+    output_bytes: int
     keeps_input: bool = False
 
 
@@ -41,7 +43,7 @@ def layer_replay(
     layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
 ) -> LayerReplay:
     """Replay one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
-    width = layer.hidden_size * knobs.default.activation_bytes
+    width = layer.hidden_size * knobs.stream_bytes
     tape = Tape(saves=True)
     # The timeline counts checkpoints; any other input is there at least until the forward pass is done.
     hidden = Value(tape.tokens(0 if checkpointed else width), input_requires_grad or checkpointed)
@@ -58,7 +60,7 @@ def layer_replay(
         saved = tape.live
         forward_saving = tape.moments()
         tape.forget_moments()
-    output.grad = tape.tokens(width)
+    output.grad = tape.tokens(layer.hidden_size * output.width)
     tape.backward()
     tape.free(hidden.grad)
     return LayerReplay(
@@ -67,6 +69,7 @@ def layer_replay(
         saved=saved,
         backward=tape.moments(),
         gradients=tape.live,
+        output_bytes=output.width,
         keeps_input=keeps_input,
     )
 
@@ -87,38 +90,59 @@ def _without_accumulation(knobs: LayerKnobs) -> LayerKnobs:
     )
 
 
+@lru_cache(maxsize=4096)
+def output_bytes(layer: LayerSpec, knobs: LayerKnobs) -> int:
+    """Width of the hidden states that leave a layer: wider than those that enter it after an fp32 branch."""
+    tape = Tape(saves=False)
+    return replay(tape, layer, knobs, Value(tape.tokens(0), False)).width
+
+
 def _gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
     """Bytes a token of gradients that are there when a checkpointed layer starts to be recomputed.
 
     The incoming one, and what backward makes of it before a node asks for a saved tensor: a cast to fp32 by
     an output norm, else scalings by the residual multiplier and by alpha / rank.
     """
-    width = layer.hidden_size * knobs.default.activation_bytes
+    stream = output_bytes(layer, knobs)
+    width = layer.hidden_size * stream
     if layer.output_norms:
-        casts = layer.norm in FP32_NORMS and knobs.default.activation_bytes != FP32
+        casts = layer.norm in FP32_NORMS and stream != FP32 and not knobs.liger
         return [width, layer.hidden_size * FP32] if casts else [width]
     if layer.experts:
         return [width]
-    return [width] * (1 + int(layer.residual_multiplier) + int(knobs.kind("down_proj").rank > 0))
+    kind = knobs.kind("down_proj")
+    own = [layer.hidden_size * kind.adapter_compute_bytes] if kind.rank else []
+    if kind.dora:
+        # The output was cast back from fp32, unless the base is quantised; then the product by alpha / rank.
+        own = [layer.hidden_size * FP32] * (1 if stream == FP32 else 2)
+    return [width, *([width] if layer.residual_multiplier else []), *own]
 
 
 @lru_cache(maxsize=4096)
 def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
-    """The norm after the last decoder layer; its `saved` lies beside checkpoints in the head's passes."""
-    width = layer.hidden_size * knobs.default.activation_bytes
+    """The norm after the last decoder layer; its `saved` lies beside checkpoints in the head's passes.
+
+    Where it saves the hidden states themselves they count here, else in the timeline while they last.
+    """
     tape = Tape(saves=True)
-    hidden = Value(tape.tokens(0), True)
+    counted = layer.hidden_size * knobs.stream_bytes if norm_saves_input(knobs) else 0
+    hidden = Value(tape.tokens(counted), True, knobs.stream_bytes)
     output = norm(tape, layer, knobs, hidden, layer.hidden_size)
-    tape.free(output.buffer)
+    tape.free(output.buffer, hidden.buffer)
     saved = tape.live
     forward = tape.moments()
     tape.forget_moments()
-    output.grad = tape.tokens(width)
+    output.grad = tape.tokens(layer.hidden_size * output.width)
     tape.backward()
     moments = tape.moments()
     tape.free(hidden.grad)
     return LayerReplay(
-        forward=forward, forward_saving=forward, saved=saved, backward=moments, gradients=tape.live
+        forward=forward,
+        forward_saving=forward,
+        saved=saved,
+        backward=moments,
+        gradients=tape.live,
+        output_bytes=output.width,
     )
 
 

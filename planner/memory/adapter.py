@@ -17,14 +17,22 @@ FUSED_EXPERT_NAMES = ("gate_proj", "up_proj")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainableTensor:
-    """Trainable tensors of one shape: elements of each, how many, and whether an embedding owns them."""
+    """Trainable tensors of one shape: elements of each and their width, how many, and whether an embedding
+    owns them.
+    """
 
     name: str
     elements: int
+    element_bytes: int
     count: int
     shape: tuple[int, ...]
     in_decoder_layer: bool
     is_embedding: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one tensor."""
+        return self.elements * self.element_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +40,7 @@ class Trainables:
     """What a setup trains.
 
     `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` and `router_rank` that
-    of experts' and routers' tensors, `element_bytes` the width of trained parameters and so of gradients and
+    of experts' and routers' tensors, `element_bytes` the width of trained weights, of their gradients and of
     torch optimizer state.
     """
 
@@ -48,12 +56,17 @@ class Trainables:
         return sum(t.elements * t.count for t in self.tensors)
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of all of them, and of their gradients."""
+        return sum(t.size_bytes * t.count for t in self.tensors)
+
+    @property
     def allocated_bytes(self) -> int:
         """What the tensors take from the allocator, each rounded to its block."""
-        return sum(rounded(t.elements * self.element_bytes) * t.count for t in self.tensors)
+        return sum(rounded(t.size_bytes) * t.count for t in self.tensors)
 
 
-_CACHE: dict[tuple[str, int, str, int, object, str], Trainables] = {}
+_CACHE: dict[tuple[object, ...], Trainables] = {}
 
 
 def trainables(setup: TrainingSetup, model: ModelSpec) -> Trainables:
@@ -62,7 +75,15 @@ def trainables(setup: TrainingSetup, model: ModelSpec) -> Trainables:
     Raises:
         FieldError: target_modules names a module that the model does not have.
     """
-    key = (model.id, model.parameter_count, setup.method, setup.lora_r, setup.target_modules, setup.dtype)
+    key = (
+        model.id,
+        model.parameter_count,
+        setup.method,
+        setup.lora_r,
+        setup.target_modules,
+        setup.dtype,
+        setup.use_dora,
+    )
     known = _CACHE.get(key)
     if known is None:
         known = _CACHE[key] = _full(setup, model) if setup.method == "full" else _adapter(setup, model)
@@ -70,10 +91,12 @@ def trainables(setup: TrainingSetup, model: ModelSpec) -> Trainables:
 
 
 def _full(setup: TrainingSetup, model: ModelSpec) -> Trainables:
+    width = DTYPE_BYTES[setup.dtype]
     tensors = tuple(
         TrainableTensor(
             name=p.name,
             elements=p.elements,
+            element_bytes=width,
             count=p.count,
             shape=p.shape,
             in_decoder_layer=p.in_decoder_layer,
@@ -82,9 +105,7 @@ def _full(setup: TrainingSetup, model: ModelSpec) -> Trainables:
         for p in model.parameters
         if not p.tied
     )
-    return Trainables(
-        tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_bytes=DTYPE_BYTES[setup.dtype]
-    )
+    return Trainables(tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_bytes=width)
 
 
 def _adapter(setup: TrainingSetup, model: ModelSpec) -> Trainables:
@@ -102,27 +123,32 @@ def _adapter(setup: TrainingSetup, model: ModelSpec) -> Trainables:
         chosen = [p for p in linears if any(_matches(p, target) for target in targets)]
         with_experts = _targets_experts(targets, experts)
         _refuse_unknown(targets, linears, experts)
-    tensors = [tensor for p in chosen for tensor in _pair(p.name, p.shape, setup.lora_r, p.count, 1)]
+    # TRL casts adapters on a quantised base to bf16 (sft_trainer.py:908-911); PEFT holds them in fp32
+    # otherwise (tuners_utils.py, cast_adapter_dtype), and so does the launcher when it trains in float16.
+    width = 2 if setup.method == "qlora" and setup.dtype != "float16" else 4
+    tensors = []
+    for p in chosen:
+        tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1, width)
+        if setup.use_dora:
+            tensors.append(_magnitude(p))
     if with_experts:
         for p in experts:
             rank = 2 * setup.lora_r if p.kind == "gate_up_proj" else setup.lora_r
-            tensors += _pair(p.name, p.shape[1:], rank, p.count, p.shape[0])
+            tensors += _pair(p.name, p.shape[1:], rank, p.count, p.shape[0], width)
         if targets == ALL_LINEAR:
             for p in routers:
-                tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1)
-    # TRL casts adapters on a quantised base to bf16 (sft_trainer.py:908-911); PEFT holds them in fp32
-    # otherwise (tuners_utils.py, cast_adapter_dtype), and so does the launcher when it trains in float16.
+                tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1, width)
     return Trainables(
         tensors=tuple(tensors),
         ranks=tuple((p.module_name, setup.lora_r) for p in chosen),
         experts_rank=setup.lora_r if with_experts else 0,
         router_rank=setup.lora_r if with_experts and routers and targets == ALL_LINEAR else 0,
-        element_bytes=2 if setup.method == "qlora" and setup.dtype != "float16" else 4,
+        element_bytes=width,
     )
 
 
 def _pair(
-    name: str, shape: tuple[int, ...], rank: int, count: int, experts: int
+    name: str, shape: tuple[int, ...], rank: int, count: int, experts: int, width: int
 ) -> tuple[TrainableTensor, TrainableTensor]:
     """lora_A of rank x inputs and lora_B of outputs x rank; experts are stacked along the rank."""
     outputs, inputs = shape
@@ -131,6 +157,7 @@ def _pair(
         TrainableTensor(
             name=f"{name}.lora_A",
             elements=rank * experts * inputs,
+            element_bytes=width,
             count=count,
             shape=(rank * experts, inputs),
             in_decoder_layer=inside,
@@ -138,10 +165,23 @@ def _pair(
         TrainableTensor(
             name=f"{name}.lora_B",
             elements=outputs * rank * experts,
+            element_bytes=width,
             count=count,
             shape=(outputs, rank * experts),
             in_decoder_layer=inside,
         ),
+    )
+
+
+def _magnitude(parameter: Parameter) -> TrainableTensor:
+    """DoRA's magnitude vector, a value an output: the one adapter tensor that TRL leaves in fp32."""
+    return TrainableTensor(
+        name=f"{parameter.name}.lora_magnitude_vector",
+        elements=parameter.shape[0],
+        element_bytes=4,
+        count=parameter.count,
+        shape=(parameter.shape[0],),
+        in_decoder_layer="*" in parameter.name,
     )
 
 

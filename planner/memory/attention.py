@@ -6,7 +6,9 @@ on an H100 (tests/stack/traces).
 
 from __future__ import annotations
 
-from planner.memory.elementwise import hold, split
+from dataclasses import replace
+
+from planner.memory.elementwise import cast, copy, hold, split
 from planner.memory.layer_knobs import FP32, LayerKnobs
 from planner.memory.linear import linear
 from planner.memory.norms import norm
@@ -16,11 +18,10 @@ from planner.model_spec import LayerSpec
 
 def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Value:
     """The attention block from normed input to the output projection's result, held once."""
-    width = knobs.default.activation_bytes
     query_size, kv_size = layer.query_size, layer.key_value_size
     if layer.fused_qkv:
         fused = linear(tape, knobs.kind("qkv_proj"), x, layer.hidden_size, query_size + 2 * kv_size)
-        query, key, value = split(tape, fused, (query_size, kv_size, kv_size), width)
+        query, key, value = split(tape, fused, (query_size, kv_size, kv_size))
         tape.free(fused.buffer)
     else:
         query = linear(tape, knobs.kind("q_proj"), x, layer.hidden_size, query_size)
@@ -28,17 +29,21 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
         key = linear(tape, knobs.kind("k_proj"), x, layer.hidden_size, kv_size)
         key = _qk_norm(tape, layer, knobs, key, kv_size)
         value = linear(tape, knobs.kind("v_proj"), x, layer.hidden_size, kv_size)
-    if layer.rotary:
-        rotated_query = _rotary(tape, layer, query, query_size * width)
-        rotated_key = _rotary(tape, layer, key, kv_size * width)
+    if knobs.liger:
+        # Liger's kernel rotates in place, forward and backward; views of a fused projection are copied first.
+        layer = replace(layer, rotary_concatenated=False)
+        if layer.fused_qkv:
+            query, key = copy(tape, query, query_size), copy(tape, key, kv_size)
+    elif layer.rotary:
+        rotated_query = _rotary(tape, layer, query, query_size * query.width)
+        rotated_key = _rotary(tape, layer, key, kv_size * key.width)
         tape.free(query.buffer, key.buffer)
         query, key = rotated_query, rotated_key
-    if knobs.attention == "eager":
-        context = _eager_attention(tape, layer, query, key, value, width)
-    elif knobs.masked:
-        context = _masked_attention(tape, layer, query, key, value, width)
-    else:
-        context = _fused_attention(tape, layer, query, key, value, width)
+    width = knobs.default.compute_bytes
+    sizes = (kv_size, kv_size, query_size)
+    inputs = [cast(tape, part, size, width) for part, size in zip((key, value, query), sizes, strict=True)]
+    context = KERNELS[knobs.attention](tape, layer, inputs[2], inputs[0], inputs[1], width)
+    tape.free(*(part.buffer for part in inputs))
     output = linear(tape, knobs.kind("o_proj"), context, query_size, layer.hidden_size)
     tape.free(context.buffer, query.buffer, key.buffer, value.buffer)
     return output
@@ -48,6 +53,9 @@ def _qk_norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: in
     if layer.qk_norm == "none":
         return x
     groups = size // layer.head_dim if layer.qk_norm == "head" else 1
+    if layer.qk_norm == "full":
+        # Liger leaves OLMo 2's norms over all heads as they are (transformers/monkey_patch.py).
+        knobs = replace(knobs, liger=False)
     normed = norm(tape, layer, knobs, x, size, groups=groups)
     tape.free(x.buffer)
     return normed
@@ -68,7 +76,7 @@ def _rotary(tape: Tape, layer: LayerSpec, x: Value, whole: float) -> Value:
         joined = tape.tokens(whole)
         tape.free(rotated)
         rotated = joined
-    result = Value(rotated, x.requires_grad)
+    result = Value(rotated, x.requires_grad, x.width)
 
     def backward() -> None:
         grad = tape.take_grad(result)
@@ -109,7 +117,7 @@ def _fused_attention(
         transposed = tape.tokens(layer.query_size * width)
         tape.free(context)
         context = transposed
-    result = Value(context, query.requires_grad)
+    result = Value(context, query.requires_grad, width)
 
     def backward() -> None:
         grad = tape.take_grad(result)
@@ -136,7 +144,7 @@ def _masked_attention(
     repeats = shared and layer.num_key_value_heads > 1
     repeated = [tape.tokens(whole) if repeats else hold(v.buffer) for v in (key, value)]
     additive = tape.allocate(Size(per_score=width))
-    result = Value(tape.tokens(whole), query.requires_grad)
+    result = Value(tape.tokens(whole), query.requires_grad, width)
     statistics = tape.tokens(heads * FP32)
     saved = [tape.save(b) for b in (query.buffer, *repeated, additive, result.buffer, statistics)]
     tape.free(*repeated, additive, statistics)
@@ -187,7 +195,7 @@ def _eager_attention(
     tape.free(wide, scores.pop())
     weights = tape.allocate(Size(per_score=heads * width))
     tape.free(weights32)
-    result = Value(tape.tokens(layer.query_size * width), query.requires_grad)
+    result = Value(tape.tokens(layer.query_size * width), query.requires_grad, width)
     saved = [tape.save(b) for b in (query.buffer, repeated[0], repeated[1], weights)]
     transposed = tape.tokens(layer.query_size * width)
     tape.free(result.buffer, *repeated, weights)
@@ -224,3 +232,65 @@ def _eager_attention(
     if query.requires_grad:
         tape.nodes.append(backward)
     return result
+
+
+def _math_attention(
+    tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int
+) -> Value:
+    """torch's sdpa where no kernel applies (fp32 with fewer key heads than query heads): matrix products.
+
+    Query and key are scaled first, keys and values repeated to all heads, scores and probabilities written.
+    """
+    heads = layer.num_attention_heads
+    whole = layer.query_size * width
+    scaled_query = tape.tokens(whole)
+    triangle = tape.allocate(Size(per_score=1))
+    tape.free(tape.allocate(Size(per_score=1)))
+    additive = tape.allocate(Size(per_score=width))
+    tape.free(triangle)
+    repeated_key, repeated_value = tape.tokens(whole), tape.tokens(whole)
+    scaled_key = tape.tokens(whole)
+    scores = tape.allocate(Size(per_score=heads * width))
+    saved = [tape.save(buffer) for buffer in (scaled_query, scaled_key)]
+    tape.free(scaled_key)
+    weights = tape.allocate(Size(per_score=heads * width))
+    tape.free(tape.allocate(Size(per_score=heads)), scores)
+    saved += [tape.save(weights), tape.save(repeated_value)]
+    result = Value(tape.tokens(whole), query.requires_grad, width)
+    tape.free(repeated_key, repeated_value, scaled_query, additive, weights)
+    transposed = tape.tokens(whole)
+    tape.free(result.buffer)
+    result.buffer = transposed
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        value_grad = tape.tokens(whole)
+        weights_grad = tape.allocate(Size(per_score=heads * width))
+        tape.free(saved[3], grad)
+        scores_grad = tape.allocate(Size(per_score=heads * width))
+        tape.free(tape.allocate(Size(per_score=heads * width)), saved[2], weights_grad)
+        query_grad, key_grad = tape.tokens(whole), tape.tokens(whole)
+        tape.free(saved[0], saved[1], scores_grad)
+        unscaled = tape.tokens(whole)
+        tape.free(query_grad)
+        grads = []
+        for part in (value_grad, key_grad):
+            summed = tape.tokens(layer.key_value_size * width)
+            tape.free(part)
+            grads.append(summed)
+        for target, target_grad in zip((query, key, value), (unscaled, grads[1], grads[0]), strict=True):
+            tape.add_grad(target, target_grad)
+
+    if query.requires_grad:
+        tape.nodes.append(backward)
+    return result
+
+
+KERNELS = {
+    "fused": _fused_attention,
+    "masked": _masked_attention,
+    "math": _math_attention,
+    "eager": _eager_attention,
+}
+"""By LayerKnobs.attention: flash attention or flex attention without a mask, sdpa with a mask, sdpa without a
+kernel of its own, matrix products in transformers."""

@@ -7,9 +7,10 @@ integrations/sdpa_attention.py; allocation traces of real steps on an H100 (test
 from __future__ import annotations
 
 from planner.memory.attention import attention
-from planner.memory.elementwise import activation, again, hold, multiply, scale, split
+from planner.memory.elementwise import activation, add, again, hold, multiply, scale, split
 from planner.memory.experts import experts
 from planner.memory.layer_knobs import LayerKnobs
+from planner.memory.liger import liger_gated
 from planner.memory.linear import linear
 from planner.memory.norms import norm
 from planner.memory.tape import Tape, Value
@@ -18,6 +19,7 @@ from planner.model_spec import LayerSpec
 
 def replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
     """Replay the forward pass; backward lies on the tape. The caller keeps its hold on `hidden`."""
+    hidden.width = knobs.stream_bytes
     residual = hidden
     normed = norm(tape, layer, knobs, hidden, layer.hidden_size) if layer.input_norms else again(hidden)
     attended = attention(tape, layer, knobs, normed)
@@ -32,42 +34,36 @@ def replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Va
 
 
 def _mlp(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Value:
-    width = knobs.default.activation_bytes
     inner = layer.intermediate_size
+    held = None
     if layer.experts:
         return experts(tape, layer, knobs.kind("experts"), x, router=knobs.kind("router"))
     if layer.fused_gate_up:
         fused = linear(tape, knobs.kind("gate_up_proj"), x, layer.hidden_size, 2 * inner)
-        gate, up = split(tape, fused, (inner, inner), width)
+        gate, up = split(tape, fused, (inner, inner))
+        # Liger's MLP holds on to the projection until it returns.
+        held = hold(fused.buffer) if knobs.liger else None
         tape.free(fused.buffer)
-        activated = activation(tape, gate, inner * width)
+        activated = gate if knobs.liger else activation(tape, gate, inner)
     else:
         gate = linear(tape, knobs.kind("gate_proj"), x, layer.hidden_size, inner)
-        activated = activation(tape, gate, inner * width)
+        activated = gate if knobs.liger else activation(tape, gate, inner)
         up = linear(tape, knobs.kind("up_proj"), x, layer.hidden_size, inner)
-    product = multiply(tape, activated, up, inner * width)
+    if knobs.liger:
+        product = liger_gated(tape, gate, up, inner, views=layer.fused_gate_up)
+    else:
+        product = multiply(tape, activated, up, inner)
     output = linear(tape, knobs.kind("down_proj"), product, inner, layer.hidden_size)
-    tape.free(product.buffer)
+    tape.free(product.buffer, held)
     return output
 
 
 def _add_residual(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, residual: Value, branch: Value) -> Value:
     """residual + branch, the branch normed or scaled first where the model does; takes over `branch`."""
-    size = layer.hidden_size * knobs.default.activation_bytes
     if layer.output_norms:
         normed = norm(tape, layer, knobs, branch, layer.hidden_size)
         tape.free(branch.buffer)
         branch = normed
     if layer.residual_multiplier:
-        branch = scale(tape, branch, size)
-    result = Value(tape.tokens(size), residual.requires_grad or branch.requires_grad)
-    tape.free(branch.buffer)
-    addend = branch
-
-    def backward() -> None:
-        grad = tape.take_grad(result)
-        tape.add_grad(residual, hold(grad))
-        tape.add_grad(addend, grad)
-
-    tape.nodes.append(backward)
-    return result
+        branch = scale(tape, branch, layer.hidden_size)
+    return add(tape, residual, branch, layer.hidden_size)

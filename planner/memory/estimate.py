@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
-from planner.memory.head import HeadMemory, head_memory
+from planner.memory.head import HeadMemory, head_memory, head_shape
+from planner.memory.norms import norm_saves_input
 from planner.memory.refusals import attention_implementation, refuse_unmodelled
 from planner.memory.report import components, phases
 from planner.memory.resident import Resident, resident_memory
 from planner.memory.runtime import Coefficients, ReserveTerms, basis_of, coefficients_for
 from planner.memory.segments import segments
+from planner.memory.shape import embedding_scratch_bytes, micro_step
 from planner.memory.step_replay import replay_steps
 from planner.memory.timeline import StepMoment, StepShape, StepTimeline
 from planner.memory.weights import DTYPE_BYTES
@@ -41,7 +45,7 @@ def estimate_memory(
     gpu_name = gpu.id if gpu else None
     measured = coefficients or coefficients_for(gpu_name)
     resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded)
-    evaluation = timeline.forward_only(_head(setup, model, evaluating=True))
+    evaluation = timeline.forward_only(_head(setup, model, timeline.final_norm.output_bytes, evaluating=True))
     terms = _reserve_terms(resident, timeline)
     replayed = replay_steps(setup, model, gpu=gpu, padded=padded) if replay else None
     found = phases(measured, resident, step, evaluation, terms, replayed)
@@ -91,36 +95,37 @@ def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:
     )
 
 
-def _head(setup: TrainingSetup, model: ModelSpec, *, evaluating: bool = False) -> HeadMemory:
-    return head_memory(
-        tokens=setup.tokens_per_micro_step,
-        sequences=setup.per_device_train_batch_size,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        width=DTYPE_BYTES[setup.dtype],
-        trained=setup.method == "full",
-        evaluating=evaluating,
-    )
+def _head(
+    setup: TrainingSetup, model: ModelSpec, hidden_bytes: int, *, evaluating: bool = False
+) -> HeadMemory:
+    return head_memory(head_shape(setup, model, hidden_bytes), evaluating=evaluating)
 
 
 def _timeline(setup: TrainingSetup, model: ModelSpec, resident: Resident, *, padded: bool) -> StepTimeline:
     attention = attention_implementation(setup, model)
     parts, final_norm = segments(setup, model, resident.trained, attention=attention, padded=padded)
+    shape = micro_step(setup)
     width = DTYPE_BYTES[setup.dtype]
     embedding = model.vocab_size * model.hidden_size * width if setup.method == "full" else 0
     scaled = model.embedding_multiplier and not any("Scaled" in p.module_class for p in model.parameters)
+    last = max(parts, key=lambda part: part.indices[-1])
+    leaving = last.replay.output_bytes
+    # Counted by the final norm where that saves them.
+    counted = norm_saves_input(replace(last.knobs, stream_bytes=leaving))
     return StepTimeline(
         parts=parts,
         raw_embedding=scaled and setup.uses_lora and setup.gradient_checkpointing,
         final_norm=final_norm,
-        head=_head(setup, model),
+        head=_head(setup, model, final_norm.output_bytes),
         trained=resident.trained,
         embedding_gradient_bytes=embedding,
+        embedding_scratch_bytes=embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),
         tied=model.tied_embeddings,
         shape=StepShape(
-            tokens=setup.tokens_per_micro_step,
-            scores=setup.per_device_train_batch_size * setup.max_length**2,
-            hidden_bytes_per_token=model.hidden_size * width,
+            tokens=shape.tokens,
+            scores=shape.scores,
+            hidden_bytes_per_token=model.hidden_size * shape.stream_bytes,
+            leaving_bytes_per_token=0 if counted else model.hidden_size * leaving,
             accumulating=setup.gradient_accumulation_steps > 1,
         ),
     )

@@ -17,7 +17,7 @@ FP32 = 4
 
 def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
     """Replay routing and experts of one layer; `kind` is that of the experts' tensors."""
-    width = kind.activation_bytes
+    width = kind.compute_bytes
     routed = layer.experts_per_token
     inner = layer.expert_intermediate_size
     hidden = layer.hidden_size
@@ -51,7 +51,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     reordered = tape.tokens(routed * hidden * width)
     tape.free(weighted)
     summed = tape.tokens(hidden * FP32) if width != FP32 else None
-    result = Value(tape.tokens(hidden * width), True)
+    result = Value(tape.tokens(hidden * width), True, width)
     # PEFT caches the folded weights for the whole block (tuners/lora/layer.py, parametrize.cached).
     tape.free(summed, reordered, outputs, gathered, gate_up_weight, down_weight)
 
@@ -91,7 +91,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
 def _weight_grad(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
     """Gradient of the folded weights (freed once the adapter has its own), or of trained experts (kept)."""
     if kind.rank:
-        return tape.fixed(elements * kind.activation_bytes)
+        return tape.fixed(elements * kind.compute_bytes)
     if kind.trained:
         weight_gradient(tape, kind, elements, kind.adapter_bytes)
     return None
@@ -110,7 +110,7 @@ def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[B
     saved_input = tape.save(x.buffer)
     if not kind.rank:
         return (saved_input,)
-    folded = tape.fixed(layer.experts * layer.hidden_size * kind.activation_bytes)
+    folded = tape.fixed(layer.experts * layer.hidden_size * kind.compute_bytes)
     saved = (saved_input, tape.save(folded))
     tape.free(folded)
     return saved
@@ -119,12 +119,12 @@ def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[B
 def _router_backward(
     tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, saved: tuple[Buffer | None, ...]
 ) -> None:
-    logits_grad = tape.tokens(layer.experts * kind.activation_bytes)
+    logits_grad = tape.tokens(layer.experts * kind.compute_bytes)
     elements = layer.experts * layer.hidden_size
-    folded_grad = tape.fixed(elements * kind.activation_bytes) if kind.rank else None
+    folded_grad = tape.fixed(elements * kind.compute_bytes) if kind.rank else None
     if kind.trained:
         weight_gradient(tape, kind, elements, kind.adapter_bytes)
-    x_grad = tape.tokens(layer.hidden_size * kind.activation_bytes)
+    x_grad = tape.tokens(layer.hidden_size * kind.compute_bytes)
     tape.free(logits_grad, *saved)
     if kind.rank:
         adapter = kind.rank * (layer.experts + layer.hidden_size)

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.memory.shape import micro_step
+from planner.memory.weights import DTYPE_BYTES
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
 TOKEN_CHUNK = 4096
 """Tokens a tile covers (chunked_logprob.py, TOKEN_CHUNK_SIZE)."""
 VOCABULARY_CHUNK = 32_768
@@ -28,35 +33,72 @@ class HeadMemory:
     gradient_bytes: int
 
 
-def head_memory(
-    *,
-    tokens: int,
-    sequences: int,
-    hidden_size: int,
-    vocab_size: int,
-    width: int,
-    trained: bool,
-    evaluating: bool,
-) -> HeadMemory:
-    """Memory of the head for a micro-step of so many tokens, every label counted.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadShape:
+    """What the head works on: `tokens` normed hidden states of `hidden_size`, `rows` of which have a label.
+
+    `hidden_bytes`, `weight_bytes` and `compute_bytes` are the widths of the hidden states' elements, of the
+    head's weight and of what the products are computed in.
+    """
+
+    tokens: int
+    rows: int
+    hidden_size: int
+    vocab_size: int
+    hidden_bytes: int
+    weight_bytes: int
+    compute_bytes: int
+    trained: bool
+
+    @property
+    def cast_bytes(self) -> int:
+        """Copies in the compute dtype: a tile's hidden states, and two pieces of the weight at a time."""
+        hidden = min(self.rows, TOKEN_CHUNK) * self.hidden_size * self.compute_bytes
+        piece = min(self.vocab_size, VOCABULARY_CHUNK) * self.hidden_size * self.compute_bytes
+        return (hidden if self.hidden_bytes != self.compute_bytes else 0) + (
+            2 * piece if self.weight_bytes != self.compute_bytes else 0
+        )
+
+    @property
+    def tile_bytes(self) -> int:
+        """One tile of logits."""
+        return min(self.rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * self.compute_bytes
+
+
+def head_shape(setup: TrainingSetup, model: ModelSpec, hidden_bytes: int) -> HeadShape:
+    """The head's shape in a setup; `hidden_bytes` is the width of the normed hidden states' elements."""
+    shape = micro_step(setup)
+    return HeadShape(
+        tokens=shape.tokens,
+        rows=shape.rows,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        hidden_bytes=hidden_bytes,
+        weight_bytes=shape.stream_bytes,
+        compute_bytes=DTYPE_BYTES[setup.dtype],
+        trained=setup.method == "full",
+    )
+
+
+def head_memory(shape: HeadShape, *, evaluating: bool) -> HeadMemory:
+    """Memory of the head for a micro-step, every label counted.
 
     Forward holds the normed hidden states, a copy of the rows that have a label and one tile. Backward holds
-    that copy, an fp32 gradient of it, a tile and at the end the gradient in the stream's dtype.
+    that copy, an fp32 gradient of it, a tile and at the end the gradient in the hidden states' dtype.
     """
-    rows = tokens - sequences
-    tile = min(rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * width
-    normed = tokens * hidden_size * width
-    selected = rows * hidden_size * width
-    weight = hidden_size * vocab_size
-    forward = normed + selected + tile + ROW_STATISTICS * rows * FP32
+    normed = shape.tokens * shape.hidden_size * shape.hidden_bytes
+    selected = shape.rows * shape.hidden_size * shape.hidden_bytes
+    weight = shape.hidden_size * shape.vocab_size
+    forward = normed + selected + shape.tile_bytes + shape.cast_bytes + ROW_STATISTICS * shape.rows * FP32
     if evaluating:
         return HeadMemory(forward_bytes=forward, backward_bytes=0, gradient_bytes=0)
-    gradient = rows * hidden_size * FP32
-    backward = selected + gradient + tile + selected
-    if trained:
-        backward += weight * FP32 + weight * width
+    gradient = shape.rows * shape.hidden_size * FP32
+    narrow = selected if shape.hidden_bytes != FP32 else 0
+    backward = selected + gradient + shape.tile_bytes + max(narrow, shape.cast_bytes)
+    if shape.trained:
+        backward += weight * FP32 + weight * shape.weight_bytes
     return HeadMemory(
         forward_bytes=forward,
         backward_bytes=backward,
-        gradient_bytes=weight * width if trained else 0,
+        gradient_bytes=weight * shape.weight_bytes if shape.trained else 0,
     )

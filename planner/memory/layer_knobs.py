@@ -14,14 +14,17 @@ FP32 = 4
 class LayerKnobs:
     """What the setup says about every layer: kinds of linear layers by module name, and attention.
 
-    `attention` is "sdpa", "eager" or "flash_attention_2"; `masked` says that sdpa gets a mask (a batch
-    with padding, or a sliding window shorter than the sequence).
+    `attention` is the implementation that runs ("fused", "masked", "math" or "eager", see
+    planner/memory/attention.py). `stream_bytes` is the width of the hidden states that enter the layer,
+    `norm_bytes` that of the norms' weights. `liger` says that Liger's layer kernels run.
     """
 
     kinds: tuple[tuple[str, LinearKind], ...]
     default: LinearKind
     attention: str
-    masked: bool
+    stream_bytes: int
+    norm_bytes: int
+    liger: bool
 
     def kind(self, name: str) -> LinearKind:
         """The kind of the linear layer of that module name."""

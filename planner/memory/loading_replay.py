@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from planner.memory.adapter import Trainables, TrainableTensor
 from planner.memory.allocator import CachingAllocator
-from planner.memory.weights import DTYPE_BYTES, loaded_weights
+from planner.memory.weights import DTYPE_BYTES, is_quantized, loaded_weights
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -30,17 +30,32 @@ def loaded_allocator(
         setup.bnb_4bit_use_double_quant,
         setup.lora_r,
         setup.target_modules,
+        setup.use_dora,
+        setup.prepare_for_kbit_training,
     )
     known = _LOADED.get(key)
     if known is None:
         allocator = loaded_weights(setup, model)
         peak, reserved = allocator.peak_allocated_bytes, allocator.reserved_bytes
+        if setup.prepare_for_kbit_training:
+            _upcast(allocator, model, width)
         if setup.uses_lora:
             _add_adapter(allocator, setup, model, trained, width)
         # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
         allocator.empty_cache()
         known = _LOADED[key] = (allocator, peak, reserved)
     return known[0].copy(), known[1], known[2]
+
+
+def _upcast(allocator: CachingAllocator, model: ModelSpec, width: int) -> None:
+    """PEFT's k-bit preparation: whatever is not quantised is cast to fp32, one parameter after the other.
+
+    Which of the loaded blocks it takes the place of is left out: sizes alone count here.
+    """
+    for parameter in model.parameters:
+        if not is_quantized(parameter) and not parameter.tied and width < FP32:
+            for _ in range(parameter.count):
+                allocator.allocate(parameter.elements * (FP32 - width))
 
 
 def _add_adapter(
@@ -56,11 +71,15 @@ def _add_adapter(
         widths.append(trained.element_bytes)
     if widths[0] == widths[1]:
         widths.pop(0)
-    elements = [tensor.elements for tensor in in_module_order(trained, model.num_hidden_layers)]
-    blocks = [allocator.allocate(count * widths[0]) for count in elements]
+    tensors = list(in_module_order(trained, model.num_hidden_layers))
+    # DoRA's magnitudes are fp32 from the start.
+    own = [FP32 if tensor.element_bytes != trained.element_bytes else 0 for tensor in tensors]
+    blocks = [allocator.allocate(t.elements * (o or widths[0])) for t, o in zip(tensors, own, strict=True)]
     for following in widths[1:]:
-        for index, count in enumerate(elements):
-            cast = allocator.allocate(count * following)
+        for index, tensor in enumerate(tensors):
+            if own[index]:
+                continue
+            cast = allocator.allocate(tensor.elements * following)
             allocator.free(blocks[index])
             blocks[index] = cast
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.memory.elementwise import hold
 from planner.memory.layer_knobs import FP32, LayerKnobs
+from planner.memory.liger import liger_norm
 from planner.memory.linear import LinearKind, weight_gradient
 from planner.memory.tape import Buffer, Tape, Value
 from planner.model_spec import LayerSpec
@@ -14,11 +15,18 @@ NORM_SCRATCH_BYTES = 2 * FP32
 (seen in traces llama_f and qwen3_f)."""
 
 
+def norm_saves_input(knobs: LayerKnobs) -> bool:
+    """Whether what a norm saves is its input itself, and not an fp32 copy of it."""
+    return knobs.liger or knobs.stream_bytes == FP32
+
+
 def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *, groups: int = 1) -> Value:
     """RMSNorm of `size` features a token in `groups` (heads): the fp32 input and inverse roots are saved."""
     kind = knobs.default
-    width = kind.activation_bytes
-    casts = width != FP32
+    if knobs.liger:
+        in_place = layer.norm not in FP32_NORMS
+        return liger_norm(tape, layer, knobs, x, size, groups=groups, in_place=in_place)
+    casts = x.width != FP32
     wide = tape.tokens(size * FP32) if casts else hold(x.buffer)
     tape.free(tape.tokens(size * FP32))
     root = tape.tokens(groups * FP32)
@@ -27,26 +35,29 @@ def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *
     tape.free(root)
     scaled = tape.tokens(size * FP32)
     saved_scaled = None
-    if layer.norm in FP32_NORMS:
+    fp32_weight = layer.norm in FP32_NORMS
+    if fp32_weight:
         if kind.trained:
             saved_scaled = tape.save(scaled)
         weighted = tape.tokens(size * FP32)
         # Gemma's norm lets go of the unweighted tensor here, OLMo 2's (no input norms) when it returns.
         held = None if layer.input_norms else hold(scaled)
         tape.free(scaled, wide)
-        result = Value(tape.tokens(size * width) if casts else hold(weighted), x.requires_grad)
+        result = Value(tape.tokens(size * x.width) if casts else hold(weighted), x.requires_grad, x.width)
         tape.free(weighted, held)
     else:
         tape.free(wide)
-        narrow = tape.tokens(size * width) if casts else hold(scaled)
+        narrow = tape.tokens(size * x.width) if casts else hold(scaled)
         if kind.trained:
             saved_scaled = tape.save(narrow)
-        result = Value(tape.tokens(size * width), x.requires_grad)
+        width = max(x.width, knobs.norm_bytes)
+        result = Value(tape.tokens(size * width), x.requires_grad, width)
         tape.free(narrow, scaled)
     if x.requires_grad:
-        fp32 = layer.norm in FP32_NORMS
         saved = (saved_wide, saved_root)
-        tape.nodes.append(lambda: _norm_backward(tape, kind, x, result, size, saved, saved_scaled, fp32))
+        tape.nodes.append(
+            lambda: _norm_backward(tape, kind, x, result, size, saved, saved_scaled, fp32_weight)
+        )
     return result
 
 
@@ -60,14 +71,13 @@ def _norm_backward(
     saved_scaled: Buffer | None,
     fp32_weight: bool,
 ) -> None:
-    width = kind.activation_bytes
-    casts = width != FP32
+    casts = x.width != FP32
     grad = tape.take_grad(result)
     if fp32_weight and casts:
         wide = tape.tokens(size * FP32)
         tape.free(grad)
         grad = wide
-    product = FP32 if fp32_weight else width
+    product = FP32 if fp32_weight else result.width
     weighted = tape.tokens(size * product)
     if kind.trained:
         # The weight's gradient: a product per element, reduced over tokens with a global scratch buffer.
@@ -76,20 +86,26 @@ def _norm_backward(
         weight_gradient(tape, kind, size, kind.adapter_bytes)
     tape.free(grad)
     grad = weighted
-    if not fp32_weight and casts:
+    if product != FP32:
         wide = tape.tokens(size * FP32)
         tape.free(grad)
         grad = wide
     to_rsqrt = tape.tokens(size * FP32)
     to_input = tape.tokens(size * FP32)
     tape.free(to_rsqrt, grad)
+    if not casts:
+        # No cast lies between: the first gradient goes into the input's at once, the second follows.
+        tape.add_grad(x, to_input)
     expanded = tape.tokens(size * FP32)
     power = tape.tokens(size * FP32)
     doubled = tape.tokens(size * FP32)
     through_square = tape.tokens(size * FP32)
-    tape.free(doubled, power, expanded, through_square, *saved)
-    if casts:
-        narrow = tape.tokens(size * width)
-        tape.free(to_input)
-        to_input = narrow
-    tape.add_grad(x, to_input)
+    tape.free(doubled, power, expanded)
+    if not casts:
+        tape.free(*saved)
+        tape.add_grad(x, through_square)
+        return
+    tape.free(through_square, *saved)
+    narrow = tape.tokens(size * x.width)
+    tape.free(to_input)
+    tape.add_grad(x, narrow)

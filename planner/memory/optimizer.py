@@ -39,7 +39,7 @@ class OptimizerMemory:
 def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
     """Memory of the named optimizer for what a setup trains."""
     allocated = sum(
-        sum(map(rounded, state_blocks(optim, t, trained.element_bytes))) * t.count for t in trained.tensors
+        sum(map(rounded, state_blocks(optim, t))) * t.count for t in trained.tensors
     )
     managed = sum(managed_bytes(optim, t) * t.count for t in trained.tensors)
     if "8bit" in optim:
@@ -49,14 +49,14 @@ def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
     )
 
 
-def state_blocks(optim: str, tensor: TrainableTensor, element_bytes: int) -> tuple[int, ...]:
-    """Bytes of the blocks that one tensor's state takes from torch's allocator, first born first."""
+def state_blocks(optim: str, tensor: TrainableTensor) -> tuple[int, ...]:
+    """Bytes of the blocks of one tensor's state in torch's allocator, in the order of their birth."""
     if optim == "sgd":
         return ()
     if optim == "adafactor":
         return _factored(tensor)
     if optim not in MOMENTS:
-        state = tensor.elements * element_bytes
+        state = tensor.size_bytes
         # The fused implementation counts its steps on the GPU.
         return (FUSED_STEP_BYTES, state, state) if optim == "adamw_torch_fused" else (state, state)
     blocks: list[int] = []

@@ -22,7 +22,8 @@ class OptimizerReplay:
         self.optim = setup.optim
         self.element_bytes = trained.element_bytes
         self.elements = [tensor.elements for tensor in tensors]
-        self.states = [state_blocks(setup.optim, tensor, trained.element_bytes) for tensor in tensors]
+        self.sizes = [tensor.size_bytes for tensor in tensors]
+        self.states = [state_blocks(setup.optim, tensor) for tensor in tensors]
 
     def step(self, allocator: CachingAllocator, *, first: bool) -> None:
         """Replay one step."""
@@ -35,7 +36,7 @@ class OptimizerReplay:
                     allocator.allocate(size)
         if self.optim == "adamw_torch":
             # Square roots of every second moment at once (torch optim/adam.py:791).
-            roots = [allocator.allocate(count * self.element_bytes) for count in self.elements]
+            roots = [allocator.allocate(size) for size in self.sizes]
             for block in roots:
                 allocator.free(block)
 

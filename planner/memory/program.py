@@ -144,7 +144,7 @@ def layer_program(
 def norm_program(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     """Program of the norm after the last decoder layer."""
     tape = LoggingTape(saves=True)
-    hidden = Value(tape.given(), True)
+    hidden = Value(tape.given(), True, knobs.stream_bytes)
     output = norm(tape, layer, _accumulating(knobs, False), hidden, layer.hidden_size)
     return _both_passes(tape, hidden, output)
 

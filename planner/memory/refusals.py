@@ -7,13 +7,9 @@ from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
 UNMODELLED_FLAGS = (
-    "use_dora",
-    "selective_checkpointing",
     "activation_offloading",
-    "prepare_for_kbit_training",
-    "packing",
 )
-MODELLED_ATTENTION = ("sdpa", "eager")
+MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODELLED_EXPERTS = (None, "grouped_mm")
 
 
@@ -32,8 +28,6 @@ def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
     for name in UNMODELLED_FLAGS:
         if getattr(setup, name):
             raise NotModelledError(name, True)
-    if setup.kernels != "none":
-        raise NotModelledError("kernels", setup.kernels)
     if setup.compile != "none":
         raise NotModelledError("compile", setup.compile)
     if setup.num_processes > 1 and setup.distributed != "ddp":

@@ -93,7 +93,7 @@ def components(
         (
             "weights_unquantized",
             f"weights kept in {width} bits",
-            weights.unquantized_bytes,
+            weights.unquantized_bytes + resident.upcast_bytes,
             "embeddings, output head, norms, biases, routers and experts as transformers leaves them",
         ),
         (

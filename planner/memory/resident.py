@@ -9,7 +9,8 @@ from planner.memory.adapter import Trainables, trainables
 from planner.memory.optimizer import OptimizerMemory, optimizer_memory
 from planner.memory.refusals import attention_implementation
 from planner.memory.runtime import Coefficients, cublas_workspace_bytes
-from planner.memory.weights import DTYPE_BYTES, WeightMemory, is_quantized, weight_memory
+from planner.memory.shape import micro_step
+from planner.memory.weights import DTYPE_BYTES, WeightMemory, is_quantized, upcast_bytes, weight_memory
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -23,6 +24,7 @@ class Resident:
 
     weights: WeightMemory
     trained: Trainables
+    upcast_bytes: int
     adapter_bytes: int
     optimizer: OptimizerMemory
     cublas_bytes: int
@@ -34,6 +36,7 @@ class Resident:
         """All of it that torch's allocator holds."""
         return (
             self.weights.allocated_bytes
+            + self.upcast_bytes
             + self.adapter_bytes
             + self.optimizer.allocated_bytes
             + self.cublas_bytes
@@ -49,11 +52,14 @@ def resident_memory(
     trained = trainables(setup, model)
     width = DTYPE_BYTES[setup.dtype]
     layer = model.layers[0]
-    rotary = model.rotary_tables * 2 * setup.max_length * (layer.rotary_dim or layer.head_dim) * width
+    shape = micro_step(setup)
+    features = layer.rotary_dim or layer.head_dim
+    rotary = model.rotary_tables * 2 * shape.positions * features * shape.stream_bytes
     masks = _mask_bytes(setup, model, padded=padded)
     return Resident(
         weights=weights,
         trained=trained,
+        upcast_bytes=upcast_bytes(setup, model),
         adapter_bytes=trained.allocated_bytes if setup.uses_lora else 0,
         optimizer=optimizer_memory(setup.optim, trained),
         cublas_bytes=cublas_workspace_bytes(gpu, measured),
@@ -67,7 +73,7 @@ def _mask_bytes(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
 
     sdpa needs none for full sequences that no window cuts (transformers masking_utils.py, sdpa_mask).
     """
-    elements = setup.per_device_train_batch_size * setup.max_length**2
+    elements = micro_step(setup).scores
     width = DTYPE_BYTES[setup.dtype] if attention_implementation(setup, model) == "eager" else 1
     return mask_kinds(setup, model, padded=padded) * elements * width
 
@@ -75,9 +81,12 @@ def _mask_bytes(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
 def mask_kinds(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
     """How many masks there are: one for each kind of layer that needs one."""
     kinds = {layer.sliding_window for layer in model.layers}
-    if attention_implementation(setup, model) == "eager":
+    attention = attention_implementation(setup, model)
+    if attention == "eager":
         return len(kinds)
-    return len([w for w in kinds if padded or (w is not None and w < setup.max_length)])
+    if attention != "sdpa":
+        return 0
+    return len([w for w in kinds if padded or setup.packing or (w is not None and w < setup.max_length)])
 
 
 _LARGEST: dict[tuple[str, int], int] = {}

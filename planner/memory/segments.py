@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from planner.memory.activations import LayerReplay, final_norm_replay, layer_replay
+from planner.memory.activations import LayerReplay, final_norm_replay, layer_replay, output_bytes
 from planner.memory.adapter import Trainables
-from planner.memory.layer_knobs import LayerKnobs
+from planner.memory.layer_knobs import FP32, LayerKnobs
 from planner.memory.linear import LinearKind
+from planner.memory.shape import stream_bytes
 from planner.memory.weights import DTYPE_BYTES
 from planner.model_spec import LayerSpec, ModelSpec
 from planner.training_setup import TrainingSetup
@@ -18,12 +19,14 @@ from planner.training_setup import TrainingSetup
 class Segment:
     """Layers at `indices` (ascending), alike in kind and checkpointing.
 
-    `layer`, `knobs` and `input_requires_grad` are what their replay was made from.
+    `selected_bytes_per_token` is what selective checkpointing keeps of each beside its input. `layer`,
+    `knobs` and `input_requires_grad` are what their replay was made from.
     """
 
     indices: tuple[int, ...]
     checkpointed: bool
     input_bytes_per_token: int
+    selected_bytes_per_token: int
     replay: LayerReplay
     layer: LayerSpec
     knobs: LayerKnobs
@@ -45,7 +48,7 @@ def segments(
     setup: TrainingSetup, model: ModelSpec, trained: Trainables, *, attention: str, padded: bool
 ) -> tuple[tuple[Segment, ...], LayerReplay]:
     """Segments of a setup, and the replay of the final norm."""
-    windows = tuple(_window(layer, setup.max_length) for layer in model.layers)
+    kernels = tuple(_kernel(setup, layer, attention=attention, padded=padded) for layer in model.layers)
     checkpointed = _checkpointed_layers(setup, model)
     # An adapter's gradients are so small that those of one layer may be counted as new beside those that are
     # there already; a trained weight's are not.
@@ -57,13 +60,14 @@ def segments(
         setup.dtype,
         setup.lora_r,
         setup.target_modules,
+        setup.use_dora,
         setup.lora_dropout > 0,
         setup.bnb_4bit_use_double_quant,
-        attention,
-        windows,
+        setup.prepare_for_kbit_training,
+        setup.kernels,
+        kernels,
         checkpointed,
         accumulating,
-        padded,
     )
     known = _SEGMENTS.get(key)
     if known is None:
@@ -76,9 +80,7 @@ def segments(
                 ("router", trained.router_rank),
             )
         )
-        known = _SEGMENTS[key] = _replay_all(
-            setup, model, kinds, default, attention=attention, windows=windows, padded=padded
-        )
+        known = _SEGMENTS[key] = _replay_all(setup, model, kinds, default, kernels)
     return known
 
 
@@ -88,9 +90,22 @@ def _checkpointed_layers(setup: TrainingSetup, model: ModelSpec) -> int:
     return model.num_hidden_layers if setup.checkpointed_layers is None else setup.checkpointed_layers
 
 
-def _window(layer: LayerSpec, length: int) -> bool:
-    """Whether a sliding window cuts sequences of that length, so that sdpa needs a mask."""
-    return layer.sliding_window is not None and layer.sliding_window < length
+def _kernel(setup: TrainingSetup, layer: LayerSpec, *, attention: str, padded: bool) -> str:
+    """Which of planner.memory.attention.KERNELS runs in layers of that kind.
+
+    sdpa gets a mask where a batch is padded or packed, or where a sliding window is shorter than the
+    sequence. Without one torch repeats keys itself, in flash attention (16 bits) alone (sdpa_attention.py,
+    use_gqa_in_sdpa).
+    """
+    if attention == "eager":
+        return "eager"
+    window = layer.sliding_window is not None and layer.sliding_window < setup.max_length
+    if attention == "sdpa" and (padded or window or setup.packing):
+        return "masked"
+    shared = layer.num_attention_heads != layer.num_key_value_heads
+    if attention == "sdpa" and setup.dtype == "float32" and shared:
+        return "math"
+    return "fused"
 
 
 def _linear_kind(setup: TrainingSetup, rank: int, element_bytes: int, *, accumulating: bool) -> LinearKind:
@@ -99,9 +114,12 @@ def _linear_kind(setup: TrainingSetup, rank: int, element_bytes: int, *, accumul
         trained=setup.method == "full",
         rank=rank,
         dropout=setup.lora_dropout > 0,
+        dora=setup.use_dora and rank > 0,
         double_quant=setup.bnb_4bit_use_double_quant,
-        activation_bytes=DTYPE_BYTES[setup.dtype],
+        compute_bytes=DTYPE_BYTES[setup.dtype],
+        weight_bytes=DTYPE_BYTES[setup.dtype],
         adapter_bytes=element_bytes,
+        autocast=setup.dtype != "float32",
         accumulating=accumulating,
     )
 
@@ -111,36 +129,61 @@ def _replay_all(
     model: ModelSpec,
     kinds: tuple[tuple[str, LinearKind], ...],
     default: LinearKind,
-    *,
-    attention: str,
-    windows: tuple[bool, ...],
-    padded: bool,
+    kernels: tuple[str, ...],
 ) -> tuple[tuple[Segment, ...], LayerReplay]:
-    limit = _checkpointed_layers(setup, model)
+    first, liger = stream_bytes(setup), setup.kernels == "liger"
     found = []
-    for layer, window in zip(model.layers, windows, strict=True):
-        knobs = LayerKnobs(kinds=kinds, default=default, attention=attention, masked=padded or window)
-        # Nothing asks for the embeddings' gradient in a LoRA run without checkpoints.
-        groups = {
-            (True, True): [i for i in layer.indices if i < limit],
-            (False, False): [i for i in layer.indices if i >= limit and i == 0 and setup.uses_lora],
-            (False, True): [i for i in layer.indices if i >= limit and not (i == 0 and setup.uses_lora)],
-        }
-        for (checkpointed, input_grad), indices in groups.items():
-            if indices:
-                found.append(
-                    Segment(
-                        indices=tuple(sorted(indices)),
-                        checkpointed=checkpointed,
-                        input_bytes_per_token=layer.hidden_size * default.activation_bytes,
-                        replay=layer_replay(
-                            layer, knobs, checkpointed=checkpointed, input_requires_grad=input_grad
-                        ),
-                        layer=layer,
-                        knobs=knobs,
-                        input_requires_grad=input_grad,
-                    )
-                )
+    later = first
+    for layer, kernel in zip(model.layers, kernels, strict=True):
+        knobs = LayerKnobs(
+            kinds=kinds, default=default, attention=kernel, stream_bytes=first, norm_bytes=first, liger=liger
+        )
+        later = output_bytes(layer, knobs)
+        for width, indices in ((first, layer.indices[:1]), (later, layer.indices[1:])):
+            # What enters the very first layer alone is the embeddings' own output.
+            if layer.indices[0] != 0 or first == later:
+                width, indices = later, layer.indices
+            found += _segments_of(setup, model, layer, replace(knobs, stream_bytes=width), indices)
+            if indices is layer.indices:
+                break
     last = model.layers[-1]
-    knobs = LayerKnobs(kinds=kinds, default=default, attention=attention, masked=False)
+    knobs = LayerKnobs(
+        kinds=kinds, default=default, attention="fused", stream_bytes=later, norm_bytes=first, liger=liger
+    )
     return tuple(found), final_norm_replay(last, knobs)
+
+
+def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:
+    """Attention's output and log-sum-exp (trl/models/selective_activation_checkpointing.py): kept by the
+    policy where a fused kernel of torch's sdpa computes them.
+    """
+    if knobs.attention not in ("fused", "masked"):
+        return 0
+    return layer.query_size * knobs.default.compute_bytes + layer.num_attention_heads * FP32
+
+
+def _segments_of(
+    setup: TrainingSetup, model: ModelSpec, layer: LayerSpec, knobs: LayerKnobs, layers: tuple[int, ...]
+) -> list[Segment]:
+    """Segments of layers of one kind that get a stream of one width."""
+    limit = _checkpointed_layers(setup, model)
+    # Nothing asks for the embeddings' gradient in a LoRA run without checkpoints.
+    groups = {
+        (True, True): [i for i in layers if i < limit],
+        (False, False): [i for i in layers if i >= limit and i == 0 and setup.uses_lora],
+        (False, True): [i for i in layers if i >= limit and not (i == 0 and setup.uses_lora)],
+    }
+    return [
+        Segment(
+            indices=tuple(sorted(indices)),
+            checkpointed=checkpointed,
+            input_bytes_per_token=layer.hidden_size * knobs.stream_bytes,
+            selected_bytes_per_token=_selected(layer, knobs) if setup.selective_checkpointing else 0,
+            replay=layer_replay(layer, knobs, checkpointed=checkpointed, input_requires_grad=input_grad),
+            layer=layer,
+            knobs=knobs,
+            input_requires_grad=input_grad,
+        )
+        for (checkpointed, input_grad), indices in groups.items()
+        if indices
+    ]

@@ -51,13 +51,16 @@ class Buffer:
 
 
 class Value:
-    """A tensor of the replayed program: its buffer, and the gradient that backward collects for it."""
+    """A tensor of the replayed program: its buffer, the gradient that backward collects for it, and the bytes
+    of one of its elements (0 while nobody has to know).
+    """
 
-    __slots__ = ("buffer", "grad", "grad_is_view", "requires_grad")
+    __slots__ = ("buffer", "grad", "grad_is_view", "requires_grad", "width")
 
-    def __init__(self, buffer: Buffer, requires_grad: bool) -> None:
+    def __init__(self, buffer: Buffer, requires_grad: bool, width: int = 0) -> None:
         self.buffer = buffer
         self.requires_grad = requires_grad
+        self.width = width
         self.grad: Buffer | None = None
         self.grad_is_view = False
 

@@ -36,11 +36,14 @@ class StepMoment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
-    """Size of a micro-step: tokens, score elements (batch x length^2), and the width of the stream."""
+    """Size of a micro-step: tokens, attention's score elements, bytes a token of the hidden states that enter
+    the first layer and that leave the last, and whether gradients of earlier micro-steps are there.
+    """
 
     tokens: int
     scores: int
     hidden_bytes_per_token: int
+    leaving_bytes_per_token: int
     accumulating: bool
 
 
@@ -55,6 +58,7 @@ class StepTimeline:
         head: HeadMemory,
         trained: Trainables,
         embedding_gradient_bytes: int,
+        embedding_scratch_bytes: int,
         tied: bool,
         raw_embedding: bool,
         shape: StepShape,
@@ -64,11 +68,12 @@ class StepTimeline:
         self.head = head
         self.trained = trained
         self.embedding_gradient_bytes = embedding_gradient_bytes
+        self.embedding_scratch_bytes = embedding_scratch_bytes
         self.tied = tied
         self.shape = shape
         tokens, scores = shape.tokens, shape.scores
         self._kept = [
-            part.input_bytes_per_token * tokens
+            (part.input_bytes_per_token + part.selected_bytes_per_token) * tokens
             if part.checkpointed
             else at(part.replay.saved, tokens, scores)
             for part in parts
@@ -82,7 +87,7 @@ class StepTimeline:
         # The model's forward pass holds the embeddings in a variable even if its first layer keeps nothing.
         self._embeddings_held = 0 if first.replay.keeps_input else shape.hidden_bytes_per_token * tokens
         self._layers = sum(len(part.indices) for part in parts)
-        self._all_gradients = trained.elements * trained.element_bytes
+        self._all_gradients = trained.size_bytes
 
     def largest(self) -> StepMoment:
         """The peak of the step."""
@@ -163,7 +168,7 @@ class StepTimeline:
         norm_saved = int(at(self.final_norm.saved, tokens, scores))
         norm_peak, _ = peak(self.final_norm.backward, tokens, scores)
         norm_forward, _ = peak(self.final_norm.forward, tokens, scores)
-        stream = self.shape.hidden_bytes_per_token * tokens
+        stream = self.shape.leaving_bytes_per_token * tokens
         moments = [
             StepMoment(
                 name=name,
@@ -201,9 +206,9 @@ class StepTimeline:
     def _layer_moments(self) -> list[StepMoment]:
         moments = []
         tokens, scores = self.shape.tokens, self.shape.scores
-        for part, kept in zip(self.parts, self._kept, strict=True):
+        for part in self.parts:
             size, moment = peak(part.replay.backward, tokens, scores)
-            own = int(kept) if part.checkpointed else 0
+            own = part.input_bytes_per_token * tokens if part.checkpointed else 0
             for index in {part.indices[-1], part.indices[0]}:
                 moments.append(
                     self._layer_moment(f"backward of decoder layer {index}", index, own, size, moment)
@@ -243,6 +248,7 @@ class StepTimeline:
             name="backward of the embedding",
             kept_bytes=0,
             live_bytes=self.shape.hidden_bytes_per_token * self.shape.tokens,
-            workspace_bytes=self.embedding_gradient_bytes if temporary else 0,
+            workspace_bytes=(self.embedding_gradient_bytes if temporary else 0)
+            + self.embedding_scratch_bytes,
             gradient_bytes=self._all_gradients,
         )

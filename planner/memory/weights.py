@@ -9,6 +9,7 @@ from planner.memory.allocator import CachingAllocator
 from planner.model_spec import ModelSpec, Parameter
 from planner.training_setup import TrainingSetup
 
+FP32 = 4
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 QUANTIZED_CLASSES = ("Linear", "Conv1D")
 """transformers replaces exactly these classes (integrations/bitsandbytes.py, replace_with_bnb_linear)."""
@@ -65,6 +66,17 @@ def weight_memory(setup: TrainingSetup, model: ModelSpec) -> WeightMemory:
 
 
 _CACHE: dict[tuple[str, int, bool, int, bool], tuple[WeightMemory, CachingAllocator]] = {}
+
+
+def upcast_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
+    """What PEFT's prepare_model_for_kbit_training adds: every parameter that is not quantised becomes fp32.
+
+    Source: peft/utils/other.py, prepare_model_for_kbit_training.
+    """
+    if not setup.prepare_for_kbit_training:
+        return 0
+    more = FP32 - DTYPE_BYTES[setup.dtype]
+    return more * sum(p.elements * p.count for p in model.parameters if not p.tied and not is_quantized(p))
 
 
 def loaded_weights(setup: TrainingSetup, model: ModelSpec) -> CachingAllocator:
