@@ -48,11 +48,12 @@ class HeadReplay:
         kept = self._forward(allocator)
         for block in (*casts, normed):
             free(block)
-        if workspace_bytes:
-            take(workspace_bytes)
         row_gradient = take(self.row_gradient_bytes)
         wide = take(self.wide_weight_bytes) if self.trained else None
-        tile, narrow = take(self.tile_bytes), take(self.selected_bytes)
+        tile = take(self.tile_bytes)
+        if workspace_bytes:
+            take(workspace_bytes)
+        narrow = take(self.selected_bytes)
         gradients = []
         if wide is not None:
             gradients.append(take(self.weight_bytes))

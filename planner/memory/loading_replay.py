@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from planner.memory.adapter import Trainables, TrainableTensor
 from planner.memory.allocator import CachingAllocator
-from planner.memory.weights import DTYPE_BYTES, is_quantized, loaded_weights
+from planner.memory.weights import DTYPE_BYTES, loaded_weights
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -35,10 +35,11 @@ def loaded_allocator(
     )
     known = _LOADED.get(key)
     if known is None:
-        allocator = loaded_weights(setup, model)
+        loaded = loaded_weights(setup, model)
+        allocator = loaded.allocator.copy()
         peak, reserved = allocator.peak_allocated_bytes, allocator.reserved_bytes
-        if setup.prepare_for_kbit_training:
-            _upcast(allocator, model, width)
+        if setup.prepare_for_kbit_training and width < FP32:
+            _upcast(allocator, loaded.plain)
         if setup.uses_lora:
             _add_adapter(allocator, setup, model, trained, width)
         # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
@@ -47,15 +48,11 @@ def loaded_allocator(
     return known[0].copy(), known[1], known[2]
 
 
-def _upcast(allocator: CachingAllocator, model: ModelSpec, width: int) -> None:
-    """PEFT's k-bit preparation: whatever is not quantised is cast to fp32, one parameter after the other.
-
-    Which of the loaded blocks it takes the place of is left out: sizes alone count here.
-    """
-    for parameter in model.parameters:
-        if not is_quantized(parameter) and not parameter.tied and width < FP32:
-            for _ in range(parameter.count):
-                allocator.allocate(parameter.elements * (FP32 - width))
+def _upcast(allocator: CachingAllocator, plain: Sequence[tuple[int, int]]) -> None:
+    """PEFT's k-bit preparation: whatever is not quantised is cast to fp32, one parameter after the other."""
+    for address, elements in plain:
+        allocator.allocate(elements * FP32)
+        allocator.free(address)
 
 
 def _add_adapter(

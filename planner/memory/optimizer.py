@@ -38,9 +38,7 @@ class OptimizerMemory:
 
 def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
     """Memory of the named optimizer for what a setup trains."""
-    allocated = sum(
-        sum(map(rounded, state_blocks(optim, t))) * t.count for t in trained.tensors
-    )
+    allocated = sum(sum(map(rounded, state_blocks(optim, t))) * t.count for t in trained.tensors)
     managed = sum(managed_bytes(optim, t) * t.count for t in trained.tensors)
     if "8bit" in optim:
         allocated += MOMENTS[optim] * QUANTIZATION_MAP_BYTES
@@ -59,13 +57,10 @@ def state_blocks(optim: str, tensor: TrainableTensor) -> tuple[int, ...]:
         state = tensor.size_bytes
         # The fused implementation counts its steps on the GPU.
         return (FUSED_STEP_BYTES, state, state) if optim == "adamw_torch_fused" else (state, state)
-    blocks: list[int] = []
-    narrow = _is_narrow(optim, tensor)
-    for _ in range(MOMENTS[optim]):
-        if not _is_paged(optim, tensor):
-            blocks.append(tensor.elements * (1 if narrow else FP32))
-        if narrow:
-            blocks.append(-(-tensor.elements // OPTIMIZER_BLOCK) * FP32)
+    moments, narrow = MOMENTS[optim], _is_narrow(optim, tensor)
+    blocks = [] if _is_paged(optim, tensor) else moments * [tensor.elements * (1 if narrow else FP32)]
+    if narrow:
+        blocks += moments * [-(-tensor.elements // OPTIMIZER_BLOCK) * FP32]
     return tuple(blocks)
 
 

@@ -155,9 +155,7 @@ class StepReplay:
 
     def _micro_step(self, *, first: bool, later: bool) -> None:
         allocator = self.allocator
-        held = self._before_layers()
-        if first:
-            self._take(self.workspace_bytes)
+        held = self._before_layers(first=first)
         hidden = held[0]
         slots: list[list[int]] = []
         casts: list[int] = []
@@ -193,7 +191,7 @@ class StepReplay:
         for block in held[1:]:
             allocator.free(block)
 
-    def _before_layers(self) -> list[int]:
+    def _before_layers(self, *, first: bool) -> list[int]:
         """Embeddings, then what stays until the micro-step ends: masks, rotary tables, raw embeddings."""
         allocator = self.allocator
         held = [self._take(self.stream)]
@@ -211,11 +209,18 @@ class StepReplay:
             allocator.free(causal)
             held.append(self._take(self.scores * width))
             allocator.free(combined)
+        if first and not self.model.rotary_tables:
+            self._take(self.workspace_bytes)
         layer = self.model.layers[0]
         table = self.setup.max_length * (layer.rotary_dim or layer.head_dim)
         for _ in range(self.model.rotary_tables):
             # Angles, both halves of them, and cosine and sine in fp32, unscaled and scaled.
-            wide = [self._take(table * FP32 // 2), self._take(table * FP32)]
+            wide = [self._take(table * FP32 // 2)]
+            if first:
+                # Angles are the main thread's first matrix product.
+                self._take(self.workspace_bytes)
+                first = False
+            wide.append(self._take(table * FP32))
             for _ in range(2):
                 turned, scaled = self._take(table * FP32), self._take(table * FP32)
                 allocator.free(turned)

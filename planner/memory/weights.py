@@ -62,10 +62,19 @@ def is_quantized(parameter: Parameter) -> bool:
 
 def weight_memory(setup: TrainingSetup, model: ModelSpec) -> WeightMemory:
     """Memory of the loaded base model of a setup."""
-    return _loaded(setup, model)[0]
+    return loaded_weights(setup, model).memory
 
 
-_CACHE: dict[tuple[str, int, bool, int, bool], tuple[WeightMemory, CachingAllocator]] = {}
+@dataclass(frozen=True, slots=True)
+class LoadedWeights:
+    """The allocator as loading leaves it; address and elements of each parameter that is not quantised."""
+
+    memory: WeightMemory
+    allocator: CachingAllocator
+    plain: tuple[tuple[int, int], ...]
+
+
+_CACHE: dict[tuple[str, int, bool, int, bool], LoadedWeights] = {}
 
 
 def upcast_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
@@ -79,27 +88,21 @@ def upcast_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
     return more * sum(p.elements * p.count for p in model.parameters if not p.tied and not is_quantized(p))
 
 
-def loaded_weights(setup: TrainingSetup, model: ModelSpec) -> CachingAllocator:
-    """The allocator as loading leaves it, for the caller to change."""
-    return _loaded(setup, model)[1].copy()
-
-
-def _loaded(setup: TrainingSetup, model: ModelSpec) -> tuple[WeightMemory, CachingAllocator]:
+def loaded_weights(setup: TrainingSetup, model: ModelSpec) -> LoadedWeights:
+    """Loading a setup's base model, replayed once; the caller copies the allocator to go on with it."""
     quantized, width = setup.method == "qlora", DTYPE_BYTES[setup.dtype]
     double_quant = setup.bnb_4bit_use_double_quant
     # Keyed by name and size: hashing a whole spec costs more than the estimate it serves.
     key = (model.id, model.parameter_count, quantized, width, double_quant)
     known = _CACHE.get(key)
     if known is None:
-        allocator = CachingAllocator()
-        known = (_replay_load(allocator, model, quantized, width, double_quant), allocator)
-        _CACHE[key] = known
+        known = _CACHE[key] = _replay_load(model, quantized, width, double_quant)
     return known
 
 
-def _replay_load(
-    allocator: CachingAllocator, model: ModelSpec, quantized: bool, width: int, double_quant: bool
-) -> WeightMemory:
+def _replay_load(model: ModelSpec, quantized: bool, width: int, double_quant: bool) -> LoadedWeights:
+    allocator = CachingAllocator()
+    blocks = []
     packed = constants = plain = largest = 0
     for parameter in _in_module_order(model):
         size = parameter.elements * width
@@ -111,15 +114,16 @@ def _replay_load(
             packed += packed_bytes
             constants += constant_bytes
         else:
-            allocator.allocate(size)
+            blocks.append((allocator.allocate(size), parameter.elements))
             plain += size
-    return WeightMemory(
+    memory = WeightMemory(
         quantized_bytes=packed,
         constants_bytes=constants,
         unquantized_bytes=plain,
         allocated_bytes=allocator.allocated_bytes,
         largest_bytes=largest,
     )
+    return LoadedWeights(memory, allocator, tuple(blocks))
 
 
 def _quantize(allocator: CachingAllocator, elements: int, double_quant: bool) -> tuple[int, int]:
