@@ -110,6 +110,7 @@ def _fused_attention(
     heads = layer.num_attention_heads
     context = tape.tokens(layer.query_size * width)
     statistics = tape.tokens(heads * FP32)
+    tape.select(context, statistics)
     saved = [tape.save(buffer) for buffer in (query.buffer, key.buffer, value.buffer, context, statistics)]
     tape.free(statistics)
     if layer.rotary_concatenated:
@@ -146,6 +147,7 @@ def _masked_attention(
     additive = tape.allocate(Size(per_score=width))
     result = Value(tape.tokens(whole), query.requires_grad, width)
     statistics = tape.tokens(heads * FP32)
+    tape.select(result.buffer, statistics)
     saved = [tape.save(b) for b in (query.buffer, *repeated, additive, result.buffer, statistics)]
     tape.free(*repeated, additive, statistics)
 

@@ -51,13 +51,23 @@ class HeadShape:
     trained: bool
 
     @property
+    def hidden_cast_bytes(self) -> int:
+        """A copy of a tile's hidden states in the compute dtype, where they have another."""
+        if self.hidden_bytes == self.compute_bytes:
+            return 0
+        return min(self.rows, TOKEN_CHUNK) * self.hidden_size * self.compute_bytes
+
+    @property
+    def piece_bytes(self) -> int:
+        """A copy of a tile's piece of the weight in the compute dtype, where it has another."""
+        if self.weight_bytes == self.compute_bytes:
+            return 0
+        return min(self.vocab_size, VOCABULARY_CHUNK) * self.hidden_size * self.compute_bytes
+
+    @property
     def cast_bytes(self) -> int:
-        """Copies in the compute dtype: a tile's hidden states, and two pieces of the weight at a time."""
-        hidden = min(self.rows, TOKEN_CHUNK) * self.hidden_size * self.compute_bytes
-        piece = min(self.vocab_size, VOCABULARY_CHUNK) * self.hidden_size * self.compute_bytes
-        return (hidden if self.hidden_bytes != self.compute_bytes else 0) + (
-            2 * piece if self.weight_bytes != self.compute_bytes else 0
-        )
+        """Both copies at their most: a piece is there until the next one is."""
+        return self.hidden_cast_bytes + 2 * self.piece_bytes
 
     @property
     def tile_bytes(self) -> int:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.memory.allocator import CachingAllocator
-from planner.memory.head import FP32, ROW_STATISTICS, TOKEN_CHUNK, VOCABULARY_CHUNK
-from planner.memory.weights import DTYPE_BYTES
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from planner.memory.head import FP32, ROW_STATISTICS, HeadShape
 
 INDEX_BYTES = 16
 """Bytes a row of the two int64 coordinates that pick the rows with a label."""
@@ -17,17 +14,18 @@ INDEX_BYTES = 16
 class HeadReplay:
     """TRL's tiled log-probabilities for one setup's micro-step, every label counted."""
 
-    def __init__(self, setup: TrainingSetup, model: ModelSpec) -> None:
-        width = DTYPE_BYTES[setup.dtype]
-        rows = setup.tokens_per_micro_step - setup.per_device_train_batch_size
-        weight = model.hidden_size * model.vocab_size
-        self.trained = setup.method == "full"
-        self.rows = rows
-        self.tile_bytes = min(rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * width
-        self.selected_bytes = rows * model.hidden_size * width
-        self.row_gradient_bytes = rows * model.hidden_size * FP32
-        self.normed_bytes = setup.tokens_per_micro_step * model.hidden_size * width
-        self.weight_bytes = weight * width
+    def __init__(self, shape: HeadShape) -> None:
+        weight = shape.hidden_size * shape.vocab_size
+        self.trained = shape.trained
+        self.rows = shape.rows
+        self.tile_bytes = shape.tile_bytes
+        self.hidden_cast_bytes = shape.hidden_cast_bytes
+        self.piece_bytes = shape.piece_bytes
+        self.narrows = shape.hidden_bytes != FP32
+        self.selected_bytes = shape.rows * shape.hidden_size * shape.hidden_bytes
+        self.row_gradient_bytes = shape.rows * shape.hidden_size * FP32
+        self.normed_bytes = shape.tokens * shape.hidden_size * shape.hidden_bytes
+        self.weight_bytes = weight * shape.weight_bytes
         self.wide_weight_bytes = weight * FP32
 
     def run(
@@ -53,11 +51,13 @@ class HeadReplay:
         tile = take(self.tile_bytes)
         if workspace_bytes:
             take(workspace_bytes)
-        narrow = take(self.selected_bytes)
+        self._casts(allocator)
+        narrow = take(self.selected_bytes) if self.narrows else row_gradient
         gradients = []
         if wide is not None:
             gradients.append(take(self.weight_bytes))
-        free(row_gradient)
+        if self.narrows:
+            free(row_gradient)
         if wide is not None:
             free(wide)
         for block in (tile, *kept):
@@ -84,7 +84,15 @@ class HeadReplay:
         labels = take(self.rows * 2 * FP32)
         statistics = [take(self.rows * FP32) for _ in range(ROW_STATISTICS - 1)]
         tile = take(self.tile_bytes)
+        self._casts(allocator)
         kept = [selected, labels, take(self.rows * FP32), take(self.rows * FP32)]
         for block in (*statistics, tile):
             free(block)
         return kept
+
+    def _casts(self, allocator: CachingAllocator) -> None:
+        """Copies in the compute dtype: a tile's hidden states, and two pieces of the weight at a time."""
+        sizes = (self.hidden_cast_bytes, self.piece_bytes, self.piece_bytes)
+        blocks = [allocator.allocate(size) for size in sizes if size]
+        for block in blocks:
+            allocator.free(block)

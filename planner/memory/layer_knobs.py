@@ -16,7 +16,8 @@ class LayerKnobs:
 
     `attention` is the implementation that runs ("fused", "masked", "math" or "eager", see
     planner/memory/attention.py). `stream_bytes` is the width of the hidden states that enter the layer,
-    `norm_bytes` that of the norms' weights. `liger` says that Liger's layer kernels run.
+    `norm_bytes` that of the norms' weights. `liger` says that Liger's layer kernels run,
+    `selective` that checkpoints keep attention's outputs.
     """
 
     kinds: tuple[tuple[str, LinearKind], ...]
@@ -25,6 +26,7 @@ class LayerKnobs:
     stream_bytes: int
     norm_bytes: int
     liger: bool
+    selective: bool
 
     def kind(self, name: str) -> LinearKind:
         """The kind of the linear layer of that module name."""

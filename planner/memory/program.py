@@ -70,6 +70,7 @@ class LoggingTape(Tape):
         self.slots: list[int] = []
         self.events: list[int] = []
         self.casts: list[int] = []
+        self.selected: list[int] = []
         self.last_save_event = 0
 
     def given(self) -> _Block:
@@ -109,6 +110,10 @@ class LoggingTape(Tape):
         buffer.holders += 1
         self.last_save_event = len(self.events)
         return buffer
+
+    def select(self, *buffers: Buffer) -> None:
+        """Name what selective checkpointing keeps."""
+        self.selected += [number(buffer) for buffer in buffers]
 
     def cast_weights(self, *sizes_bytes: float) -> tuple[Buffer, ...]:
         """Copies that autocast holds until the forward pass ends, unless backward frees them."""
@@ -181,10 +186,17 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     output = replay(tape, layer, knobs, hidden)
     tape.free(output.buffer)
     recomputed = _stopped_early(tape.events, tape.last_save_event)
+    known: dict[int, int] = {}
+    if knobs.selective:
+        # Forward keeps these; recomputation takes them as they are.
+        known = dict(zip(tape.selected, first.selected, strict=True))
+        first.events = [event for event in first.events if -1 - event not in first.selected]
+        recomputed = _renamed([event for event in recomputed if event not in known], known)
     tape.events = []
     incoming = tape.given()
     output.grad = incoming
     tape.backward()
+    tape.events = _renamed(tape.events, known)
     before, after = _split(tape.events, len(_gradients_before(layer, knobs)) - 1, recomputed)
     return _program(
         tape,
@@ -197,6 +209,11 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
         hidden=hidden,
         casts=tuple(first.casts),
     )
+
+
+def _renamed(events: Sequence[int], names: dict[int, int]) -> list[int]:
+    """Events on blocks under other numbers."""
+    return [-1 - names[-1 - event] if -1 - event in names else event for event in events]
 
 
 def _stopped_early(events: Sequence[int], last_save: int) -> list[int]:

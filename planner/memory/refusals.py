@@ -6,9 +6,7 @@ from planner.errors import FieldError, NotModelledError
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
-UNMODELLED_FLAGS = (
-    "activation_offloading",
-)
+UNMODELLED_FLAGS = ("activation_offloading",)
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODELLED_EXPERTS = (None, "grouped_mm")
 

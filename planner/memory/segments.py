@@ -65,6 +65,7 @@ def segments(
         setup.bnb_4bit_use_double_quant,
         setup.prepare_for_kbit_training,
         setup.kernels,
+        setup.selective_checkpointing,
         kernels,
         checkpointed,
         accumulating,
@@ -131,13 +132,21 @@ def _replay_all(
     default: LinearKind,
     kernels: tuple[str, ...],
 ) -> tuple[tuple[Segment, ...], LayerReplay]:
-    first, liger = stream_bytes(setup), setup.kernels == "liger"
+    first = stream_bytes(setup)
+    common = LayerKnobs(
+        kinds=kinds,
+        default=default,
+        attention="fused",
+        stream_bytes=first,
+        norm_bytes=first,
+        liger=setup.kernels == "liger",
+        # The policy knows torch's own kernels and flash-attn's, not flex attention's.
+        selective=setup.selective_checkpointing and setup.attn_implementation != "flex_attention",
+    )
     found = []
     later = first
     for layer, kernel in zip(model.layers, kernels, strict=True):
-        knobs = LayerKnobs(
-            kinds=kinds, default=default, attention=kernel, stream_bytes=first, norm_bytes=first, liger=liger
-        )
+        knobs = replace(common, attention=kernel)
         later = output_bytes(layer, knobs)
         for width, indices in ((first, layer.indices[:1]), (later, layer.indices[1:])):
             # What enters the very first layer alone is the embeddings' own output.
@@ -147,17 +156,14 @@ def _replay_all(
             if indices is layer.indices:
                 break
     last = model.layers[-1]
-    knobs = LayerKnobs(
-        kinds=kinds, default=default, attention="fused", stream_bytes=later, norm_bytes=first, liger=liger
-    )
-    return tuple(found), final_norm_replay(last, knobs)
+    return tuple(found), final_norm_replay(last, replace(common, stream_bytes=later))
 
 
 def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:
     """Attention's output and log-sum-exp (trl/models/selective_activation_checkpointing.py): kept by the
     policy where a fused kernel of torch's sdpa computes them.
     """
-    if knobs.attention not in ("fused", "masked"):
+    if not knobs.selective or knobs.attention not in ("fused", "masked"):
         return 0
     return layer.query_size * knobs.default.compute_bytes + layer.num_attention_heads * FP32
 
@@ -178,7 +184,7 @@ def _segments_of(
             indices=tuple(sorted(indices)),
             checkpointed=checkpointed,
             input_bytes_per_token=layer.hidden_size * knobs.stream_bytes,
-            selected_bytes_per_token=_selected(layer, knobs) if setup.selective_checkpointing else 0,
+            selected_bytes_per_token=_selected(layer, knobs),
             replay=layer_replay(layer, knobs, checkpointed=checkpointed, input_requires_grad=input_grad),
             layer=layer,
             knobs=knobs,

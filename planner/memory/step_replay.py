@@ -8,10 +8,11 @@ those of allocation traces (tests/stack/traces).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.gpu_spec import GpuSpec
 from planner.memory.adapter import trainables
+from planner.memory.head import head_shape
 from planner.memory.head_replay import HeadReplay
 from planner.memory.loading_replay import loaded_allocator
 from planner.memory.optimizer_replay import OptimizerReplay
@@ -20,6 +21,7 @@ from planner.memory.refusals import attention_implementation
 from planner.memory.resident import mask_kinds
 from planner.memory.runtime import workspace_block_bytes
 from planner.memory.segments import Segment, segments
+from planner.memory.shape import embedding_scratch_bytes, micro_step
 from planner.memory.weights import DTYPE_BYTES
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
@@ -84,19 +86,19 @@ class StepReplay:
         self.setup, self.model = setup, model
         self.trained = trainables(setup, model)
         self.width = DTYPE_BYTES[setup.dtype]
-        self.tokens = setup.tokens_per_micro_step
-        self.scores = setup.per_device_train_batch_size * setup.max_length**2
-        self.stream = self.tokens * model.hidden_size * self.width
+        self.shape = micro_step(setup)
+        self.tokens, self.scores = self.shape.tokens, self.shape.scores
+        self.stream = self.tokens * model.hidden_size * self.shape.stream_bytes
         self.workspace_bytes = workspace_block_bytes(gpu)
         self.allocator, self.load_peak, self.load_reserved = loaded_allocator(setup, model, self.trained)
         self.attention = attention_implementation(setup, model)
         self.masks = mask_kinds(setup, model, padded=padded)
-        parts, _ = segments(setup, model, self.trained, attention=self.attention, padded=padded)
+        parts, final_norm = segments(setup, model, self.trained, attention=self.attention, padded=padded)
         self.layers = self._programs(parts)
         last = max(parts, key=lambda part: part.indices[-1])
-        self.norm = norm_program(last.layer, last.knobs)
+        self.norm = norm_program(last.layer, replace(last.knobs, stream_bytes=last.replay.output_bytes))
         self.norm_units = self.norm.units(self.tokens, self.scores)
-        self.head = HeadReplay(setup, model)
+        self.head = HeadReplay(head_shape(setup, model, final_norm.output_bytes))
         self.optimizer = OptimizerReplay(setup, model, self.trained)
         scaled = model.embedding_multiplier and not any("Scaled" in p.module_class for p in model.parameters)
         self.raw_embedding = bool(scaled and setup.uses_lora and setup.gradient_checkpointing)
@@ -201,7 +203,7 @@ class StepReplay:
             scaled = self._take(self.stream)
             allocator.free(held[0])
             held[0] = scaled
-        square = self.setup.max_length**2
+        square = self.shape.positions**2
         width = self.width if self.attention == "eager" else 1
         for _ in range(self.masks):
             causal = self._take(square)
@@ -212,7 +214,7 @@ class StepReplay:
         if first and not self.model.rotary_tables:
             self._take(self.workspace_bytes)
         layer = self.model.layers[0]
-        table = self.setup.max_length * (layer.rotary_dim or layer.head_dim)
+        table = self.shape.positions * (layer.rotary_dim or layer.head_dim)
         for _ in range(self.model.rotary_tables):
             # Angles, both halves of them, and cosine and sine in fp32, unscaled and scaled.
             wide = [self._take(table * FP32 // 2)]
@@ -225,7 +227,7 @@ class StepReplay:
                 turned, scaled = self._take(table * FP32), self._take(table * FP32)
                 allocator.free(turned)
                 wide.append(scaled)
-            held += [self._take(table * self.width) for _ in range(2)]
+            held += [self._take(table * self.shape.stream_bytes) for _ in range(2)]
             for block in wide:
                 allocator.free(block)
         return held
@@ -259,8 +261,11 @@ class StepReplay:
         """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
         if self.setup.method != "full":
             return
-        size = self.model.vocab_size * self.model.hidden_size * self.width
-        block = self._take(size)
+        vocab, hidden = self.model.vocab_size, self.model.hidden_size
+        block = self._take(vocab * hidden * self.width)
+        scratch = embedding_scratch_bytes(self.tokens, vocab, hidden)
+        if scratch:
+            self.allocator.free(self._take(scratch))
         if later or self.model.tied_embeddings:
             self.allocator.free(block)
         else:

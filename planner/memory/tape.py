@@ -135,6 +135,9 @@ class Tape:
         self._last_save = len(self._moments)
         return buffer
 
+    def select(self, *buffers: Buffer) -> None:
+        """Name what selective checkpointing keeps; planner/memory/program.py replays it."""
+
     def cast_weights(self, *sizes_bytes: float) -> tuple[Buffer, ...]:
         """Copies of weights in the compute dtype that autocast makes; kept for backward.
 
