@@ -22,16 +22,17 @@ class LayerReplay:
     """What one decoder layer does to live memory.
 
     `forward` are the moments of a forward pass that keeps nothing, `saved` what a forward pass keeps for
-    backward, `forward_saving` the moments of that pass (what it has kept so far included), `backward` the
-    moments of the backward pass with all that this layer holds (recomputed or kept), the incoming gradient
-    and gradients of its own weights included; `gradients` what it leaves of those. `keeps_input` says that
-    the layer's input itself is kept: as its checkpoint, or in `saved` for a linear layer that reads it.
-    `output_bytes` is the width of the output's elements.
+    backward, `shared` what of that more than one node saves, `forward_saving` the moments of that pass (what
+    it has kept so far included), `backward` the moments of the backward pass with all that this layer holds
+    (recomputed or kept), the incoming gradient and gradients of its own weights included; `gradients` what
+    it leaves of those. `keeps_input` says that the layer's input itself is kept: as its checkpoint, or in
+    `saved` for a linear layer that reads it. `output_bytes` is the width of the output's elements.
     """
 
     forward: tuple[Moment, ...]
     forward_saving: tuple[Moment, ...]
     saved: Moment
+    shared: Moment
     backward: tuple[Moment, ...]
     gradients: Moment
     output_bytes: int
@@ -53,11 +54,11 @@ def layer_replay(
     if checkpointed:
         tape.stop_after_last_save()
         tape.free(output.buffer, *early)
-        saved = NOTHING
+        saved = shared = NOTHING
         forward_saving: tuple[Moment, ...] = ()
     else:
         tape.free(output.buffer, hidden.buffer)
-        saved = tape.live
+        saved, shared = tape.live, tape.shared
         forward_saving = tape.moments()
         tape.forget_moments()
     output.grad = tape.tokens(layer.hidden_size * output.width)
@@ -67,6 +68,7 @@ def layer_replay(
         forward=_forward_moments(layer, _without_accumulation(knobs)),
         forward_saving=forward_saving,
         saved=saved,
+        shared=shared,
         backward=tape.moments(),
         gradients=tape.live,
         output_bytes=output.width,
@@ -140,6 +142,7 @@ def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
         forward=forward,
         forward_saving=forward,
         saved=saved,
+        shared=saved,
         backward=moments,
         gradients=tape.live,
         output_bytes=output.width,

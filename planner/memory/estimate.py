@@ -114,6 +114,7 @@ def _timeline(setup: TrainingSetup, model: ModelSpec, resident: Resident, *, pad
     counted = norm_saves_input(replace(last.knobs, stream_bytes=leaving))
     return StepTimeline(
         parts=parts,
+        offloads=setup.activation_offloading,
         raw_embedding=scaled and setup.uses_lora and setup.gradient_checkpointing,
         final_norm=final_norm,
         head=_head(setup, model, final_norm.output_bytes),

@@ -30,7 +30,7 @@ def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *
     wide = tape.tokens(size * FP32) if casts else hold(x.buffer)
     tape.free(tape.tokens(size * FP32))
     root = tape.tokens(groups * FP32)
-    saved_wide = tape.save(wide) if x.requires_grad else None
+    saved_wide = tape.save_twice(wide) if x.requires_grad else None
     saved_root = tape.save(root) if x.requires_grad else None
     tape.free(root)
     scaled = tape.tokens(size * FP32)

@@ -6,6 +6,7 @@ that logs. A program has no sizes of its own: bytes are linear in tokens and att
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,9 +30,9 @@ class Program:
     Blocks 0 (the input) and `incoming` (the output's gradient) are there when the pass that uses them starts.
     `output` is left by forward, `outgoing` (the input's gradient, null if nobody asks for it) and `gradients`
     (of trained weights) by backward. `casts` are left by forward until the whole forward pass ends. Whatever
-    else forward leaves is `kept` for backward, which frees it. With `checkpointed` backward recomputes, and
-    frees nothing of block 0; else one of the passes frees block 0 after its last use: `keeps_input` says
-    that it is backward.
+    else forward leaves is `kept` for backward, which frees it (`kept_once`: saved by one node alone). With
+    `checkpointed` backward recomputes, and frees nothing of block 0; else one of the passes frees block 0
+    after its last use: `keeps_input` says that it is backward.
     """
 
     blocks: tuple[Coefficients, ...]
@@ -45,6 +46,7 @@ class Program:
     gradients: tuple[int, ...]
     casts: tuple[int, ...]
     kept: tuple[int, ...]
+    kept_once: tuple[int, ...]
 
     def units(self, tokens: int, scores: int) -> list[int]:
         """Sizes of the blocks in the allocator's units."""
@@ -71,6 +73,7 @@ class LoggingTape(Tape):
         self.events: list[int] = []
         self.casts: list[int] = []
         self.selected: list[int] = []
+        self.save_counts: Counter[int] = Counter()
         self.last_save_event = 0
 
     def given(self) -> _Block:
@@ -109,6 +112,7 @@ class LoggingTape(Tape):
             return None
         buffer.holders += 1
         self.last_save_event = len(self.events)
+        self.save_counts[number(buffer)] += 1
         return buffer
 
     def select(self, *buffers: Buffer) -> None:
@@ -273,6 +277,7 @@ def _program(
         gradients=gradients,
         casts=casts,
         kept=tuple(sorted(left)),
+        kept_once=tuple(sorted(block for block in left if tape.save_counts[block] == 1)),
     )
 
 

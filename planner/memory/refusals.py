@@ -6,7 +6,6 @@ from planner.errors import FieldError, NotModelledError
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
-UNMODELLED_FLAGS = ("activation_offloading",)
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODELLED_EXPERTS = (None, "grouped_mm")
 
@@ -23,9 +22,6 @@ def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
         NotModelledError: a knob of the contract, by name.
         FieldError: more checkpointed layers than the model has.
     """
-    for name in UNMODELLED_FLAGS:
-        if getattr(setup, name):
-            raise NotModelledError(name, True)
     if setup.compile != "none":
         raise NotModelledError("compile", setup.compile)
     if setup.num_processes > 1 and setup.distributed != "ddp":

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from planner.gpu_spec import GpuSpec
+from planner.memory.activations import LayerReplay, at
 from planner.memory.adapter import trainables
+from planner.memory.allocator import CachingAllocator
 from planner.memory.head import head_shape
 from planner.memory.head_replay import HeadReplay
 from planner.memory.loading_replay import loaded_allocator
+from planner.memory.offload_replay import OffloadReplay
 from planner.memory.optimizer_replay import OptimizerReplay
 from planner.memory.program import Program, layer_program, norm_program
 from planner.memory.refusals import attention_implementation
@@ -102,7 +105,12 @@ class StepReplay:
         self.optimizer = OptimizerReplay(setup, model, self.trained)
         scaled = model.embedding_multiplier and not any("Scaled" in p.module_class for p in model.parameters)
         self.raw_embedding = bool(scaled and setup.uses_lora and setup.gradient_checkpointing)
+        self.offload = self._offload(final_norm) if setup.activation_offloading else None
         self.gradients: list[int] = []
+
+    def _offload(self, final_norm: LayerReplay) -> OffloadReplay:
+        saved = int(at(final_norm.saved, self.tokens, self.scores))
+        return OffloadReplay(self.allocator, input_bytes=self.stream, norm_bytes=saved)
 
     def _programs(self, parts: Sequence[Segment]) -> list[_Layer]:
         accumulates = self.setup.gradient_accumulation_steps > 1
@@ -137,26 +145,31 @@ class StepReplay:
             micro_steps = 1 if step == 0 and short else min(2, self.setup.gradient_accumulation_steps)
             allocator.reset_peak()
             inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
-            for micro_step in range(micro_steps):
-                self._micro_step(first=step == 0 and micro_step == 0, later=micro_step > 0)
+            for number in range(micro_steps):
+                self._micro_step(first=step == 0 and number == 0, later=number > 0)
             for block in inputs:
                 allocator.free(block)
             self.optimizer.step(allocator, first=step == 0)
             for block in self.gradients:
                 allocator.free(block)
             self.gradients = []
+            if self.offload is not None and step + 1 < steps:
+                # TRL empties the cache after every step (activation_offloading.py:602).
+                allocator.empty_cache()
+                self.offload.stream.empty_cache()
+        fetched = self.offload.stream if self.offload is not None else CachingAllocator()
         return ReplayedMemory(
             load_allocated_bytes=self.load_peak,
             load_reserved_bytes=self.load_reserved,
-            step_allocated_bytes=allocator.peak_allocated_bytes,
-            step_reserved_bytes=allocator.reserved_bytes,
+            step_allocated_bytes=allocator.peak_allocated_bytes + fetched.peak_allocated_bytes,
+            step_reserved_bytes=allocator.reserved_bytes + fetched.reserved_bytes,
         )
 
     def _take(self, size: float) -> int:
         return self.allocator.allocate(int(size))
 
     def _micro_step(self, *, first: bool, later: bool) -> None:
-        allocator = self.allocator
+        allocator, offload = self.allocator, self.offload
         held = self._before_layers(first=first)
         hidden = held[0]
         slots: list[list[int]] = []
@@ -174,17 +187,27 @@ class StepReplay:
             hidden = own[program.output]
             casts += [own[cast] for cast in program.casts]
             slots.append(own)
+            if offload is not None and (index or not program.checkpointed):
+                offload.keep([own[block] for block in offload.blocks_of(program)])
+        if offload is not None:
+            offload.end_forward()
         embeddings_free = not self.layers[0].first.keeps_input
         gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
         for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
             program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
             own[program.incoming] = gradient
-            run(program.backward, units, own)
+            fetches = offload is not None and (own is not slots[0] or not program.checkpointed)
+            backward = offload.fetch(program, units, own) if offload and fetches else program.backward
+            run(backward, units, own)
             self.gradients += [own[block] for block in program.gradients]
-            if program.checkpointed and own is not slots[0]:
+            if offload and fetches:
+                offload.release(program, own)
+            elif program.checkpointed and own is not slots[0]:
                 allocator.free(own[0])
             if program.outgoing is not None:
                 gradient = own[program.outgoing]
+        if offload is not None:
+            offload.end_backward()
         if self.layers[0].first.outgoing is not None:
             self._embedding_backward(gradient, later=later)
             allocator.free(gradient)

@@ -40,7 +40,7 @@ _COEFFICIENTS = 3 * len(CATEGORIES)
 class Buffer:
     """One allocation; freed when the last holder lets go."""
 
-    __slots__ = ("constant", "holders", "per_score", "per_token", "slot")
+    __slots__ = ("constant", "holders", "per_score", "per_token", "saves", "slot")
 
     def __init__(self, constant: float, per_token: float, per_score: float, slot: int) -> None:
         self.constant = constant
@@ -48,6 +48,7 @@ class Buffer:
         self.per_score = per_score
         self.slot = slot
         self.holders = 1
+        self.saves = 0
 
 
 class Value:
@@ -78,6 +79,7 @@ class Tape:
         self._moments: list[tuple[float, ...]] = []
         self._rising = False
         self._last_save = 0
+        self._shared: list[Buffer] = []
 
     def allocate(self, size: Size, category: int = ACTIVATIONS) -> Buffer:
         """Allocate a buffer."""
@@ -131,9 +133,19 @@ class Tape:
         if not self.saves:
             return None
         buffer.holders += 1
+        buffer.saves += 1
+        if buffer.saves == 2:
+            self._shared.append(buffer)
         self._note()
         self._last_save = len(self._moments)
         return buffer
+
+    def save_twice(self, buffer: Buffer) -> Buffer | None:
+        """Hold a buffer once for two nodes that save it: a square and a product, in a norm."""
+        saved = self.save(buffer)
+        if saved is not None:
+            self.free(self.save(buffer))
+        return saved
 
     def select(self, *buffers: Buffer) -> None:
         """Name what selective checkpointing keeps; planner/memory/program.py replays it."""
@@ -196,6 +208,16 @@ class Tape:
         self._moments = [tuple(self._live)]
         self._rising = False
         self._last_save = 0
+
+    @property
+    def shared(self) -> Moment:
+        """What more than one node has saved, by category."""
+        values = [0.0] * _COEFFICIENTS
+        for buffer in self._shared:
+            values[buffer.slot] += buffer.constant
+            values[buffer.slot + 1] += buffer.per_token
+            values[buffer.slot + 2] += buffer.per_score
+        return _moment(values)
 
     @property
     def live(self) -> Moment:

@@ -10,6 +10,9 @@ from planner.memory.head import HeadMemory
 from planner.memory.segments import Segment
 from planner.memory.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Moment
 
+OFFLOAD_STASH = 5
+"""Tensors that TRL's offloading keeps on the GPU until their copies are done (max_fwd_stash_size)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMoment:
@@ -61,9 +64,11 @@ class StepTimeline:
         embedding_scratch_bytes: int,
         tied: bool,
         raw_embedding: bool,
+        offloads: bool,
         shape: StepShape,
     ) -> None:
         self.parts = parts
+        self.offloads = offloads
         self.final_norm = final_norm
         self.head = head
         self.trained = trained
@@ -72,15 +77,11 @@ class StepTimeline:
         self.tied = tied
         self.shape = shape
         tokens, scores = shape.tokens, shape.scores
-        self._kept = [
-            (part.input_bytes_per_token + part.selected_bytes_per_token) * tokens
-            if part.checkpointed
-            else at(part.replay.saved, tokens, scores)
-            for part in parts
-        ]
+        self._kept = [self._kept_by(part) for part in parts]
         self._gradients = [
             0.0 if shape.accumulating else at(part.replay.gradients, tokens, scores) for part in parts
         ]
+        self._offloaded_input = max(part.input_bytes_per_token for part in parts) * tokens if offloads else 0
         # PEFT marks the embedding's output as a leaf that wants a gradient; scaling it makes a second tensor.
         self._raw_embedding = shape.hidden_bytes_per_token * tokens if raw_embedding else 0
         first = next(part for part in parts if part.indices[0] == 0)
@@ -138,11 +139,36 @@ class StepTimeline:
         """What forward keeps for backward, all layers together."""
         return self._kept_below(self._layers)
 
+    def _kept_by(self, part: Segment) -> float:
+        """What a layer leaves on the GPU for backward.
+
+        Offloading takes what one node alone has saved to the host (trl/models/activation_offloading.py).
+        """
+        shape = self.shape
+        if part.checkpointed:
+            kept = 0 if self.offloads else part.input_bytes_per_token
+            return (kept + part.selected_bytes_per_token) * shape.tokens
+        saved = part.replay.shared if self.offloads else part.replay.saved
+        return at(saved, shape.tokens, shape.scores)
+
+    def _fetched_before(self, index: int) -> int:
+        """What offloading has brought back for the step before a layer's backward, and not yet let go."""
+        if not self.offloads:
+            return 0
+        if index < self._layers - 1:
+            return self._offloaded_input
+        return int(at(self.final_norm.saved, self.shape.tokens, self.shape.scores))
+
+    def _stashed(self, index: int) -> int:
+        """Inputs of layers below that offloading still holds in forward, the embeddings beside them."""
+        return min(index, OFFLOAD_STASH - 1) * self._offloaded_input
+
     def _kept_below(self, index: int) -> int:
         layers = sum(
             kept * part.count_below(index) for kept, part in zip(self._kept, self.parts, strict=True)
         )
-        return int(layers) + self._raw_embedding
+        embeddings = self.shape.hidden_bytes_per_token * self.shape.tokens if self.offloads and index else 0
+        return int(layers) + self._raw_embedding + embeddings
 
     def working_bytes(self) -> int:
         """What the busiest layer allocates and frees while it is worked on, its saved tensors left out."""
@@ -172,15 +198,15 @@ class StepTimeline:
         moments = [
             StepMoment(
                 name=name,
-                kept_bytes=kept,
-                live_bytes=norm_saved,
+                kept_bytes=kept + stashed,
+                live_bytes=live,
                 workspace_bytes=0,
                 gradient_bytes=accumulated,
                 head_bytes=head_bytes,
             )
-            for name, head_bytes in (
-                ("output head, forward", self.head.forward_bytes),
-                ("output head, backward", self.head.backward_bytes),
+            for name, head_bytes, stashed, live in (
+                ("output head, forward", self.head.forward_bytes, self._stashed(self._layers), norm_saved),
+                ("output head, backward", self.head.backward_bytes, 0, 0 if self.offloads else norm_saved),
             )
         ]
         moments.append(
@@ -210,14 +236,15 @@ class StepTimeline:
             size, moment = peak(part.replay.backward, tokens, scores)
             own = part.input_bytes_per_token * tokens if part.checkpointed else 0
             for index in {part.indices[-1], part.indices[0]}:
+                held = own + (self._fetched_before(index) if part.checkpointed else 0)
                 moments.append(
-                    self._layer_moment(f"backward of decoder layer {index}", index, own, size, moment)
+                    self._layer_moment(f"backward of decoder layer {index}", index, held, size, moment)
                 )
             forward = part.replay.forward_saving or part.replay.forward
             size, moment = peak(forward, tokens, scores)
             index = part.indices[-1]
             name = f"forward of decoder layer {index}"
-            held = own + (self._embeddings_held if index else 0)
+            held = own + (self._embeddings_held if index else 0) + self._stashed(index)
             moments.append(self._layer_moment(name, index, held, size, moment, backward=False))
         return moments
 

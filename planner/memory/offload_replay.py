@@ -1,0 +1,74 @@
+"""Activation offloading in the allocator's replay: what leaves the GPU in forward, and comes back.
+
+TRL copies a saved tensor to the host, holds the last few until their copies are done, and brings each back
+into the pool of a stream of its own (trl/models/activation_offloading.py, OffloadActivations).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from planner.memory.allocator import CachingAllocator
+from planner.memory.program import Program
+from planner.memory.timeline import OFFLOAD_STASH
+
+FETCHED_AT_ONCE = 3
+"""Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
+
+
+class OffloadReplay:
+    """Which blocks of a setup's micro-steps are on the GPU; those that come back have their own allocator.
+
+    `input_bytes` is the size of a layer's input, `norm_bytes` of what the final norm saves. What was brought
+    back for a node is let go after the next one.
+    """
+
+    def __init__(self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int) -> None:
+        self.compute = allocator
+        self.stream = CachingAllocator()
+        self.input_bytes, self.norm_bytes = input_bytes, norm_bytes
+        self._previous: list[int] = []
+        self._stash: deque[int] = deque()
+
+    def keep(self, blocks: Sequence[int]) -> None:
+        """Blocks that forward leaves: the earliest beyond the stash are let go."""
+        self._stash.extend(blocks)
+        while len(self._stash) > OFFLOAD_STASH - 1:
+            self.compute.free(self._stash.popleft())
+
+    def end_forward(self) -> None:
+        """Let go of the stash: the output head's own tensors take their place in it."""
+        while self._stash:
+            self.compute.free(self._stash.popleft())
+        self._previous = [self.stream.allocate(self.norm_bytes)]
+
+    def end_backward(self) -> None:
+        """Let go of what came back last."""
+        for block in self._previous:
+            self.stream.free(block)
+        self._previous = []
+
+    def fetch(self, program: Program, units: Sequence[int], own: list[int]) -> tuple[int, ...]:
+        """Bring back what a layer's backward reads; returns its events without frees of those blocks."""
+        if program.checkpointed:
+            own[0] = self.stream.allocate(self.input_bytes)
+            return program.backward
+        # One after the other: what the node at work and the two before it read is there at a time.
+        largest = sorted(program.kept_once, key=lambda block: units[block])[-FETCHED_AT_ONCE:]
+        self.stream.run(largest, units, own)
+        self.end_backward()
+        self._previous = [own[block] for block in largest]
+        fetched = set(program.kept_once)
+        return tuple(event for event in program.backward if -1 - event not in fetched)
+
+    def release(self, program: Program, own: Sequence[int]) -> None:
+        """A layer is done: let go of what was brought back before it."""
+        if program.checkpointed:
+            self.end_backward()
+            self._previous = [own[0]]
+
+    @staticmethod
+    def blocks_of(program: Program) -> tuple[int, ...]:
+        """Blocks of a layer that leave the GPU: its checkpoint, or what one node alone has saved."""
+        return (0,) if program.checkpointed else program.kept_once
