@@ -16,18 +16,21 @@ from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.estimate import estimate_memory, reserve_terms
 from planner.memory.runtime import Coefficients, coefficients_for, managed_process_bytes
+from planner.memory.step_replay import replay_steps
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
 
 MIB = 2**20
 MARGIN_BYTES = 256 * MIB
 """Constant part of the interval: about two of the allocator's larger cached blocks in the records."""
-REPLAY_MARGIN_BYTES = 128 * MIB
-"""The same where the allocator is replayed: about one such block."""
+REPLAY_MARGIN_BYTES = 64 * MIB
+"""The same where the allocator is replayed: a few segments of 20 MiB."""
 MARGIN_SLACK = 0.02
 """Added to the worst held-out shortfall (a share of the terms): the next run is not among the records."""
-REPLAY_MARGIN_SLACK = 0.01
-"""The same for what is reserved beside the weights."""
+REPLAY_MARGIN_SLACK = 0.1
+"""The same where the allocator is replayed, in blocks of the largest size that a step asks for."""
+CAP_SHARE = 0.85
+"""Share of a memory cap below which a run never met it, so that its allocator gave no cached block back."""
 MIN_RECORDS = 3
 STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 Resolve = Callable[[str], ModelSpec]
@@ -98,7 +101,7 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
     coefficients = dataclasses.replace(
         _fit(samples, gpu, name),
         margin_fraction=round(max(shortfalls[False]) + MARGIN_SLACK, 4),
-        replay_margin_fraction=round(max(shortfalls[True]) + REPLAY_MARGIN_SLACK, 4),
+        replay_margin_blocks=round(max(shortfalls[True]) + REPLAY_MARGIN_SLACK, 4),
     )
     return Calibration(
         coefficients=coefficients,
@@ -114,8 +117,11 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
             continue
-        # Under a cap the allocator gives cached blocks back; a training run's data may not fill its length.
-        if record.memory_cap_bytes is not None or record.source != "calibrate":
+        # At its cap an allocator gives cached blocks back; a training run's data may not fill its length.
+        capped = record.memory_cap_bytes is not None
+        if capped and step.reserved_bytes > CAP_SHARE * (record.memory_cap_bytes or 0):
+            continue
+        if record.source != "calibrate":
             continue
         model = resolve(record.setup.model)
         try:
@@ -165,7 +171,7 @@ def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
         reserve_per_byte=tuple(slopes),
         margin_fraction=0.0,
         margin_bytes=MARGIN_BYTES,
-        replay_margin_fraction=0.0,
+        replay_margin_blocks=0.0,
         replay_margin_bytes=REPLAY_MARGIN_BYTES,
         record_ids=tuple(sorted(sample.record.id for sample in samples)),
         model_ids=tuple(sorted({sample.record.setup.model for sample in samples})),
@@ -229,7 +235,10 @@ def _residual(sample: _Sample, fitted: Coefficients, gpu: GpuSpec, *, replay: bo
         reserved_error=predicted.reserved_bytes / step.reserved_bytes - 1,
         process_error=None if own_process is None else predicted.process_bytes / own_process - 1,
     )
-    beside_weights = predicted.reserved_bytes - predicted.weights_bytes
-    constant = fitted.replay_margin_bytes if replay else fitted.margin_bytes
-    scale = beside_weights if replay else sum(sample.terms)
-    return residual, max(0.0, (measured - constant - predicted.process_bytes) / scale)
+    beyond_expected = measured - predicted.process_bytes
+    if replay:
+        steps = replay_steps(record.setup, sample.model, gpu=gpu, padded=record.padded)
+        shortfall = (beyond_expected - fitted.replay_margin_bytes) / steps.largest_block_bytes
+    else:
+        shortfall = (beyond_expected - fitted.margin_bytes) / sum(sample.terms)
+    return residual, max(0.0, shortfall)

@@ -28,6 +28,12 @@ class HeadReplay:
         self.weight_bytes = weight * shape.weight_bytes
         self.wide_weight_bytes = weight * FP32
 
+    @property
+    def largest_bytes(self) -> int:
+        """The largest block of both passes."""
+        weight = self.wide_weight_bytes if self.trained else 0
+        return max(self.tile_bytes, self.row_gradient_bytes, self.normed_bytes, weight, self.piece_bytes)
+
     def run(
         self,
         allocator: CachingAllocator,

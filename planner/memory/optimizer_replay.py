@@ -25,6 +25,12 @@ class OptimizerReplay:
         self.sizes = [tensor.size_bytes for tensor in tensors]
         self.states = [state_blocks(setup.optim, tensor) for tensor in tensors]
 
+    @property
+    def largest_bytes(self) -> int:
+        """The largest block that a step asks for and gives back."""
+        width = {"adafactor": FP32, "adamw_torch": self.element_bytes}.get(self.optim, 0)
+        return width * max(self.elements, default=0)
+
     def step(self, allocator: CachingAllocator, *, first: bool) -> None:
         """Replay one step."""
         if self.optim == "adafactor":

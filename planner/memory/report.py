@@ -33,7 +33,7 @@ def phases(
         step_allocated, step_reserved = replayed.step_allocated_bytes, replayed.step_reserved_bytes
         load, load_reserved = replayed.load_allocated_bytes, replayed.load_reserved_bytes
         load_margin = measured.replay_margin_bytes
-        margin = measured.replay_margin(step_reserved - resident.weights.allocated_bytes)
+        margin = measured.replay_margin(replayed.largest_block_bytes)
     evaluated = resident.allocated_bytes + evaluation.total_bytes
     rows = (
         (

@@ -25,10 +25,10 @@ aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
 CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
 CUBLAS_HANDLES = 2
 """The main thread's handle and the autograd thread's: 64 MiB appear in the first step on an H100."""
-UNKNOWN_REPLAY_MARGIN_FRACTION = 0.1
-UNKNOWN_REPLAY_MARGIN_BYTES = 256 * MIB
+UNKNOWN_REPLAY_MARGIN_BLOCKS = 1.5
+UNKNOWN_REPLAY_MARGIN_BYTES = 128 * MIB
 """Interval of a replay where a calibration file does not give one: the worst of the shipped records' held-out
-shortfalls is a tenth of what is reserved beside the weights."""
+shortfalls is one block of the largest size."""
 MANAGED_CHUNK_BYTES = 128 * MIB
 """The driver's figure grows by multiples of this with a paged optimizer's state (seen on an H100)."""
 
@@ -70,8 +70,8 @@ class Coefficients:
     memory (context, kernels, libraries). `workspace_bytes`: what cuBLAS holds in torch's allocator. Reserved
     memory above allocated is `reserve_constant_bytes` plus `reserve_per_byte` times the ReserveTerms. The
     interval's upper end is the expected figure plus `margin_fraction` of the terms' sum plus `margin_bytes`;
-    where the allocator is replayed, plus `replay_margin_fraction` of what is reserved beside the weights plus
-    `replay_margin_bytes`. Either covers every record when its model is left out of the fit.
+    where the allocator is replayed, plus `replay_margin_blocks` times the largest block that a step asks for
+    and `replay_margin_bytes`. Either covers every record when its model is left out of the fit.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Coefficients:
     model_ids: tuple[str, ...]
     gpu: str
     stack_versions: tuple[tuple[str, str], ...]
-    replay_margin_fraction: float = UNKNOWN_REPLAY_MARGIN_FRACTION
+    replay_margin_blocks: float = UNKNOWN_REPLAY_MARGIN_BLOCKS
     replay_margin_bytes: int = UNKNOWN_REPLAY_MARGIN_BYTES
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class Coefficients:
             validate.integer(field, getattr(self, field), minimum=0, maximum=2**40)
         if len(self.reserve_per_byte) != len(fields(ReserveTerms)):
             raise InputError(f"reserve_per_byte needs {len(fields(ReserveTerms))} numbers")
-        for value in (*self.reserve_per_byte, self.margin_fraction, self.replay_margin_fraction):
+        for value in (*self.reserve_per_byte, self.margin_fraction, self.replay_margin_blocks):
             validate.number("coefficient", value, minimum=0.0, maximum=10.0)
 
     def reserve_bytes(self, terms: ReserveTerms) -> int:
@@ -112,9 +112,9 @@ class Coefficients:
         """How far above the expected figure the interval ends."""
         return int(self.margin_fraction * terms.total_bytes) + self.margin_bytes
 
-    def replay_margin(self, beside_weights_bytes: int) -> int:
-        """The same where the allocator is replayed, of what it reserves beside the weights."""
-        return int(self.replay_margin_fraction * beside_weights_bytes) + self.replay_margin_bytes
+    def replay_margin(self, largest_block_bytes: int) -> int:
+        """The same where the allocator is replayed, from the largest block that a step asks for."""
+        return int(self.replay_margin_blocks * largest_block_bytes) + self.replay_margin_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

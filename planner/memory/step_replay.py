@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from planner.gpu_spec import GpuSpec
 from planner.memory.activations import LayerReplay, at
 from planner.memory.adapter import trainables
-from planner.memory.allocator import CachingAllocator
+from planner.memory.allocator import MIN_BLOCK, CachingAllocator
 from planner.memory.head import head_shape
 from planner.memory.head_replay import HeadReplay
 from planner.memory.loading_replay import loaded_allocator
@@ -43,13 +43,15 @@ FP32 = 4
 class ReplayedMemory:
     """What the allocator has handed out at most (unsplit tails included) and reserved, by phase, in bytes.
 
-    The step's are those of steady state.
+    The step's are those of steady state. `largest_block_bytes` is the largest block that a step asks for:
+    where blocks come to lie otherwise than replayed, one of that size more or less is reserved.
     """
 
     load_allocated_bytes: int
     load_reserved_bytes: int
     step_allocated_bytes: int
     step_reserved_bytes: int
+    largest_block_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +82,11 @@ def replay_steps(
             _KNOWN.clear()
         known = _KNOWN[key] = StepReplay(setup, model, gpu=gpu, padded=padded).run()
     return known
+
+
+def forget_replays() -> None:
+    """Forget remembered replays, so that the next one is made anew (benchmarks)."""
+    _KNOWN.clear()
 
 
 class StepReplay:
@@ -163,7 +170,13 @@ class StepReplay:
             load_reserved_bytes=self.load_reserved,
             step_allocated_bytes=allocator.peak_allocated_bytes + fetched.peak_allocated_bytes,
             step_reserved_bytes=allocator.reserved_bytes + fetched.reserved_bytes,
+            largest_block_bytes=self._largest_block_bytes(),
         )
+
+    def _largest_block_bytes(self) -> int:
+        lists = [self.norm_units, *(layer.first_units for layer in self.layers)]
+        units = max(max(sizes) for sizes in lists)
+        return max(units * MIN_BLOCK, self.head.largest_bytes, self.optimizer.largest_bytes)
 
     def _take(self, size: float) -> int:
         return self.allocator.allocate(int(size))

@@ -174,7 +174,7 @@ def test_the_interval_covers_every_held_out_record(replay: bool) -> None:
         assert step.reserved_bytes + beyond <= predicted.process_upper_bytes, record.id
     assert found.coefficients.margin_fraction > 0
     assert found.coefficients.margin_bytes == MARGIN_BYTES
-    assert found.coefficients.replay_margin_fraction > 0
+    assert found.coefficients.replay_margin_blocks > 0
     assert found.coefficients.replay_margin_bytes == REPLAY_MARGIN_BYTES
 
 
@@ -202,8 +202,8 @@ def test_what_cannot_calibrate_is_left_out_or_refused() -> None:
     odd = [
         dataclasses.replace(records[0], outcome="oom"),
         dataclasses.replace(records[1], phases=()),
-        dataclasses.replace(records[2], memory_cap_bytes=2**33),
-        dataclasses.replace(records[3], setup=records[3].setup.replace(packing=True)),
+        dataclasses.replace(records[2], memory_cap_bytes=2**30),
+        dataclasses.replace(records[3], setup=records[3].setup.replace(num_processes=2, distributed="ddp")),
         dataclasses.replace(records[4], environment=dataclasses.replace(records[4].environment, gpu_id="l4")),
     ]
     assert usable_records(odd, H100, load_shipped) == []
@@ -229,7 +229,7 @@ def test_coefficients_from_before_the_replay_get_a_wide_margin() -> None:
     older = {name: value for name, value in KNOWN.to_dict().items() if not name.startswith("replay_")}
     found = Coefficients.from_dict(json.loads(json.dumps(older)))
     assert found.replay_margin_bytes == UNKNOWN_REPLAY_MARGIN_BYTES
-    assert found.replay_margin(10 * MIB) == MIB + UNKNOWN_REPLAY_MARGIN_BYTES
+    assert found.replay_margin(10 * MIB) == 15 * MIB + UNKNOWN_REPLAY_MARGIN_BYTES
 
 
 def test_a_persons_own_calibration_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
