@@ -149,17 +149,8 @@ class StepReplay:
         short = self.setup.uses_lora
         steps = ADAPTER_STEPS if short else FULL_STEPS
         for step in range(steps):
-            micro_steps = 1 if step == 0 and short else min(2, self.setup.gradient_accumulation_steps)
             allocator.reset_peak()
-            inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
-            for number in range(micro_steps):
-                self._micro_step(first=step == 0 and number == 0, later=number > 0)
-            for block in inputs:
-                allocator.free(block)
-            self.optimizer.step(allocator, first=step == 0)
-            for block in self.gradients:
-                allocator.free(block)
-            self.gradients = []
+            self.optimizer_step(first=step == 0, short=short and step == 0)
             if self.offload is not None and step + 1 < steps:
                 # TRL empties the cache after every step (activation_offloading.py:602).
                 allocator.empty_cache()
@@ -172,6 +163,21 @@ class StepReplay:
             step_reserved_bytes=allocator.reserved_bytes + fetched.reserved_bytes,
             largest_block_bytes=self._largest_block_bytes(),
         )
+
+    def optimizer_step(self, *, first: bool, short: bool = False) -> None:
+        """Replay one optimizer step, the `first` being where cuBLAS and the optimizer take what they keep.
+
+        Two micro-steps stand for any number of them; a `short` step has one.
+        """
+        inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
+        for number in range(1 if short else min(2, self.setup.gradient_accumulation_steps)):
+            self._micro_step(first=first and number == 0, later=number > 0)
+        for block in inputs:
+            self.allocator.free(block)
+        self.optimizer.step(self.allocator, first=first)
+        for block in self.gradients:
+            self.allocator.free(block)
+        self.gradients = []
 
     def _largest_block_bytes(self) -> int:
         lists = [self.norm_units, *(layer.first_units for layer in self.layers)]
