@@ -1,11 +1,13 @@
 """Measure setups on this GPU with random weights of the published shapes: setup -> RunRecord.
 
 Several setups can share a process: `reset` frees what the stack keeps between runs and refuses to go on when
-anything is left. Run `python -m launcher.profiler` for one child process of `vramwise calibrate`.
+anything is left (that it gives the figures of a process alone: docs/memory-model.md). Run
+`python -m launcher.profiler` for one child process of `vramwise calibrate`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -49,6 +51,7 @@ class Profiler:
         self._device = torch.device("cuda", 0)
         self._context_bytes = self._driver_bytes() - torch.cuda.memory_reserved()
         self._runs = 0
+        self._patched = False
         self.environment = self._describe()
 
     def measure(self, profile: Profile) -> RunRecord:
@@ -64,10 +67,9 @@ class Profiler:
         if profile.memory_cap_bytes is not None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(profile.memory_cap_bytes / total)
-        # Later runs in a process find what earlier ones left outside torch's allocator: managed memory is
-        # never given back, so the driver's figure is a run's own only for the first.
-        isolated = self._runs == 0
-        run = MeasuredRun(profile, self._device, self._driver_bytes if isolated else None)
+        self._refuse_patched(profile)
+        self._context_bytes = self._driver_bytes() - torch.cuda.memory_reserved()
+        run = MeasuredRun(profile, self._device, self._driver_bytes)
         try:
             outcome = run.execute()
         finally:
@@ -78,15 +80,19 @@ class Profiler:
         return record
 
     def reset(self) -> None:
-        """Free what earlier runs left: cached blocks, cuBLAS workspaces, bitsandbytes' registry.
+        """Free what earlier runs left: cached blocks, cuBLAS workspaces, compiled code, offloaded tensors,
+        bitsandbytes' registry and its managed memory.
 
         Raises:
             NotCleanError: more than a rounding is still allocated.
         """
         import torch
 
+        torch._dynamo.reset()
+        self._drop_offloaded()
         gc.collect()
         self._forget_embeddings()
+        self._free_managed()
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         left = torch.cuda.memory_allocated()
@@ -102,6 +108,43 @@ class Profiler:
         manager.module_weight_config_triple = []
         manager.pid2config = {}
         manager.index2config = {}
+
+    @staticmethod
+    def _drop_offloaded() -> None:
+        """TRL's activation offloading holds the last step's tensors, and an engine callback holds it."""
+        from trl.models.activation_offloading import OffloadActivations
+
+        for found in gc.get_objects():
+            if type(found) is OffloadActivations:
+                for held in (found.tracker, found.fwd_stash, found.bwd_tensor_stash, found.bwd_ev_stash):
+                    held.clear()
+
+    @staticmethod
+    def _free_managed() -> None:
+        """bitsandbytes never frees the managed memory of paged optimizers: their tensors do not own it."""
+        from bitsandbytes.functional import GlobalPageManager
+
+        manager = GlobalPageManager.get_instance()
+        if not manager.paged_tensors:
+            return
+        driver = ctypes.CDLL("libcuda.so.1")
+        for tensor in manager.paged_tensors:
+            code = driver.cuMemFree_v2(ctypes.c_uint64(tensor.data_ptr()))
+            if code != 0:
+                raise NotCleanError(
+                    f"managed memory of an earlier run could not be freed (CUDA error {code})"
+                )
+        manager.paged_tensors = []
+
+    def _refuse_patched(self, profile: Profile) -> None:
+        """Liger patches whole modules of transformers: a run without it needs a process that never had it.
+
+        Raises:
+            NotCleanError: an earlier run in this process used Liger's kernels.
+        """
+        if self._patched and profile.setup.kernels == "none":
+            raise NotCleanError("an earlier run in this process has put Liger's kernels into transformers")
+        self._patched = self._patched or profile.setup.kernels == "liger"
 
     def _driver_bytes(self) -> int:
         used = next(gpu.used_bytes for gpu in local_gpus() if gpu.uuid == self._gpu.uuid)
