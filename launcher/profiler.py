@@ -118,6 +118,7 @@ class Profiler:
             if type(found) is OffloadActivations:
                 for held in (found.tracker, found.fwd_stash, found.bwd_tensor_stash, found.bwd_ev_stash):
                     held.clear()
+                found.curr_autograd_node = None
 
     @staticmethod
     def _free_managed() -> None:

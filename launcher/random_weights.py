@@ -43,6 +43,8 @@ def build_random_model(
         )
     if quantization_config is not None:
         _mark_as_quantized(model, quantization_config)
+    # A tied head is one tensor from the start, as when a checkpoint is loaded.
+    model.tie_weights()
     generator = torch.Generator(device=device).manual_seed(seed)
     filled: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
