@@ -7,6 +7,7 @@ integrations/sdpa_attention.py; allocation traces of real steps on an H100 (test
 from __future__ import annotations
 
 from planner.memory.attention import attention
+from planner.memory.compiled_layer import compiled_replay
 from planner.memory.elementwise import activation, add, again, hold, multiply, scale, split
 from planner.memory.experts import experts
 from planner.memory.layer_knobs import LayerKnobs
@@ -20,6 +21,8 @@ from planner.model_spec import LayerSpec
 def replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
     """Replay the forward pass; backward lies on the tape. The caller keeps its hold on `hidden`."""
     hidden.width = knobs.stream_bytes
+    if knobs.compiled:
+        return compiled_replay(tape, layer, knobs, hidden)
     residual = hidden
     normed = norm(tape, layer, knobs, hidden, layer.hidden_size) if layer.input_norms else again(hidden)
     attended = attention(tape, layer, knobs, normed)

@@ -17,7 +17,9 @@ class LayerKnobs:
     `attention` is the implementation that runs ("fused", "masked", "math" or "eager", see
     planner/memory/attention.py). `stream_bytes` is the width of the hidden states that enter the layer,
     `norm_bytes` that of the norms' weights. `liger` says that Liger's layer kernels run,
-    `selective` that checkpoints keep attention's outputs.
+    `selective` that checkpoints keep attention's outputs. `compiled` says that torch.compile compiles the
+    layer; it then `recomputes` what it lacks within its backward graph if it is checkpointed, and else keeps
+    what a `budget` (0 to 1) leaves it. With one `graph_tokens` are the tokens of a micro-step, else 0.
     """
 
     kinds: tuple[tuple[str, LinearKind], ...]
@@ -27,6 +29,10 @@ class LayerKnobs:
     norm_bytes: int
     liger: bool
     selective: bool
+    compiled: bool = False
+    recomputes: bool = False
+    budget: float | None = None
+    graph_tokens: int = 0
 
     def kind(self, name: str) -> LinearKind:
         """The kind of the linear layer of that module name."""

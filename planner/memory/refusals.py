@@ -23,7 +23,7 @@ def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
         FieldError: more checkpointed layers than the model has.
     """
     if setup.compile != "none":
-        raise NotModelledError("compile", setup.compile)
+        _refuse_compiled(setup, model)
     if setup.num_processes > 1 and setup.distributed != "ddp":
         raise NotModelledError("distributed", setup.distributed)
     if setup.num_processes > 1:
@@ -45,3 +45,24 @@ def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
             setup.checkpointed_layers,
             f"at most {model.num_hidden_layers}, the decoder layers",
         )
+
+
+def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
+    """Refuse what compiled layers have not been measured with, naming the knob beside compile."""
+    for name, measured in (
+        ("kernels", "none"),
+        ("use_dora", False),
+        ("activation_offloading", False),
+        ("prepare_for_kbit_training", False),
+    ):
+        if getattr(setup, name) != measured:
+            raise NotModelledError(f"compile=regional with {name}", getattr(setup, name))
+    if setup.dtype == "float32":
+        raise NotModelledError("compile=regional with dtype", setup.dtype)
+    attention = attention_implementation(setup, model)
+    if attention != "sdpa":
+        raise NotModelledError("compile=regional with attn_implementation", attention)
+    if any(layer.experts for layer in model.layers):
+        raise NotModelledError("compile=regional with experts of model", model.id)
+    if setup.activation_memory_budget not in (None, 1) and setup.lora_dropout:
+        raise NotModelledError("activation_memory_budget with lora_dropout", setup.lora_dropout)

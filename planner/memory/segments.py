@@ -19,6 +19,8 @@ from planner.training_setup import TrainingSetup
 class Segment:
     """Layers at `indices` (ascending), alike in kind and checkpointing.
 
+    A compiled layer is not `checkpointed` here: its graphs keep the input and recompute (`knobs.recomputes`).
+
     `selected_bytes_per_token` is what selective checkpointing keeps of each beside its input. `layer`,
     `knobs` and `input_requires_grad` are what their replay was made from.
     """
@@ -66,6 +68,9 @@ def segments(
         setup.prepare_for_kbit_training,
         setup.kernels,
         setup.selective_checkpointing,
+        setup.compile,
+        setup.activation_memory_budget,
+        _graph_tokens(setup),
         kernels,
         checkpointed,
         accumulating,
@@ -142,6 +147,9 @@ def _replay_all(
         liger=setup.kernels == "liger",
         # The policy knows torch's own kernels and flash-attn's, not flex attention's.
         selective=setup.selective_checkpointing and setup.attn_implementation != "flex_attention",
+        compiled=setup.compile == "regional",
+        budget=setup.activation_memory_budget,
+        graph_tokens=_graph_tokens(setup),
     )
     found = []
     later = first
@@ -157,6 +165,10 @@ def _replay_all(
                 break
     last = model.layers[-1]
     return tuple(found), final_norm_replay(last, replace(common, stream_bytes=later))
+
+
+def _graph_tokens(setup: TrainingSetup) -> int:
+    return 0 if setup.activation_memory_budget is None else setup.tokens_per_micro_step
 
 
 def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:
@@ -179,17 +191,24 @@ def _segments_of(
         (False, False): [i for i in layers if i >= limit and i == 0 and setup.uses_lora],
         (False, True): [i for i in layers if i >= limit and not (i == 0 and setup.uses_lora)],
     }
-    return [
-        Segment(
-            indices=tuple(sorted(indices)),
-            checkpointed=checkpointed,
-            input_bytes_per_token=layer.hidden_size * knobs.stream_bytes,
-            selected_bytes_per_token=_selected(layer, knobs),
-            replay=layer_replay(layer, knobs, checkpointed=checkpointed, input_requires_grad=input_grad),
-            layer=layer,
-            knobs=knobs,
-            input_requires_grad=input_grad,
+    found = []
+    for (checkpointed, input_grad), indices in groups.items():
+        if not indices:
+            continue
+        own = knobs
+        if knobs.compiled:
+            # A compiled layer contains its checkpoint: input and recomputation are its graphs'.
+            own, checkpointed = replace(knobs, recomputes=checkpointed), False
+        found.append(
+            Segment(
+                indices=tuple(sorted(indices)),
+                checkpointed=checkpointed,
+                input_bytes_per_token=layer.hidden_size * knobs.stream_bytes,
+                selected_bytes_per_token=_selected(layer, knobs) if checkpointed else 0,
+                replay=layer_replay(layer, own, checkpointed=checkpointed, input_requires_grad=input_grad),
+                layer=layer,
+                knobs=own,
+                input_requires_grad=input_grad,
+            )
         )
-        for (checkpointed, input_grad), indices in groups.items()
-        if indices
-    ]
+    return found

@@ -1,0 +1,113 @@
+"""Replay of one decoder layer that torch.compile has compiled: a forward graph and a backward graph.
+
+What forward keeps is planner/memory/compiled_kept.py's; backward first computes again what it lacks
+(planner/memory/compiled_backward.py). Order and sizes are those of allocation traces on an H100 with torch
+2.11 and inductor (tests/stack/traces, c_*).
+"""
+
+from __future__ import annotations
+
+from planner.memory.compiled_backward import backward, repeat
+from planner.memory.compiled_graph import Graph
+from planner.memory.compiled_kept import (
+    Part,
+    attention_inputs,
+    down_projection,
+    kept_names,
+    mlp_inputs,
+    output_projection,
+)
+from planner.memory.elementwise import hold
+from planner.memory.layer_knobs import LayerKnobs
+from planner.memory.tape import Tape, Value
+from planner.model_spec import LayerSpec
+
+
+def compiled_replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
+    """Replay the forward graph; backward lies on the tape. The caller keeps its hold on `hidden`."""
+    graph = Graph(tape, layer, knobs)
+    kept: frozenset[str] = frozenset()
+    if tape.saves:
+        kept = kept_names(layer, knobs, input_requires_grad=hidden.requires_grad)
+    graph.buffers["x"] = hold(hidden.buffer)
+    _attention(graph, kept)
+    _mlp(graph, kept)
+    result = Value(graph.take("out"), True, hidden.width)
+    graph.keep_only(kept)
+    if tape.saves:
+        tape.nodes.append(lambda: backward(graph, hidden, result))
+    return result
+
+
+def _read(graph: Graph, readers: tuple[Part, ...], source: str, kept: frozenset[str]) -> None:
+    """Linear layers that read one tensor, each with its adapter; then the tensor is let go."""
+    adapted = [part for part in readers if graph.kind(part).rank]
+    for part in adapted:
+        if graph.kind(part).dropout:
+            # The mask, unless this pass keeps none, and what dropout leaves.
+            if f"{part.name}_m" in kept:
+                graph.put(f"{part.name}_m")
+            graph.put(f"{part.name}_d")
+    for part in readers:
+        graph.product(part)
+        graph.adapter(part)
+        _let_go(graph, kept, f"{part.name}_d", f"{part.name}_r")
+    _let_go(graph, kept, source)
+
+
+def _let_go(graph: Graph, kept: frozenset[str], *names: str) -> None:
+    graph.drop(*(name for name in names if name not in kept))
+
+
+def _attention(graph: Graph, kept: frozenset[str]) -> None:
+    layer = graph.layer
+    if layer.input_norms:
+        graph.put("root1", "n1")
+        _let_go(graph, kept, "root1")
+    _read(graph, attention_inputs(layer), "n1", kept)
+    _rotate(graph, kept)
+    repeat(graph)
+    graph.put("ctx", "lse")
+    _let_go(graph, kept, "q_rot", "k_rot", "v", "qkv", "k_all", "v_all", "mask", "lse")
+    output = output_projection(layer)
+    if "ctx_copy" in kept:
+        graph.put("ctx_copy")
+    _read(graph, (output,), "ctx", kept)
+    _let_go(graph, kept, "o_l")
+    if layer.output_norms or "o" in kept:
+        graph.put("o_root", "mid")
+        _let_go(graph, kept, "o", "o_root")
+    else:
+        graph.rename("o", "mid")
+
+
+def _rotate(graph: Graph, kept: frozenset[str]) -> None:
+    """Norms of queries and keys, their rotation, and the sums with the adapters' outputs."""
+    layer = graph.layer
+    if layer.qk_norm != "none":
+        graph.put("q_root", "k_root")
+    graph.drop("v_l", "qkv_l")
+    graph.put("q_rot", "k_rot")
+    _let_go(graph, kept, "q", "k", "q_l", "k_l", "q_root", "k_root")
+
+
+def _mlp(graph: Graph, kept: frozenset[str]) -> None:
+    layer = graph.layer
+    if layer.input_norms:
+        graph.put("root2", "n2")
+        _let_go(graph, kept, "root2")
+    inputs, down = mlp_inputs(layer), down_projection(layer)
+    _read(graph, inputs, "n2", kept)
+    if inputs[0].name in kept or layer.fused_gate_up:
+        graph.put("product")
+    else:
+        graph.rename("gate", "product")
+    _let_go(graph, kept, *(f"{part.name}_l" for part in inputs), *(part.name for part in inputs))
+    _read(graph, (down,), "product", kept)
+    graph.drop("down_l")
+    if not layer.output_norms:
+        graph.rename("down", "out")
+    else:
+        graph.put("down_root")
+        graph.put("out", size=graph.sizes["x"])
+    _let_go(graph, kept, "mid")
