@@ -126,7 +126,7 @@ def _adapter(setup: TrainingSetup, model: ModelSpec) -> Trainables:
     # TRL casts adapters on a quantised base to bf16 (sft_trainer.py:908-911); PEFT holds them in fp32
     # otherwise (tuners_utils.py, cast_adapter_dtype), and so does the launcher when it trains in float16.
     width = 2 if setup.method == "qlora" and setup.dtype != "float16" else 4
-    tensors = []
+    tensors: list[TrainableTensor] = []
     for p in chosen:
         tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1, width)
         if setup.use_dora:
