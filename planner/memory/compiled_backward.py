@@ -142,21 +142,24 @@ def _mlp_backward(graph: Graph, *, recomputes: bool) -> None:
         # lora_A's gradient is done with the product; its input's gradient takes the room.
         graph.adapter_gradients(down)
         graph.rename("product", "through_adapter")
-    elif kind.rank:
+    elif kind.rank and recomputes:
         graph.put("through_adapter", size=graph.sizes["product"])
     graph.input_gradient(down, "product_g")
+    if kind.rank:
+        graph.put("through_adapter", size=graph.sizes["product"])
     graph.drop("down")
     if reads and not early:
         graph.put("product")
     if recomputes and layer.output_norms and not layer.input_norms:
         # OLMo 2's kernel writes one gradient over what it reads.
         graph.rename("up", "up_g")
-    for part in inputs:
-        graph.put(f"{part.name}_g", size=graph.sizes[part.name])
+    for part in reversed(inputs):
         if graph.kind(part).rank:
             graph.put(f"{part.name}_s", size=graph.sizes[part.name])
+        graph.put(f"{part.name}_g", size=graph.sizes[part.name])
     graph.drop(*(f"{part.name}{end}" for part in inputs for end in ("", "_l")))
-    graph.drop("product_g", "through_adapter")
+    graph.drop("through_adapter", "product_g")
+    graph.spare("out_g")
     graph.adapter_gradients(down)
     if not kind.trained:
         graph.drop("product", "down_m")
@@ -184,8 +187,8 @@ def _middle_backward(graph: Graph) -> None:
         graph.put("n2")
     graph.put("wide", size=layer.hidden_size * FP32)
     graph.put("mid_g", size=graph.sizes["x"])
-    graph.drop(*(f"{part.name}{end}" for part in mlp_inputs(layer) for end in ("_xa", "_x")))
-    graph.drop("wide", "mid", "root2", "o", "o_l", "o_root", "out_g", "down_root")
+    graph.spare(*(f"{part.name}{end}" for part in mlp_inputs(layer) for end in ("_xa", "_x")), "wide")
+    graph.drop("mid", "root2", "o", "o_l", "o_root", "out_g", "down_root")
     if not graph.knobs.default.trained:
         graph.drop("n2")
 

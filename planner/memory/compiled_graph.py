@@ -23,6 +23,7 @@ class Graph:
         self.sizes = kept_sizes(layer, knobs)
         self.buffers: dict[str, Buffer] = {}
         self._passing: list[Buffer] = []
+        self._spare: list[Buffer] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self.buffers
@@ -30,8 +31,15 @@ class Graph:
     def put(self, *names: str, size: float | None = None) -> None:
         """Allocate buffers of so many bytes a token (by default their own); not what is there already."""
         for name in names:
-            if name not in self.buffers:
-                self.buffers[name] = self.tape.tokens(self.sizes[name] if size is None else size)
+            if name in self.buffers:
+                continue
+            wanted = self.sizes[name] if size is None else size
+            fitting = [spare for spare in self._spare if spare.per_token == wanted]
+            if fitting:
+                self._spare.remove(fitting[-1])
+                self.buffers[name] = fitting[-1]
+            else:
+                self.buffers[name] = self.tape.tokens(wanted)
 
     def put_scores(self, name: str, per_score: float) -> None:
         """Allocate a buffer of so many bytes an attention score."""
@@ -44,6 +52,10 @@ class Graph:
     def drop(self, *names: str) -> None:
         """Free buffers; those that are not there are passed over."""
         self.tape.free(*(self.buffers.pop(name) for name in names if name in self.buffers))
+
+    def spare(self, *names: str) -> None:
+        """Leave buffers to later kernels that write as much; they are freed when the graph ends."""
+        self._spare += [self.buffers.pop(name) for name in names if name in self.buffers]
 
     def keep_only(self, names: frozenset[str]) -> None:
         """Free all but the named buffers."""
@@ -95,8 +107,8 @@ class Graph:
     def finish(self) -> None:
         """Let go of all that is left."""
         self.drop(*tuple(self.buffers))
-        self.tape.free(*self._passing)
-        self._passing = []
+        self.tape.free(*self._passing, *self._spare)
+        self._passing, self._spare = [], []
 
     def _gradient(self, kind: LinearKind, elements: int) -> None:
         size = Size(constant=elements * kind.adapter_bytes)

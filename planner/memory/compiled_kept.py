@@ -92,10 +92,15 @@ def _all_names(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool
         names.add("mid")
     if layer.input_norms:
         names.add("root2")
-    if input_requires_grad or not layer.input_norms:
+    if _reads_input(layer, input_requires_grad=input_requires_grad):
         names |= {"x", "root1"} if layer.input_norms else {"x"}
     names |= _adapter_inputs(layer, knobs, input_requires_grad=input_requires_grad)
     return frozenset(names)
+
+
+def _reads_input(layer: LayerSpec, *, input_requires_grad: bool) -> bool:
+    """Whether backward reads the layer's input: for the first norm, or for a sum that is not kept."""
+    return input_requires_grad or layer.output_norms or not layer.input_norms
 
 
 def _adapter_inputs(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool) -> set[str]:
@@ -114,7 +119,7 @@ def _adapter_inputs(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad:
         adapted = [part for part in readers if knobs.kind(part.module).rank]
         if not adapted:
             continue
-        wanted = source != "n1" or input_requires_grad
+        wanted = source != "n1" or _reads_input(layer, input_requires_grad=input_requires_grad)
         kind = knobs.kind(adapted[0].module)
         if kind.dropout:
             names |= {f"{part.name}_m" for part in adapted} if wanted else set()

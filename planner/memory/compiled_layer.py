@@ -73,12 +73,27 @@ def _attention(graph: Graph, kept: frozenset[str]) -> None:
     if "ctx_copy" in kept:
         graph.put("ctx_copy")
     _read(graph, (output,), "ctx", kept)
-    _let_go(graph, kept, "o_l")
-    if layer.output_norms or "o" in kept:
-        graph.put("o_root", "mid")
-        _let_go(graph, kept, "o", "o_root")
-    else:
+    _add_residual(graph, kept)
+
+
+def _add_residual(graph: Graph, kept: frozenset[str]) -> None:
+    """The sum after attention: written if it is kept, else added up by every kernel that reads it.
+
+    Beside a base layer in 16 bits lora_B's product adds to what is there.
+    """
+    layer = graph.layer
+    if layer.output_norms:
+        graph.drop("o_l")
+        graph.put("o_root")
+        _let_go(graph, kept, "o_root")
+        if layer.input_norms and "o" not in kept:
+            graph.rename("o", "mid")
+        elif not layer.input_norms:
+            graph.put("mid")
+            _let_go(graph, kept, "o")
+    elif "mid" in kept or not graph.kind(output_projection(layer)).quantized:
         graph.rename("o", "mid")
+        graph.drop("o_l")
 
 
 def _rotate(graph: Graph, kept: frozenset[str]) -> None:
@@ -110,4 +125,4 @@ def _mlp(graph: Graph, kept: frozenset[str]) -> None:
     else:
         graph.put("down_root")
         graph.put("out", size=graph.sizes["x"])
-    _let_go(graph, kept, "mid")
+    _let_go(graph, kept, "mid", "o", "o_l")
