@@ -115,8 +115,10 @@ def _gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
     kind = knobs.kind("down_proj")
     own = [layer.hidden_size * kind.adapter_compute_bytes] if kind.rank else []
     if kind.dora:
-        # The output was cast back from fp32, unless the base is quantised; then the product by alpha / rank.
-        own = [layer.hidden_size * FP32] * (1 if stream == FP32 else 2)
+        # The product by alpha / rank. Before it, unless the base is quantised: the cast back to fp32, and the
+        # base layer's part of that in its own dtype.
+        wide = layer.hidden_size * FP32
+        own = [wide] if stream == FP32 else [wide, width, wide]
     return [width, *([width] if layer.residual_multiplier else []), *own]
 
 

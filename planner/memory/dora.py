@@ -67,6 +67,8 @@ def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int
             cast = tape.tokens(outputs * wide)
             tape.free(grad)
             grad = cast
+        # The base layer's part of the gradient is cast at once where it is narrower.
+        to_output = tape.tokens(outputs * base.width) if result.width != wide else None
         to_product = tape.tokens(outputs * wide)
         to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
         tape.free(saved_up)
@@ -80,10 +82,15 @@ def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int
         also = None
         if second is not None:
             also = _second_backward(tape, kind, x, taken, second, inputs, outputs, to_base)
-            total = grad
+            if to_output is not None:
+                tape.free(grad)
+            total = to_output or grad
         else:
             total = tape.tokens(outputs * base.width)
             tape.free(to_base, grad)
+            if to_output is not None:
+                tape.free(total)
+                total = to_output
         adapter_backward(tape, kind, x, taken, inputs, outputs, up_grad, saved_input, saved_down, also=also)
         tape.free(*casts)
         if x.requires_grad:
