@@ -150,6 +150,11 @@ def _masked_attention(
     tape.select(result.buffer, statistics)
     saved = [tape.save(b) for b in (query.buffer, *repeated, additive, result.buffer, statistics)]
     tape.free(*repeated, additive, statistics)
+    if layer.rotary_concatenated:
+        # As without a mask: the output follows the queries' order (padded phi-4 among the records).
+        transposed = tape.tokens(whole)
+        tape.free(result.buffer)
+        result.buffer = transposed
 
     def backward() -> None:
         grad = tape.take_grad(result)

@@ -32,7 +32,8 @@ from planner.training_setup import TrainingSetup
 ADAPTER_STEPS = 2
 FULL_STEPS = 3
 """Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
-where all weights are trained, its gradients' holes settle in the third."""
+where all weights are trained, its gradients' holes settle in the third, and so do the blocks of whole layers
+where none is checkpointed."""
 MAX_KNOWN = 4096
 """Replays that are remembered."""
 INT64 = 8
@@ -147,7 +148,7 @@ class StepReplay:
         allocator = self.allocator
         # The first step's second micro-step would leave adapters' small gradients where they are.
         short = self.setup.uses_lora
-        steps = ADAPTER_STEPS if short else FULL_STEPS
+        steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
         for step in range(steps):
             allocator.reset_peak()
             self.optimizer_step(first=step == 0, short=short and step == 0)
