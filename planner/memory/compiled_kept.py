@@ -6,7 +6,7 @@ rotated, qkv fused), ctx and lse attention's output and log-sum-exp, mid the sum
 product and down of the MLP (gate_up fused), *root* a norm's inverse roots. A linear layer's adapter adds _r
 (its rank-wide product), _l (its output), _d (its input after dropout) and _m (the mask).
 
-Sources: allocation traces c_* (tests/stack/traces); docs/compilation.md.
+Sources: allocation traces (tests/stack/traces/compiled); docs/compilation.md.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _reads_input(layer: LayerSpec, *, input_requires_grad: bool) -> bool:
 def _adapter_inputs(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool) -> set[str]:
     """Inputs of adapters: what of them is kept, where they are not just read from another kept tensor.
 
-    An adapter in fp32 casts its input, and the product's own copy of it is kept. With dropout the masks are;
+    An adapter in fp32 casts its input, and the product's own copy of it is kept (n1 and n2 are copies where
+    there are no norms). With dropout the masks are;
     of adapters that read one tensor all but the first keep what dropout left as well.
     """
     names: set[str] = set()
@@ -198,7 +199,7 @@ def _items(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool) ->
     """Products of adapters, and of base layers that are not in 4 bits.
 
     down_proj's are asked for by an output norm alone, a fused qkv_proj's not in Phi-3's first layer (trace
-    c_phi3_b30).
+    phi3_b30).
     """
     width = knobs.default.compute_bytes
     found = []

@@ -2,7 +2,7 @@
 
 What forward keeps is planner/memory/compiled_kept.py's; backward first computes again what it lacks
 (planner/memory/compiled_backward.py). Order and sizes are those of allocation traces on an H100 with torch
-2.11 and inductor (tests/stack/traces, c_*).
+2.11 and inductor (tests/stack/traces/compiled).
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def _attention(graph: Graph, kept: frozenset[str]) -> None:
     if layer.input_norms:
         graph.put("root1", "n1")
         _let_go(graph, kept, "root1")
+    elif "n1" in kept:
+        graph.put("n1")
     _read(graph, attention_inputs(layer), "n1", kept)
     _rotate(graph, kept)
     repeat(graph)
@@ -111,6 +113,8 @@ def _mlp(graph: Graph, kept: frozenset[str]) -> None:
     if layer.input_norms:
         graph.put("root2", "n2")
         _let_go(graph, kept, "root2")
+    elif "n2" in kept:
+        graph.put("n2")
     inputs, down = mlp_inputs(layer), down_projection(layer)
     _read(graph, inputs, "n2", kept)
     if inputs[0].name in kept or layer.fused_gate_up:
@@ -120,9 +124,12 @@ def _mlp(graph: Graph, kept: frozenset[str]) -> None:
     _let_go(graph, kept, *(f"{part.name}_l" for part in inputs), *(part.name for part in inputs))
     _read(graph, (down,), "product", kept)
     graph.drop("down_l")
-    if not layer.output_norms:
-        graph.rename("down", "out")
-    else:
+    if layer.output_norms:
         graph.put("down_root")
+    # The output is written over what it is a sum of, if that is not kept.
+    over = [name for name in ("mid", "o", "down") if name in graph and name not in kept]
+    if over:
+        graph.rename(over[0], "out")
+    else:
         graph.put("out", size=graph.sizes["x"])
-    _let_go(graph, kept, "mid", "o", "o_l")
+    _let_go(graph, kept, "mid", "o", "o_l", "down")

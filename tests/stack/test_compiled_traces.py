@@ -1,0 +1,92 @@
+"""Compiled decoder layers against allocation traces of real training steps on an H100, and measured runs.
+
+The traces are of small models (torch 2.11, inductor): nock without checkpointing, ck with, ck2 two of four
+layers, sel selective, bNN with a budget of 0.NN, drop with dropout, l LoRA on 16 bits, f full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from planner.data_files import PROFILES
+from planner.memory import estimate_memory
+from planner.memory.allocator import MIB
+from planner.model_catalog import load_shipped
+from planner.records import RunRecord, read_records
+from tests.stack.test_replayed_traces import replay_of, requested
+from tests.stack.test_traces import TRACES, load, moments
+
+NAMES = sorted(f"compiled/{path.name.removesuffix('.json.gz')}" for path in TRACES.glob("compiled/*.json.gz"))
+WITH_TILES = [name for name in NAMES if not name.endswith(("_pad_ck", "_pack_ck"))]
+"""Of padded and packed batches the head sees fewer rows than the trace's setup says."""
+
+TOLERANCE = 0.0003
+"""Vectors of a few bytes a token and 8-byte seeds are left out."""
+LOOSE = {
+    # 2 MiB: copies of fp32 adapter weights that autocast makes.
+    "compiled/llama_l_ck": 0.003,
+    # 1 MiB: OLMo 2's rotary tables are in fp32.
+    "compiled/olmo2_ck": 0.004,
+    "compiled/olmo2_nock": 0.001,
+}
+REPLAY_TOLERANCE = 0.004
+"""Unsplit tails of cached blocks."""
+RUNS = tuple(
+    run
+    for run in read_records(PROFILES / "runs" / "compiled-h100-80gb.jsonl")
+    if run.setup.compile == "regional" and run.phase("step") is not None
+)
+
+
+def test_every_way_to_compile_has_a_trace() -> None:
+    assert len(NAMES) == 34
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peak_of_the_step(name: str) -> None:
+    trace = load(name)
+    tolerance = LOOSE.get(name, TOLERANCE)
+    assert trace.peak_bytes == pytest.approx(max(trace.live), rel=tolerance), trace.peak_moment
+
+
+@pytest.mark.parametrize("name", WITH_TILES)
+def test_what_forward_holds_and_keeps(name: str) -> None:
+    """The busiest moment of forward, and the head's first tile: there all that is kept lies beside it."""
+    trace = load(name)
+    tolerance = LOOSE.get(name, TOLERANCE)
+    tile = trace.tiles[0]
+    assert moments(trace, prefix="forward of") == pytest.approx(max(trace.live[:tile]), rel=tolerance)
+    measured = max(trace.live[tile : tile + 20])
+    assert moments(trace, prefix="output head, forward") == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replayed_step_comes_to_its_trace(name: str) -> None:
+    replay, events = replay_of(name)
+    replay.optimizer_step(first=True)
+    between = replay.allocator.allocated_bytes
+    traced = replay.allocator.copy()
+    for allocator in (traced, replay.allocator):
+        allocator.reset_peak()
+    replay.optimizer_step(first=False)
+    requested(traced, events)
+    peak = traced.peak_allocated_bytes - between
+    found = replay.allocator.peak_allocated_bytes - between
+    assert found == pytest.approx(peak, rel=REPLAY_TOLERANCE, abs=MIB)
+    # Kernels of one graph are reordered: a large block more or less is reserved.
+    block = replay._largest_block_bytes()
+    assert replay.allocator.reserved_bytes == pytest.approx(traced.reserved_bytes, abs=block + 2 * MIB)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[f"{run.setup.model}-{run.id}" for run in RUNS])
+def test_measured_runs(run: RunRecord) -> None:
+    """Whole models of up to 48 layers."""
+    step = run.phase("step")
+    assert step is not None
+    found = estimate_memory(run.setup, load_shipped(run.setup.model), padded=run.padded, replay=True)
+    counted = estimate_memory(run.setup, load_shipped(run.setup.model), padded=run.padded)
+    assert found.allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001)
+    assert counted.allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001)
+    assert found.reserved_bytes == pytest.approx(step.reserved_bytes, rel=0.03)
