@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.errors import FieldError, NotModelledError
+from planner.errors import FieldError, InputError, NotModelledError
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -48,7 +48,10 @@ def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
 
 
 def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
-    """Refuse what compiled layers have not been measured with, naming the knob beside compile."""
+    """Refuse what compiled layers have not been measured with, naming the knob beside compile.
+
+    A budget with dropout trains on wrong gradients, and is refused by the launcher as well.
+    """
     for name, measured in (
         ("kernels", "none"),
         ("use_dora", False),
@@ -64,5 +67,8 @@ def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
         raise NotModelledError("compile=regional with attn_implementation", attention)
     if any(layer.experts for layer in model.layers):
         raise NotModelledError("compile=regional with experts of model", model.id)
-    if setup.activation_memory_budget not in (None, 1) and setup.lora_dropout:
-        raise NotModelledError("activation_memory_budget with lora_dropout", setup.lora_dropout)
+    if setup.activation_memory_budget is not None and setup.lora_dropout:
+        raise InputError(
+            "activation_memory_budget needs lora_dropout 0: torch would draw other dropout masks for the "
+            "backward pass (docs/compilation.md)"
+        )
