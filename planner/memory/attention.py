@@ -104,10 +104,11 @@ def _fused_attention(
 ) -> Value:
     """Flash attention in torch's sdpa, without a mask: output and log-sum-exp are saved.
 
-    Backward takes a workspace of heads * (8 * head_dim + 4) bytes a token: fp32 queries' gradient plus, in
-    16 bits, keys' and values' gradients expanded to all heads, plus one fp32 sum a head.
+    Backward takes a workspace: the fp32 gradient of queries and one fp32 sum a head and, where query heads
+    share keys, the 16-bit gradients of keys and values expanded to all heads.
     """
     heads = layer.num_attention_heads
+    workspace = 2 * FP32 if layer.num_key_value_heads != heads else FP32
     context = tape.tokens(layer.query_size * width)
     statistics = tape.tokens(heads * FP32)
     tape.select(context, statistics)
@@ -124,7 +125,7 @@ def _fused_attention(
         grad = tape.take_grad(result)
         grads = [tape.tokens(layer.query_size * width)]
         grads += [tape.tokens(layer.key_value_size * width) for _ in range(2)]
-        tape.free(tape.tokens(heads * (8 * layer.head_dim + 4)))
+        tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
         tape.free(*saved, grad)
         for target, target_grad in zip((query, key, value), grads, strict=True):
             tape.add_grad(target, target_grad)
