@@ -133,7 +133,7 @@ def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
     hidden = Value(tape.tokens(counted), True, knobs.stream_bytes)
     output = norm(tape, layer, knobs, hidden, layer.hidden_size)
     tape.free(output.buffer, hidden.buffer)
-    saved = tape.live
+    saved, shared = tape.live, tape.shared
     forward = tape.moments()
     tape.forget_moments()
     output.grad = tape.tokens(layer.hidden_size * output.width)
@@ -144,7 +144,7 @@ def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
         forward=forward,
         forward_saving=forward,
         saved=saved,
-        shared=saved,
+        shared=shared,
         backward=moments,
         gradients=tape.live,
         output_bytes=output.width,

@@ -163,8 +163,12 @@ def _folded_weight(
     if kind.adapter_bytes != compute:
         kept_identity, identity = identity, tape.fixed(inputs * inputs * compute)
     through = tape.fixed(inputs * kind.rank * compute)
-    adapter = tape.fixed(inputs * outputs * compute)
     graph: tuple[Buffer | None, ...] = (identity, through)
+    if kept_identity is not None and not tape.saves:
+        # Without a graph autocast's copy goes as lora_A's product returns; the matrix itself stays.
+        tape.free(identity)
+        graph = (through,)
+    adapter = tape.fixed(inputs * outputs * compute)
     if not tape.saves:
         tape.free(*graph)
         graph = ()

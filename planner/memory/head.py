@@ -65,8 +65,13 @@ class HeadShape:
         return min(self.vocab_size, VOCABULARY_CHUNK) * self.hidden_size * self.compute_bytes
 
     @property
-    def cast_bytes(self) -> int:
-        """Both copies at their most: a piece is there until the next one is."""
+    def forward_cast_bytes(self) -> int:
+        """Both copies in forward, where a piece is let go before the next one (chunked_logprob.py:356)."""
+        return self.hidden_cast_bytes + self.piece_bytes
+
+    @property
+    def backward_cast_bytes(self) -> int:
+        """Both copies in backward: a variable holds a piece until the next one is there (:423)."""
         return self.hidden_cast_bytes + 2 * self.piece_bytes
 
     @property
@@ -99,12 +104,13 @@ def head_memory(shape: HeadShape, *, evaluating: bool) -> HeadMemory:
     normed = shape.tokens * shape.hidden_size * shape.hidden_bytes
     selected = shape.rows * shape.hidden_size * shape.hidden_bytes
     weight = shape.hidden_size * shape.vocab_size
-    forward = normed + selected + shape.tile_bytes + shape.cast_bytes + ROW_STATISTICS * shape.rows * FP32
+    statistics = ROW_STATISTICS * shape.rows * FP32
+    forward = normed + selected + shape.tile_bytes + shape.forward_cast_bytes + statistics
     if evaluating:
         return HeadMemory(forward_bytes=forward, backward_bytes=0, gradient_bytes=0)
     gradient = shape.rows * shape.hidden_size * FP32
     narrow = selected if shape.hidden_bytes != FP32 else 0
-    backward = selected + gradient + shape.tile_bytes + max(narrow, shape.cast_bytes)
+    backward = selected + gradient + shape.tile_bytes + max(narrow, shape.backward_cast_bytes)
     if shape.trained:
         backward += weight * FP32 + weight * shape.weight_bytes
     return HeadMemory(

@@ -57,7 +57,7 @@ class HeadReplay:
         tile = take(self.tile_bytes)
         if workspace_bytes:
             take(workspace_bytes)
-        self._casts(allocator)
+        self._casts(allocator, pieces=2)
         narrow = take(self.selected_bytes) if self.narrows else row_gradient
         gradients = []
         if wide is not None:
@@ -90,15 +90,15 @@ class HeadReplay:
         labels = take(self.rows * 2 * FP32)
         statistics = [take(self.rows * FP32) for _ in range(ROW_STATISTICS - 1)]
         tile = take(self.tile_bytes)
-        self._casts(allocator)
+        self._casts(allocator, pieces=1)
         kept = [selected, labels, take(self.rows * FP32), take(self.rows * FP32)]
         for block in (*statistics, tile):
             free(block)
         return kept
 
-    def _casts(self, allocator: CachingAllocator) -> None:
-        """Copies in the compute dtype: a tile's hidden states, and two pieces of the weight at a time."""
-        sizes = (self.hidden_cast_bytes, self.piece_bytes, self.piece_bytes)
+    def _casts(self, allocator: CachingAllocator, *, pieces: int) -> None:
+        """Copies in the compute dtype: a tile's hidden states, and so many pieces of the weight at a time."""
+        sizes = (self.hidden_cast_bytes, *[self.piece_bytes] * pieces)
         blocks = [allocator.allocate(size) for size in sizes if size]
         for block in blocks:
             allocator.free(block)

@@ -192,6 +192,8 @@ class StepTimeline:
         kept = self._kept_below(self._layers)
         accumulated = self._all_gradients if self.shape.accumulating else 0
         norm_saved = int(at(self.final_norm.saved, tokens, scores))
+        # Offloading still has what two of the norm's nodes have saved (traces llama_off, qwen3_off).
+        norm_left = int(at(self.final_norm.shared, tokens, scores)) if self.offloads else norm_saved
         norm_peak, _ = peak(self.final_norm.backward, tokens, scores)
         norm_forward, _ = peak(self.final_norm.forward, tokens, scores)
         stream = self.shape.leaving_bytes_per_token * tokens
@@ -206,7 +208,7 @@ class StepTimeline:
             )
             for name, head_bytes, stashed, live in (
                 ("output head, forward", self.head.forward_bytes, self._stashed(self._layers), norm_saved),
-                ("output head, backward", self.head.backward_bytes, 0, 0 if self.offloads else norm_saved),
+                ("output head, backward", self.head.backward_bytes, 0, norm_left),
             )
         ]
         moments.append(
@@ -245,6 +247,8 @@ class StepTimeline:
             index = part.indices[-1]
             name = f"forward of decoder layer {index}"
             held = own + (self._embeddings_held if index else 0) + self._stashed(index)
+            # Selective checkpointing has kept this layer's own by the time its MLP is at work.
+            held += part.selected_bytes_per_token * tokens
             moments.append(self._layer_moment(name, index, held, size, moment, backward=False))
         return moments
 

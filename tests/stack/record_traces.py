@@ -3,9 +3,10 @@
     python -m tests.stack.record_traces CASES.jsonl FOLDER
 
 A case is a JSON object: `name`, `config` (a transformers config as JSON), the keys of TrainingSetup but the
-model, `padded`. Each gives FOLDER/<name>.json.gz: {"about", "setup", "events"}, an event being the bytes of a
-block handed out, or -1-n where the n-th block was freed; and FOLDER/<name>.frames.json.gz, the Python frames
-that asked for each block, to read but not to keep. Liger's kernels patch whole modules of transformers, so
+model, `padded`. Each gives FOLDER/<name>.json.gz: {"about", "setup", "events", "peak", "head"}, an event being
+the bytes of a block handed out, or -1-n where the n-th block was freed, `peak` and `head` what
+tests/stack/attribution.py makes of the Python frames that asked for each block; and
+FOLDER/<name>.frames.json.gz, those frames, to read but not to keep. Liger's kernels patch whole modules of transformers, so
 their cases belong in a process of their own.
 """
 
@@ -24,12 +25,16 @@ import torch
 from transformers import AutoConfig, TrainerCallback
 
 from launcher import build
+from launcher.inspect_model import inspect_config
 from launcher.measured_run import _dataset, _quiet, _random_rows, _tokenizer
 from launcher.profile import Profile
 from launcher.profiler import Profiler
 from launcher.random_weights import build_random_model
 from launcher.run_folder import TrainingJob
+from planner.memory.weights import DTYPE_BYTES
 from planner.training_setup import TrainingSetup
+
+from .attribution import head_span, peak_of
 
 STEPS = 4
 MAX_EVENTS = 2_000_000
@@ -45,9 +50,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.cuda.synchronize()
         if state.global_step == STEPS - 1:
-            torch.cuda.memory._record_memory_history(
-                context="alloc", stacks="python", max_entries=MAX_EVENTS
-            )
+            torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=MAX_EVENTS)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.cuda.synchronize()
@@ -113,8 +116,29 @@ def record(case: dict[str, Any], folder: Path) -> None:
     about = f"allocations of one training step on {torch.cuda.get_device_name()} ({versions}), in order: "
     about += "a positive number is a block of that many bytes, -1-n frees the n-th block"
     kept = {**values, "config": config, "padded": padded}
-    _write(folder / f"{name}.json.gz", {"about": about, "setup": kept, "events": events})
+    content = {"about": about, "setup": kept, "events": events}
+    content |= attributed(setup, config, events, stacks, origins)
+    _write(folder / f"{name}.json.gz", content)
     _write(folder / f"{name}.frames.json.gz", {"stacks": stacks, "origins": origins})
+
+
+def attributed(
+    setup: TrainingSetup,
+    config: dict[str, Any],
+    events: list[int],
+    stacks: list[list[str]],
+    origins: list[int],
+) -> dict[str, Any]:
+    """Who holds what at the trace's peak, and where the head runs."""
+    weights = inspect_config(config, model_id=setup.model, hub_id=setup.model).parameters
+    peak = peak_of(
+        events,
+        stacks,
+        origins,
+        weight_elements=frozenset(parameter.elements for parameter in weights),
+        compute_bytes=DTYPE_BYTES[setup.dtype],
+    )
+    return {"peak": peak.to_dict(), "head": head_span(events, stacks, origins).to_dict()}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

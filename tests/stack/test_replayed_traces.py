@@ -18,6 +18,7 @@ from launcher.inspect_model import inspect_config
 from planner.memory.allocator import MIB, CachingAllocator
 from planner.memory.step_replay import StepReplay
 from planner.training_setup import TrainingSetup
+from tests.stack.attribution import live_bytes
 from tests.stack.test_traces import NAMES, TRACES
 
 PEAK_TOLERANCE = {
@@ -26,6 +27,21 @@ PEAK_TOLERANCE = {
     "olmo2_q": 0.002,
     "moe_q": 0.0015,
     "llama_f": 0.005,
+    "llama_f_liger": 0.005,
+    "llama_f_sel": 0.009,
+}
+OFFLOADING_TOLERANCE = {
+    # The most of either pool, which need not come together: what offloading fetches lies in the pool of a
+    # stream of its own. The counted peak (tests/stack/test_traces.py) is nearer.
+    "llama_off": 0.02,
+    "llama_off_acc": 0.003,
+    "llama_liger_off": 0.035,
+    "qwen3_off": 0.03,
+    "gemma3_off": 0.05,
+    "llama_f_off": 0.035,
+    # Nothing is checkpointed: three of a layer's largest tensors are fetched at a time, beside all that two
+    # nodes have saved, and four small layers have little else. The copies of so small tensors end sooner.
+    "llama_off_nock": 0.69,
 }
 RESERVED_TOLERANCE_BYTES = 2 * MIB
 """One segment of the small pool: vectors of a few bytes a token are left out."""
@@ -50,7 +66,7 @@ def requested(allocator: CachingAllocator, events: list[int]) -> None:
             allocator.free(addresses[-1 - event])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OFFLOADING_TOLERANCE])
 def test_a_step_comes_to_the_peak_and_reserve_of_its_trace(name: str) -> None:
     replay, events = replay_of(name)
     replay.optimizer_step(first=True)
@@ -66,3 +82,18 @@ def test_a_step_comes_to_the_peak_and_reserve_of_its_trace(name: str) -> None:
     assert replay.allocator.reserved_bytes == pytest.approx(
         traced.reserved_bytes, abs=RESERVED_TOLERANCE_BYTES
     )
+
+
+@pytest.mark.parametrize("name", OFFLOADING_TOLERANCE)
+def test_an_offloading_step_comes_to_no_less_than_its_trace(name: str) -> None:
+    """A trace does not say whose pool a block lies in, so reserved memory is not compared."""
+    replay, events = replay_of(name)
+    assert replay.offload is not None
+    replay.optimizer_step(first=True)
+    between = replay.allocator.allocated_bytes
+    for allocator in (replay.allocator, replay.offload.stream):
+        allocator.reset_peak()
+    replay.optimizer_step(first=False)
+    peak = replay.allocator.peak_allocated_bytes - between + replay.offload.stream.peak_allocated_bytes
+    error = peak / max(live_bytes(events)) - 1
+    assert 0 <= error <= OFFLOADING_TOLERANCE[name]
