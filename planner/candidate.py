@@ -11,6 +11,9 @@ from planner.model_spec import ModelSpec
 from planner.throughput import NoForecastError, StepEstimate, estimate_step
 from planner.training_setup import TrainingSetup
 
+TRITON_CAPABILITY = (7, 0)
+"""torch/_inductor: Triton is used from there on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
@@ -55,6 +58,11 @@ class Evaluator:
         self._known: dict[TrainingSetup, Candidate] = {}
         self._confirmed: dict[TrainingSetup, Candidate] = {}
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch's compiler has a backend for the card (Triton: compute capability 7.0 and up)."""
+        return self.gpu.compute_capability is not None and self.gpu.compute_capability >= TRITON_CAPABILITY
+
     def evaluate(self, setup: TrainingSetup) -> Candidate:
         """Estimate memory and speed of a setup, what the allocator reserves by its fit.
 
@@ -67,7 +75,7 @@ class Evaluator:
             found = self._known[setup] = Candidate(
                 setup=setup,
                 memory=self._memory(setup, replay=False),
-                speed=forecast(setup, self.model, self.gpu),
+                speed=forecast(setup, self.model, self.gpu, padded=self._padded(setup)),
             )
         return found
 
@@ -88,10 +96,18 @@ class Evaluator:
         return found
 
     def _memory(self, setup: TrainingSetup, *, replay: bool) -> MemoryBreakdown:
-        padded = self.padded and setup.per_device_train_batch_size > 1 and not setup.packing
+        padded = self._padded(setup)
         return estimate_memory(
-            self._as_batched(setup), self.model, gpu=self.gpu, padded=padded, replay=replay
+            self._as_batched(setup),
+            self.model,
+            gpu=self.gpu,
+            padded=padded,
+            replay=replay,
+            limit_bytes=self.usable_bytes,
         )
+
+    def _padded(self, setup: TrainingSetup) -> bool:
+        return self.padded and setup.per_device_train_batch_size > 1 and not setup.packing
 
     def _as_batched(self, setup: TrainingSetup) -> TrainingSetup:
         """The setup at the length of its longest batch."""
@@ -124,9 +140,11 @@ class Evaluator:
         return candidate.memory.peak_lower_bytes <= self.usable_bytes
 
 
-def forecast(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec) -> StepEstimate | None:
+def forecast(
+    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec, *, padded: bool = False
+) -> StepEstimate | None:
     """Speed of a setup, or None where the card's rates or a knob's time are unknown."""
     try:
-        return estimate_step(setup, model, gpu)
+        return estimate_step(setup, model, gpu, padded=padded)
     except NoForecastError:
         return None

@@ -17,7 +17,8 @@ from planner.model_catalog import Inspector, resolve_model
 from planner.model_spec import ModelSpec
 from planner.plan import Alternative, DataSummary, Duration, MethodFigures, Plan, PlannedModel, Schedule
 from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
-from planner.search import SearchResult, Tried, search
+from planner.search import TOKENS, SearchResult, Tried, search
+from planner.throughput import compile_seconds
 from planner.throughput.flops import attention_implementation
 from planner.training_setup import METHODS, TrainingSetup
 
@@ -136,7 +137,14 @@ def _choose(
     for length in policy_lengths(request, model, stats):
         base = request.setup(**chosen, max_length=length)
         effective = effective_batch_size(request, base.num_processes)
-        result = search(base, evaluator, effective_batch_size=effective, fixed=fixed, confirm=True)
+        result = search(
+            base,
+            evaluator,
+            effective_batch_size=effective,
+            fixed=fixed,
+            confirm=True,
+            tokens=TOKENS if stats is None else round(stats.total_tokens * _epochs(request)),
+        )
         if result.chosen is not None:
             return _Chosen(tried=result.chosen, result=result, fits=True, effective_batch_size=effective)
     assert result is not None
@@ -149,6 +157,10 @@ def _choose(
         fits=fits,
         effective_batch_size=effective,
     )
+
+
+def _epochs(request: PlanRequest) -> float:
+    return policy.EPOCHS if request.num_train_epochs is None else float(request.num_train_epochs)
 
 
 def _processes(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> int:
@@ -182,11 +194,11 @@ def _planned_model(model: ModelSpec, setup: TrainingSetup) -> PlannedModel:
 
 
 def _schedule(request: PlanRequest, setup: TrainingSetup, model: ModelSpec, effective: int) -> Schedule:
-    rate, epochs = request.learning_rate, request.num_train_epochs
+    rate = request.learning_rate
     return Schedule(
         effective_batch_size=effective,
         learning_rate=policy.learning_rate(setup.method, model) if rate is None else float(rate),
-        num_train_epochs=policy.EPOCHS if epochs is None else float(epochs),
+        num_train_epochs=_epochs(request),
         lr_scheduler_type=policy.LR_SCHEDULER_TYPE,
         warmup_ratio=policy.WARMUP_RATIO,
     )
@@ -229,15 +241,16 @@ def _duration(
         of, tokens = "the data", round(data.processed_tokens * schedule.num_train_epochs)
         per_epoch = -(-data.examples // schedule.effective_batch_size)
         steps = max(1, round(per_epoch * schedule.num_train_epochs))
-    hours = hours_for(tokens, best.speed.tokens_per_second)
+    compiling = compile_seconds(best.setup) / 3600
+    hours = hours_for(tokens, best.speed.tokens_per_second) + compiling
     cost = run_cost(hours, target.spec, gpu_count=best.setup.num_processes, usd_per_gpu_hour=price)
     return Duration(
         of=of,
         tokens=tokens,
         steps=steps,
         hours=hours,
-        hours_low=hours_for(tokens, best.speed.tokens_per_second_high),
-        hours_high=hours_for(tokens, best.speed.tokens_per_second_low),
+        hours_low=hours_for(tokens, best.speed.tokens_per_second_high) + compiling,
+        hours_high=hours_for(tokens, best.speed.tokens_per_second_low) + compiling,
         usd_per_gpu_hour=None if cost is None else cost.usd_per_gpu_hour,
         usd=None if cost is None else cost.usd,
     )

@@ -69,9 +69,16 @@ _KNOWN: dict[tuple[object, ...], ReplayedMemory] = {}
 
 
 def replay_steps(
-    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool
+    setup: TrainingSetup,
+    model: ModelSpec,
+    *,
+    gpu: GpuSpec | None,
+    padded: bool,
+    limit_bytes: int | None = None,
 ) -> ReplayedMemory:
     """Replay loading and as many optimizer steps as reach steady state.
+
+    With `limit_bytes` a replay ends after the first step that reserves more: the result says so much.
 
     Raises:
         InputError: target_modules that the model does not have.
@@ -81,7 +88,9 @@ def replay_steps(
     if known is None:
         if len(_KNOWN) >= MAX_KNOWN:
             _KNOWN.clear()
-        known = _KNOWN[key] = StepReplay(setup, model, gpu=gpu, padded=padded).run()
+        known = StepReplay(setup, model, gpu=gpu, padded=padded).run(limit_bytes)
+        if limit_bytes is None or known.step_reserved_bytes <= limit_bytes:
+            _KNOWN[key] = known
     return known
 
 
@@ -143,8 +152,10 @@ class StepReplay:
             found |= dict.fromkeys(part.indices, layer)
         return [found[index] for index in sorted(found)]
 
-    def run(self) -> ReplayedMemory:
-        """Replay optimizer steps, with as few micro-steps as have every kind of them in the last."""
+    def run(self, limit_bytes: int | None = None) -> ReplayedMemory:
+        """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
+        once more than the limit is reserved.
+        """
         allocator = self.allocator
         # The first step's second micro-step would leave adapters' small gradients where they are.
         short = self.setup.uses_lora
@@ -152,6 +163,8 @@ class StepReplay:
         for step in range(steps):
             allocator.reset_peak()
             self.optimizer_step(first=step == 0, short=short and step == 0)
+            if limit_bytes is not None and allocator.reserved_bytes > limit_bytes:
+                break
             if self.offload is not None and step + 1 < steps:
                 # TRL empties the cache after every step (activation_offloading.py:602).
                 allocator.empty_cache()

@@ -102,7 +102,12 @@ def matrix_flops(setup: TrainingSetup, model: ModelSpec) -> MatrixFlops:
 
 
 def checkpointed_share(setup: TrainingSetup, model: ModelSpec) -> float:
-    """Share of the decoder layers whose forward runs again in the backward."""
+    """Share of the decoder layers' forward that runs again in the backward.
+
+    An activation memory budget recomputes about as much of a compiled layer as it does not let it keep.
+    """
+    if setup.activation_memory_budget is not None:
+        return 1.0 - setup.activation_memory_budget
     if not setup.gradient_checkpointing:
         return 0.0
     if setup.checkpointed_layers is None:

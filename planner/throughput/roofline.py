@@ -1,31 +1,23 @@
-"""Step time from a GPU's published rates: a forecast for GPUs that nobody has calibrated."""
+"""Step time of a setup on a GPU, from rates that measured runs gave, beside what published rates allow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from planner.errors import InputError
+from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
-from planner.throughput.flops import MatrixFlops, linear_work, matrix_flops
-from planner.throughput.host import host_seconds, optimizer_host_seconds
-from planner.throughput.traffic import Traffic, traffic
+from planner.throughput.flops import matrix_flops
+from planner.throughput.rates import Rates, known_rates, overlapped, rates_for, scaled_rates
+from planner.throughput.traffic import traffic
+from planner.throughput.work import StepWork, step_work
 from planner.training_setup import TrainingSetup
 
-# A large matmul as measured comes to 0.61 (RTX A6000) to 1.13 (RTX 5090, above its listed boost) of the
-# published dense rate over the cards of profiles/gpus.toml with both; this stands in where none was measured.
-MATMUL_OF_PUBLISHED = 0.85
-# Layers' matmuls beside a large square one; fitted by eye to H100 and RTX 4090 runs (docs/throughput.md).
-LAYERS_OF_MATMUL = 0.9
-# Fused attention beside a large matmul: FlashAttention-2 reaches 0.5 to 0.7 of an A100's rate
-# (arXiv:2307.08691, section 4), less of an H100's.
-ATTENTION_OF_MATMUL = 0.5
-# Streaming kernels beside the published bandwidth.
-BANDWIDTH_OF_PUBLISHED = 0.8
 # bfloat16 without hardware for it: 9.85 against 88.9 TFLOPS in float16 on a V100S, 5.14 against 39.0 on an
 # RTX 2080 (https://github.com/fanghostt/transformers-benchmarks).
-EMULATED_BFLOAT16 = 1 / 8.3
-
+EMULATED_BFLOAT16 = 8.3
 # Interval of an uncalibrated forecast, as factors of it; the runs of docs/throughput.md lie within.
 LOW, HIGH = 0.65, 1.5
 
@@ -57,84 +49,86 @@ class StepEstimate:
     basis: str
 
 
-def estimate_step(setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec) -> StepEstimate:
-    """Forecast a training step's time on a GPU from published rates.
+def estimate_step(
+    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec, *, padded: bool = False
+) -> StepEstimate:
+    """Forecast a training step's time on a GPU.
 
-    Time is the larger of what the GPU needs (matmuls, attention, memory traffic, one after the other) and
-    what the host needs to launch it, plus the optimizer step once an accumulation.
+    Time is what the GPU needs (matmuls, attention, memory traffic, one after the other) or what the host
+    needs to launch it, whichever is more, plus the optimizer step once an accumulation. A GPU without rates
+    of its own gets those of a measured one, scaled by its published rates. `padded` says that batches mix
+    lengths, so that attention has a mask.
 
     Raises:
         NoForecastError: the GPU's rates are unknown, or the setup has a knob without a time model.
+        NotModelledError: a knob whose work is not counted.
     """
     _refuse_unmodelled(setup)
     peak, bandwidth = gpu.peak_matrix_flops_per_second, gpu.bandwidth_bytes_per_second
     if peak is None or bandwidth is None:
         raise NoForecastError(f"no throughput for {gpu.id}: its matrix rate or bandwidth is unknown")
-    flops, moved = matrix_flops(setup, model), traffic(setup, model)
-    work = linear_work(model, setup.target_modules)
-
-    compute = _compute_seconds(setup, flops, gpu)
-    memory = (moved.activations + moved.weights) / (bandwidth * BANDWIDTH_OF_PUBLISHED)
-    host = host_seconds(setup, model)
-    micro = max(compute + memory, host)
-    optimizer = max(
-        moved.optimizer / (bandwidth * BANDWIDTH_OF_PUBLISHED), optimizer_host_seconds(setup, work)
-    )
-    step = micro * setup.gradient_accumulation_steps + optimizer
-
+    rates, calibrated = _rates(gpu)
+    work = step_work(setup, model, padded=padded)
+    matrix, moved = rates.gpu_seconds(work)
+    if setup.dtype != "float16" and not gpu.supports_bfloat16:
+        matrix *= EMULATED_BFLOAT16
+    host = rates.host_seconds(work)
+    micro = overlapped(matrix + moved, host)
+    step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work)
     tokens = setup.tokens_per_micro_step * setup.num_processes
-    rate = tokens * setup.gradient_accumulation_steps / step
-    roofline = tokens / max(flops.total / peak, _certain_bytes(moved) / bandwidth)
+    flops = matrix_flops(setup, model)
+    roofline = tokens / max(flops.total / peak, traffic(setup, model).weights / bandwidth)
+    rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
+    low, high = (rates.low, rates.high) if calibrated else (LOW, HIGH)
     return StepEstimate(
         seconds_per_micro_step=micro,
         seconds_per_optimizer_step=step,
         tokens_per_second=rate,
-        tokens_per_second_low=rate * LOW,
-        tokens_per_second_high=min(rate * HIGH, roofline),
+        tokens_per_second_low=rate * low,
+        tokens_per_second_high=min(rate * high, roofline),
         matrix_flops=flops.total,
-        bytes_moved=moved.activations + moved.weights,
+        bytes_moved=_moved_bytes(work),
         roofline_tokens_per_second=roofline,
-        bound_by=_bound_by(compute, memory, host),
-        calibrated=False,
-        basis=_basis(gpu),
+        bound_by=_bound_by(matrix, moved, host),
+        calibrated=calibrated,
+        basis=_basis(gpu, rates, calibrated=calibrated),
     )
 
 
+@lru_cache(maxsize=256)
+def _rates(gpu: GpuSpec) -> tuple[Rates, bool]:
+    """Rates for a GPU, and whether they were measured on it."""
+    own = rates_for(gpu)
+    if own is not None:
+        return own, True
+    for rates in known_rates():
+        scaled = scaled_rates(gpu, gpu_catalog().get(rates.gpu), rates)
+        if scaled is not None:
+            return scaled, False
+    raise NoForecastError(f"no throughput for {gpu.id}: no measured rates to scale to it")
+
+
+def _moved_bytes(work: StepWork) -> float:
+    """Bytes written for later kernels to read, of one micro-step."""
+    return work.written_bytes + work.weight_bytes
+
+
 def _refuse_unmodelled(setup: TrainingSetup) -> None:
-    if setup.activation_offloading:
-        raise NoForecastError("no throughput with activation_offloading: its transfers are not modelled yet")
-    if setup.activation_memory_budget is not None:
-        raise NoForecastError(
-            "no throughput with activation_memory_budget: its recompute is not modelled yet"
-        )
     if setup.distributed == "fsdp":
         raise NoForecastError("no throughput with distributed=fsdp: its communication is not modelled yet")
     if setup.distributed is not None and not setup.uses_lora:
         raise NoForecastError("no throughput with full fine-tuning on several GPUs: not modelled yet")
 
 
-def _compute_seconds(setup: TrainingSetup, flops: MatrixFlops, gpu: GpuSpec) -> float:
-    measured = gpu.measured_matrix_flops_per_second
-    rate = measured if measured is not None else (gpu.matrix_flops_per_second or 0.0) * MATMUL_OF_PUBLISHED
-    if setup.dtype != "float16" and not gpu.supports_bfloat16:
-        rate *= EMULATED_BFLOAT16
-    matmuls = (flops.layers + flops.adapter + flops.head) / (rate * LAYERS_OF_MATMUL)
-    return matmuls + flops.attention / (rate * ATTENTION_OF_MATMUL)
-
-
-def _certain_bytes(moved: Traffic) -> float:
-    """Bytes that no cache can save: weights are larger than any GPU's cache, activations need not be."""
-    return moved.weights
-
-
-def _bound_by(compute: float, memory: float, host: float) -> str:
-    if host >= compute + memory:
+def _bound_by(matrix: float, moved: float, host: float) -> str:
+    if host >= matrix + moved:
         return "launches"
-    return "compute" if compute >= memory else "bandwidth"
+    return "compute" if matrix >= moved else "bandwidth"
 
 
-def _basis(gpu: GpuSpec) -> str:
-    rate = "a measured matmul rate" if gpu.measured_matrix_flops_per_second else "the published matrix rate"
-    return (
-        f"roofline of {gpu.id} ({rate} and bandwidth), efficiencies fitted by eye; not calibrated on this GPU"
-    )
+def _basis(gpu: GpuSpec, rates: Rates, *, calibrated: bool) -> str:
+    runs = len(rates.record_ids)
+    if calibrated:
+        return f"rates fitted to {runs} runs on {gpu.id}"
+    reference = known_rates()[0].gpu
+    return f"rates of {reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"

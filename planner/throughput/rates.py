@@ -1,0 +1,163 @@
+"""Rates: how fast one GPU and its host do each kind of work, fitted to measured runs.
+
+Shipped rates lie in profiles/calibration/throughput, a person's own in the user data folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from planner import validate
+from planner.data_files import PROFILES, user_data_dir
+from planner.errors import InputError
+from planner.gpu_spec import GpuSpec
+from planner.throughput.work import StepWork
+
+OVERLAP = 4.0
+"""Power of the mean that joins GPU and host time: above the larger of two equal ones by 2^(1/4), 19%."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Seconds for each unit of work on one GPU (`gpu`, its catalog id) and its host.
+
+    Of the GPU, a floating-point operation (`layer`, `head`, `adapter`, `attention`; `single` in fp32 without
+    tensor cores) and a byte (`written`: tensors that grow with the batch; `weight`: those that do not;
+    `offloaded`: to the host and back; `optimizer`: an optimizer step's). Of the host, a tensor made
+    (`launch`), a pass through a linear layer's own Python (`quantized`, `lora`, `full`, `compiled`), a
+    micro-step, and a trained tensor's update. `low` and `high` are factors on tokens a second between which
+    nine in ten runs of models lie that the fit had not seen. `record_ids` are the runs behind it.
+    """
+
+    gpu: str
+    layer_flop_seconds: float
+    attention_flop_seconds: float
+    head_flop_seconds: float
+    adapter_flop_seconds: float
+    single_flop_seconds: float
+    written_byte_seconds: float
+    weight_byte_seconds: float
+    offloaded_byte_seconds: float
+    optimizer_byte_seconds: float
+    launch_seconds: float
+    quantized_call_seconds: float
+    lora_call_seconds: float
+    full_call_seconds: float
+    compiled_call_seconds: float
+    micro_step_seconds: float
+    optimizer_tensor_seconds: float
+    low: float
+    high: float
+    record_ids: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        validate.text("rates gpu", self.gpu)
+        for field in fields(self):
+            if field.name.endswith("_seconds"):
+                validate.number(field.name, getattr(self, field.name), minimum=0.0, maximum=10.0)
+        validate.number("low", self.low, minimum=0.0, maximum=1.0)
+        validate.number("high", self.high, minimum=1.0, maximum=100.0)
+
+    def gpu_seconds(self, work: StepWork) -> tuple[float, float]:
+        """GPU time of a micro-step: matrix work, and memory traffic."""
+        matrix = work.layer_flops * self.layer_flop_seconds + work.head_flops * self.head_flop_seconds
+        if work.single:
+            matrix = (work.layer_flops + work.head_flops) * self.single_flop_seconds
+        matrix += work.attention_flops * self.attention_flop_seconds
+        matrix += work.adapter_flops * self.adapter_flop_seconds
+        traffic = work.written_bytes * self.written_byte_seconds
+        traffic += work.weight_bytes * self.weight_byte_seconds
+        return matrix, traffic + work.offloaded_bytes * self.offloaded_byte_seconds
+
+    def host_seconds(self, work: StepWork) -> float:
+        """Host time of a micro-step."""
+        # A compiled layer launches its kernels from generated code, which its calls' time includes.
+        launches = 0 if work.compiled_calls else work.launches
+        return (
+            launches * self.launch_seconds
+            + work.quantized_calls * self.quantized_call_seconds
+            + work.lora_calls * self.lora_call_seconds
+            + work.full_calls * self.full_call_seconds
+            + work.compiled_calls * self.compiled_call_seconds
+            + self.micro_step_seconds
+        )
+
+    def optimizer_seconds(self, work: StepWork) -> float:
+        """Time of an optimizer step."""
+        moved = work.optimizer_bytes * self.optimizer_byte_seconds
+        return moved + work.optimizer_tensors * self.optimizer_tensor_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Rates:
+        """Read the JSON form.
+
+        Raises:
+            InputError: the JSON is not a set of rates.
+        """
+        try:
+            return cls(**{**values, "record_ids": tuple(values["record_ids"])})
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"not throughput rates: {error}") from error
+
+
+def overlapped(gpu_seconds: float, host_seconds: float) -> float:
+    """Time of a micro-step: the larger of both, and more where they are alike and wait for each other."""
+    larger, smaller = max(gpu_seconds, host_seconds), min(gpu_seconds, host_seconds)
+    if not larger:
+        return 0.0
+    return float(larger * (1.0 + (smaller / larger) ** OVERLAP) ** (1.0 / OVERLAP))
+
+
+@lru_cache(maxsize=1)
+def known_rates() -> tuple[Rates, ...]:
+    """All rates on this machine, the user's own first.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    found = []
+    for folder in (user_data_dir(), PROFILES):
+        for path in sorted((folder / "calibration" / "throughput").glob("*.json")):
+            found.append(_read(path))
+    return tuple(found)
+
+
+def _read(path: Path) -> Rates:
+    try:
+        return Rates.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def rates_for(gpu: GpuSpec) -> Rates | None:
+    """The rates fitted on that GPU; None if there are none."""
+    return next((rates for rates in known_rates() if rates.gpu == gpu.id), None)
+
+
+def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None:
+    """Rates of a GPU that nobody has measured: the reference's efficiencies at this one's published rates.
+
+    Matrix work scales with the matrix rate, traffic with the bandwidth; the host is taken to be alike. None
+    where a published rate is unknown.
+    """
+    peaks = (gpu.matrix_flops_per_second, reference.matrix_flops_per_second)
+    bandwidths = (gpu.bandwidth_bytes_per_second, reference.bandwidth_bytes_per_second)
+    if None in peaks or None in bandwidths:
+        return None
+    slower = (peaks[1] or 0.0) / (peaks[0] or 1.0)
+    narrower = (bandwidths[1] or 0.0) / (bandwidths[0] or 1.0)
+    values = rates.to_dict() | {"gpu": gpu.id}
+    for name in values:
+        if name.endswith("_flop_seconds"):
+            values[name] *= slower
+        elif name in ("written_byte_seconds", "weight_byte_seconds", "optimizer_byte_seconds"):
+            values[name] *= narrower
+    return Rates.from_dict(values)
