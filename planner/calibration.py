@@ -1,7 +1,7 @@
 """Calibration: measured runs -> the coefficients of what cannot be counted, and what is left unexplained.
 
 Held-out residuals decide the interval: every record is predicted from a fit without its model, and the
-margin covers the worst of them.
+margin covers the worst of them (planner/margins.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
+from planner.margins import HeldOutThing, Shortfall, held_out_things, margin_share, outside_factor
 from planner.memory.breakdown import MemoryBreakdown
+from planner.memory.coverage import coverage_of, model_values, setup_values
 from planner.memory.estimate import estimate_memory, reserve_terms
 from planner.memory.runtime import Coefficients, coefficients_for, managed_process_bytes
 from planner.memory.step_replay import replay_steps
@@ -31,6 +33,10 @@ REPLAY_MARGIN_SLACK = 0.1
 """The same where the allocator is replayed, in blocks of the largest size that a step asks for."""
 CAP_SHARE = 0.85
 """Share of a memory cap below which a run never met it, so that its allocator gave no cached block back."""
+LEFT_OVER_BYTES = 2 * MIB
+"""What the driver's figure may move by while a model is loaded, beyond the allocator's segments."""
+ROUNDING = 5e-5
+"""Shares are kept to four digits, rounded up."""
 MIN_RECORDS = 3
 STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 Resolve = Callable[[str], ModelSpec]
@@ -40,7 +46,8 @@ Resolve = Callable[[str], ModelSpec]
 class Residual:
     """A record beside its prediction from a fit that has not seen its model, by one way of telling reserve.
 
-    Errors are predicted / measured - 1; `process_error` is null where the run shared its process.
+    Errors are predicted / measured - 1; `process_error` is null where the driver's figure is not the run's
+    own, or was not read.
     """
 
     record_id: str
@@ -54,12 +61,14 @@ class Residual:
 class Calibration:
     """Coefficients and the held-out residuals that their intervals rest on.
 
-    `residuals` are those of the allocator's replay, `fitted_residuals` those of the fitted reserve.
+    `residuals` are those of the allocator's replay, `fitted_residuals` those of the fitted reserve. `things`
+    are what the runs with one thing needed of the replay's interval learned without them.
     """
 
     coefficients: Coefficients
     residuals: tuple[Residual, ...]
     fitted_residuals: tuple[Residual, ...]
+    things: tuple[HeldOutThing, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +79,22 @@ class _Sample:
     reserve_bytes: int
     managed_bytes: int
     workspace_bytes: int
+    met_cap: bool
+
+
+def own_process_bytes(record: RunRecord) -> int | None:
+    """The driver's figure at the end of a step where it is the run's own; null where it is not, or not read.
+
+    It is where the run was the first in its process, or where the driver showed no more after loading than
+    reserved memory and what was there before the run began: runs before it have left nothing that goes later.
+    """
+    step, load = record.phase("step"), record.phase("load")
+    if step is None or step.process_bytes is None or record.isolated:
+        return None if step is None else step.process_bytes
+    if load is None or load.process_bytes is None:
+        return None
+    left = load.process_bytes - load.reserved_bytes - record.context_bytes
+    return step.process_bytes if abs(left) <= LEFT_OVER_BYTES else None
 
 
 def usable_records(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[RunRecord]:
@@ -89,7 +114,7 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
             f"{gpu.id}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
         )
     residuals: dict[bool, list[Residual]] = {True: [], False: []}
-    shortfalls: dict[bool, list[float]] = {True: [0.0], False: [0.0]}
+    shortfalls: dict[bool, list[Shortfall]] = {True: [], False: []}
     for held_out in sorted({sample.record.setup.model for sample in samples}):
         rest = [sample for sample in samples if sample.record.setup.model != held_out]
         fitted = _fit(rest if len(rest) >= MIN_RECORDS else samples, gpu, name)
@@ -98,15 +123,37 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
                 residual, shortfall = _residual(sample, fitted, gpu, replay=replay)
                 residuals[replay].append(residual)
                 shortfalls[replay].append(shortfall)
-    coefficients = dataclasses.replace(
-        _fit(samples, gpu, name),
-        margin_fraction=round(max(shortfalls[False]) + MARGIN_SLACK, 4),
-        replay_margin_blocks=round(max(shortfalls[True]) + REPLAY_MARGIN_SLACK, 4),
-    )
+    things = held_out_things(shortfalls[True], constant_bytes=REPLAY_MARGIN_BYTES, slack=REPLAY_MARGIN_SLACK)
     return Calibration(
-        coefficients=coefficients,
+        coefficients=_with_margins(_fit(samples, gpu, name), shortfalls, things),
         residuals=tuple(residuals[True]),
         fitted_residuals=tuple(residuals[False]),
+        things=things,
+    )
+
+
+def _with_margins(
+    fitted: Coefficients, shortfalls: dict[bool, list[Shortfall]], things: Sequence[HeldOutThing]
+) -> Coefficients:
+    """Coefficients with the intervals that held-out shortfalls ask for, with and without replay."""
+
+    def fraction(*, full: bool) -> float:
+        share = margin_share(shortfalls[False], full=full, constant_bytes=MARGIN_BYTES, slack=MARGIN_SLACK)
+        return round(share + ROUNDING, 4)
+
+    def blocks(*, full: bool) -> float:
+        share = margin_share(
+            shortfalls[True], full=full, constant_bytes=REPLAY_MARGIN_BYTES, slack=REPLAY_MARGIN_SLACK
+        )
+        return round(share + ROUNDING, 4)
+
+    return dataclasses.replace(
+        fitted,
+        margin_fraction=fraction(full=False),
+        full_margin_fraction=fraction(full=True),
+        replay_margin_blocks=blocks(full=False),
+        full_replay_margin_blocks=blocks(full=True),
+        outside_factor=round(outside_factor(things) + ROUNDING, 4),
     )
 
 
@@ -117,10 +164,7 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
             continue
-        # At its cap an allocator gives cached blocks back; a training run's data may not fill its length.
-        capped = record.memory_cap_bytes is not None
-        if capped and step.reserved_bytes > CAP_SHARE * (record.memory_cap_bytes or 0):
-            continue
+        # A training run's data may not fill its length.
         if record.source != "calibrate":
             continue
         model = resolve(record.setup.model)
@@ -140,6 +184,7 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
                 reserve_bytes=step.reserved_bytes - step.allocated_bytes,
                 managed_bytes=_managed(breakdown),
                 workspace_bytes=step.allocated_bytes - without_workspace.allocated_bytes,
+                met_cap=step.reserved_bytes > CAP_SHARE * (record.memory_cap_bytes or 2**60),
             )
         )
     return found
@@ -152,20 +197,24 @@ def _managed(breakdown: MemoryBreakdown) -> int:
 
 
 def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
-    constant, *slopes = _non_negative_fit(samples)
+    # At its cap an allocator gives cached blocks back.
+    uncapped = [sample for sample in samples if not sample.met_cap]
+    constant, *slopes = _non_negative_fit(uncapped or samples)
     contexts = [
-        step.process_bytes - step.reserved_bytes - managed_process_bytes(sample.managed_bytes)
+        (own - _reserved(sample) - managed_process_bytes(sample.managed_bytes), sample.record.isolated)
         for sample in samples
-        if sample.record.isolated
-        and (step := sample.record.phase("step")) is not None
-        and step.process_bytes is not None
+        if (own := own_process_bytes(sample.record)) is not None
     ]
     if not contexts:
         raise InputError(f"{gpu.id}: no run had a process of its own, so the context cannot be told")
+    context = int(statistics.median(beyond for beyond, _ in contexts))
+    spread = max((beyond - context for beyond, alone in contexts if alone), default=0)
     latest = max(samples, key=lambda sample: sample.record.created).record
     return Coefficients(
         name=name,
-        context_bytes=int(statistics.median(contexts)),
+        context_bytes=context,
+        context_spread_bytes=max(0, spread),
+        coverage=coverage_of((s.record.setup, s.model, s.record.padded) for s in samples),
         workspace_bytes=max(0, int(statistics.median(sample.workspace_bytes for sample in samples))),
         reserve_constant_bytes=int(constant),
         reserve_per_byte=tuple(slopes),
@@ -213,32 +262,40 @@ def _reserved(sample: _Sample) -> int:
     return step.reserved_bytes
 
 
-def _residual(sample: _Sample, fitted: Coefficients, gpu: GpuSpec, *, replay: bool) -> tuple[Residual, float]:
-    """Errors of a held-out record; what it needed beyond expected and the interval's constant part, as a
-    share of what the rest of the interval is a share of.
-    """
-    record = sample.record
+def _residual(
+    sample: _Sample, fitted: Coefficients, gpu: GpuSpec, *, replay: bool
+) -> tuple[Residual, Shortfall]:
+    """Errors of a held-out record, and what it needed beyond its expected figure."""
+    record, setup, model = sample.record, sample.record.setup, sample.model
     step = record.phase("step")
     if step is None:
         raise InputError(f"{record.id}: no step was measured")
     predicted = estimate_memory(
-        record.setup, sample.model, gpu=gpu, padded=record.padded, coefficients=fitted, replay=replay
+        setup, model, gpu=gpu, padded=record.padded, coefficients=fitted, replay=replay
     )
-    own_process = step.process_bytes if record.isolated else None
-    # In a shared process the driver's figure holds what earlier runs left; reserve and context tell instead.
+    own = own_process_bytes(record)
+    # Without a figure of the run's own, reserve and the expected context tell.
     beyond = predicted.process_bytes - predicted.reserved_bytes
-    measured = own_process if own_process is not None else step.reserved_bytes + beyond
+    measured = own if own is not None else step.reserved_bytes + beyond
     residual = Residual(
         record_id=record.id,
-        model=record.setup.model,
+        model=setup.model,
         allocated_error=predicted.allocated_bytes / step.allocated_bytes - 1,
         reserved_error=predicted.reserved_bytes / step.reserved_bytes - 1,
-        process_error=None if own_process is None else predicted.process_bytes / own_process - 1,
+        process_error=None if own is None else predicted.process_bytes / own - 1,
     )
-    beyond_expected = measured - predicted.process_bytes
+    scale = int(sum(sample.terms))
     if replay:
-        steps = replay_steps(record.setup, sample.model, gpu=gpu, padded=record.padded)
-        shortfall = (beyond_expected - fitted.replay_margin_bytes) / steps.largest_block_bytes
-    else:
-        shortfall = (beyond_expected - fitted.margin_bytes) / sum(sample.terms)
-    return residual, max(0.0, shortfall)
+        scale = replay_steps(setup, model, gpu=gpu, padded=record.padded).largest_block_bytes
+    return residual, Shortfall(
+        beyond_bytes=measured - predicted.process_bytes,
+        scale_bytes=scale,
+        full=setup.method == "full",
+        things=setup_values(setup, model, padded=record.padded) | model_values(model),
+        sizes=(
+            setup.max_length,
+            setup.tokens_per_micro_step,
+            setup.lora_r if setup.uses_lora else 0,
+            model.parameter_count,
+        ),
+    )

@@ -29,13 +29,15 @@ def estimate_memory(
     padded: bool = False,
     coefficients: Coefficients | None = None,
     replay: bool = False,
+    limit_bytes: int | None = None,
 ) -> MemoryBreakdown:
     """Estimate one GPU's memory.
 
     `padded` says whether batches mix lengths (a mask is then built); `gpu` decides cuBLAS workspaces and
     which measured coefficients apply, unless `coefficients` are given. With `replay` allocated and reserved
     bytes are those of torch's allocator after whole steps, replayed (tens of milliseconds); without it live
-    bytes are counted and what the allocator reserves beside them is fitted (a tenth of a millisecond).
+    bytes are counted and what the allocator reserves beside them is fitted (a tenth of a millisecond). A
+    replay ends early once more than `limit_bytes` are needed: what it then says is that it is too much.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
@@ -47,8 +49,13 @@ def estimate_memory(
     resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded)
     evaluation = timeline.forward_only(_head(setup, model, timeline.final_norm.output_bytes, evaluating=True))
     terms = _reserve_terms(resident, timeline)
-    replayed = replay_steps(setup, model, gpu=gpu, padded=padded) if replay else None
-    found = phases(measured, resident, step, evaluation, terms, replayed)
+    replayed = None
+    if replay:
+        limit = None if limit_bytes is None else limit_bytes - measured.context_bytes
+        replayed = replay_steps(setup, model, gpu=gpu, padded=padded, limit_bytes=limit)
+    distance = measured.distance(setup, model, gpu_name, padded=padded)
+    full = setup.method == "full"
+    found = phases(measured, resident, step, evaluation, terms, replayed, distance, full=full)
     step_phase = found[1]
     return MemoryBreakdown(
         weights_bytes=resident.weights.allocated_bytes,
@@ -58,7 +65,7 @@ def estimate_memory(
         process_upper_bytes=step_phase.process_upper_bytes,
         components=components(setup, measured, resident, step, step_phase, replayed=replay),
         phases=found,
-        basis=basis_of(measured, model, gpu_name, replayed=replay),
+        basis=basis_of(measured, model, gpu_name, distance, replayed=replay),
     )
 
 

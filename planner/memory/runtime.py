@@ -6,7 +6,7 @@ Coefficients lie in profiles/calibration (shipped) or the user's data folder; `v
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from planner.data_files import PROFILES, user_data_dir
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import FITTED, REPLAYED, Basis
+from planner.memory.coverage import Coverage
 from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
 
 MIB = 2**20
 CUBLAS_WORKSPACE_BYTES = 4096 * 2 * 1024 + 16 * 8 * 1024
@@ -29,6 +31,9 @@ UNKNOWN_REPLAY_MARGIN_BLOCKS = 1.5
 UNKNOWN_REPLAY_MARGIN_BYTES = 128 * MIB
 """Interval of a replay where a calibration file does not give one: the worst of the shipped records' held-out
 shortfalls is one block of the largest size."""
+UNKNOWN_OUTSIDE_FACTOR = 2.0
+"""How much the interval widens for something outside the records where a calibration file does not say: held
+out, the shipped records that had something the others had not needed up to 1.9 of the others' interval."""
 MANAGED_CHUNK_BYTES = 128 * MIB
 """The driver's figure grows by multiples of this with a paged optimizer's state (seen on an H100)."""
 
@@ -63,6 +68,21 @@ class ReserveTerms:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Distance:
+    """How far a setup lies from what was measured: what no run had, the factor by which the interval is wider
+    for it, and bytes that another GPU than the measured one adds to it.
+    """
+
+    outside: tuple[str, ...]
+    factor: float
+    extra_bytes: int
+
+    def widened(self, margin_bytes: int) -> int:
+        """An interval's width with the distance in it."""
+        return int(self.factor * margin_bytes) + self.extra_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Coefficients:
     """Measured terms of one environment.
 
@@ -71,7 +91,10 @@ class Coefficients:
     memory above allocated is `reserve_constant_bytes` plus `reserve_per_byte` times the ReserveTerms. The
     interval's upper end is the expected figure plus `margin_fraction` of the terms' sum plus `margin_bytes`;
     where the allocator is replayed, plus `replay_margin_blocks` times the largest block that a step asks for
-    and `replay_margin_bytes`. Either covers every record when its model is left out of the fit.
+    and `replay_margin_bytes`. Either covers every record when its model is left out of the fit. Full
+    fine-tuning has shares of its own (`full_`; null: the same). Everything outside `coverage` (null: unknown)
+    adds `outside_factor` - 1 of that margin; another GPU than `gpu` adds `context_spread_bytes`: how far
+    above `context_bytes` a run in a process of its own came.
     """
 
     name: str
@@ -87,6 +110,11 @@ class Coefficients:
     stack_versions: tuple[tuple[str, str], ...]
     replay_margin_blocks: float = UNKNOWN_REPLAY_MARGIN_BLOCKS
     replay_margin_bytes: int = UNKNOWN_REPLAY_MARGIN_BYTES
+    full_margin_fraction: float | None = None
+    full_replay_margin_blocks: float | None = None
+    outside_factor: float = UNKNOWN_OUTSIDE_FACTOR
+    context_spread_bytes: int = UNKNOWN_REPLAY_MARGIN_BYTES
+    coverage: Coverage | None = None
 
     def __post_init__(self) -> None:
         validate.text("coefficients name", self.name)
@@ -96,11 +124,14 @@ class Coefficients:
             "reserve_constant_bytes",
             "margin_bytes",
             "replay_margin_bytes",
+            "context_spread_bytes",
         ):
             validate.integer(field, getattr(self, field), minimum=0, maximum=2**40)
         if len(self.reserve_per_byte) != len(fields(ReserveTerms)):
             raise InputError(f"reserve_per_byte needs {len(fields(ReserveTerms))} numbers")
-        for value in (*self.reserve_per_byte, self.margin_fraction, self.replay_margin_blocks):
+        full = [x for x in (self.full_margin_fraction, self.full_replay_margin_blocks) if x is not None]
+        shares = (self.margin_fraction, self.replay_margin_blocks, self.outside_factor)
+        for value in (*self.reserve_per_byte, *shares, *full):
             validate.number("coefficient", value, minimum=0.0, maximum=10.0)
 
     def reserve_bytes(self, terms: ReserveTerms) -> int:
@@ -108,25 +139,45 @@ class Coefficients:
         reserve = sum(rate * size for rate, size in zip(self.reserve_per_byte, terms.as_tuple(), strict=True))
         return self.reserve_constant_bytes + int(reserve)
 
-    def margin(self, terms: ReserveTerms) -> int:
-        """How far above the expected figure the interval ends."""
-        return int(self.margin_fraction * terms.total_bytes) + self.margin_bytes
+    def margin(self, terms: ReserveTerms, *, full: bool = False) -> int:
+        """How far above the expected figure the interval ends, `full` for full fine-tuning."""
+        share = self.full_margin_fraction if full else None
+        return int((self.margin_fraction if share is None else share) * terms.total_bytes) + self.margin_bytes
 
-    def replay_margin(self, largest_block_bytes: int) -> int:
+    def replay_margin(self, largest_block_bytes: int, *, full: bool = False) -> int:
         """The same where the allocator is replayed, from the largest block that a step asks for."""
-        return int(self.replay_margin_blocks * largest_block_bytes) + self.replay_margin_bytes
+        blocks = self.full_replay_margin_blocks if full else None
+        blocks = self.replay_margin_blocks if blocks is None else blocks
+        return int(blocks * largest_block_bytes) + self.replay_margin_bytes
+
+    def distance(
+        self, setup: TrainingSetup, model: ModelSpec, gpu_name: str | None, *, padded: bool
+    ) -> Distance:
+        """How far a setup lies from what was measured."""
+        if self.coverage is None:
+            outside: tuple[str, ...] = ("the calibration does not say what its records cover",)
+        else:
+            outside = self.coverage.outside(setup, model, padded=padded)
+        return Distance(
+            outside=outside,
+            factor=1.0 + len(outside) * max(0.0, self.outside_factor - 1.0),
+            extra_bytes=0 if gpu_name == self.gpu else self.context_spread_bytes,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return asdict(self)
+        covered = None if self.coverage is None else self.coverage.to_dict()
+        return {**asdict(replace(self, coverage=None)), "coverage": covered}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Coefficients:
-        """Read the JSON form; files written before the allocator was replayed get a wide replay margin.
+        """Read the JSON form; files written before the allocator was replayed get a wide replay margin, those
+        that do not say what they cover are taken to cover nothing.
 
         Raises:
             InputError: the JSON is not a set of coefficients.
         """
+        covered = values.get("coverage") if isinstance(values, dict) else None
         try:
             return cls(
                 **{
@@ -135,6 +186,7 @@ class Coefficients:
                     "record_ids": tuple(values["record_ids"]),
                     "model_ids": tuple(values["model_ids"]),
                     "stack_versions": tuple((k, v) for k, v in values["stack_versions"]),
+                    "coverage": None if covered is None else Coverage.from_dict(covered),
                 }
             )
         except (TypeError, KeyError, ValueError) as error:
@@ -187,20 +239,31 @@ def workspace_block_bytes(gpu: GpuSpec | None) -> int:
     return CUBLAS_WORKSPACE_BYTES if before_hopper else CUBLAS_WORKSPACE_HOPPER_BYTES
 
 
-def basis_of(coefficients: Coefficients, model: ModelSpec, gpu_name: str | None, *, replayed: bool) -> Basis:
-    """What an estimate rests on."""
+def basis_of(
+    coefficients: Coefficients,
+    model: ModelSpec,
+    gpu_name: str | None,
+    distance: Distance,
+    *,
+    replayed: bool,
+) -> Basis:
+    """What an estimate rests on.
+
+    A model that no run had does not widen the interval: the ordinary one is learned from models held out.
+    """
     notes = []
     if gpu_name != coefficients.gpu:
         what = "context" if replayed else "context and reserve"
         notes.append(f"{what} measured on {coefficients.gpu}, not on this GPU")
-    measured = model.id in coefficients.model_ids
-    if not measured:
+    if model.id not in coefficients.model_ids:
         notes.append("no run of this model among the records")
+    if distance.outside:
+        notes += [*distance.outside, f"interval {distance.factor:.1f} times as wide for it"]
     return Basis(
         coefficients=coefficients.name,
         record_count=len(coefficients.record_ids),
         stack_versions=coefficients.stack_versions,
         reserve=REPLAYED if replayed else FITTED,
-        measured=measured and gpu_name == coefficients.gpu,
+        measured=not notes,
         notes=tuple(notes),
     )
