@@ -143,12 +143,15 @@ def rates_for(gpu: GpuSpec) -> Rates | None:
 
 
 def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None:
-    """Rates of a GPU that nobody has measured: the reference's efficiencies at this one's published rates.
+    """Rates of a GPU whose training nobody has measured: the reference's efficiencies at this one's rates.
 
-    Matrix work scales with the matrix rate, traffic with the bandwidth; the host is taken to be alike. None
-    where a published rate is unknown.
+    Matrix work scales with the rate of a large matmul where that was measured on both (0.61 to 1.13 of the
+    published rate over the cards of profiles/gpus.toml), else with the published rate; traffic with the
+    published bandwidth; the host is taken to be alike. None where a rate is unknown.
     """
-    peaks = (gpu.matrix_flops_per_second, reference.matrix_flops_per_second)
+    peaks = (gpu.measured_matrix_flops_per_second, reference.measured_matrix_flops_per_second)
+    if None in peaks:
+        peaks = (gpu.matrix_flops_per_second, reference.matrix_flops_per_second)
     bandwidths = (gpu.bandwidth_bytes_per_second, reference.bandwidth_bytes_per_second)
     if None in peaks or None in bandwidths:
         return None

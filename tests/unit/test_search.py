@@ -11,10 +11,11 @@ from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.gpu_target import resolve_gpu
 from planner.model_catalog import resolve_model
-from planner.search import STRATEGIES, Strategy, batches, search, strategies
+from planner.search import COMPILED, EAGER, batches, finish_seconds, modes, search
 from planner.training_setup import TrainingSetup
 
 GIB = 2**30
+TOKENS = 10_000_000
 
 
 def evaluator_for(model: str, gpu: str, usable_bytes: int | None = None) -> Evaluator:
@@ -29,26 +30,63 @@ def evaluator_for(model: str, gpu: str, usable_bytes: int | None = None) -> Eval
 def test_the_choice_is_what_brute_force_finds(model: str, gpu: str, length: int) -> None:
     evaluator = evaluator_for(model, gpu)
     base = TrainingSetup(model=model, max_length=length)
-    result = search(base, evaluator, effective_batch_size=16, fixed={})
-    rates = []
-    for checkpointing in (True, False):
-        for micro in range(1, 17):
-            if 16 % micro:
-                continue
-            setup = base.replace(
-                gradient_checkpointing=checkpointing,
-                per_device_train_batch_size=micro,
-                gradient_accumulation_steps=16 // micro,
-            )
-            candidate = evaluator.evaluate(setup)
-            if evaluator.fits(candidate):
-                assert candidate.tokens_per_second is not None
-                rates.append(candidate.tokens_per_second)
+    result = search(base, evaluator, effective_batch_size=16, fixed={}, tokens=TOKENS)
+    times = []
+    layers = evaluator.model.num_hidden_layers
+    for compiled in ("none", "regional"):
+        for kept in range(0, layers + 1, max(1, layers // 6)):
+            for micro in (1, 2, 4, 8, 16):
+                setup = base.replace(
+                    compile=compiled,
+                    gradient_checkpointing=kept > 0,
+                    checkpointed_layers=kept if 0 < kept < layers else None,
+                    per_device_train_batch_size=micro,
+                    gradient_accumulation_steps=16 // micro,
+                )
+                candidate = evaluator.evaluate(setup)
+                if evaluator.fits(candidate):
+                    times.append(finish_seconds(candidate, TOKENS))
     assert result.chosen is not None
-    chosen = result.chosen.candidate.tokens_per_second
+    assert len(times) >= 10
+    chosen = finish_seconds(result.chosen.candidate, TOKENS)
     assert chosen is not None
-    assert chosen >= 0.99 * max(rates)
+    assert chosen <= 1.01 * min(seconds for seconds in times if seconds is not None)
     assert evaluator.fits(result.chosen.candidate)
+
+
+def test_a_short_run_stays_uncompiled() -> None:
+    evaluator = evaluator_for("qwen2.5-0.5b", "80GB")
+    base = TrainingSetup(model="qwen2.5-0.5b", max_length=512)
+    found = {}
+    for tokens in (100_000, 1_000_000_000):
+        chosen = search(base, evaluator, effective_batch_size=16, fixed={}, tokens=tokens).chosen
+        assert chosen is not None
+        found[tokens] = chosen.candidate.setup.compile
+    assert found == {100_000: "none", 1_000_000_000: "regional"}
+
+
+def test_memory_left_over_is_spent_on_fewer_checkpoints() -> None:
+    """One layer less would not fit any more."""
+    evaluator = evaluator_for("llama-3.1-8b", "16GB")
+    base = TrainingSetup(model="llama-3.1-8b", max_length=4096)
+    result = search(base, evaluator, effective_batch_size=16, fixed={}, confirm=True)
+    assert result.chosen is not None
+    setup = result.chosen.candidate.setup
+    assert setup.checkpointed_layers is not None
+    assert 0 < setup.checkpointed_layers < 32
+    assert evaluator.fits(evaluator.confirm(setup))
+    further = setup.replace(checkpointed_layers=setup.checkpointed_layers - 2)
+    assert not evaluator.fits(evaluator.confirm(further))
+
+
+def test_batches_of_many_lengths_are_not_compiled() -> None:
+    target = resolve_gpu("24GB")
+    padded = Evaluator(resolve_model("llama-3.1-8b"), target.spec, target.usable_bytes, padded=True)
+    base = TrainingSetup(model="llama-3.1-8b", max_length=2048)
+    assert modes(base, padded, {}) == (EAGER,)
+    assert modes(base.replace(packing=True), padded, {}) == (EAGER, COMPILED)
+    assert modes(base, evaluator_for("llama-3.1-8b", "24GB"), {}) == (EAGER, COMPILED)
+    assert modes(base, evaluator_for("llama-3.1-8b", "24GB"), {"compile": "none"}) == (EAGER,)
 
 
 def test_the_effective_batch_is_never_traded() -> None:
@@ -82,8 +120,10 @@ def test_a_fixed_knob_is_kept() -> None:
 
 
 def test_checkpointing_is_left_alone_when_a_knob_decides_it() -> None:
-    assert [s.knobs for s in strategies({"checkpointed_layers": 4})] == [()]
-    assert len(strategies({"lora_r": 8})) == len(STRATEGIES)
+    fixed = {"checkpointed_layers": 4}
+    base = TrainingSetup(model="qwen2.5-0.5b", max_length=512, checkpointed_layers=4)
+    result = search(base, evaluator_for("qwen2.5-0.5b", "24GB"), effective_batch_size=16, fixed=fixed)
+    assert {one.candidate.setup.checkpointed_layers for one in result.tried} == {4}
 
 
 def test_nothing_fits_on_a_card_without_memory() -> None:
@@ -114,16 +154,6 @@ def test_a_knob_that_is_not_modelled_is_refused_when_fixed_and_never_tried(
     assert search(base, evaluator, effective_batch_size=4, fixed={}).chosen is not None
     with pytest.raises(NotModelledError, match="kernels"):
         search(base.replace(kernels="liger"), evaluator, effective_batch_size=4, fixed={})
-
-
-def test_a_strategy_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = Strategy(
-        name="half checkpointed", knobs=(("gradient_checkpointing", True), ("checkpointed_layers", 12))
-    )
-    monkeypatch.setattr("planner.search.STRATEGIES", (*STRATEGIES, half))
-    base = TrainingSetup(model="qwen2.5-0.5b", max_length=512)
-    result = search(base, evaluator_for("qwen2.5-0.5b", "24GB"), effective_batch_size=4, fixed={})
-    assert "half checkpointed" in {one.strategy for one in result.tried}
 
 
 def test_without_forecasts_the_largest_batch_that_fits_is_taken() -> None:
