@@ -17,7 +17,14 @@ from planner.margins import HeldOutThing, Shortfall, held_out_things, margin_sha
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.coverage import coverage_of, model_values, setup_values
 from planner.memory.estimate import estimate_memory, reserve_terms
-from planner.memory.runtime import Coefficients, coefficients_for, managed_process_bytes
+from planner.memory.runtime import (
+    INTERVAL_KINDS,
+    Coefficients,
+    KindShares,
+    coefficients_for,
+    interval_kind,
+    managed_process_bytes,
+)
 from planner.memory.step_replay import replay_steps
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
@@ -35,8 +42,6 @@ CAP_SHARE = 0.85
 """Share of a memory cap below which a run never met it, so that its allocator gave no cached block back."""
 LEFT_OVER_BYTES = 2 * MIB
 """What the driver's figure may move by while a model is loaded, beyond the allocator's segments."""
-ROUNDING = 5e-5
-"""Shares are kept to four digits, rounded up."""
 MIN_RECORDS = 3
 STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 Resolve = Callable[[str], ModelSpec]
@@ -136,25 +141,35 @@ def _with_margins(
     fitted: Coefficients, shortfalls: dict[bool, list[Shortfall]], things: Sequence[HeldOutThing]
 ) -> Coefficients:
     """Coefficients with the intervals that held-out shortfalls ask for, with and without replay."""
-
-    def fraction(*, full: bool) -> float:
-        share = margin_share(shortfalls[False], full=full, constant_bytes=MARGIN_BYTES, slack=MARGIN_SLACK)
-        return round(share + ROUNDING, 4)
-
-    def blocks(*, full: bool) -> float:
-        share = margin_share(
-            shortfalls[True], full=full, constant_bytes=REPLAY_MARGIN_BYTES, slack=REPLAY_MARGIN_SLACK
+    kinds = tuple(
+        KindShares(
+            kind=kind,
+            margin_fraction=_rounded(
+                margin_share(shortfalls[False], kind=kind, constant_bytes=MARGIN_BYTES, slack=MARGIN_SLACK)
+            ),
+            replay_margin_blocks=_rounded(
+                margin_share(
+                    shortfalls[True],
+                    kind=kind,
+                    constant_bytes=REPLAY_MARGIN_BYTES,
+                    slack=REPLAY_MARGIN_SLACK,
+                )
+            ),
         )
-        return round(share + ROUNDING, 4)
-
+        for kind in INTERVAL_KINDS
+    )
     return dataclasses.replace(
         fitted,
-        margin_fraction=fraction(full=False),
-        full_margin_fraction=fraction(full=True),
-        replay_margin_blocks=blocks(full=False),
-        full_replay_margin_blocks=blocks(full=True),
-        outside_factor=round(outside_factor(things) + ROUNDING, 4),
+        margin_fraction=max(one.margin_fraction for one in kinds),
+        replay_margin_blocks=max(one.replay_margin_blocks for one in kinds),
+        kinds=kinds,
+        outside_factor=_rounded(outside_factor(things)),
     )
+
+
+def _rounded(share: float) -> float:
+    """To four digits, upwards."""
+    return round(share + 5e-5, 4)
 
 
 def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[_Sample]:
@@ -290,7 +305,7 @@ def _residual(
     return residual, Shortfall(
         beyond_bytes=measured - predicted.process_bytes,
         scale_bytes=scale,
-        full=setup.method == "full",
+        kind=interval_kind(setup),
         things=setup_values(setup, model, padded=record.padded) | model_values(model),
         sizes=(
             setup.max_length,

@@ -22,23 +22,23 @@ LEAST_OUTSIDE_FACTOR = 1.25
 class Shortfall:
     """What a held-out run needed beyond its expected figure, in bytes (negative: less).
 
-    `scale_bytes` is what the margin is a share of, `full` whether all weights were trained, `things` the
-    values of knobs and layouts that the run had, `sizes` what SIZES names.
+    `scale_bytes` is what the margin is a share of, `kind` the interval's (runtime.interval_kind), `things`
+    the values of knobs and layouts that the run had, `sizes` what SIZES names.
     """
 
     beyond_bytes: int
     scale_bytes: int
-    full: bool
+    kind: str
     things: frozenset[tuple[str, str]]
     sizes: tuple[int, ...]
 
 
-def margin_share(shortfalls: Sequence[Shortfall], *, full: bool, constant_bytes: int, slack: float) -> float:
-    """The share of the scale that, with the constant part, covers every run of the method, and some slack.
+def margin_share(shortfalls: Sequence[Shortfall], *, kind: str, constant_bytes: int, slack: float) -> float:
+    """The share of the scale that, with the constant part, covers every run of the kind, and some slack.
 
-    Where fewer than MIN_RUNS runs are of the method, all runs are taken.
+    Where fewer than MIN_RUNS runs are of the kind, all runs are taken.
     """
-    own = [one for one in shortfalls if one.full == full]
+    own = [one for one in shortfalls if one.kind == kind]
     pool = own if len(own) >= MIN_RUNS else shortfalls
     worst = max(((one.beyond_bytes - constant_bytes) / one.scale_bytes for one in pool), default=0.0)
     return max(0.0, worst) + slack
@@ -68,10 +68,10 @@ def held_out_things(
             continue
         worst = 0.0
         for one in held:
-            if sum(other.full == one.full for other in rest) < MIN_RUNS:
-                # Nothing of the method is left: any margin would be another method's.
+            if sum(other.kind == one.kind for other in rest) < MIN_RUNS:
+                # Nothing of the kind is left: any margin would be another kind's.
                 continue
-            share = margin_share(rest, full=one.full, constant_bytes=constant_bytes, slack=slack)
+            share = margin_share(rest, kind=one.kind, constant_bytes=constant_bytes, slack=slack)
             worst = max(worst, one.beyond_bytes / (share * one.scale_bytes + constant_bytes))
         found.append(HeldOutThing(thing=name, runs=len(held), ratio=worst))
     return tuple(sorted(found, key=lambda thing: -thing.ratio))

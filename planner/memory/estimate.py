@@ -11,7 +11,7 @@ from planner.memory.norms import norm_saves_input
 from planner.memory.refusals import attention_implementation, refuse_unmodelled
 from planner.memory.report import components, phases
 from planner.memory.resident import Resident, resident_memory
-from planner.memory.runtime import Coefficients, ReserveTerms, basis_of, coefficients_for
+from planner.memory.runtime import Coefficients, ReserveTerms, basis_of, coefficients_for, interval_kind
 from planner.memory.segments import segments
 from planner.memory.shape import embedding_scratch_bytes, micro_step
 from planner.memory.step_replay import replay_steps
@@ -54,8 +54,8 @@ def estimate_memory(
         limit = None if limit_bytes is None else limit_bytes - measured.context_bytes
         replayed = replay_steps(setup, model, gpu=gpu, padded=padded, limit_bytes=limit)
     distance = measured.distance(setup, model, gpu_name, padded=padded)
-    full = setup.method == "full"
-    found = phases(measured, resident, step, evaluation, terms, replayed, distance, full=full)
+    kind = interval_kind(setup)
+    found = phases(measured, resident, step, evaluation, terms, replayed, distance, kind=kind)
     step_phase = found[1]
     return MemoryBreakdown(
         weights_bytes=resident.weights.allocated_bytes,

@@ -20,23 +20,23 @@ def phases(
     replayed: ReplayedMemory | None,
     distance: Distance,
     *,
-    full: bool,
+    kind: str,
 ) -> tuple[PhaseMemory, ...]:
     """Peaks of load, step, evaluation and save; what the allocator has reserved by then it keeps.
 
-    Load and step are those of the allocator's replay where there is one. `full` is for full fine-tuning.
+    Load and step are those of the allocator's replay where there is one. `kind` is the interval's.
     """
     outside = measured.context_bytes + managed_process_bytes(resident.optimizer.managed_bytes)
     if replayed is None:
         step_allocated = resident.allocated_bytes + step.total_bytes
         step_reserved = step_allocated + measured.reserve_bytes(terms)
         load = load_reserved = resident.weights.allocated_bytes + resident.largest_dequantized_bytes
-        load_margin, margin = measured.margin_bytes, measured.margin(terms, full=full)
+        load_margin, margin = measured.margin_bytes, measured.margin(terms, kind)
     else:
         step_allocated, step_reserved = replayed.step_allocated_bytes, replayed.step_reserved_bytes
         load, load_reserved = replayed.load_allocated_bytes, replayed.load_reserved_bytes
         load_margin = measured.replay_margin_bytes
-        margin = measured.replay_margin(replayed.largest_block_bytes, full=full)
+        margin = measured.replay_margin(replayed.largest_block_bytes, kind)
     load_margin, margin = distance.widened(load_margin), distance.widened(margin)
     evaluated = resident.allocated_bytes + evaluation.total_bytes
     rows = (

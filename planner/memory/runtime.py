@@ -34,6 +34,7 @@ shortfalls is one block of the largest size."""
 UNKNOWN_OUTSIDE_FACTOR = 2.0
 """How much the interval widens for something outside the records where a calibration file does not say: held
 out, the shipped records that had something the others had not needed up to 1.9 of the others' interval."""
+INTERVAL_KINDS = ("checkpointed", "kept", "full")
 MANAGED_CHUNK_BYTES = 128 * MIB
 """The driver's figure grows by multiples of this with a paged optimizer's state (seen on an H100)."""
 
@@ -83,6 +84,15 @@ class Distance:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KindShares:
+    """The interval's two shares for one kind of setup: of the reserve's terms, and of the largest block."""
+
+    kind: str
+    margin_fraction: float
+    replay_margin_blocks: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Coefficients:
     """Measured terms of one environment.
 
@@ -91,10 +101,10 @@ class Coefficients:
     memory above allocated is `reserve_constant_bytes` plus `reserve_per_byte` times the ReserveTerms. The
     interval's upper end is the expected figure plus `margin_fraction` of the terms' sum plus `margin_bytes`;
     where the allocator is replayed, plus `replay_margin_blocks` times the largest block that a step asks for
-    and `replay_margin_bytes`. Either covers every record when its model is left out of the fit. Full
-    fine-tuning has shares of its own (`full_`; null: the same). Everything outside `coverage` (null: unknown)
-    adds `outside_factor` - 1 of that margin; another GPU than `gpu` adds `context_spread_bytes`: how far
-    above `context_bytes` a run in a process of its own came.
+    and `replay_margin_bytes`. Either covers every record when its model is left out of the fit. `kinds` are
+    the two shares by kind of setup (`interval_kind`), the fields without a kind the worst of them. Everything
+    outside `coverage` (null: unknown) adds `outside_factor` - 1 of that margin; another GPU than `gpu` adds
+    `context_spread_bytes`, how far above `context_bytes` a run in a process of its own came.
     """
 
     name: str
@@ -110,8 +120,7 @@ class Coefficients:
     stack_versions: tuple[tuple[str, str], ...]
     replay_margin_blocks: float = UNKNOWN_REPLAY_MARGIN_BLOCKS
     replay_margin_bytes: int = UNKNOWN_REPLAY_MARGIN_BYTES
-    full_margin_fraction: float | None = None
-    full_replay_margin_blocks: float | None = None
+    kinds: tuple[KindShares, ...] = ()
     outside_factor: float = UNKNOWN_OUTSIDE_FACTOR
     context_spread_bytes: int = UNKNOWN_REPLAY_MARGIN_BYTES
     coverage: Coverage | None = None
@@ -129,9 +138,11 @@ class Coefficients:
             validate.integer(field, getattr(self, field), minimum=0, maximum=2**40)
         if len(self.reserve_per_byte) != len(fields(ReserveTerms)):
             raise InputError(f"reserve_per_byte needs {len(fields(ReserveTerms))} numbers")
-        full = [x for x in (self.full_margin_fraction, self.full_replay_margin_blocks) if x is not None]
-        shares = (self.margin_fraction, self.replay_margin_blocks, self.outside_factor)
-        for value in (*self.reserve_per_byte, *shares, *full):
+        shares = [self.margin_fraction, self.replay_margin_blocks, self.outside_factor]
+        for one in self.kinds:
+            validate.choice("interval kind", one.kind, INTERVAL_KINDS)
+            shares += [one.margin_fraction, one.replay_margin_blocks]
+        for value in (*self.reserve_per_byte, *shares):
             validate.number("coefficient", value, minimum=0.0, maximum=10.0)
 
     def reserve_bytes(self, terms: ReserveTerms) -> int:
@@ -139,16 +150,15 @@ class Coefficients:
         reserve = sum(rate * size for rate, size in zip(self.reserve_per_byte, terms.as_tuple(), strict=True))
         return self.reserve_constant_bytes + int(reserve)
 
-    def margin(self, terms: ReserveTerms, *, full: bool = False) -> int:
-        """How far above the expected figure the interval ends, `full` for full fine-tuning."""
-        share = self.full_margin_fraction if full else None
-        return int((self.margin_fraction if share is None else share) * terms.total_bytes) + self.margin_bytes
+    def margin(self, terms: ReserveTerms, kind: str) -> int:
+        """How far above the expected figure the interval of a kind of setup ends."""
+        found = (one.margin_fraction for one in self.kinds if one.kind == kind)
+        return int(next(found, self.margin_fraction) * terms.total_bytes) + self.margin_bytes
 
-    def replay_margin(self, largest_block_bytes: int, *, full: bool = False) -> int:
+    def replay_margin(self, largest_block_bytes: int, kind: str) -> int:
         """The same where the allocator is replayed, from the largest block that a step asks for."""
-        blocks = self.full_replay_margin_blocks if full else None
-        blocks = self.replay_margin_blocks if blocks is None else blocks
-        return int(blocks * largest_block_bytes) + self.replay_margin_bytes
+        found = (one.replay_margin_blocks for one in self.kinds if one.kind == kind)
+        return int(next(found, self.replay_margin_blocks) * largest_block_bytes) + self.replay_margin_bytes
 
     def distance(
         self, setup: TrainingSetup, model: ModelSpec, gpu_name: str | None, *, padded: bool
@@ -186,11 +196,24 @@ class Coefficients:
                     "record_ids": tuple(values["record_ids"]),
                     "model_ids": tuple(values["model_ids"]),
                     "stack_versions": tuple((k, v) for k, v in values["stack_versions"]),
+                    "kinds": tuple(KindShares(**one) for one in values.get("kinds", ())),
                     "coverage": None if covered is None else Coverage.from_dict(covered),
                 }
             )
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"not calibration coefficients: {error}") from error
+
+
+def interval_kind(setup: TrainingSetup) -> str:
+    """What the interval goes by: "full" where all weights are trained, whose gradients and state leave holes
+    of every size; "kept" for adapters whose layers keep more than their inputs, or move them; else
+    "checkpointed".
+    """
+    if not setup.uses_lora:
+        return "full"
+    whole = setup.gradient_checkpointing and setup.checkpointed_layers is None
+    moved = setup.selective_checkpointing or setup.activation_offloading
+    return "checkpointed" if whole and not moved else "kept"
 
 
 def managed_process_bytes(managed_bytes: int) -> int:
