@@ -43,7 +43,7 @@ def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int
     tape.free(read)
     up = tape.tokens(outputs * width)
     tape.free(down)
-    second = _second_base(tape, kind, taken, weight, inputs, outputs) if kind.dropout else None
+    second = _second_base(tape, kind, x, taken, weight, inputs, outputs) if kind.dropout else None
     saved_base = tape.save(base.buffer if second is None else second.output)
     from_base = tape.tokens(outputs * wide)
     saved_up = tape.save(up)
@@ -111,13 +111,21 @@ class _SecondBase:
 
 
 def _second_base(
-    tape: Tape, kind: LinearKind, taken: AdapterInput, weight: Buffer | None, inputs: int, outputs: int
+    tape: Tape,
+    kind: LinearKind,
+    x: Value,
+    taken: AdapterInput,
+    weight: Buffer | None,
+    inputs: int,
+    outputs: int,
 ) -> _SecondBase:
-    """With dropout the base layer is applied once more, to what dropout has left."""
+    """With dropout the base layer is applied once more, to what dropout has left; its weight is saved for
+    that input's gradient alone.
+    """
     compute = kind.compute_bytes
     casts = taken.width != compute
     read = tape.fixed(inputs * outputs * compute) if casts else weight
-    saved = tape.save(read) if read is not None else None
+    saved = tape.save(read) if read is not None and x.requires_grad else None
     narrow = tape.tokens(inputs * compute) if casts else None
     output = tape.tokens(outputs * compute)
     tape.free(narrow, read if casts else None)

@@ -3,11 +3,11 @@
     python -m tests.stack.record_traces CASES.jsonl FOLDER
 
 A case is a JSON object: `name`, `config` (a transformers config as JSON), the keys of TrainingSetup but the
-model, `padded`. Each gives FOLDER/<name>.json.gz: {"about", "setup", "events", "peak", "head"}, an event being
-the bytes of a block handed out, or -1-n where the n-th block was freed, `peak` and `head` what
+model, `padded`. Each gives FOLDER/<name>.json.gz: {"about", "setup", "events", "peak", "head"}, an event
+being the bytes of a block handed out, or -1-n where the n-th block was freed, `peak` and `head` what
 tests/stack/attribution.py makes of the Python frames that asked for each block; and
-FOLDER/<name>.frames.json.gz, those frames, to read but not to keep. Liger's kernels patch whole modules of transformers, so
-their cases belong in a process of their own.
+FOLDER/<name>.frames.json.gz, those frames, to read but not to keep. Liger's kernels patch whole modules of
+transformers, so their cases belong in a process of their own.
 """
 
 from __future__ import annotations
