@@ -28,8 +28,22 @@ class OffloadReplay:
         self.compute = allocator
         self.stream = CachingAllocator()
         self.input_bytes, self.norm_bytes = input_bytes, norm_bytes
+        self.peak_bytes = 0
         self._previous: list[int] = []
         self._stash: deque[int] = deque()
+
+    def reset_peak(self) -> None:
+        """Begin a step: forget the peak so far."""
+        self.peak_bytes = 0
+        self.compute.reset_peak()
+        self.stream.reset_peak()
+
+    def mark(self) -> None:
+        """Take into the peak what both pools handed out since the last mark: they peak at other times."""
+        together = self.compute.peak_allocated_bytes + self.stream.peak_allocated_bytes
+        self.peak_bytes = max(self.peak_bytes, together)
+        self.compute.reset_peak()
+        self.stream.reset_peak()
 
     def keep(self, blocks: Sequence[int]) -> None:
         """Blocks that forward leaves: the earliest beyond the stash are let go."""

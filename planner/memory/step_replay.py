@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from planner.gpu_spec import GpuSpec
 from planner.memory.activations import LayerReplay, at
 from planner.memory.adapter import trainables
-from planner.memory.allocator import MIN_BLOCK, CachingAllocator
+from planner.memory.allocator import MIN_BLOCK
 from planner.memory.head import head_shape
 from planner.memory.head_replay import HeadReplay
 from planner.memory.loading_replay import loaded_allocator
@@ -162,6 +162,8 @@ class StepReplay:
         steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
         for step in range(steps):
             allocator.reset_peak()
+            if self.offload is not None:
+                self.offload.reset_peak()
             self.optimizer_step(first=step == 0, short=short and step == 0)
             if limit_bytes is not None and allocator.reserved_bytes > limit_bytes:
                 break
@@ -169,12 +171,15 @@ class StepReplay:
                 # TRL empties the cache after every step (activation_offloading.py:602).
                 allocator.empty_cache()
                 self.offload.stream.empty_cache()
-        fetched = self.offload.stream if self.offload is not None else CachingAllocator()
+        peak, fetched = allocator.peak_allocated_bytes, 0
+        if self.offload is not None:
+            self.offload.mark()
+            peak, fetched = self.offload.peak_bytes, self.offload.stream.reserved_bytes
         return ReplayedMemory(
             load_allocated_bytes=self.load_peak,
             load_reserved_bytes=self.load_reserved,
-            step_allocated_bytes=allocator.peak_allocated_bytes + fetched.peak_allocated_bytes,
-            step_reserved_bytes=allocator.reserved_bytes + fetched.reserved_bytes,
+            step_allocated_bytes=peak,
+            step_reserved_bytes=allocator.reserved_bytes + fetched,
             largest_block_bytes=self._largest_block_bytes(),
         )
 
@@ -223,9 +228,12 @@ class StepReplay:
             if offload is not None and (index or not program.checkpointed):
                 offload.keep([own[block] for block in offload.blocks_of(program)])
         if offload is not None:
+            offload.mark()
             offload.end_forward()
         embeddings_free = not self.layers[0].first.keeps_input
         gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
+        if offload is not None:
+            offload.mark()
         for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
             program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
             own[program.incoming] = gradient
@@ -235,6 +243,7 @@ class StepReplay:
             self.gradients += [own[block] for block in program.gradients]
             if offload and fetches:
                 offload.release(program, own)
+                offload.mark()
             elif program.checkpointed and own is not slots[0]:
                 allocator.free(own[0])
             if program.outgoing is not None:
