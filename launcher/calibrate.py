@@ -23,6 +23,9 @@ from planner.hardware import LocalGpu
 from planner.memory import estimate_memory
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord, all_records, read_records
+from planner.throughput import NoForecastError
+from planner.throughput.fit import MIN_RUNS, SpeedFit, fit_rates
+from planner.throughput.roofline import rates_of
 from planner.training_setup import TrainingSetup
 
 FILL = 0.9
@@ -124,6 +127,25 @@ def fit(gpu: LocalGpu) -> Calibration:
     name = f"{gpu.spec.id}, calibrated here"
     found = calibrate(all_records(), gpu.spec, load_shipped, name=name)
     write_atomically(coefficients_file(gpu), json.dumps(found.coefficients.to_dict(), indent=1) + "\n")
+    return found
+
+
+def rates_file(gpu: LocalGpu) -> Path:
+    """Where this GPU's own throughput rates are kept."""
+    return user_data_dir() / "calibration" / "throughput" / f"{gpu.spec.id}.json"
+
+
+def fit_speed(gpu: LocalGpu) -> SpeedFit | None:
+    """Fit this GPU's throughput rates to every record of it, and keep them; None with too few runs."""
+    records = [record for record in all_records() if record.environment.gpu_id == gpu.spec.id]
+    if len(records) < MIN_RUNS:
+        return None
+    try:
+        start, _ = rates_of(gpu.spec)
+    except NoForecastError:
+        start = None
+    found = fit_rates(records, gpu.spec.id, load_shipped, start=start)
+    write_atomically(rates_file(gpu), json.dumps(found.rates.to_dict(), indent=1) + "\n")
     return found
 
 

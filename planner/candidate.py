@@ -79,31 +79,32 @@ class Evaluator:
             )
         return found
 
-    def confirm(self, setup: TrainingSetup) -> Candidate:
+    def confirm(self, setup: TrainingSetup, *, whole: bool = False) -> Candidate:
         """The same with the allocator replayed: the figures that decide, at a hundred times the time.
+
+        A replay ends as soon as it has shown that the setup does not fit, unless it is to be `whole`.
 
         Raises:
             NotModelledError: a knob whose memory is not modelled.
             InputError: the setup asks of the model what it does not have.
         """
         found = self._confirmed.get(setup)
-        if found is None:
+        if found is None or (whole and not self.fits(found)):
             found = self._confirmed[setup] = Candidate(
                 setup=setup,
-                memory=self._memory(setup, replay=True),
+                memory=self._memory(setup, replay=True, whole=whole),
                 speed=self.evaluate(setup).speed,
             )
         return found
 
-    def _memory(self, setup: TrainingSetup, *, replay: bool) -> MemoryBreakdown:
-        padded = self._padded(setup)
+    def _memory(self, setup: TrainingSetup, *, replay: bool, whole: bool = False) -> MemoryBreakdown:
         return estimate_memory(
             self._as_batched(setup),
             self.model,
             gpu=self.gpu,
-            padded=padded,
+            padded=self._padded(setup),
             replay=replay,
-            limit_bytes=self.usable_bytes,
+            limit_bytes=None if whole else self.usable_bytes,
         )
 
     def _padded(self, setup: TrainingSetup) -> bool:

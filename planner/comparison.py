@@ -130,7 +130,7 @@ def _longest(evaluator: Evaluator, base: TrainingSetup) -> LongestLength | None:
     length = longest_length(evaluator, base, start=DEFAULT_LENGTHS[-1], limit=limit, confirm=True)
     if length is None:
         return None
-    size = evaluator.confirm(base.replace(max_length=length)).peak_upper_bytes
+    size = evaluator.confirm(base.replace(max_length=length), whole=True).peak_upper_bytes
     return LongestLength(
         model=evaluator.model.id,
         parameter_count=evaluator.model.parameter_count,

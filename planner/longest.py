@@ -66,7 +66,7 @@ def _confirmed(evaluator: Evaluator, at: Callable[[int], TrainingSetup], low: in
             beyond = guess
         if beyond - known <= 1:
             return None if known < low else known
-        replayed = evaluator.confirm(at(guess)).peak_upper_bytes
+        replayed = evaluator.confirm(at(guess), whole=True).peak_upper_bytes
         room = evaluator.usable_bytes - replayed + evaluator.evaluate(at(guess)).peak_upper_bytes
         again = partial(within, room=room)
         guess = min(beyond - 1, max(known + 1, _halve(again, max(low, known), beyond - 1)))

@@ -148,15 +148,24 @@ def _choose(
         if result.chosen is not None:
             return _Chosen(tried=result.chosen, result=result, fits=True, effective_batch_size=effective)
     assert result is not None
-    smallest = result.smallest
-    candidate = evaluator.confirm(smallest.candidate.setup)
-    fits = evaluator.fits(candidate)
+    smallest = _smallest(result, evaluator)
     return _Chosen(
-        tried=Tried(strategy=smallest.strategy, candidate=candidate, fits=fits),
+        tried=smallest,
         result=result,
-        fits=fits,
+        fits=smallest.fits,
         effective_batch_size=effective,
     )
+
+
+def _smallest(result: SearchResult, evaluator: Evaluator) -> Tried:
+    """What needs least by the allocator's replay: the smallest of eager and of compiled layers."""
+    found = []
+    for kind in sorted({one.candidate.setup.compile for one in result.tried}):
+        tried = tuple(one for one in result.tried if one.candidate.setup.compile == kind)
+        one = SearchResult(tried=tried, chosen=None).smallest
+        candidate = evaluator.confirm(one.candidate.setup, whole=True)
+        found.append(Tried(strategy=one.strategy, candidate=candidate, fits=evaluator.fits(candidate)))
+    return min(found, key=lambda one: one.candidate.peak_upper_bytes)
 
 
 def _epochs(request: PlanRequest) -> float:

@@ -17,6 +17,7 @@ from planner.hardware import LocalGpu, local_gpus
 if TYPE_CHECKING:
     from launcher.calibrate import Progress
     from planner.calibration import Calibration
+    from planner.throughput.fit import SpeedFit
 
 STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 MAX_MINUTES = 24 * 60
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     for package in STACK:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("calibrate", package)
-    from launcher.calibrate import coefficients_file, fit, measure, records_file
+    from launcher.calibrate import coefficients_file, fit, fit_speed, measure, rates_file, records_file
 
     say(f"{gpu.spec.name}: measuring for up to {minutes:g} min; Ctrl-C keeps what was measured")
     try:
@@ -51,17 +52,31 @@ def run(args: argparse.Namespace) -> int:
         say("interrupted; fitting what was measured")
     found = fit(gpu)
     say(f"coefficients kept in {coefficients_file(gpu)}")
+    speed = fit_speed(gpu)
+    if speed is not None:
+        say(f"throughput rates kept in {rates_file(gpu)}")
     if args.json:
         values = {
             "version": 1,
             "coefficients": found.coefficients.to_dict(),
             "residuals": [asdict(residual) for residual in found.residuals],
+            "rates": None if speed is None else speed.rates.to_dict(),
         }
         json.dump(values, sys.stdout, indent=2, allow_nan=False)
         print()
     else:
         _show(gpu, found)
+        _show_speed(speed)
     return ExitCode.OK
+
+
+def _show_speed(speed: SpeedFit | None) -> None:
+    if speed is None:
+        print("speed: too few timed runs to fit rates; forecasts use those of another GPU, scaled")
+        return
+    errors = sorted(abs(residual.error) for residual in speed.residuals)
+    median = 100 * errors[len(errors) // 2]
+    print(f"speed: {len(errors)} runs; median error {median:.1f}% on models left out")
 
 
 def _report(progress: Progress) -> None:

@@ -8,7 +8,7 @@ session has a factor on host time of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ START = {
     "optimizer_byte_seconds": 5e-13,
     "optimizer_tensor_seconds": 2e-5,
 }
-"""Where the fit starts, and what a rate falls back to that no run tells: roughly an H100 and its host."""
+"""Where the first GPU's fit starts: roughly an H100 and its host."""
 GPU_TERMS, HOST_TERMS, OPTIMIZER_TERMS = 8, 6, 2
 PRIOR, SESSION_PRIOR = 0.03, 0.5
 """How firmly a logarithm is held at its start, beside a run's weight of one."""
@@ -71,8 +71,16 @@ class SpeedFit:
     residuals: tuple[SpeedResidual, ...]
 
 
-def fit_rates(records: Sequence[RunRecord], gpu_id: str, resolve: Callable[[str], ModelSpec]) -> SpeedFit:
+def fit_rates(
+    records: Sequence[RunRecord],
+    gpu_id: str,
+    resolve: Callable[[str], ModelSpec],
+    *,
+    start: Rates | None = None,
+) -> SpeedFit:
     """Fit one GPU's rates to its runs; each model is left out once.
+
+    `start` is what a rate falls back to that no run tells: another GPU's, scaled; START without it.
 
     Raises:
         InputError: too few runs.
@@ -84,7 +92,8 @@ def fit_rates(records: Sequence[RunRecord], gpu_id: str, resolve: Callable[[str]
     if len(pairs) < MIN_RUNS:
         raise InputError(f"{gpu_id}: {len(pairs)} timed runs are too few to fit rates; {MIN_RUNS} are needed")
     pairs.sort(key=lambda pair: pair[0].created)
-    problem = _Problem(pairs)
+    begin = {name: START[name] if start is None else getattr(start, name) for name in START}
+    problem = _Problem(pairs, begin)
     everything = np.arange(len(pairs))
     errors = np.zeros(len(pairs))
     models = np.array([record.setup.model for record, _ in pairs])
@@ -96,7 +105,7 @@ def fit_rates(records: Sequence[RunRecord], gpu_id: str, resolve: Callable[[str]
         errors[held] = problem.seconds[held] / problem.predict(solution, everything[held]) - 1
     low, high = np.quantile(1 / (1 + errors), QUANTILES)
     solution = problem.solve(everything)
-    values = dict(zip(START, np.exp(solution[: len(START)]) * list(START.values()), strict=True))
+    values = dict(zip(begin, np.exp(solution[: len(begin)]) * list(begin.values()), strict=True))
     rates = Rates(
         gpu=gpu_id,
         **{name: float(value) for name, value in values.items()},
@@ -125,11 +134,10 @@ def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | 
 class _Problem:
     """Runs as a system of equations in the logarithms of rates and of each session's host."""
 
-    def __init__(self, pairs: Sequence[tuple[RunRecord, StepWork]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[RunRecord, StepWork]], begin: Mapping[str, float]) -> None:
         import numpy as np
 
-        start = np.array(list(START.values()))
-        rows = np.array([_features(work) for _, work in pairs]) * start
+        rows = np.array([_features(work) for _, work in pairs]) * np.array(list(begin.values()))
         self._gpu = rows[:, :GPU_TERMS]
         self._host = rows[:, GPU_TERMS : GPU_TERMS + HOST_TERMS]
         self._optimizer = rows[:, GPU_TERMS + HOST_TERMS :]

@@ -67,7 +67,7 @@ def estimate_step(
     peak, bandwidth = gpu.peak_matrix_flops_per_second, gpu.bandwidth_bytes_per_second
     if peak is None or bandwidth is None:
         raise NoForecastError(f"no throughput for {gpu.id}: its matrix rate or bandwidth is unknown")
-    rates, calibrated = _rates(gpu)
+    rates, calibrated = rates_of(gpu)
     work = step_work(setup, model, padded=padded)
     matrix, moved = rates.gpu_seconds(work)
     if setup.dtype != "float16" and not gpu.supports_bfloat16:
@@ -96,8 +96,12 @@ def estimate_step(
 
 
 @lru_cache(maxsize=256)
-def _rates(gpu: GpuSpec) -> tuple[Rates, bool]:
-    """Rates for a GPU, and whether they were measured on it."""
+def rates_of(gpu: GpuSpec) -> tuple[Rates, bool]:
+    """Rates for a GPU, and whether they were measured on it.
+
+    Raises:
+        NoForecastError: there are none to scale to it.
+    """
     own = rates_for(gpu)
     if own is not None:
         return own, True

@@ -69,7 +69,9 @@ def test_json_of_another_version_or_shape_is_refused() -> None:
 
 
 def test_the_bar_of_14b_on_16gb() -> None:
-    plan = plan_for("qwen2.5-14b", "16GB")
+    assert plan_for("qwen2.5-14b", "16GB").fits
+    eager = {"compile": "none", "gradient_checkpointing": True}
+    plan = plan_for("qwen2.5-14b", "16GB", knobs=eager)
     assert plan.fits
     setup = plan.setup
     assert (setup.method, setup.lora_r, setup.alpha, setup.max_length) == ("qlora", 16, 32, 4096)
@@ -89,7 +91,8 @@ def test_70b_on_24gb_names_the_smallest_card_that_takes_it() -> None:
     assert card is not None
     there = plan_for("llama-3.1-70b", card.gpu)
     assert there.fits
-    assert there.setup.max_length == card.max_length
+    # The card is named for the plan's own strategy; there, another may reach further.
+    assert there.setup.max_length >= card.max_length
     for smaller in cards_by_memory():
         if smaller.usable_bytes < card.usable_bytes:
             assert not plan_for("llama-3.1-70b", smaller.id).fits
