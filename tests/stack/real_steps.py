@@ -5,7 +5,7 @@ and TRL's trainer makes of it (adapter, casts, checkpoints, collated batch), mea
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,8 @@ def first_step(family: str, setup: TrainingSetup, folder: Path) -> RealStep:
             on_gpu=False,
         )
         trainer.training_step = stop
-        try:
+        with suppress(_StepReachedError):
             trainer.train()
-        except _StepReachedError:
-            pass
     model, inputs = reached[0]
     return RealStep(setup=setup, model=model.train(), inputs=inputs)
 

@@ -31,6 +31,11 @@ DENSE: dict[str, dict[str, Any]] = {
     "olmo2": {**BASE, "model_type": "olmo2"},
     "granite": {**BASE, "model_type": "granite", **SCALED},
 }
+# As many key heads as query heads: in fp32 CUDA's sdpa then has a fused kernel, as the CPU's always is.
+UNSHARED = {
+    f"{family}_unshared": {**DENSE[family], "num_key_value_heads": DENSE[family]["num_attention_heads"]}
+    for family in ("llama", "qwen3")
+}
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **BASE,
@@ -42,7 +47,12 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-FAMILIES = {**DENSE, **EXPERTS, "qwen2": {**BASE, "model_type": "qwen2", "tie_word_embeddings": True}}
+FAMILIES = {
+    **DENSE,
+    **UNSHARED,
+    **EXPERTS,
+    "qwen2": {**BASE, "model_type": "qwen2", "tie_word_embeddings": True},
+}
 
 
 def spec_of(family: str) -> ModelSpec:

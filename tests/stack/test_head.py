@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
-from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK, head_memory
+from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK, HeadShape, head_memory
 
 from .live_bytes import LiveBytes, tensors_of
 from .small_models import BASE
@@ -51,15 +51,17 @@ def test_logits_are_never_built() -> None:
 
 def test_head_memory_grows_with_tokens_not_vocabulary() -> None:
     def backward(tokens: int, vocabulary: int) -> int:
-        return head_memory(
+        shape = HeadShape(
             tokens=tokens,
-            sequences=1,
+            rows=tokens - 1,
             hidden_size=4096,
             vocab_size=vocabulary,
-            width=2,
+            hidden_bytes=2,
+            weight_bytes=2,
+            compute_bytes=2,
             trained=False,
-            evaluating=False,
-        ).backward_bytes
+        )
+        return head_memory(shape, evaluating=False).backward_bytes
 
     assert backward(4096, 32_000) == backward(4096, 256_000)
     # Beyond one tile of tokens only the hidden states' copies and their fp32 gradient grow: 8 bytes each.
