@@ -289,9 +289,9 @@ def _residual(
         setup, model, gpu=gpu, padded=record.padded, coefficients=fitted, replay=replay
     )
     own = own_process_bytes(record)
-    # Without a figure of the run's own, reserve and the expected context tell.
+    # The driver's figure moves by a chunk of managed memory: the reserve has to be covered by itself too.
     beyond = predicted.process_bytes - predicted.reserved_bytes
-    measured = own if own is not None else step.reserved_bytes + beyond
+    measured = max(own or 0, step.reserved_bytes + beyond)
     residual = Residual(
         record_id=record.id,
         model=setup.model,

@@ -31,8 +31,8 @@ PEAK_TOLERANCE = {
     "llama_f_sel": 0.009,
 }
 OFFLOADING_TOLERANCE = {
-    # What both pools hold at most between two marks, which need not come together: what offloading fetches lies
-    # in the pool of a stream of its own.
+    # What both pools hold at most between two marks, which need not come together: what offloading fetches
+    # lies in the pool of a stream of its own.
     "llama_off": 0.01,
     "llama_off_acc": 0.003,
     "llama_liger_off": 0.03,

@@ -142,15 +142,8 @@ def test_fewer_checkpointed_layers_need_more(layers: int) -> None:
 @pytest.mark.parametrize(
     ("field", "knobs"),
     [
-        ("use_dora", {"use_dora": True}),
-        ("selective_checkpointing", {"selective_checkpointing": True}),
-        ("activation_offloading", {"activation_offloading": True}),
-        ("prepare_for_kbit_training", {"prepare_for_kbit_training": True}),
-        ("packing", {"packing": True}),
-        ("kernels", {"kernels": "liger"}),
-        ("compile", {"compile": "regional"}),
-        ("attn_implementation", {"attn_implementation": "flash_attention_2"}),
-        ("attn_implementation", {"attn_implementation": "flex_attention"}),
+        ("compile=regional with use_dora", {"compile": "regional", "use_dora": True}),
+        ("compile=regional with dtype", {"compile": "regional", "dtype": "float32"}),
         ("distributed", {"num_processes": 2, "distributed": "fsdp"}),
         ("num_processes", {"num_processes": 2, "distributed": "ddp"}),
     ],

@@ -209,7 +209,9 @@ def test_replayed_memory_against_measured_runs() -> None:
     allocated = sorted(abs(error) for error, _ in errors)
     reserved = sorted(abs(error) for _, error in errors)
     assert statistics.median(allocated) < 0.0005
-    assert allocated[-1] < 0.01
+    # Offloading without checkpointing: what comes back, and when, is the copies' own time.
+    assert allocated[-1] < 0.03
+    assert allocated[int(0.95 * len(allocated))] < 0.005
     assert statistics.median(reserved) < 0.01
     assert reserved[int(0.95 * len(reserved))] < 0.06
     assert reserved[-1] < 0.10
