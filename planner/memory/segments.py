@@ -67,7 +67,7 @@ def segments(
         setup.bnb_4bit_use_double_quant,
         setup.prepare_for_kbit_training,
         setup.kernels,
-        setup.selective_checkpointing,
+        _selective(setup),
         setup.compile,
         setup.activation_memory_budget,
         _graph_tokens(setup),
@@ -145,8 +145,7 @@ def _replay_all(
         stream_bytes=first,
         norm_bytes=first,
         liger=setup.kernels == "liger",
-        # The policy knows torch's own kernels and flash-attn's, not flex attention's.
-        selective=setup.selective_checkpointing and setup.attn_implementation != "flex_attention",
+        selective=_selective(setup),
         compiled=setup.compile == "regional",
         budget=setup.activation_memory_budget,
         graph_tokens=_graph_tokens(setup),
@@ -165,6 +164,13 @@ def _replay_all(
                 break
     last = model.layers[-1]
     return tuple(found), final_norm_replay(last, replace(common, stream_bytes=later))
+
+
+def _selective(setup: TrainingSetup) -> bool:
+    """Whether checkpoints keep attention's output: the policy knows torch's own kernels and flash-attn's, not
+    flex attention's.
+    """
+    return setup.selective_checkpointing and setup.attn_implementation != "flex_attention"
 
 
 def _graph_tokens(setup: TrainingSetup) -> int:
