@@ -200,14 +200,16 @@ def _eager_attention(
     wide = tape.allocate(Size(per_score=heads * FP32))
     weights32 = tape.allocate(Size(per_score=heads * FP32))
     saved_weights32 = tape.save(weights32)
-    tape.free(wide, scores.pop())
+    tape.free(wide)
     weights = tape.allocate(Size(per_score=heads * width))
-    tape.free(weights32)
+    tape.free(weights32, scores.pop())
     result = Value(tape.tokens(layer.query_size * width), query.requires_grad, width)
     saved = [tape.save(b) for b in (query.buffer, repeated[0], repeated[1], weights)]
     transposed = tape.tokens(layer.query_size * width)
-    tape.free(result.buffer, *repeated, weights)
+    tape.free(result.buffer, *repeated)
     result.buffer = transposed
+    # Attention returns its weights beside its output, and the layer holds both until it returns.
+    tape.hold_in_layer(weights)
 
     def backward() -> None:
         grad = tape.take_grad(result)

@@ -33,6 +33,7 @@ def replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Va
     tape.free(normed.buffer)
     result = _add_residual(tape, layer, knobs, middle, output)
     tape.free(middle.buffer)
+    tape.leave_layer()
     return result
 
 

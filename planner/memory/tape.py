@@ -80,6 +80,7 @@ class Tape:
         self._rising = False
         self._last_save = 0
         self._shared: list[Buffer] = []
+        self._held_in_layer: list[Buffer] = []
 
     def allocate(self, size: Size, category: int = ACTIVATIONS) -> Buffer:
         """Allocate a buffer."""
@@ -146,6 +147,15 @@ class Tape:
         if saved is not None:
             self.free(self.save(buffer))
         return saved
+
+    def hold_in_layer(self, buffer: Buffer) -> None:
+        """Take over a hold that a layer's forward lets go when it returns."""
+        self._held_in_layer.append(buffer)
+
+    def leave_layer(self) -> None:
+        """The layer's forward returns."""
+        held, self._held_in_layer = self._held_in_layer, []
+        self.free(*held)
 
     def select(self, *buffers: Buffer) -> None:
         """Name what selective checkpointing keeps; planner/memory/program.py replays it."""
