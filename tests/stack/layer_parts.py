@@ -133,7 +133,7 @@ def _kept(step: RealStep, module: Any, inputs: dict[str, Any]) -> int:
             output = output[0] if isinstance(output, tuple) else output
             del x
         # Autocast's copies of weights that nothing has saved are gone by now.
-        kept = live.live_bytes
+        kept: int = live.live_bytes
     del output
     return kept
 

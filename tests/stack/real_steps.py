@@ -5,7 +5,7 @@ and TRL's trainer makes of it (adapter, casts, checkpoints, collated batch), mea
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,10 @@ class RealStep:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that transformers' trainer computes in: none in fp32."""
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.setup.dtype != "float32")
+        if self.setup.dtype == "float32":
+            return nullcontext()
+        found: AbstractContextManager[Any] = torch.autocast("cpu", dtype=torch.bfloat16)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ def first_step(family: str, setup: TrainingSetup, folder: Path) -> RealStep:
             output_dir=folder,
             on_gpu=False,
         )
-        trainer.training_step = stop
+        setattr(trainer, "training_step", stop)  # noqa: B010 - replaced on this one trainer
         with suppress(_StepReachedError):
             trainer.train()
     model, inputs = reached[0]
