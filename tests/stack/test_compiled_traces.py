@@ -56,7 +56,8 @@ def test_what_forward_holds_and_keeps(name: str) -> None:
     """The busiest moment of forward, and the head's first tile: there all that is kept lies beside it."""
     trace = load(name)
     tolerance = LOOSE.get(name, TOLERANCE)
-    tile = trace.tiles[0]
+    assert trace.span is not None
+    tile = trace.span["forward"][0]
     assert moments(trace, prefix="forward of") == pytest.approx(max(trace.live[:tile]), rel=tolerance)
     measured = max(trace.live[tile : tile + 20])
     assert moments(trace, prefix="output head, forward") == pytest.approx(measured, rel=tolerance)

@@ -148,12 +148,12 @@ def load(name: str) -> Trace:
 def span_by_tiles(setup: TrainingSetup, events: list[int], *, padded: bool) -> dict[str, list[int]] | None:
     """The head's events in a trace without frames: its last two tiles and the small blocks after them.
 
-    A padded batch's tile is of the tokens that are not padding, which such a trace does not tell.
+    A padded or packed batch's tile is of the tokens that have a label, which such a trace does not tell.
     """
     rows = setup.tokens_per_micro_step - setup.per_device_train_batch_size
     tile = min(rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * DTYPE_BYTES[setup.dtype]
     found = [index for index, event in enumerate(events) if event == tile]
-    if padded:
+    if padded or len(found) < 2:
         return None
     return {"forward": [found[-2], found[-2] + 19], "backward": [found[-1], found[-1] + 7]}
 
