@@ -228,7 +228,6 @@ def test_parquet_holds_the_same_examples(tmp_path: Path) -> None:
         ({"dtype": "float16", "method": "full"}, True, "float16"),
         ({"dtype": "float16"}, False, "float16"),
         ({"activation_offloading": True}, False, "activation_offloading"),
-        ({"selective_checkpointing": True}, False, "selective_checkpointing"),
         ({"compile": "regional"}, False, "compile"),
         ({"kernels": "liger"}, True, "liger"),
         ({"attn_implementation": "flash_attention_2"}, True, "flash_attention_2"),
