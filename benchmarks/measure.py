@@ -1,0 +1,72 @@
+"""Measure a file of profiles on this machine's GPU, in as many processes as that takes.
+
+    python -m benchmarks.measure PROFILES.jsonl... --output RECORDS.jsonl [--seconds N]
+
+A child process measures one profile after the other (launcher/profiler.py); where one cannot go on in the
+same process (an out-of-memory error, Liger's patches, memory that stays behind) the rest goes to a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESERVE_SECONDS = 10.0
+"""Kept back for the end of a child."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("profiles", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    for path in arguments.profiles:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        done = 0
+        while done < len(lines) and time.monotonic() < end - 2 * RESERVE_SECONDS:
+            ended, finished = _child(lines[done:], arguments.output, end - time.monotonic() - RESERVE_SECONDS)
+            done += ended
+            if finished:
+                break
+
+
+def _child(lines: list[str], output: Path, seconds: float) -> tuple[int, bool]:
+    """Run one child; how many profiles it is through with, and whether it ended by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        rest, log = Path(folder) / "profiles.jsonl", Path(folder) / "log"
+        rest.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        command = [sys.executable, "-m", "launcher.profiler", str(rest), str(output), str(seconds)]
+        started = ended = 0
+        with log.open("wb") as errors:
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            for line in child.stdout or ():
+                try:
+                    said = json.loads(line)
+                    event, index = said["event"], said["index"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+                if event == "started":
+                    started = index + 1
+                else:
+                    ended = index + 1
+                    print(index, said["outcome"], said["seconds"], said["message"][:200], flush=True)
+            code = child.wait()
+        text = log.read_text(encoding="utf-8", errors="replace")
+    if code == 0:
+        return ended, True
+    print("a child ended:", text[-300:].replace("\n", " | "), flush=True)
+    # A process that was not clean has not touched the profile it stopped at; any other error skips it.
+    return (ended if "NotCleanError" in text else max(ended, started)), False
+
+
+if __name__ == "__main__":
+    main()
