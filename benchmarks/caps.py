@@ -107,10 +107,8 @@ def judge(path: Path) -> None:
         said = "fits" if found.process_upper_bytes <= usable else "over"
         said = said if said == "fits" or found.process_bytes >= OVER * usable else "unsure"
         wrong += (said, record.outcome) in (("fits", "oom"), ("over", "ok"))
-        share = found.process_bytes / usable
-        print(
-            f"{said:6s} {record.outcome:3s} {share:6.3f} of the card  {record.setup.model} {record.setup.max_length}"
-        )
+        share, setup = found.process_bytes / usable, record.setup
+        print(f"{said:6s} {record.outcome:3s} {share:6.3f} of the card  {setup.model} {setup.max_length}")
     print(f"{wrong} contradicted")
 
 
