@@ -147,15 +147,15 @@ def search(
         InputError: the fixed knobs cannot give the effective batch.
     """
     choices = batches(effective_batch_size, base.num_processes, fixed)
-    open_knobs = {name: value for name, value in PLAIN.items() if name not in fixed}
-    if not any(name in fixed for name in _DECIDES):
-        base = base.replace(**open_knobs)
+    decided = any(name in fixed for name in _DECIDES)
+    if not decided:
+        base = base.replace(**{name: value for name, value in PLAIN.items() if name not in fixed})
     tried: list[Tried] = []
     for mode in modes(base, evaluator, fixed):
         setup = base.replace(**dict(mode.knobs))
         if mode is not EAGER and evaluator.try_evaluate(setup) is None:
             continue
-        if any(name in fixed for name in _DECIDES):
+        if decided:
             tried += _climb(setup, mode.name + AS_GIVEN, choices, evaluator, confirm=confirm)
         else:
             for batch in choices:

@@ -5,7 +5,7 @@ One replay per layer kind and set of knobs (planner/memory/decoder_layer.py) ans
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.memory.decoder_layer import replay
@@ -48,7 +48,7 @@ def layer_replay(
     tape = Tape(saves=True)
     # The timeline counts checkpoints; any other input is there at least until the forward pass is done.
     hidden = Value(tape.tokens(0 if checkpointed else width), input_requires_grad or checkpointed)
-    early = [tape.tokens(size) for size in _gradients_before(layer, knobs)] if checkpointed else []
+    early = [tape.tokens(size) for size in gradients_before(layer, knobs)] if checkpointed else []
     output = replay(tape, layer, knobs, hidden)
     keeps_input = checkpointed or hidden.buffer.holders > 1
     if checkpointed:
@@ -65,7 +65,7 @@ def layer_replay(
     tape.backward()
     tape.free(hidden.grad)
     return LayerReplay(
-        forward=_forward_moments(layer, _without_accumulation(knobs)),
+        forward=_forward_moments(layer, knobs.accumulating(False)),
         forward_saving=forward_saving,
         saved=saved,
         shared=shared,
@@ -83,15 +83,6 @@ def _forward_moments(layer: LayerSpec, knobs: LayerKnobs) -> tuple[Moment, ...]:
     return tape.moments()
 
 
-def _without_accumulation(knobs: LayerKnobs) -> LayerKnobs:
-    """The same knobs for what does not depend on earlier micro-steps: a forward pass."""
-    return replace(
-        knobs,
-        default=replace(knobs.default, accumulating=False),
-        kinds=tuple((name, replace(kind, accumulating=False)) for name, kind in knobs.kinds),
-    )
-
-
 @lru_cache(maxsize=4096)
 def output_bytes(layer: LayerSpec, knobs: LayerKnobs) -> int:
     """Width of the hidden states that leave a layer: wider than those that enter it after an fp32 branch."""
@@ -99,7 +90,7 @@ def output_bytes(layer: LayerSpec, knobs: LayerKnobs) -> int:
     return replay(tape, layer, knobs, Value(tape.tokens(0), False)).width
 
 
-def _gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
+def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
     """Bytes a token of gradients that are there when a checkpointed layer starts to be recomputed.
 
     The incoming one, and what backward makes of it before a node asks for a saved tensor: a cast to fp32 by

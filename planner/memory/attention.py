@@ -12,7 +12,7 @@ from planner.memory.elementwise import cast, copy, hold, split
 from planner.memory.layer_knobs import FP32, LayerKnobs
 from planner.memory.linear import linear
 from planner.memory.norms import norm
-from planner.memory.tape import Size, Tape, Value
+from planner.memory.tape import Buffer, Size, Tape, Value
 from planner.model_spec import LayerSpec
 
 
@@ -99,6 +99,26 @@ def _rotary(tape: Tape, layer: LayerSpec, x: Value, whole: float) -> Value:
     return result
 
 
+def _transposed(tape: Tape, buffer: Buffer, size: float) -> Buffer:
+    """A copy with heads and positions swapped; takes over the hold on the original."""
+    copied = tape.tokens(size)
+    tape.free(buffer)
+    return copied
+
+
+def _sum_heads(tape: Tape, grads: list[Buffer], indices: tuple[int, ...], size: float) -> None:
+    """Sum gradients of repeated keys or values over the heads that share them, in that order."""
+    for index in indices:
+        summed = tape.tokens(size)
+        tape.free(grads[index])
+        grads[index] = summed
+
+
+def _hand_back(tape: Tape, targets: tuple[Value, ...], grads: list[Buffer]) -> None:
+    for target, grad in zip(targets, grads, strict=True):
+        tape.add_grad(target, grad)
+
+
 def _fused_attention(
     tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int
 ) -> Value:
@@ -116,9 +136,7 @@ def _fused_attention(
     tape.free(statistics)
     if layer.rotary_concatenated:
         # torch.cat lays queries out head first, attention follows, and transposing back is a copy.
-        transposed = tape.tokens(layer.query_size * width)
-        tape.free(context)
-        context = transposed
+        context = _transposed(tape, context, layer.query_size * width)
     result = Value(context, query.requires_grad, width)
 
     def backward() -> None:
@@ -127,8 +145,7 @@ def _fused_attention(
         grads += [tape.tokens(layer.key_value_size * width) for _ in range(2)]
         tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
         tape.free(*saved, grad)
-        for target, target_grad in zip((query, key, value), grads, strict=True):
-            tape.add_grad(target, target_grad)
+        _hand_back(tape, (query, key, value), grads)
 
     if query.requires_grad:
         tape.nodes.append(backward)
@@ -153,9 +170,7 @@ def _masked_attention(
     tape.free(*repeated, additive, statistics)
     if layer.rotary_concatenated:
         # As without a mask: the output follows the queries' order (padded phi-4 among the records).
-        transposed = tape.tokens(whole)
-        tape.free(result.buffer)
-        result.buffer = transposed
+        result.buffer = _transposed(tape, result.buffer, whole)
 
     def backward() -> None:
         grad = tape.take_grad(result)
@@ -163,12 +178,8 @@ def _masked_attention(
         tape.free(tape.tokens(heads * (4 * layer.head_dim + 4)))
         tape.free(*saved, grad)
         if shared:
-            for index in (2, 1):
-                summed = tape.tokens(layer.key_value_size * width)
-                tape.free(grads[index])
-                grads[index] = summed
-        for target, target_grad in zip((query, key, value), grads, strict=True):
-            tape.add_grad(target, target_grad)
+            _sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+        _hand_back(tape, (query, key, value), grads)
 
     if query.requires_grad:
         tape.nodes.append(backward)
@@ -205,9 +216,8 @@ def _eager_attention(
     tape.free(weights32, scores.pop())
     result = Value(tape.tokens(layer.query_size * width), query.requires_grad, width)
     saved = [tape.save(b) for b in (query.buffer, repeated[0], repeated[1], weights)]
-    transposed = tape.tokens(layer.query_size * width)
-    tape.free(result.buffer, *repeated)
-    result.buffer = transposed
+    result.buffer = _transposed(tape, result.buffer, layer.query_size * width)
+    tape.free(*repeated)
     # Attention returns its weights beside its output, and the layer holds both until it returns.
     tape.hold_in_layer(weights)
 
@@ -232,12 +242,8 @@ def _eager_attention(
         tape.free(narrow, saved[0], saved[1])
         grads = [query_grad, key_grad, value_grad]
         if repeats:
-            for index in (1, 2):
-                summed = tape.tokens(layer.key_value_size * width)
-                tape.free(grads[index])
-                grads[index] = summed
-        for target, target_grad in zip((query, key, value), grads, strict=True):
-            tape.add_grad(target, target_grad)
+            _sum_heads(tape, grads, (1, 2), layer.key_value_size * width)
+        _hand_back(tape, (query, key, value), grads)
 
     if query.requires_grad:
         tape.nodes.append(backward)
@@ -268,9 +274,7 @@ def _math_attention(
     saved += [tape.save(weights), tape.save(repeated_value)]
     result = Value(tape.tokens(whole), query.requires_grad, width)
     tape.free(repeated_key, repeated_value, scaled_query, additive, weights)
-    transposed = tape.tokens(whole)
-    tape.free(result.buffer)
-    result.buffer = transposed
+    result.buffer = _transposed(tape, result.buffer, whole)
 
     def backward() -> None:
         grad = tape.take_grad(result)
@@ -283,13 +287,9 @@ def _math_attention(
         tape.free(saved[0], saved[1], scores_grad)
         unscaled = tape.tokens(whole)
         tape.free(query_grad)
-        grads = []
-        for part in (value_grad, key_grad):
-            summed = tape.tokens(layer.key_value_size * width)
-            tape.free(part)
-            grads.append(summed)
-        for target, target_grad in zip((query, key, value), (unscaled, grads[1], grads[0]), strict=True):
-            tape.add_grad(target, target_grad)
+        grads = [unscaled, key_grad, value_grad]
+        _sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+        _hand_back(tape, (query, key, value), grads)
 
     if query.requires_grad:
         tape.nodes.append(backward)

@@ -13,7 +13,7 @@ from planner.memory.report import components, phases
 from planner.memory.resident import Resident, resident_memory
 from planner.memory.runtime import Coefficients, ReserveTerms, basis_of, coefficients_for, interval_kind
 from planner.memory.segments import segments
-from planner.memory.shape import embedding_scratch_bytes, micro_step
+from planner.memory.shape import embedding_scratch_bytes, keeps_raw_embedding, micro_step
 from planner.memory.step_replay import replay_steps
 from planner.memory.timeline import StepMoment, StepShape, StepTimeline
 from planner.memory.weights import DTYPE_BYTES
@@ -114,7 +114,6 @@ def _timeline(setup: TrainingSetup, model: ModelSpec, resident: Resident, *, pad
     shape = micro_step(setup)
     width = DTYPE_BYTES[setup.dtype]
     embedding = model.vocab_size * model.hidden_size * width if setup.method == "full" else 0
-    scaled = model.embedding_multiplier and not any("Scaled" in p.module_class for p in model.parameters)
     last = max(parts, key=lambda part: part.indices[-1])
     leaving = last.replay.output_bytes
     # Counted by the final norm where that saves them.
@@ -122,7 +121,7 @@ def _timeline(setup: TrainingSetup, model: ModelSpec, resident: Resident, *, pad
     return StepTimeline(
         parts=parts,
         offloads=setup.activation_offloading,
-        raw_embedding=scaled and setup.uses_lora and setup.gradient_checkpointing,
+        raw_embedding=keeps_raw_embedding(setup, model),
         final_norm=final_norm,
         head=_head(setup, model, final_norm.output_bytes),
         trained=resident.trained,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.memory.linear import LinearKind
 
@@ -33,6 +33,14 @@ class LayerKnobs:
     recomputes: bool = False
     budget: float | None = None
     graph_tokens: int = 0
+
+    def accumulating(self, value: bool) -> LayerKnobs:
+        """The same knobs with gradients of earlier micro-steps there, or not."""
+        return replace(
+            self,
+            default=replace(self.default, accumulating=value),
+            kinds=tuple((name, replace(kind, accumulating=value)) for name, kind in self.kinds),
+        )
 
     def kind(self, name: str) -> LinearKind:
         """The kind of the linear layer of that module name."""

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from planner.memory.adapter import Trainables, TrainableTensor
 from planner.memory.allocator import CachingAllocator
-from planner.memory.weights import DTYPE_BYTES, loaded_weights
+from planner.memory.weights import DTYPE_BYTES, FP32, loaded_weights
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
-FP32 = 4
 TRL_ADAPTER_BYTES = 2
 """TRL casts the adapter of a quantised base to bfloat16 (sft_trainer.py:908)."""
 

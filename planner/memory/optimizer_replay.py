@@ -6,10 +6,9 @@ from planner.memory.adapter import Trainables
 from planner.memory.allocator import CachingAllocator
 from planner.memory.loading_replay import in_module_order
 from planner.memory.optimizer import state_blocks
+from planner.memory.weights import FP32
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
-
-FP32 = 4
 
 
 class OptimizerReplay:

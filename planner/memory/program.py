@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
-from planner.memory.activations import _gradients_before
+from planner.memory.activations import gradients_before
 from planner.memory.allocator import block_units
 from planner.memory.decoder_layer import replay
 from planner.memory.layer_knobs import LayerKnobs
@@ -140,7 +140,7 @@ def layer_program(
     layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool, accumulating: bool
 ) -> Program:
     """Program of one decoder layer; `accumulating` says that gradients of earlier micro-steps are there."""
-    knobs = _accumulating(knobs, accumulating)
+    knobs = knobs.accumulating(accumulating)
     if checkpointed:
         return _checkpointed(layer, knobs)
     tape = LoggingTape(saves=True)
@@ -154,7 +154,7 @@ def norm_program(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     """Program of the norm after the last decoder layer."""
     tape = LoggingTape(saves=True)
     hidden = Value(tape.given(), True, knobs.stream_bytes)
-    output = norm(tape, layer, _accumulating(knobs, False), hidden, layer.hidden_size)
+    output = norm(tape, layer, knobs.accumulating(False), hidden, layer.hidden_size)
     return _both_passes(tape, hidden, output)
 
 
@@ -201,7 +201,7 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     output.grad = incoming
     tape.backward()
     tape.events = _renamed(tape.events, known)
-    before, after = _split(tape.events, len(_gradients_before(layer, knobs)) - 1, recomputed)
+    before, after = _split(tape.events, len(gradients_before(layer, knobs)) - 1, recomputed)
     return _program(
         tape,
         forward=first.events,
@@ -290,11 +290,3 @@ def _left(held: set[int], events: Sequence[int]) -> set[int]:
         else:
             held.remove(-1 - event)
     return held
-
-
-def _accumulating(knobs: LayerKnobs, accumulating: bool) -> LayerKnobs:
-    return replace(
-        knobs,
-        default=replace(knobs.default, accumulating=accumulating),
-        kinds=tuple((name, replace(kind, accumulating=accumulating)) for name, kind in knobs.kinds),
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.memory.weights import DTYPE_BYTES, FP32
+from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
 
@@ -44,6 +45,14 @@ def micro_step(setup: TrainingSetup) -> MicroStep:
 def stream_bytes(setup: TrainingSetup) -> int:
     """Width of the embeddings' output: PEFT's k-bit preparation holds what is not quantised in fp32."""
     return FP32 if setup.prepare_for_kbit_training else DTYPE_BYTES[setup.dtype]
+
+
+def keeps_raw_embedding(setup: TrainingSetup, model: ModelSpec) -> bool:
+    """Whether embeddings lie beside their scaled copy: PEFT marks them as a leaf that wants a gradient, and
+    the model scales them outside the embedding's own module.
+    """
+    outside = not any("Scaled" in parameter.module_class for parameter in model.parameters)
+    return bool(model.embedding_multiplier) and outside and setup.uses_lora and setup.gradient_checkpointing
 
 
 SORTED_EMBEDDING_TOKENS = 3072

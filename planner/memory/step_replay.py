@@ -24,8 +24,8 @@ from planner.memory.refusals import attention_implementation
 from planner.memory.resident import mask_kinds
 from planner.memory.runtime import workspace_block_bytes
 from planner.memory.segments import Segment, segments
-from planner.memory.shape import embedding_scratch_bytes, micro_step
-from planner.memory.weights import DTYPE_BYTES
+from planner.memory.shape import embedding_scratch_bytes, keeps_raw_embedding, micro_step
+from planner.memory.weights import DTYPE_BYTES, FP32
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -37,7 +37,6 @@ where none is checkpointed."""
 MAX_KNOWN = 4096
 """Replays that are remembered."""
 INT64 = 8
-FP32 = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +119,7 @@ class StepReplay:
         self.norm_units = self.norm.units(self.tokens, self.scores)
         self.head = HeadReplay(head_shape(setup, model, final_norm.output_bytes))
         self.optimizer = OptimizerReplay(setup, model, self.trained)
-        scaled = model.embedding_multiplier and not any("Scaled" in p.module_class for p in model.parameters)
-        self.raw_embedding = bool(scaled and setup.uses_lora and setup.gradient_checkpointing)
+        self.raw_embedding = keeps_raw_embedding(setup, model)
         self.offload = self._offload(final_norm) if setup.activation_offloading else None
         self.gradients: list[int] = []
 

@@ -9,9 +9,8 @@ from planner.errors import InputError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
-from planner.throughput.flops import matrix_flops
 from planner.throughput.rates import Rates, known_rates, overlapped, rates_for, scaled_rates
-from planner.throughput.traffic import traffic
+from planner.throughput.traffic import weight_bytes
 from planner.throughput.work import StepWork, step_work
 from planner.training_setup import TrainingSetup
 
@@ -76,8 +75,7 @@ def estimate_step(
     micro = overlapped(matrix + moved, host)
     step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work)
     tokens = setup.tokens_per_micro_step * setup.num_processes
-    flops = matrix_flops(setup, model)
-    roofline = tokens / max(flops.total / peak, traffic(setup, model).weights / bandwidth)
+    roofline = tokens / max(work.total_flops / peak, weight_bytes(setup, model) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
     low, high = (rates.low, rates.high) if calibrated else (LOW, HIGH)
     return StepEstimate(
@@ -86,7 +84,7 @@ def estimate_step(
         tokens_per_second=rate,
         tokens_per_second_low=rate * low,
         tokens_per_second_high=min(rate * high, roofline),
-        matrix_flops=flops.total,
+        matrix_flops=work.total_flops,
         bytes_moved=_moved_bytes(work),
         roofline_tokens_per_second=roofline,
         bound_by=_bound_by(matrix, moved, host),

@@ -38,12 +38,14 @@ class StepWork:
     """Work of one micro-step, and of one optimizer step.
 
     `*_flops`: floating-point operations of the layers' matrices, the adapter's, the output head's and
-    attention's (fused kernels; eager attention's are in its tensors). `single` says that they run in fp32
-    without tensor cores. `written_bytes` are the tensors that grow with the batch, `weight_bytes` those that
-    do not (dequantised weights above all), `launches` how many there are. `*_calls` count passes through
-    linear layers that run Python of their own, by how they are held and whether their layer is compiled.
+    attention's (fused kernels; eager attention's are in its tensors); `total_flops` has attention's in any
+    case. `single` says that they run in fp32 without tensor cores. `written_bytes` are the tensors that grow
+    with the batch, `weight_bytes` those that do not (dequantised weights above all), `launches` how many
+    there are. `*_calls` count passes through linear layers that run Python of their own, by how they are
+    held and whether their layer is compiled.
     """
 
+    total_flops: float
     layer_flops: float
     adapter_flops: float
     head_flops: float
@@ -141,6 +143,7 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
     wrapped = linear.wrapped_count * passes
     offloaded = model.num_hidden_layers * shape.tokens * model.hidden_size * shape.stream_bytes
     return StepWork(
+        total_flops=flops.total,
         layer_flops=flops.layers,
         adapter_flops=flops.adapter,
         head_flops=flops.head,

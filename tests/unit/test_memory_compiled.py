@@ -13,16 +13,8 @@ from planner.memory.segments import Segment, segments
 from planner.memory.step_replay import StepReplay
 from planner.model_catalog import load_shipped
 from planner.training_setup import TrainingSetup
+from tests.unit.families import DENSE
 
-DENSE = (
-    "llama-3.2-1b",
-    "qwen2.5-0.5b",
-    "qwen3-0.6b",
-    "gemma-3-1b",
-    "phi-4-mini",
-    "olmo-2-1b",
-    "granite-3.3-2b",
-)
 NO_CHECKPOINT: dict[str, Any] = {"gradient_checkpointing": False}
 WAYS: tuple[dict[str, Any], ...] = (
     {},

@@ -14,18 +14,10 @@ from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.optimizer import MOMENTS
 from planner.model_catalog import load_shipped
 from planner.training_setup import OPTIMIZERS, TrainingSetup
+from tests.unit.families import DENSE
 
 GIB = 2**30
 H100 = gpu_catalog().get("h100-80gb")
-DENSE = (
-    "llama-3.2-1b",
-    "qwen2.5-0.5b",
-    "qwen3-0.6b",
-    "gemma-3-1b",
-    "phi-4-mini",
-    "olmo-2-1b",
-    "granite-3.3-2b",
-)
 EAGER = ("gemma-2-2b",)
 EXPERTS = ("qwen3-30b-a3b",)
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

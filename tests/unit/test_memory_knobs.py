@@ -14,17 +14,9 @@ from planner.gpu_catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory, segments
 from planner.model_catalog import load_shipped
 from planner.training_setup import TrainingSetup
+from tests.unit.families import DENSE as MODELS
 
 H100 = gpu_catalog().get("h100-80gb")
-MODELS = (
-    "llama-3.2-1b",
-    "qwen2.5-0.5b",
-    "qwen3-0.6b",
-    "gemma-3-1b",
-    "phi-4-mini",
-    "olmo-2-1b",
-    "granite-3.3-2b",
-)
 KNOBS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "dora with dropout": {"use_dora": True, "lora_dropout": 0.05},
