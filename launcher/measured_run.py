@@ -46,6 +46,7 @@ class MeasuredRun:
         self.weights_bytes = 0
         self.phases: list[MeasuredPhase] = []
         self.step_seconds: list[float] = []
+        self.update_seconds: list[float] = []
         self._device = device
         self._driver_bytes = driver_bytes
 
@@ -102,7 +103,7 @@ class MeasuredRun:
             eval_dataset=eval_data if self.profile.evaluates else None,
             output_dir=folder,
             on_gpu=True,
-            callbacks=[_step_clock(self.step_seconds)],
+            callbacks=[_step_clock(self.step_seconds, self.update_seconds)],
         )
         trainer.args.eval_strategy = "no"
         trainer.train()
@@ -128,13 +129,15 @@ class MeasuredRun:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _step_clock(seconds: list[float]) -> Any:
-    """A callback that times optimizer steps, the GPU's work included, and starts peaks anew after warm-up."""
+def _step_clock(seconds: list[float], updates: list[float]) -> Any:
+    """A callback that times steps and their updates, the GPU's work included, and starts peaks anew after
+    warm-up. The trainer has read the gradient's norm just before an update: nothing is waited for twice.
+    """
     import torch
     from transformers import TrainerCallback
 
     class StepClock(TrainerCallback):  # type: ignore[misc]
-        started = 0.0
+        started = updating = 0.0
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             torch.cuda.synchronize()
@@ -142,9 +145,15 @@ def _step_clock(seconds: list[float]) -> Any:
                 torch.cuda.reset_peak_memory_stats()
             self.started = time.perf_counter()
 
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            self.updating = time.perf_counter()
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.started)
+            now = time.perf_counter()
+            seconds.append(now - self.started)
+            updates.append(now - self.updating)
 
     return StepClock()
 

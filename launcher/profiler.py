@@ -180,6 +180,7 @@ class Profiler:
             context_bytes=self._context_bytes,
             phases=tuple(run.phases),
             step_seconds=tuple(round(seconds, 5) for seconds in run.step_seconds),
+            update_seconds=tuple(round(seconds, 5) for seconds in run.update_seconds),
             tokens_per_second=run.tokens_per_second,
             predicted=_predict(profile),
             padded=profile.padded,

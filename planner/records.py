@@ -78,7 +78,8 @@ class RunRecord:
     `id` names it, `created` is UTC in ISO form, `padded` whether batches mixed lengths, `random_weights`
     whether the weights were random (same memory and speed). `weights_bytes` is allocated after loading,
     `context_bytes` what the driver showed above reserved memory after CUDA's start. `step_seconds` are
-    optimizer steps in order; `tokens_per_second` is steady state, from the third step on. `memory_cap_bytes`
+    optimizer steps in order, `update_seconds` what of each came after its last backward pass (none where not
+    timed); `tokens_per_second` is steady state, from the third step on. `memory_cap_bytes`
     is the limit torch's allocator was given, null for none; `isolated` whether the run had a process alone.
     """
 
@@ -99,6 +100,7 @@ class RunRecord:
     random_weights: bool = False
     isolated: bool = True
     memory_cap_bytes: int | None = None
+    update_seconds: tuple[float, ...] = ()
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -134,6 +136,7 @@ class RunRecord:
                 environment=Environment(**environment),
                 phases=tuple(MeasuredPhase(**phase) for phase in rest.pop("phases")),
                 step_seconds=tuple(rest.pop("step_seconds")),
+                update_seconds=tuple(rest.pop("update_seconds", ())),
                 predicted=Predicted(**predicted) if predicted is not None else None,
                 **rest,
             )
