@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.profile import Profile, profile_line
 from planner.calibration import Calibration, calibrate
@@ -25,13 +26,22 @@ from planner.model_catalog import load_shipped
 from planner.records import RunRecord, all_records, read_records
 from planner.throughput import NoForecastError
 from planner.throughput.fit import MIN_RUNS, SpeedFit, fit_rates
-from planner.throughput.roofline import rates_of
+from planner.throughput.microbenchmarks import microbenchmarks_of, own_file
+from planner.throughput.roofline import borrowed_rates
 from planner.training_setup import TrainingSetup
 
 FILL = 0.9
 """Share of the free memory that a calibration run may be expected to need at most."""
 START_SECONDS = 30.0
 """About what a child takes to import the stack and start CUDA; not counted against the runs."""
+KERNEL_SECONDS, LEAST_KERNEL_SECONDS = 40.0, 10.0
+"""What the microbenchmarks may take beside their child's start, and what they need for the first of each."""
+KERNEL_SHARE = 0.5
+"""Share of the minutes given that they may take, their start included."""
+
+
+class ChildError(VramwiseError):
+    """A measuring process died."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +105,11 @@ def coefficients_file(gpu: LocalGpu) -> Path:
 
 
 def measure(gpu: LocalGpu, minutes: float, report: Callable[[Progress], None], *, again: bool = False) -> int:
-    """Measure within the minutes given; returns how many runs were recorded.
+    """Measure within the minutes given: microbenchmarks, then runs; returns how many runs were recorded.
 
     Raises:
         InputError: nothing fits the free memory.
-        VramwiseError: a child process died.
+        ChildError: a process that measures runs died.
     """
     path = records_file(gpu)
     done = tuple(read_records(path)) if path.exists() and not again else ()
@@ -108,6 +118,8 @@ def measure(gpu: LocalGpu, minutes: float, report: Callable[[Progress], None], *
     if not total and not done:
         raise InputError(f"{gpu.spec.id}: {gpu.free_bytes:,} free bytes are too few for any calibration run")
     end = time.monotonic() + 60.0 * minutes
+    if again or not own_file(gpu.spec.id).exists():
+        _measure_kernels(gpu, 60.0 * minutes * KERNEL_SHARE, report, total)
     recorded = ended = 0
     for index, profiles in enumerate(children):
         share = (end - time.monotonic()) / (len(children) - index) - START_SECONDS
@@ -141,7 +153,7 @@ def fit_speed(gpu: LocalGpu) -> SpeedFit | None:
     if len(records) < MIN_RUNS:
         return None
     try:
-        start, _ = rates_of(gpu.spec)
+        start = borrowed_rates(gpu.spec).rates
     except NoForecastError:
         start = None
     found = fit_rates(records, gpu.spec.id, load_shipped, start=start)
@@ -158,12 +170,11 @@ class _Reporter:
 
     def say(self, line: str) -> bool:
         """Pass on a child's line; returns whether it was a record."""
-        try:
-            said = json.loads(line)
-            setup = self.profiles[said["index"]].setup
-        except (ValueError, KeyError, TypeError, IndexError):
-            # Libraries print where the child does; only its own lines are JSON objects with an index.
+        said = _json_object(line)
+        index = said.get("index")
+        if not isinstance(index, int) or not 0 <= index < len(self.profiles):
             return False
+        setup = self.profiles[index].setup
         what = f"{setup.model} {setup.method} {setup.max_length} x {setup.per_device_train_batch_size}"
         if said["event"] == "started":
             self.report(
@@ -175,32 +186,75 @@ class _Reporter:
         return bool(said["outcome"] != "refused")
 
 
+def _measure_kernels(gpu: LocalGpu, seconds: float, report: Callable[[Progress], None], total: int) -> None:
+    """Measure single kernels in a child process; where it fails, say so and go on: runs tell more."""
+    seconds = min(KERNEL_SECONDS, seconds - START_SECONDS)
+    if seconds < LEAST_KERNEL_SECONDS:
+        report(Progress(ended=0, total=total, text="too little time for microbenchmarks"))
+        return
+
+    def hear(line: str) -> None:
+        said = _json_object(line)
+        if said.get("event") == "microbenchmark":
+            report(Progress(ended=0, total=total, text=f"microbenchmarks: {said.get('what')}"))
+
+    command = ["launcher.microbench", "--output", str(own_file(gpu.spec.id)), "--seconds", str(seconds)]
+    try:
+        _follow_child(gpu, command, hear)
+    except ChildError as error:
+        report(Progress(ended=0, total=total, text=f"no microbenchmarks: {error}"))
+    microbenchmarks_of.cache_clear()
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    """A line's JSON object; an empty one for what libraries print where the child speaks."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 def _run_child(
     gpu: LocalGpu, profiles: tuple[Profile, ...], output: Path, seconds: float, reporter: _Reporter
 ) -> int:
     recorded = 0
+
+    def hear(line: str) -> None:
+        nonlocal recorded
+        recorded += reporter.say(line)
+
     with tempfile.TemporaryDirectory(prefix="vramwise-") as folder:
         wanted = Path(folder) / "profiles.jsonl"
         wanted.write_text("".join(profile_line(profile) + "\n" for profile in profiles), encoding="utf-8")
-        log = Path(folder) / "log"
-        command = [sys.executable, "-m", "launcher.profiler", str(wanted), str(output), str(seconds)]
-        with log.open("wb") as errors:
-            child = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(gpu)
-            )
-            try:
-                for line in child.stdout or ():
-                    recorded += reporter.say(line)
-                code = child.wait()
-            finally:
-                # Ctrl-C, or an error here, must not leave a process on the GPU.
-                if child.poll() is None:
-                    child.kill()
-                    child.wait()
-        if code != 0:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
-            raise VramwiseError(f"the measuring process ended with code {code}: {lines[-1][:200]}")
+        _follow_child(gpu, ["launcher.profiler", str(wanted), str(output), str(seconds)], hear)
     return recorded
+
+
+def _follow_child(gpu: LocalGpu, module: Sequence[str], hear: Callable[[str], None]) -> None:
+    """Run a module in a process of its own on that GPU, and pass on each line that it prints.
+
+    Raises:
+        ChildError: it ended with another code than 0.
+    """
+    with tempfile.TemporaryFile() as errors:
+        command = [sys.executable, "-m", *module]
+        child = subprocess.Popen(  # noqa: S603  our own interpreter and module
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(gpu)
+        )
+        try:
+            for line in child.stdout or ():
+                hear(line)
+            code = child.wait()
+        finally:
+            # Ctrl-C, or an error here, must not leave a process on the GPU.
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        if code != 0:
+            errors.seek(0)
+            lines = errors.read().decode("utf-8", errors="replace").strip().splitlines() or ["no message"]
+            raise ChildError(f"the measuring process ended with code {code}: {lines[-1][:200]}")
 
 
 def _environment(gpu: LocalGpu) -> dict[str, str]:

@@ -15,6 +15,7 @@ from planner import validate
 from planner.data_files import PROFILES, user_data_dir
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
+from planner.throughput.microbenchmarks import Slowdown, microbenchmarks_of, slowdown
 from planner.throughput.work import StepWork
 
 OVERLAP = 4.0
@@ -142,25 +143,62 @@ def rates_for(gpu: GpuSpec) -> Rates | None:
     return next((rates for rates in known_rates() if rates.gpu == gpu.id), None)
 
 
+_NOTHING_MEASURED = Slowdown(**dict.fromkeys((field.name for field in fields(Slowdown)), None))
+
+
 def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None:
     """Rates of a GPU whose training nobody has measured: the reference's efficiencies at this one's rates.
 
-    Matrix work scales with the rate of a large matmul where that was measured on both (0.61 to 1.13 of the
-    published rate over the cards of profiles/gpus.toml), else with the published rate; traffic with the
-    published bandwidth; the host is taken to be alike. None where a rate is unknown.
+    Each kind of work scales with what microbenchmarks of both GPUs reached. Where one has none, matrix work
+    scales with the rate of a large matmul if that was measured on both (0.61 to 1.13 of the published rate
+    over the cards of profiles/gpus.toml), else with the published rate; traffic with the published bandwidth;
+    the host is taken to be alike. None where a rate is unknown.
     """
+    slower = measured_slowdown(gpu, reference)
+    matrix = slower.matrix if slower and slower.matrix else _published_matrix(gpu, reference)
+    traffic = slower.elementwise if slower and slower.elementwise else _published_traffic(gpu, reference)
+    if matrix is None or traffic is None:
+        return None
+    found = slower or _NOTHING_MEASURED
+    launch = found.launch or 1.0
+    call = found.quantized_call or launch
+    factors = {
+        "layer_flop_seconds": matrix,
+        "attention_flop_seconds": found.attention or matrix,
+        "head_flop_seconds": matrix,
+        "adapter_flop_seconds": found.adapter or matrix,
+        "single_flop_seconds": found.single or matrix,
+        "written_byte_seconds": traffic,
+        "weight_byte_seconds": found.dequantized or traffic,
+        "offloaded_byte_seconds": found.host_copy or 1.0,
+        "optimizer_byte_seconds": traffic,
+        "launch_seconds": launch,
+        "quantized_call_seconds": call,
+        "lora_call_seconds": call,
+        "full_call_seconds": launch,
+        "compiled_call_seconds": launch,
+        "micro_step_seconds": launch,
+        "optimizer_tensor_seconds": launch,
+    }
+    values = rates.to_dict() | {"gpu": gpu.id}
+    for name, factor in factors.items():
+        values[name] *= factor
+    return Rates.from_dict(values)
+
+
+def measured_slowdown(gpu: GpuSpec, reference: GpuSpec) -> Slowdown | None:
+    """What microbenchmarks say of two GPUs; None where one has none."""
+    mine, theirs = microbenchmarks_of(gpu.id), microbenchmarks_of(reference.id)
+    return None if mine is None or theirs is None else slowdown(mine, theirs)
+
+
+def _published_matrix(gpu: GpuSpec, reference: GpuSpec) -> float | None:
     peaks = (gpu.measured_matrix_flops_per_second, reference.measured_matrix_flops_per_second)
     if None in peaks:
         peaks = (gpu.matrix_flops_per_second, reference.matrix_flops_per_second)
-    bandwidths = (gpu.bandwidth_bytes_per_second, reference.bandwidth_bytes_per_second)
-    if None in peaks or None in bandwidths:
-        return None
-    slower = (peaks[1] or 0.0) / (peaks[0] or 1.0)
-    narrower = (bandwidths[1] or 0.0) / (bandwidths[0] or 1.0)
-    values = rates.to_dict() | {"gpu": gpu.id}
-    for name in values:
-        if name.endswith("_flop_seconds"):
-            values[name] *= slower
-        elif name in ("written_byte_seconds", "weight_byte_seconds", "optimizer_byte_seconds"):
-            values[name] *= narrower
-    return Rates.from_dict(values)
+    return None if peaks[0] is None or peaks[1] is None else peaks[1] / peaks[0]
+
+
+def _published_traffic(gpu: GpuSpec, reference: GpuSpec) -> float | None:
+    rates = (gpu.bandwidth_bytes_per_second, reference.bandwidth_bytes_per_second)
+    return None if rates[0] is None or rates[1] is None else rates[1] / rates[0]

@@ -9,7 +9,15 @@ from planner.errors import InputError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
-from planner.throughput.rates import Rates, known_rates, overlapped, rates_for, scaled_rates
+from planner.throughput.microbenchmarks import microbenchmarks_of
+from planner.throughput.rates import (
+    Rates,
+    known_rates,
+    measured_slowdown,
+    overlapped,
+    rates_for,
+    scaled_rates,
+)
 from planner.throughput.traffic import weight_bytes
 from planner.throughput.work import StepWork, step_work
 from planner.training_setup import TrainingSetup
@@ -63,10 +71,9 @@ def estimate_step(
         NotModelledError: a knob whose work is not counted.
     """
     _refuse_unmodelled(setup)
-    peak, bandwidth = gpu.peak_matrix_flops_per_second, gpu.bandwidth_bytes_per_second
-    if peak is None or bandwidth is None:
-        raise NoForecastError(f"no throughput for {gpu.id}: its matrix rate or bandwidth is unknown")
-    rates, calibrated = rates_of(gpu)
+    peak, bandwidth = _limits(gpu)
+    known = rates_of(gpu)
+    rates, calibrated = known.rates, known.source == "runs"
     work = step_work(setup, model, padded=padded)
     matrix, moved = rates.gpu_seconds(work)
     if setup.dtype != "float16" and not gpu.supports_bfloat16:
@@ -89,25 +96,68 @@ def estimate_step(
         roofline_tokens_per_second=roofline,
         bound_by=_bound_by(matrix, moved, host),
         calibrated=calibrated,
-        basis=_basis(gpu, rates, calibrated=calibrated),
+        basis=_basis(gpu, known),
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownRates:
+    """Rates for a GPU and where they come from: "runs" of its own, or those of the GPU `reference`, scaled by
+    "microbenchmarks" of both or by "published" rates.
+    """
+
+    rates: Rates
+    source: str
+    reference: str
+
+
 @lru_cache(maxsize=256)
-def rates_of(gpu: GpuSpec) -> tuple[Rates, bool]:
-    """Rates for a GPU, and whether they were measured on it.
+def rates_of(gpu: GpuSpec) -> KnownRates:
+    """Rates for a GPU: its own, else another's, scaled.
 
     Raises:
         NoForecastError: there are none to scale to it.
     """
     own = rates_for(gpu)
     if own is not None:
-        return own, True
+        return KnownRates(rates=own, source="runs", reference=gpu.id)
+    return borrowed_rates(gpu)
+
+
+def borrowed_rates(gpu: GpuSpec) -> KnownRates:
+    """Rates of another GPU, scaled to this one: by microbenchmarks rather than published rates.
+
+    Raises:
+        NoForecastError: there are none to scale to it.
+    """
+    found = []
     for rates in known_rates():
-        scaled = scaled_rates(gpu, gpu_catalog().get(rates.gpu), rates)
+        # A card outside the catalog has no published rates to scale from.
+        reference = next(iter(gpu_catalog().named(rates.gpu)), None)
+        if reference is None or rates.gpu == gpu.id:
+            continue
+        scaled = scaled_rates(gpu, reference, rates)
         if scaled is not None:
-            return scaled, False
-    raise NoForecastError(f"no throughput for {gpu.id}: no measured rates to scale to it")
+            measured = measured_slowdown(gpu, reference) is not None
+            source = "microbenchmarks" if measured else "published"
+            found.append(KnownRates(rates=scaled, source=source, reference=reference.id))
+    if not found:
+        raise NoForecastError(f"no throughput for {gpu.id}: no measured rates to scale to it")
+    return min(found, key=lambda one: one.source != "microbenchmarks")
+
+
+def _limits(gpu: GpuSpec) -> tuple[float, float]:
+    """Matrix rate and bandwidth that no run exceeds: published, or measured where that is more or unknown."""
+    measured = microbenchmarks_of(gpu.id)
+    peaks = [gpu.peak_matrix_flops_per_second]
+    bandwidth = gpu.bandwidth_bytes_per_second
+    if measured is not None:
+        peaks.append(measured.peak_matrix_flops_per_second)
+        bandwidth = bandwidth or max(measured.copy_bytes_per_second, measured.elementwise_bytes_per_second)
+    peak = max((rate for rate in peaks if rate is not None), default=None)
+    if peak is None or bandwidth is None:
+        raise NoForecastError(f"no throughput for {gpu.id}: its matrix rate or bandwidth is unknown")
+    return peak, bandwidth
 
 
 def _moved_bytes(work: StepWork) -> float:
@@ -128,9 +178,14 @@ def _bound_by(matrix: float, moved: float, host: float) -> str:
     return "compute" if matrix >= moved else "bandwidth"
 
 
-def _basis(gpu: GpuSpec, rates: Rates, *, calibrated: bool) -> str:
-    runs = len(rates.record_ids)
-    if calibrated:
+def _basis(gpu: GpuSpec, known: KnownRates) -> str:
+    runs = len(known.rates.record_ids)
+    if known.source == "runs":
         return f"rates fitted to {runs} runs on {gpu.id}"
-    reference = known_rates()[0].gpu
-    return f"rates of {reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"
+    if known.source == "microbenchmarks":
+        return (
+            f"rates of {known.reference} ({runs} runs), scaled by microbenchmarks of both; no run on {gpu.id}"
+        )
+    return (
+        f"rates of {known.reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"
+    )
