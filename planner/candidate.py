@@ -58,6 +58,10 @@ class Evaluator:
         self._known: dict[TrainingSetup, Candidate] = {}
         self._confirmed: dict[TrainingSetup, Candidate] = {}
 
+    def on(self, gpu: GpuSpec) -> Evaluator:
+        """The same model and data on another card, which holds nothing else."""
+        return Evaluator(self.model, gpu, gpu.usable_bytes, padded=self.padded, longest=self.longest)
+
     @property
     def compiles(self) -> bool:
         """Whether torch's compiler has a backend for the card (Triton: compute capability 7.0 and up)."""

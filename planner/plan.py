@@ -130,6 +130,18 @@ class Alternative:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierPoint:
+    """A setup of the search that no other one beats in both speed and memory; `chosen` is the plan's own."""
+
+    strategy: str
+    setup: TrainingSetup
+    peak_upper_bytes: int
+    tokens_per_second: float | None
+    fits: bool
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
     """A change to the plan, estimated like the plan itself.
 
@@ -158,6 +170,28 @@ class CardAdvice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OtherCard:
+    """What a card with more memory would bring: `setup` is the fastest of a few that fit on it.
+
+    `speedup` is over the plan's setup where that fits, else null. `longer_length` is a length beyond the
+    plan's that fits there and not on the card asked for. Hours and price are for what the plan's are for.
+    """
+
+    gpu: str
+    name: str
+    memory_bytes: int
+    usable_bytes: int
+    setup: TrainingSetup
+    peak_upper_bytes: int
+    tokens_per_second: float
+    speedup: float | None
+    longer_length: int | None
+    hours: float
+    usd_per_gpu_hour: float | None
+    usd: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
     """A fact that guides often get wrong; `{size}` in the text stands for `size_bytes`."""
 
@@ -171,6 +205,7 @@ class Plan:
 
     `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make
     it fit or how to use what is left. `assumptions` are everything that was chosen without being asked.
+    `frontier` is by rising memory. Plans written before it and `other_cards` were added have neither.
     """
 
     request: PlanRequest
@@ -191,6 +226,8 @@ class Plan:
     smallest_gpu: CardAdvice | None
     assumptions: tuple[str, ...]
     notes: tuple[Note, ...]
+    frontier: tuple[FrontierPoint, ...] = ()
+    other_cards: tuple[OtherCard, ...] = ()
 
     @property
     def headroom_bytes(self) -> int:

@@ -10,11 +10,13 @@ from planner.advice import make_it_fit, smallest_card, use_what_is_left
 from planner.candidate import Candidate, Evaluator
 from planner.dataset_stats import DatasetStats
 from planner.errors import NotModelledError
+from planner.frontier import frontier
 from planner.gpu_target import GpuTarget, resolve_gpu
 from planner.loading import load_needs, model_notes
 from planner.memory.adapter import trainables
 from planner.model_catalog import Inspector, resolve_model
 from planner.model_spec import ModelSpec
+from planner.other_cards import Question, other_cards
 from planner.plan import Alternative, DataSummary, Duration, MethodFigures, Plan, PlannedModel, Schedule
 from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
 from planner.search import TOKENS, SearchResult, Tried, search
@@ -66,7 +68,19 @@ def make_plan(
     setup = best.setup
     schedule = _schedule(request, setup, model, chosen.effective_batch_size)
     data = None if stats is None else summarise_data(str(request.data), stats, setup)
-    card = None if chosen.fits else smallest_card(evaluator, setup, policy_lengths(request, model, stats))
+    lengths = policy_lengths(request, model, stats)
+    card = None if chosen.fits else smallest_card(evaluator, setup, lengths)
+    duration = _duration(best, schedule, data, target, request.price_usd_per_hour)
+    question = Question(
+        tried=chosen.result.tried,
+        chosen=best,
+        fits=chosen.fits,
+        lengths=lengths,
+        open_ended=stats is None and "max_length" not in request.fixed,
+        fixed=frozenset(request.fixed),
+        duration=duration,
+        smallest=card,
+    )
     return Plan(
         request=request,
         gpu=target,
@@ -77,7 +91,7 @@ def make_plan(
         schedule=schedule,
         memory=best.memory,
         speed=best.speed,
-        duration=_duration(best, schedule, data, target, request.price_usd_per_hour),
+        duration=duration,
         loading=load_needs(model, best.memory),
         data=data,
         methods=_methods(evaluator, best, fits=chosen.fits),
@@ -90,6 +104,8 @@ def make_plan(
         smallest_gpu=card,
         assumptions=_assumptions(request, target, setup, schedule, stats),
         notes=model_notes(model, setup, best.memory, target.usable_bytes),
+        frontier=frontier(chosen.result.tried, chosen.tried, evaluator),
+        other_cards=other_cards(question, evaluator),
     )
 
 
