@@ -7,6 +7,7 @@ import json
 import stat
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -16,6 +17,7 @@ from planner.errors import InputError, VramwiseError
 from planner.gpu_catalog import gpu_catalog
 from planner.hardware import LocalGpu
 from planner.records import all_records, read_records
+from planner.throughput.microbenchmarks import own_file
 
 GIB = 2**30
 
@@ -38,10 +40,25 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def fake_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """A python that, asked to measure, runs `body` with the profiles' path and the output's."""
+KERNELS = (
+    "print(json.dumps({'event': 'microbenchmark', 'what': 'attention'}))\n"
+    "open('calls', 'a').write(' '.join(sys.argv[2:]) + '\\n')\n"
+    "os.makedirs(os.path.dirname(sys.argv[4]), exist_ok=True)\n"
+    "open(sys.argv[4], 'w').write('measured')\n"
+)
+
+
+def fake_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, kernels: str = KERNELS
+) -> None:
+    """A python that, asked to measure runs, does `body` with the profiles' path and the output's, and asked
+    for microbenchmarks `kernels`.
+    """
     path = tmp_path / "python"
-    path.write_text(f"#!{sys.executable}\nimport json, sys\nprofiles, output = sys.argv[3:5]\n{body}\n")
+    branches = f"if 'microbench' in sys.argv[2]:\n{indent(kernels, ' ')}\nelse:\n{indent(body, ' ')}\n"
+    start = "import json, os, sys\nprofiles, output = sys.argv[3:5]\n"
+    path.write_text(f"#!{sys.executable}\n{start}{branches}")
+    monkeypatch.chdir(tmp_path)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(path))
 
@@ -91,6 +108,50 @@ def test_a_dead_child_is_an_error_that_quotes_it(tmp_path: Path, monkeypatch: py
     fake_interpreter(tmp_path, monkeypatch, "sys.stderr.write('no device\\n'); sys.exit(3)")
     with pytest.raises(VramwiseError, match="code 3: no device"):
         calibrate.measure(gpu("h100-80gb"), 5.0, lambda progress: None)
+
+
+def kernel_calls(tmp_path: Path) -> list[str]:
+    calls = tmp_path / "calls"
+    return calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_single_kernels_are_measured_first_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_interpreter(tmp_path, monkeypatch, "pass")
+    said: list[calibrate.Progress] = []
+    card = gpu("h100-80gb")
+    calibrate.measure(card, 5.0, said.append)
+    assert said[0].text == "microbenchmarks: attention"
+    assert own_file("h100-80gb").read_text() == "measured"
+    calibrate.measure(card, 5.0, said.append)
+    assert len(kernel_calls(tmp_path)) == 1
+    calibrate.measure(card, 5.0, said.append, again=True)
+    assert len(kernel_calls(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(5.0, 40.0), (2.0, 30.0)])
+def test_single_kernels_leave_time_for_runs(
+    minutes: float, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_interpreter(tmp_path, monkeypatch, "pass")
+    calibrate.measure(gpu("h100-80gb"), minutes, lambda progress: None)
+    assert float(kernel_calls(tmp_path)[0].split()[-1]) == seconds
+
+
+def test_a_minute_is_too_little_for_single_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_interpreter(tmp_path, monkeypatch, "pass")
+    calibrate.measure(gpu("h100-80gb"), 1.0, lambda progress: None)
+    assert kernel_calls(tmp_path) == []
+
+
+def test_runs_are_measured_where_single_kernels_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "for i, _ in enumerate(open(profiles)):\n"
+    body += "    print(json.dumps({'event': 'ended', 'index': i, 'outcome': 'ok'}))"
+    fake_interpreter(tmp_path, monkeypatch, body, "sys.stderr.write('no kernel image\\n'); sys.exit(1)")
+    said: list[calibrate.Progress] = []
+    assert calibrate.measure(gpu("h100-80gb"), 5.0, said.append) > 0
+    assert "no kernel image" in said[0].text
 
 
 def test_a_full_card_is_told_in_one_line() -> None:
