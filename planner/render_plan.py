@@ -1,4 +1,4 @@
-"""A Plan as text."""
+"""A Plan as text: the verdict first, what it rests on last."""
 
 from __future__ import annotations
 
@@ -7,30 +7,17 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from planner.plan import Alternative, Duration, Plan
-from planner.render import (
-    WIDE,
-    bar,
-    bullets,
-    columns,
-    count,
-    duration,
-    figure,
-    gib,
-    heading,
-    pairs,
-    rate,
-    signed_gib,
-    yes_no,
+from planner.plan import Plan
+from planner.render import bullets, count, gib, heading, pairs
+from planner.render_choice import (
+    METHOD_TITLES,
+    print_advice,
+    print_frontier,
+    print_methods,
+    print_runners_up,
 )
-
-METHOD_TITLES = {"qlora": "QLoRA", "lora": "16-bit LoRA", "full": "full fine-tuning"}
-MAX_ALTERNATIVES = 6
-BOUND_BY = {
-    "compute": "the GPU's matrix work",
-    "bandwidth": "the GPU's memory bandwidth",
-    "launches": "the host's kernel launches",
-}
+from planner.render_memory import print_memory
+from planner.render_speed import print_other_cards, print_speed
 
 
 def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
@@ -38,11 +25,13 @@ def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
     _verdict(out, plan)
     heading(out, "Setup" if plan.fits else "Smallest setup tried")
     pairs(out, _setup(plan))
-    _memory(out, plan, explain)
-    _methods(out, plan)
-    _speed(out, plan)
-    _advice(out, plan)
-    _alternatives(out, plan)
+    print_memory(out, plan, explain=explain)
+    print_methods(out, plan)
+    print_speed(out, plan)
+    print_frontier(out, plan)
+    print_runners_up(out, plan)
+    print_advice(out, plan)
+    print_other_cards(out, plan)
     heading(out, "Before it starts")
     pairs(out, _loading(plan))
     heading(out, "Assumed")
@@ -124,6 +113,8 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     yield "checkpointing", _checkpointing(plan)
     yield "attention", model.attn_implementation
+    if setup.train_sampling_strategy != "random":
+        yield "sampling", setup.train_sampling_strategy
     for name in ("kernels", "compile"):
         if getattr(setup, name) != "none":
             yield name, str(getattr(setup, name))
@@ -144,191 +135,6 @@ def _checkpointing(plan: Plan) -> str:
     return text + (", attention outputs kept" if setup.selective_checkpointing else "")
 
 
-def _memory(out: Console, plan: Plan, explain: bool) -> None:
-    memory = plan.memory
-    parts = [c for c in memory.components if c.size_bytes or explain]
-    largest = max((c.size_bytes for c in parts), default=1) or 1
-    heading(out, "Memory" + (" of each GPU" if plan.setup.num_processes > 1 else ""))
-    heads = [("", "text"), ("GiB", "number")]
-    wide = out.width >= WIDE
-    width = min(30, out.width - 48)
-    if wide:
-        heads.append(("", "text"))
-    rows = []
-    for part in parts:
-        row = [part.title, figure(part.size_bytes)]
-        if wide:
-            row.append(bar(part.size_bytes / largest, width))
-        rows.append(row)
-    total = ["what the driver will show", figure(memory.process_bytes)]
-    rows.append([*total, ""] if wide else total)
-    columns(out, heads, rows)
-    if explain:
-        heading(out, "Where each part comes from")
-        pairs(out, ((part.title, part.origin) for part in parts))
-    _peak(out, plan)
-    if explain:
-        heading(out, "Peak of each phase")
-        pairs(
-            out,
-            (
-                (
-                    phase.name,
-                    f"{gib(phase.process_bytes)}, at most {gib(phase.process_upper_bytes)} "
-                    f"({phase.peak_moment})",
-                )
-                for phase in memory.phases
-            ),
-        )
-
-
-def _peak(out: Console, plan: Plan) -> None:
-    memory = plan.memory
-    peak = memory.peak_phase
-    out.print()
-    held = f", {gib(plan.gpu.held_bytes)} taken already" if plan.gpu.held_bytes else ""
-    pairs(
-        out,
-        [
-            ("peak phase", f"{peak.name}: {peak.peak_moment}"),
-            ("after loading", f"{gib(memory.weights_bytes)} allocated"),
-            ("allocated", f"{gib(memory.allocated_bytes)} (torch.cuda.max_memory_allocated)"),
-            ("reserved", f"{gib(memory.reserved_bytes)} (torch.cuda.max_memory_reserved)"),
-            (
-                "driver",
-                f"{gib(memory.process_bytes)}, at most {gib(memory.process_upper_bytes)} (nvidia-smi)",
-            ),
-            ("usable", f"{gib(plan.gpu.usable_bytes)} of the card's {gib(plan.gpu.spec.memory_bytes)}{held}"),
-            ("headroom", signed_gib(plan.headroom_bytes) if not plan.fits else gib(plan.headroom_bytes)),
-        ],
-    )
-
-
-def _methods(out: Console, plan: Plan) -> None:
-    if len(plan.methods) < 2:
-        return
-    setup = plan.setup
-    heading(
-        out,
-        f"Methods compared, at {setup.max_length:,} tokens, micro-batch {setup.per_device_train_batch_size}",
-    )
-    wide = out.width >= WIDE
-    heads = [("", "name"), ("weights", "number"), ("peak GiB", "number"), ("fits", "name")]
-    if wide:
-        heads += [("tokens/s", "number"), ("smallest card", "name")]
-    rows: list[list[str | Text]] = []
-    for one in plan.methods:
-        title = METHOD_TITLES[one.method] if wide else one.method
-        row: list[str | Text] = [title, figure(one.weights_bytes), figure(one.peak_upper_bytes)]
-        row.append(yes_no(one.fits))
-        if wide:
-            row += [rate(one.tokens_per_second), one.smallest_gpu or "none"]
-        rows.append(row)
-    columns(out, heads, rows)
-
-
-def _speed(out: Console, plan: Plan) -> None:
-    heading(out, "Speed")
-    speed = plan.speed
-    if speed is None:
-        bullets(out, ["no forecast: the card's rates or the time of a knob are not known"])
-        return
-    sure = "calibrated" if speed.calibrated else "not calibrated on this GPU"
-    rows = [
-        (
-            "tokens/s",
-            f"about {rate(speed.tokens_per_second)} ({rate(speed.tokens_per_second_low)} to "
-            f"{rate(speed.tokens_per_second_high)}; {sure})",
-        ),
-        ("limit", f"{rate(speed.roofline_tokens_per_second)} tokens/s is the roofline: no run exceeds it"),
-        ("bound by", BOUND_BY.get(speed.bound_by, speed.bound_by)),
-        ("a step", f"{duration_of_step(speed.seconds_per_optimizer_step)}"),
-    ]
-    if plan.duration is not None:
-        rows += list(_duration(plan.duration, plan))
-    if plan.data is not None:
-        rows.append(("data", _data(plan)))
-    pairs(out, rows)
-
-
-def duration_of_step(seconds: float) -> str:
-    """Seconds of one optimizer step."""
-    return f"{seconds:.2f} s" if seconds < 10 else duration(seconds / 3600)
-
-
-def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
-    interval = f"{duration(found.hours)} ({duration(found.hours_low)} to {duration(found.hours_high)})"
-    if found.steps is None:
-        yield "a million tokens", interval
-    else:
-        epochs = f"{plan.schedule.num_train_epochs:g} epochs"
-        yield "time", f"{interval} for {epochs}, {found.steps:,} steps, {count(found.tokens)} tokens"
-    if found.usd is not None and found.usd_per_gpu_hour is not None:
-        yield "price", f"${found.usd:,.2f} at ${found.usd_per_gpu_hour:g} an hour and GPU"
-
-
-def _data(plan: Plan) -> str:
-    data = plan.data
-    if data is None:
-        return ""
-    text = f"{data.examples:,} examples, longest {data.longest:,} tokens, {data.covered_percent:.3g}% whole"
-    if data.truncated_examples:
-        lost = data.truncated_tokens / data.total_tokens
-        text += f"; {data.truncated_examples:,} are cut, losing {data.truncated_tokens:,} tokens ({lost:.2%})"
-    return text
-
-
-def _advice(out: Console, plan: Plan) -> None:
-    if not plan.advice:
-        return
-    heading(out, "To use what is left" if plan.fits else "To make it fit")
-    table: list[list[str | Text]] = []
-    wide = out.width >= WIDE
-    for one in plan.advice:
-        row: list[str | Text] = [one.title, figure(one.peak_upper_bytes)]
-        if not plan.fits:
-            row.append(yes_no(one.fits))
-        if wide:
-            if plan.fits:
-                row.append(rate(one.tokens_per_second))
-            row.append(one.flags or one.effect)
-        table.append(row)
-    heads = [("", "text"), ("peak GiB", "number")]
-    if not plan.fits:
-        heads.append(("fits", "name"))
-    if wide:
-        if plan.fits:
-            heads.append(("tokens/s", "number"))
-        heads.append(("", "text"))
-    columns(out, heads, table)
-
-
-def _alternatives(out: Console, plan: Plan) -> None:
-    if not plan.alternatives or not plan.fits:
-        return
-    shown = plan.alternatives[:MAX_ALTERNATIVES]
-    heading(out, "Why not another setup")
-    rows = []
-    for one in shown:
-        batch = f"{one.per_device_train_batch_size} x {one.gradient_accumulation_steps}"
-        row = [batch, one.strategy, _lost(one)]
-        if out.width >= WIDE:
-            row.insert(2, figure(one.peak_upper_bytes))
-        rows.append(row)
-    heads = [("batch", "number"), ("", "text"), ("", "text")]
-    if out.width >= WIDE:
-        heads.insert(2, ("peak GiB", "number"))
-    columns(out, heads, rows)
-
-
-def _lost(one: Alternative) -> str:
-    if one.lost == "too large":
-        return f"{gib(one.amount)} too large"
-    if one.lost == "slower":
-        return f"{one.amount:.1%} slower"
-    return "as fast, but larger"
-
-
 def _loading(plan: Plan) -> Iterator[tuple[str, str]]:
     need = plan.loading
     unknown = "unknown"
@@ -339,15 +145,12 @@ def _loading(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _basis(plan: Plan) -> Iterator[tuple[str, str]]:
     basis = plan.memory.basis
-    yield (
-        "memory",
-        f"{basis.coefficients}, {basis.record_count:,} measured runs; "
-        + ("a setup like this was measured" if basis.measured else "no setup like this was measured"),
-    )
+    covered = "which cover this setup" + ("" if basis.measured else ", but for this:")
+    yield "memory", f"{basis.coefficients}, {basis.record_count:,} measured runs, {covered}"
+    for note in basis.notes:
+        yield "", f"- {note}"
     if basis.stack_versions:
         yield "stack", ", ".join(f"{name} {version}" for name, version in basis.stack_versions)
-    for note in basis.notes:
-        yield "", note
     yield (
         "card",
         f"usable memory of {plan.gpu.spec.id}: "

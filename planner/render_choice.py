@@ -1,0 +1,118 @@
+"""What a Plan was chosen from, as text: methods, the frontier, why others lost, and what to change."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from planner.frontier import around_the_chosen, runners_up
+from planner.plan import Alternative, Plan
+from planner.render import WIDE, columns, figure, gib, heading, rate, yes_no
+from planner.training_setup import TrainingSetup
+
+METHOD_TITLES = {"qlora": "QLoRA", "lora": "16-bit LoRA", "full": "full fine-tuning"}
+
+
+def print_methods(out: Console, plan: Plan) -> None:
+    """Print each method with what it would need."""
+    if len(plan.methods) < 2:
+        return
+    setup = plan.setup
+    heading(
+        out,
+        f"Methods compared, at {setup.max_length:,} tokens, micro-batch {setup.per_device_train_batch_size}",
+    )
+    wide = out.width >= WIDE
+    heads = [("", "name"), ("weights", "number"), ("peak GiB", "number"), ("fits", "name")]
+    if wide:
+        heads += [("tokens/s", "number"), ("smallest card", "name")]
+    rows: list[list[str | Text]] = []
+    for one in plan.methods:
+        title = METHOD_TITLES[one.method] if wide else one.method
+        row: list[str | Text] = [title, figure(one.weights_bytes), figure(one.peak_upper_bytes)]
+        row.append(yes_no(one.fits))
+        if wide:
+            row += [rate(one.tokens_per_second), one.smallest_gpu or "none"]
+        rows.append(row)
+    columns(out, heads, rows)
+
+
+def print_frontier(out: Console, plan: Plan) -> None:
+    """Print the setups that no other one beats in both speed and memory, those around the chosen one."""
+    if not plan.fits or len(plan.frontier) < 2:
+        return
+    heading(out, "Speed against memory: the best of all that was tried")
+    rows: list[list[str | Text]] = []
+    for one in around_the_chosen(plan.frontier):
+        rows.append(
+            [
+                _batch(one.setup),
+                one.strategy,
+                figure(one.peak_upper_bytes),
+                rate(one.tokens_per_second),
+                yes_no(one.fits),
+                Text("chosen" if one.chosen else "", style="bold"),
+            ]
+        )
+    heads = [("batch", "number"), ("", "text"), ("peak GiB", "number"), ("tokens/s", "number")]
+    heads += [("fits", "name"), ("", "name")]
+    columns(out, heads, rows)
+
+
+def print_runners_up(out: Console, plan: Plan) -> None:
+    """Print why the next best lost."""
+    now = None if plan.speed is None else plan.speed.tokens_per_second
+    shown = runners_up(plan.alternatives, now)
+    if not shown or not plan.fits:
+        return
+    heading(out, "Why not another setup")
+    rows = [
+        [
+            f"{one.per_device_train_batch_size} x {one.gradient_accumulation_steps}",
+            one.strategy,
+            _lost(one, now),
+        ]
+        for one in shown
+    ]
+    columns(out, [("batch", "number"), ("", "text"), ("", "text")], rows)
+
+
+def print_advice(out: Console, plan: Plan) -> None:
+    """Print what makes it fit, or what uses the memory that is left."""
+    if not plan.advice:
+        return
+    heading(out, "To use what is left" if plan.fits else "To make it fit")
+    table: list[list[str | Text]] = []
+    wide = out.width >= WIDE
+    for one in plan.advice:
+        row: list[str | Text] = [one.title, figure(one.peak_upper_bytes)]
+        if not plan.fits:
+            row.append(yes_no(one.fits))
+        if wide:
+            if plan.fits:
+                row.append(rate(one.tokens_per_second))
+            row.append(one.flags or one.effect)
+        table.append(row)
+    heads = [("", "text"), ("peak GiB", "number")]
+    if not plan.fits:
+        heads.append(("fits", "name"))
+    if wide:
+        if plan.fits:
+            heads.append(("tokens/s", "number"))
+        heads.append(("", "text"))
+    columns(out, heads, table)
+
+
+def _batch(setup: TrainingSetup) -> str:
+    return f"{setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps}"
+
+
+def _lost(one: Alternative, now: float | None) -> str:
+    if one.lost == "slower":
+        return f"fits, but {one.amount:.1%} slower"
+    if one.lost == "tie":
+        return "fits, as fast, but larger"
+    text = f"{gib(one.amount)} too large"
+    if now is None or one.tokens_per_second is None or one.tokens_per_second <= now:
+        return text
+    return f"{one.tokens_per_second / now - 1:.1%} faster, but {text}"
