@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from launcher.trainer_callback import LaunchedTrainer
 
+TF32_CAPABILITY = (8, 0)
+"""Ampere and newer: https://docs.pytorch.org/docs/2.13/notes/cuda.html (TensorFloat-32)."""
+
 
 def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     """Refuse, by name, what this launcher cannot run here.
@@ -181,7 +184,8 @@ def sft_config(
         packing=setup.packing,
         packing_strategy="bfd",
         padding_free=False,
-        pad_to_multiple_of=None,
+        # A packed batch is one row; padded to all that it could hold, it has the same shape every time.
+        pad_to_multiple_of=setup.tokens_per_micro_step if setup.packing else None,
         eval_packing=setup.packing,
         shuffle_dataset=False,
         # loss
@@ -201,13 +205,13 @@ def sft_config(
         use_cache=False,
         bf16=setup.dtype == "bfloat16",
         fp16=setup.dtype == "float16",
-        tf32=None,
+        tf32=None,  # allow_tf32() sets it
         use_cpu=not on_gpu,
         optim=setup.optim,
-        dataloader_num_workers=0,
+        dataloader_num_workers=0,  # docs/decisions.md, "Loading batches"
         dataloader_pin_memory=on_gpu,
         dataloader_drop_last=False,
-        train_sampling_strategy="random",
+        train_sampling_strategy=setup.train_sampling_strategy,
         # optimisation
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.lr_scheduler_type,
@@ -265,6 +269,8 @@ def build_trainer(
     from launcher.trainer_callback import LaunchedTrainer, PartialCheckpointing
 
     refuse_unsupported(setup, on_gpu=on_gpu)
+    if on_gpu:
+        allow_tf32()
     if setup.prepare_for_kbit_training:
         from peft import prepare_model_for_kbit_training
 
@@ -304,6 +310,18 @@ def build_trainer(
         )
         trainer.add_callback(compiled)
     return trainer
+
+
+def allow_tf32() -> None:
+    """Let matrix products of float32 use tensor cores, on cards that have them for it.
+
+    Through torch's older switch: SFTConfig's `tf32` sets the newer one (transformers' enable_tf32), after
+    which readers of the older one raise (torch/_inductor/select_algorithm.py is one).
+    """
+    import torch
+
+    if torch.cuda.get_device_capability() >= TF32_CAPABILITY:
+        torch.set_float32_matmul_precision("high")
 
 
 def _hold_trainables_in_float32(model: torch.nn.Module) -> None:

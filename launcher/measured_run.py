@@ -7,11 +7,12 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.measured_data import TokenCounter, random_rows, token_dataset
 from launcher.profile import Profile
 from planner.data_files import PROFILES
 from planner.records import MeasuredPhase
@@ -46,19 +47,35 @@ class MeasuredRun:
         self.weights_bytes = 0
         self.phases: list[MeasuredPhase] = []
         self.step_seconds: list[float] = []
+        self.micro_steps: list[int] = []
+        self._useful_tokens = self._processed_tokens = 0
         self.update_seconds: list[float] = []
         self._device = device
         self._driver_bytes = driver_bytes
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens a second over the steps after warm-up."""
+        """Tokens a second over the steps after warm-up, padding included where the data has real lengths."""
         steady = self.step_seconds[WARM_UP_STEPS:]
         if not steady:
             return None
+        if self.profile.lengths:
+            return self._processed_tokens / sum(steady)
         setup = self.profile.setup
         tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps
         return tokens * len(steady) / sum(steady)
+
+    @property
+    def useful_tokens_per_second(self) -> float | None:
+        """The examples' own tokens a second over the same steps; None without the profile's lengths."""
+        steady = self.step_seconds[WARM_UP_STEPS:]
+        return self._useful_tokens / sum(steady) if steady and self.profile.lengths else None
+
+    def _count(self, counter: TokenCounter) -> None:
+        """Count the tokens of the steps after warm-up."""
+        first, last = sum(self.micro_steps[:WARM_UP_STEPS]), sum(self.micro_steps)
+        self._useful_tokens = sum(counter.useful[first:last])
+        self._processed_tokens = sum(counter.processed[first:last])
 
     def execute(self) -> str:
         """Train; returns the outcome."""
@@ -92,8 +109,8 @@ class MeasuredRun:
         self.weights_bytes = torch.cuda.memory_allocated()
         self._close("load")
         steps = WARM_UP_STEPS + self.profile.steps
-        rows = _random_rows(self.profile, steps, config.vocab_size)
-        data, eval_data = _dataset(rows), _dataset(rows[: 2 * setup.per_device_train_batch_size])
+        rows = random_rows(self.profile, steps, config.vocab_size)
+        data, eval_data = token_dataset(rows), token_dataset(rows[: 2 * setup.per_device_train_batch_size])
         trainer = build.build_trainer(
             setup,
             TrainingJob(setup=setup, model_source=setup.model, data_path="random tokens", max_steps=steps),
@@ -103,11 +120,14 @@ class MeasuredRun:
             eval_dataset=eval_data if self.profile.evaluates else None,
             output_dir=folder,
             on_gpu=True,
-            callbacks=[_step_clock(self.step_seconds, self.update_seconds)],
+            callbacks=[_step_clock(self.step_seconds, self.update_seconds, self.micro_steps)],
         )
         trainer.args.eval_strategy = "no"
+        counter = TokenCounter(trainer.data_collator)
+        trainer.data_collator = counter
         trainer.train()
         torch.cuda.synchronize()
+        self._count(counter)
         self._close("step")
         if self.profile.evaluates:
             trainer.evaluate()
@@ -129,21 +149,27 @@ class MeasuredRun:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _step_clock(seconds: list[float], updates: list[float]) -> Any:
-    """A callback that times steps and their updates, the GPU's work included, and starts peaks anew after
-    warm-up. The trainer has read the gradient's norm just before an update: nothing is waited for twice.
+def _step_clock(seconds: list[float], updates: list[float], micro_steps: list[int]) -> Any:
+    """A callback that times steps and their updates, the GPU's work included, counts the micro-steps of each,
+    and starts peaks anew after warm-up. The trainer has read the gradient's norm just before an update:
+    nothing is waited for twice.
     """
     import torch
     from transformers import TrainerCallback
 
     class StepClock(TrainerCallback):  # type: ignore[misc]
         started = updating = 0.0
+        passed = 0
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             torch.cuda.synchronize()
             if len(seconds) == WARM_UP_STEPS:
                 torch.cuda.reset_peak_memory_stats()
+            self.passed = 0
             self.started = time.perf_counter()
+
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            self.passed += 1
 
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             torch.cuda.synchronize()
@@ -154,31 +180,9 @@ def _step_clock(seconds: list[float], updates: list[float]) -> Any:
             now = time.perf_counter()
             seconds.append(now - self.started)
             updates.append(now - self.updating)
+            micro_steps.append(self.passed + 1)
 
     return StepClock()
-
-
-def _random_rows(profile: Profile, steps: int, vocab_size: int) -> list[list[int]]:
-    """Token ids: full sequences; every other one half as long when batches are to be padded; when packed,
-    three to a sequence that fill it.
-    """
-    import torch
-
-    setup = profile.setup
-    generator = torch.Generator().manual_seed(0)
-    count = setup.per_device_train_batch_size * setup.gradient_accumulation_steps * steps
-    length, half, quarter = setup.max_length, setup.max_length // 2, setup.max_length // 4
-    if setup.packing:
-        lengths = [half, quarter, length - half - quarter] * count
-    else:
-        lengths = [max(2, half) if profile.padded and index % 2 else length for index in range(count)]
-    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
-
-
-def _dataset(rows: Sequence[list[int]]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": list(rows), "labels": list(rows)})
 
 
 def _tokenizer() -> Any:

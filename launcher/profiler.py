@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -183,7 +184,9 @@ class Profiler:
             update_seconds=tuple(round(seconds, 5) for seconds in run.update_seconds),
             tokens_per_second=run.tokens_per_second,
             predicted=_predict(profile),
-            padded=profile.padded,
+            useful_tokens_per_second=run.useful_tokens_per_second,
+            lengths=tuple(sorted(Counter(profile.lengths).items())),
+            padded=profile.mixes_lengths,
             random_weights=True,
             isolated=self._runs == 0,
             memory_cap_bytes=profile.memory_cap_bytes,
@@ -196,7 +199,7 @@ def _predict(profile: Profile) -> Predicted | None:
     model = resolve_model(profile.setup.model)
     gpu = local_gpus()[0].spec
     try:
-        breakdown = estimate_memory(profile.setup, model, gpu=gpu, padded=profile.padded, replay=True)
+        breakdown = estimate_memory(profile.setup, model, gpu=gpu, padded=profile.mixes_lengths, replay=True)
     except NotModelledError:
         return None
     return Predicted(

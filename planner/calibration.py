@@ -179,8 +179,7 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
             continue
-        # A training run's data may not fill its length.
-        if record.source != "calibrate":
+        if not record.fills_its_length:
             continue
         model = resolve(record.setup.model)
         try:

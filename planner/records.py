@@ -81,6 +81,8 @@ class RunRecord:
     optimizer steps in order, `update_seconds` what of each came after its last backward pass (none where not
     timed); `tokens_per_second` is steady state, from the third step on. `memory_cap_bytes`
     is the limit torch's allocator was given, null for none; `isolated` whether the run had a process alone.
+    `lengths` are the (tokens, examples) of the data where a measured run had real lengths: then
+    `tokens_per_second` counts padding too, and `useful_tokens_per_second` the examples' own tokens.
     """
 
     id: str
@@ -101,6 +103,8 @@ class RunRecord:
     isolated: bool = True
     memory_cap_bytes: int | None = None
     update_seconds: tuple[float, ...] = ()
+    lengths: tuple[tuple[int, int], ...] = ()
+    useful_tokens_per_second: float | None = None
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -109,6 +113,11 @@ class RunRecord:
         validate.choice("outcome", self.outcome, OUTCOMES)
         if self.schema_version != RECORD_SCHEMA_VERSION:
             raise FieldError("schema_version", self.schema_version, str(RECORD_SCHEMA_VERSION))
+
+    @property
+    def fills_its_length(self) -> bool:
+        """Whether every sequence was known to be as long as the setup says, so that models can be fitted."""
+        return self.source == "calibrate" and not self.lengths
 
     def phase(self, name: str) -> MeasuredPhase | None:
         """A measured phase by name; None when it was not measured."""
@@ -136,6 +145,7 @@ class RunRecord:
                 environment=Environment(**environment),
                 phases=tuple(MeasuredPhase(**phase) for phase in rest.pop("phases")),
                 step_seconds=tuple(rest.pop("step_seconds")),
+                lengths=tuple((length, count) for length, count in rest.pop("lengths", ())),
                 update_seconds=tuple(rest.pop("update_seconds", ())),
                 predicted=Predicted(**predicted) if predicted is not None else None,
                 **rest,

@@ -30,6 +30,7 @@ OPTIMIZERS = (
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 KERNELS = ("none", "liger")
 COMPILE = ("none", "regional")
+SAMPLING_STRATEGIES = ("random", "group_by_length")
 DISTRIBUTED = ("ddp", "fsdp")
 ALL_LINEAR = "all-linear"
 
@@ -80,6 +81,7 @@ class TrainingSetup:
     activation_memory_budget: float | None = None
     prepare_for_kbit_training: bool = False
     packing: bool = False
+    train_sampling_strategy: str = "random"
     num_processes: int = 1
     distributed: str | None = None
 
@@ -117,6 +119,7 @@ class TrainingSetup:
             validate.number(
                 "activation_memory_budget", self.activation_memory_budget, minimum=0.0, maximum=1.0
             )
+        validate.choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
         validate.integer("num_processes", self.num_processes, minimum=1, maximum=MAX_PROCESSES)
         if self.distributed is not None:
             validate.choice("distributed", self.distributed, DISTRIBUTED)
@@ -220,6 +223,11 @@ def _refuse_contradictions(setup: TrainingSetup) -> None:
             raise InputError("activation_memory_budget needs compile regional")
         if setup.gradient_checkpointing:
             raise InputError("activation_memory_budget needs gradient_checkpointing false")
+    if setup.packing and setup.train_sampling_strategy != "random":
+        raise InputError(
+            f"train_sampling_strategy {setup.train_sampling_strategy} needs packing false: packed sequences "
+            "are all of one length"
+        )
     if setup.num_processes == 1 and setup.distributed is not None:
         raise InputError("distributed needs num_processes of at least 2")
     if setup.num_processes > 1 and setup.distributed is None:

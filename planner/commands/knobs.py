@@ -46,6 +46,9 @@ _KNOBS: dict[str, _Knob] = {
     "activation_memory_budget": _Knob("float", "0 to 1, with --compile and --no-gradient-checkpointing"),
     "prepare_for_kbit_training": _Knob("bool", "PEFT's upcast of everything unquantised to float32"),
     "packing": _Knob("bool", "several examples a sequence"),
+    "train_sampling_strategy": _Knob(
+        "choice", "which examples share a batch (default: random)", names.SAMPLING_STRATEGIES
+    ),
     "num_processes": _Knob("int", "GPUs (default: as --gpu says)"),
     "distributed": _Knob("choice", "how several GPUs share the work (default: ddp)", names.DISTRIBUTED),
 }

@@ -26,7 +26,8 @@ from transformers import AutoConfig, TrainerCallback
 
 from launcher import build
 from launcher.inspect_model import inspect_config
-from launcher.measured_run import _dataset, _quiet, _random_rows, _tokenizer
+from launcher.measured_data import random_rows, token_dataset
+from launcher.measured_run import _quiet, _tokenizer
 from launcher.profile import Profile
 from launcher.profiler import Profiler
 from launcher.random_weights import build_random_model
@@ -96,7 +97,7 @@ def record(case: dict[str, Any], folder: Path) -> None:
         attn_implementation=setup.attn_implementation,
         quantization_config=build.quantization_config(setup),
     )
-    rows = _random_rows(Profile(setup=setup, padded=padded), STEPS, hf_config.vocab_size)
+    rows = random_rows(Profile(setup=setup, padded=padded), STEPS, hf_config.vocab_size)
     recorder = _Recorder()
     with tempfile.TemporaryDirectory() as output:
         trainer = build.build_trainer(
@@ -104,7 +105,7 @@ def record(case: dict[str, Any], folder: Path) -> None:
             TrainingJob(setup=setup, model_source=name, data_path="random tokens", max_steps=STEPS),
             model=model,
             tokenizer=_tokenizer(),
-            train_dataset=_dataset(rows),
+            train_dataset=token_dataset(rows),
             eval_dataset=None,
             output_dir=Path(output),
             on_gpu=True,

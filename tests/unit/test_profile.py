@@ -1,0 +1,45 @@
+"""Profiles of measuring runs: their JSON lines, and data of real lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.profile import Profile, profile_line, read_profiles
+from planner.errors import InputError
+from planner.training_setup import TrainingSetup
+
+
+def make_setup(**changes: object) -> TrainingSetup:
+    return TrainingSetup.from_dict(
+        {"model": "qwen2.5-0.5b", "max_length": 512, "per_device_train_batch_size": 4, **changes}
+    )
+
+
+def test_a_profile_with_lengths_reads_back(tmp_path: Path) -> None:
+    profiles = (
+        Profile(setup=make_setup(train_sampling_strategy="group_by_length"), lengths=(7, 500, 90), steps=9),
+        Profile(setup=make_setup(), padded=True),
+    )
+    path = tmp_path / "profiles.jsonl"
+    path.write_text("".join(profile_line(one) + "\n" for one in profiles))
+    assert read_profiles(path) == profiles
+
+
+def test_batches_are_padded_where_examples_of_several_lengths_share_one() -> None:
+    assert Profile(setup=make_setup(), lengths=(7, 500)).mixes_lengths
+    assert not Profile(setup=make_setup(), lengths=(600, 700)).mixes_lengths
+    assert not Profile(setup=make_setup(packing=True), lengths=(7, 500)).mixes_lengths
+    assert not Profile(setup=make_setup(per_device_train_batch_size=1), lengths=(7, 500)).mixes_lengths
+
+
+@pytest.mark.parametrize("changes", [{"lengths": (0, 4)}, {"lengths": (4,), "padded": True}])
+def test_lengths_that_mean_nothing_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        Profile(setup=make_setup(), **changes)  # type: ignore[arg-type]
+
+
+def test_packing_and_grouping_contradict_each_other() -> None:
+    with pytest.raises(InputError, match="train_sampling_strategy group_by_length needs packing false"):
+        make_setup(packing=True, train_sampling_strategy="group_by_length")
