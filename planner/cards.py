@@ -1,13 +1,15 @@
-"""Cards by the memory they leave, smallest first, and the smallest that takes a setup."""
+"""Cards by the memory they leave, smallest first, and the smallest that takes a setup or a model."""
 
 from __future__ import annotations
 
 import functools
 
+from planner.candidate import Evaluator
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.memory import estimate_memory
 from planner.model_spec import ModelSpec
+from planner.plan import CardAdvice
 from planner.training_setup import TrainingSetup
 
 # Cards differ in what the driver and cuBLAS take by far less than the rest; smaller cards are not tried.
@@ -44,6 +46,31 @@ def smallest_gpu_for(
         if fits_on(gpu, setup, model, confirm=confirm):
             return gpu
     return None
+
+
+def smallest_card(evaluator: Evaluator, setup: TrainingSetup, lengths: tuple[int, ...]) -> CardAdvice | None:
+    """The card with least memory that takes the smallest form of the setup at one of the lengths.
+
+    Raises:
+        NotModelledError: a fixed knob whose memory is not modelled.
+    """
+    shortest = setup.replace(max_length=min(lengths))
+    about = evaluator.evaluate(shortest).peak_upper_bytes
+    gpu = smallest_gpu_for(shortest, evaluator.model, about, above_bytes=evaluator.usable_bytes)
+    if gpu is None:
+        return None
+    longest = next(
+        length
+        for length in sorted(lengths, reverse=True)
+        if fits_on(gpu, setup.replace(max_length=length), evaluator.model)
+    )
+    return CardAdvice(
+        gpu=gpu.id,
+        name=gpu.name,
+        memory_bytes=gpu.memory_bytes,
+        usable_bytes=gpu.usable_bytes,
+        max_length=longest,
+    )
 
 
 def fits_on(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec, *, confirm: bool = True) -> bool:

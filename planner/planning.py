@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner import policy
-from planner.advice import make_it_fit, smallest_card, use_what_is_left
+from planner.advice import make_it_fit, use_what_is_left
 from planner.candidate import Candidate, Evaluator
+from planner.cards import smallest_card
 from planner.dataset_stats import DatasetStats
 from planner.errors import NotModelledError
 from planner.frontier import frontier
