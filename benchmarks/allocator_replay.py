@@ -1,4 +1,4 @@
-"""How right and fast the two ways of telling reserved memory are: `python benchmarks/allocator_replay.py`.
+"""How right and fast the two ways of telling reserved memory are: `python -m benchmarks.allocator_replay`.
 
 Every committed record of an uncapped run is predicted by the replay of torch's allocator and by the fitted
 reserve, each with its model held out of what is fitted. Writes benchmarks/results/allocator_replay.json.
@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from results import write_result
-
+from benchmarks.results import write_result
 from planner.accuracy import shipped_records
 from planner.calibration import Residual, calibrate, usable_records
 from planner.gpu_catalog import gpu_catalog

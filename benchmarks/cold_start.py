@@ -1,4 +1,4 @@
-"""Wall time of a cold `plan`: `python benchmarks/cold_start.py [--plan PROGRAM]`.
+"""Wall time of a cold `plan`: `python -m benchmarks.cold_start [--plan PROGRAM]`.
 
 Writes benchmarks/results/cold_start.json. Take it in an environment with the base install alone.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from results import write_result
+from benchmarks.results import write_result
 
 RUNS = 10
 ARGUMENTS = ("--model", "qwen2.5-14b", "--gpu", "16GB")

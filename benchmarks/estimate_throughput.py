@@ -1,4 +1,4 @@
-"""Wall time of `vramwise estimate` on 20,000 distinct setups: `python benchmarks/estimate_throughput.py`.
+"""Wall time of `vramwise estimate` on 20,000 distinct setups: `python -m benchmarks.estimate_throughput`.
 
 Writes benchmarks/results/estimate_throughput.json.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from results import write_result
+from benchmarks.results import write_result
 
 SETUPS = 20_000
 SEED = 7

@@ -4,6 +4,7 @@
 
 A child process measures one profile after the other (launcher/profiler.py); where one cannot go on in the
 same process (an out-of-memory error, Liger's patches, memory that stays behind) the rest goes to a new one.
+Profiles whose record is in the output already are left out: started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.measured import same_run
+from launcher.profile import read_profiles
+from planner.records import read_records
 
 RESERVE_SECONDS = 10.0
 """Kept back for the end of a child."""
@@ -30,13 +35,28 @@ def main() -> None:
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     for path in arguments.profiles:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = remaining(path, arguments.output)
+        print(f"{path.name}: {len(lines)} to measure", flush=True)
         done = 0
         while done < len(lines) and time.monotonic() < end - 2 * RESERVE_SECONDS:
             ended, finished = _child(lines[done:], arguments.output, end - time.monotonic() - RESERVE_SECONDS)
             done += ended
             if finished:
                 break
+
+
+def remaining(profiles: Path, output: Path) -> list[str]:
+    """Lines of the profiles that have no record in the output yet; each record stands for one profile."""
+    lines = profiles.read_text(encoding="utf-8").splitlines()
+    done = list(read_records(output)) if output.exists() else []
+    found = []
+    for line, profile in zip(lines, read_profiles(profiles), strict=True):
+        record = next((record for record in done if same_run(profile, record)), None)
+        if record is None:
+            found.append(line)
+        else:
+            done.remove(record)
+    return found
 
 
 def _child(lines: list[str], output: Path, seconds: float) -> tuple[int, bool]:
