@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from planner import policy
 from planner.candidate import Evaluator
@@ -110,31 +111,39 @@ def smallest_cards(
     return tuple(found)
 
 
-def longest_lengths(target: GpuTarget, base: TrainingSetup) -> tuple[LongestLength, ...]:
+def longest_lengths(
+    target: GpuTarget, base: TrainingSetup, *, processes: int = 1
+) -> tuple[LongestLength, ...]:
     """For each model of the catalog that fits, the longest sequences that do; the largest model first.
 
-    Lengths are tried in steps of 64 tokens up to what the model was made for.
+    Lengths are tried in steps of 64 tokens up to what the model was made for. With several `processes` models
+    are shared out among them, which a script may do only below `if __name__ == "__main__"`.
     """
-    found = []
-    for summary in list_models():
-        model = resolve_model(summary.id)
-        evaluator = Evaluator(model, target.spec, target.usable_bytes)
-        longest = _longest(evaluator, base.replace(model=summary.id))
-        if longest is not None:
-            found.append(longest)
-    return tuple(sorted(found, key=lambda one: (-one.parameter_count, one.model)))
+    names = [summary.id for summary in list_models()]
+    one = partial(_longest, target, base)
+    if processes == 1:
+        found = [one(name) for name in names]
+    else:
+        from concurrent.futures import ProcessPoolExecutor
+
+        with ProcessPoolExecutor(min(processes, len(names))) as pool:
+            found = list(pool.map(one, names))
+    fitting = [longest for longest in found if longest is not None]
+    return tuple(sorted(fitting, key=lambda one: (-one.parameter_count, one.model)))
 
 
-def _longest(evaluator: Evaluator, base: TrainingSetup) -> LongestLength | None:
-    limit = evaluator.model.max_position_embeddings
+def _longest(target: GpuTarget, base: TrainingSetup, name: str) -> LongestLength | None:
+    model = resolve_model(name)
+    evaluator = Evaluator(model, target.spec, target.usable_bytes)
+    base = base.replace(model=name)
+    limit = model.max_position_embeddings
     length = longest_length(evaluator, base, start=DEFAULT_LENGTHS[-1], limit=limit, confirm=True)
     if length is None:
         return None
-    size = evaluator.confirm(base.replace(max_length=length), whole=True).peak_upper_bytes
     return LongestLength(
-        model=evaluator.model.id,
-        parameter_count=evaluator.model.parameter_count,
+        model=model.id,
+        parameter_count=model.parameter_count,
         max_length=length,
-        peak_upper_bytes=size,
+        peak_upper_bytes=evaluator.confirm(base.replace(max_length=length), whole=True).peak_upper_bytes,
         reaches_model_limit=length == limit,
     )

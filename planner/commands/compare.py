@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -124,7 +125,7 @@ def _longest_lengths(args: argparse.Namespace) -> int:
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
         dtype=target.spec.dtype,
     )
-    found = longest_lengths(target, base)
+    found = longest_lengths(target, base, processes=len(os.sched_getaffinity(0)))
     if args.json:
         return _print_json("models", found)
     from planner.render import show
