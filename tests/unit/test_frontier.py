@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from planner import planning
+from planner.candidate import Evaluator
+from planner.frontier import around_the_chosen, frontier, runners_up
+from planner.model_catalog import resolve_model
+from planner.other_cards import other_cards
+from planner.plan import Alternative, FrontierPoint, Plan
+from planner.planning import make_plan
+from planner.request import make_request
+from planner.search import SPEED_TIE, Tried
+
+PAIRS = [
+    ("qwen2.5-14b", "16GB"),
+    ("llama-3.1-8b", "24GB"),
+    ("smollm2-135m", "8GB"),
+    ("qwen3-30b-a3b", "80GB"),
+]
+PLANS: dict[tuple[str, str], Plan] = {}
+
+
+def plan_of(model: str, gpu: str) -> Plan:
+    if (model, gpu) not in PLANS:
+        PLANS[model, gpu] = make_plan(make_request(model, gpu=gpu))
+    return PLANS[model, gpu]
+
+
+def alternative(rate: float, gib: float, *, fits: bool) -> Alternative:
+    return Alternative(
+        strategy=f"{rate:g} tokens/s",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=16,
+        peak_upper_bytes=int(gib * 2**30),
+        tokens_per_second=rate,
+        fits=fits,
+        lost="slower" if fits else "too large",
+        amount=0.1,
+    )
+
+
+@pytest.mark.parametrize(("model", "gpu"), PAIRS)
+def test_more_memory_on_the_frontier_is_more_speed_and_the_plan_is_on_it(model: str, gpu: str) -> None:
+    plan = plan_of(model, gpu)
+    assert len(plan.frontier) > 1
+    for smaller, larger in pairwise(plan.frontier):
+        assert smaller.peak_upper_bytes <= larger.peak_upper_bytes
+        assert smaller.tokens_per_second is not None
+        assert larger.tokens_per_second is not None
+        if not larger.chosen:
+            assert smaller.tokens_per_second * (1 + SPEED_TIE) < larger.tokens_per_second
+    (chosen,) = [point for point in plan.frontier if point.chosen]
+    assert chosen.setup == plan.setup
+    assert chosen.peak_upper_bytes == plan.memory.peak_upper_bytes
+
+
+@pytest.mark.parametrize(("model", "gpu"), PAIRS)
+def test_nothing_that_was_tried_beats_a_point_of_the_frontier_in_both(model: str, gpu: str) -> None:
+    plan = plan_of(model, gpu)
+    for point in plan.frontier:
+        assert point.tokens_per_second is not None
+        better = [
+            one
+            for one in plan.alternatives
+            if one.fits
+            and one.peak_upper_bytes < point.peak_upper_bytes
+            and (one.tokens_per_second or 0) > point.tokens_per_second * (1 + SPEED_TIE)
+        ]
+        assert better == []
+
+
+def test_a_point_says_whether_it_fits_by_its_own_memory() -> None:
+    plan = plan_of("qwen2.5-14b", "16GB")
+    assert any(not point.fits for point in plan.frontier)
+    for point in plan.frontier:
+        assert point.fits == (point.peak_upper_bytes <= plan.gpu.usable_bytes)
+
+
+def test_a_long_frontier_is_cut_around_the_chosen_point_and_keeps_the_smallest() -> None:
+    points = tuple(
+        FrontierPoint(
+            strategy=str(index),
+            setup=plan_of("qwen2.5-14b", "16GB").setup,
+            peak_upper_bytes=index,
+            tokens_per_second=float(index),
+            fits=index <= 10,
+            chosen=index == 10,
+        )
+        for index in range(1, 21)
+    )
+    assert [one.peak_upper_bytes for one in around_the_chosen(points)] == [1, 7, 8, 9, 10, 11, 12, 13]
+    assert around_the_chosen(points[7:11]) == points[7:11]
+
+
+def test_the_runner_up_comes_first_then_the_faster_ones_that_are_too_large() -> None:
+    fits, slow = alternative(90, 14, fits=True), alternative(50, 10, fits=True)
+    near, far = alternative(110, 17, fits=False), alternative(150, 40, fits=False)
+    pointless = alternative(105, 30, fits=False)
+    assert runners_up((slow, far, pointless, fits, near), 100.0) == (fits, near, far)
+
+
+def test_without_a_faster_one_the_nearest_that_is_too_large_stands_for_them() -> None:
+    near, far = alternative(80, 17, fits=False), alternative(90, 40, fits=False)
+    assert runners_up((far, near), 100.0) == (near,)
+
+
+def test_plans_written_before_the_frontier_are_still_read() -> None:
+    values = plan_of("qwen2.5-14b", "16GB").to_dict()
+    assert Plan.from_dict(values) == plan_of("qwen2.5-14b", "16GB")
+    del values["frontier"], values["other_cards"]
+    old = Plan.from_dict(values)
+    assert old.frontier == ()
+    assert old.other_cards == ()
+
+
+@pytest.mark.parametrize(("model", "gpu"), [*PAIRS, ("llama-3.1-8b", "12GB")])
+def test_what_another_card_would_bring_is_what_a_plan_for_it_says(model: str, gpu: str) -> None:
+    plan = plan_of(model, gpu)
+    assert 1 <= len(plan.other_cards) <= 2
+    for card in plan.other_cards:
+        assert card.usable_bytes > plan.gpu.usable_bytes
+        there = plan_of(model, card.gpu)
+        assert there.speed is not None
+        assert plan.speed is not None
+        # The plan for it searches more and replays, so it may be faster, but never much.
+        assert 0.85 <= card.tokens_per_second / there.speed.tokens_per_second <= 1.01
+        assert card.speedup == pytest.approx(card.tokens_per_second / plan.speed.tokens_per_second)
+        assert there.duration is not None
+        assert card.hours == pytest.approx(there.duration.hours, rel=0.2)
+        assert card.usd_per_gpu_hour == there.duration.usd_per_gpu_hour
+
+
+def test_the_longer_length_that_a_card_takes_fits_there_and_not_here() -> None:
+    plan = plan_of("qwen2.5-14b", "16GB")
+    card = plan.other_cards[0]
+    assert card.longer_length == 2 * plan.setup.max_length
+    assert not make_plan(make_request("qwen2.5-14b", gpu="16GB", knobs={"max_length": 8192})).fits
+    assert make_plan(make_request("qwen2.5-14b", gpu=card.gpu, knobs={"max_length": 8192})).fits
+
+
+def test_where_nothing_fits_the_smallest_card_is_named_with_its_speed() -> None:
+    plan = make_plan(make_request("llama-3.1-70b", gpu="24GB"))
+    assert plan.smallest_gpu is not None
+    card = plan.other_cards[0]
+    assert (card.gpu, card.setup.max_length) == (plan.smallest_gpu.gpu, plan.smallest_gpu.max_length)
+    assert card.speedup is None
+    assert card.tokens_per_second > 0
+
+
+def test_the_largest_card_knows_no_better_one() -> None:
+    assert plan_of("llama-3.1-8b", "b200").other_cards == ()
+
+
+def test_fixed_knobs_stay_as_asked_on_other_cards() -> None:
+    knobs = {"per_device_train_batch_size": 2, "gradient_checkpointing": True, "compile": "none"}
+    plan = make_plan(make_request("llama-3.1-8b", gpu="16GB", knobs=knobs))
+    assert plan.other_cards
+    for card in plan.other_cards:
+        assert {name: getattr(card.setup, name) for name in knobs} == knobs
+        assert card.setup.checkpointed_layers is None
+
+
+def test_frontier_without_a_forecast_is_empty() -> None:
+    plan = plan_of("qwen2.5-14b", "16GB")
+    evaluator = Evaluator(resolve_model("qwen2.5-14b"), plan.gpu.spec, plan.gpu.usable_bytes)
+    candidate = replace(evaluator.evaluate(plan.setup), speed=None)
+    tried = Tried(strategy="as given", candidate=candidate, fits=True)
+    assert frontier([tried], tried, evaluator) == ()
+
+
+def test_both_take_a_small_part_of_a_plans_time() -> None:
+    """CPU time, the least of five: the bar is 40 ms."""
+    spent: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            start = time.process_time()
+            found = function(*arguments)
+            spent[-1] += time.process_time() - start
+            return found
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "frontier", timed(frontier))
+        patch.setattr(planning, "other_cards", timed(other_cards))
+        for _ in range(5):
+            spent.append(0.0)
+            make_plan(make_request("qwen2.5-14b", gpu="16GB"))
+    assert min(spent) < 0.040
