@@ -148,3 +148,46 @@ def test_the_useful_tokens_of_measured_runs_are_the_examples_own(
     assert all(used <= made for used, made in zip(counter.useful, counter.processed, strict=True))
     if setup.packing:
         assert set(counter.processed) == {64}
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "accumulated"), [(4000, 4, 4), (900, 8, 2), (300, 2, 8), (50, 4, 4)]
+)
+def test_grouped_batches_are_as_long_as_transformers_makes_them(
+    count: int, size: int, accumulated: int
+) -> None:
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    from planner.batch_lengths import Lengths, padding
+    from planner.dataset_stats import DatasetStats
+
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.empty(count).log_normal_(6.0, 0.9, generator=generator).clamp(50, 4000).int().tolist()
+    processed = 0
+    for _ in range(20):
+        order = get_length_grouped_indices(drawn, size * accumulated, generator=generator)
+        for start in range(0, count, size):
+            batch = [drawn[index] for index in order[start : start + size]]
+            processed += max(batch) * len(batch)
+    stats = DatasetStats.from_lengths(
+        drawn, loss_tokens=0, loss_on="all", data_format="text", estimated=False
+    )
+    lengths = Lengths(stats, 4096)
+    said = padding(lengths, lengths.grouped_batches(size, size * accumulated)).processed_tokens
+    assert said == pytest.approx(processed / 20, rel=0.02 if count > 500 else 0.1)
+
+
+@pytest.mark.parametrize("count", [900, 4500])
+def test_trl_packs_a_thousand_examples_at_a_time_as_tightly_as_all_at_once(count: int) -> None:
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    from planner.dataset_stats import DatasetStats
+
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.empty(count).log_normal_(4.0, 0.9, generator=generator).clamp(5, 400).int().tolist()
+    packed = pack_dataset(Dataset.from_dict({"input_ids": [[1] * n for n in drawn]}), 512, "bfd", {})
+    stats = DatasetStats.from_lengths(
+        drawn, loss_tokens=0, loss_on="all", data_format="text", estimated=False
+    )
+    assert stats.packing(512).sequences == pytest.approx(len(packed), rel=0.0 if count <= 1000 else 0.01)
