@@ -273,12 +273,24 @@ def _unsloth(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
             )
             measured = _train(trainer, task, micro)
             attention = "sdpa" if is_cpu else _attention()
-            yield {**measured, "setup": f"gradient checkpointing unsloth, attention {attention}"}
+            told = {
+                "setup": f"gradient checkpointing unsloth, attention {attention}",
+                "fast_lora_layers": _fast_layers(model),
+                "padding_free": trainer.args.padding_free,
+                "optim": str(trainer.args.optim.value),
+            }
+            yield {**measured, **told}
         if measured["outcome"] == "oom":
             return
         del trainer
         gc.collect()
         _forget_cache()
+
+
+def _fast_layers(model: Any) -> int:
+    """Attention blocks that run Unsloth's fused LoRA kernels."""
+    found = (getattr(module, "apply_qkv", None) for module in model.modules())
+    return sum(getattr(function, "__name__", "") == "apply_lora_qkv" for function in found)
 
 
 def _attention() -> str:

@@ -127,6 +127,7 @@ def _child(kind: str, task: dict[str, Any], output: Path, site: Path | None) -> 
     command = [sys.executable, "-m", "benchmarks.rival_child", kind, json.dumps(task)]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        environment["UNSLOTH_COMPILE_LOCATION"] = folder
         log = Path(folder) / "log"
         with log.open("wb") as errors, output.open("a", encoding="utf-8") as lines:
             # Its own output goes to a file as well, so that what it measured before an end is kept.
