@@ -2,22 +2,22 @@
 
 Rates are positive, so their logarithms are fitted, to the logarithm of the step's time, by damped least
 squares (Levenberg 1944, Marquardt 1963) with a loss that grows linearly beyond ten percent: a run disturbed
-by its machine does not pull the rest. Machines of one kind have hosts of different speed: each measuring
-session has a factor on host time of its own.
+by its machine does not pull the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from planner.errors import InputError, NotModelledError
+from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
-from planner.throughput.rates import OVERLAP, Rates
-from planner.throughput.work import StepWork, step_work
+from planner.throughput.rates import OVERLAP, UNCALIBRATED, Rates, micro_step_time
+from planner.throughput.roofline import NoForecastError, borrowed_rates
+from planner.throughput.work import PassWork, StepWork, step_work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
+REFERENCE_GPU = "h100-80gb"
+"""The GPU with most runs: its rates are fitted from START, other GPUs' from its own, scaled."""
 START = {
     "layer_flop_seconds": 1 / 6e14,
     "attention_flop_seconds": 1 / 4e14,
@@ -37,20 +39,23 @@ START = {
     "launch_seconds": 5e-5,
     "quantized_call_seconds": 1.5e-4,
     "lora_call_seconds": 3e-5,
-    "full_call_seconds": 6e-5,
+    "liger_call_seconds": 5e-5,
+    "selected_launch_seconds": 3e-5,
+    "compiled_layer_seconds": 1e-3,
     "compiled_call_seconds": 5e-4,
     "micro_step_seconds": 4e-3,
     "optimizer_byte_seconds": 5e-13,
-    "optimizer_tensor_seconds": 2e-5,
+    "optimizer_call_seconds": 1e-4,
 }
-"""Where the first GPU's fit starts: roughly an H100 and its host."""
-GPU_TERMS, HOST_TERMS, OPTIMIZER_TERMS = 8, 6, 2
-PRIOR, SESSION_PRIOR = 0.03, 0.5
+"""Where the reference's fit starts: roughly an H100 and its host."""
+GPU_TERMS, HOST_TERMS = 8, 7
+PRIOR = 0.2
 """How firmly a logarithm is held at its start, beside a run's weight of one."""
 SOFT = 0.1
-SESSION_GAP_SECONDS = 240.0
 MIN_RUNS = 8
-ITERATIONS = 40
+MIN_RUNS_FROM_START = 3
+"""Runs that are needed without another GPU's rates to start from, and with them."""
+ITERATIONS = 60
 QUANTILES = (0.05, 0.95)
 
 
@@ -80,7 +85,8 @@ def fit_rates(
 ) -> SpeedFit:
     """Fit one GPU's rates to its runs; each model is left out once.
 
-    `start` is what a rate falls back to that no run tells: another GPU's, scaled; START without it.
+    `start` is what a rate falls back to that no run tells: another GPU's, scaled; START without it. The
+    interval is that of GPUs without runs until there are MIN_RUNS.
 
     Raises:
         InputError: too few runs.
@@ -89,39 +95,73 @@ def fit_rates(
 
     runs = [record for record in records if record.environment.gpu_id == gpu_id and _timed(record)]
     pairs = [(record, work) for record in runs if (work := _work(record, resolve)) is not None]
-    if len(pairs) < MIN_RUNS:
-        raise InputError(f"{gpu_id}: {len(pairs)} timed runs are too few to fit rates; {MIN_RUNS} are needed")
-    pairs.sort(key=lambda pair: pair[0].created)
+    needed = MIN_RUNS if start is None else MIN_RUNS_FROM_START
+    if len(pairs) < needed:
+        raise InputError(f"{gpu_id}: {len(pairs)} timed runs are too few to fit rates; {needed} are needed")
     begin = {name: START[name] if start is None else getattr(start, name) for name in START}
     problem = _Problem(pairs, begin)
-    everything = np.arange(len(pairs))
-    errors = np.zeros(len(pairs))
-    models = np.array([record.setup.model for record, _ in pairs])
-    for model in sorted(set(models)):
-        held = models == model
-        if held.all():
-            continue
-        solution = problem.solve(everything[~held])
-        errors[held] = problem.seconds[held] / problem.predict(solution, everything[held]) - 1
-    low, high = np.quantile(1 / (1 + errors), QUANTILES)
-    solution = problem.solve(everything)
-    values = dict(zip(begin, np.exp(solution[: len(begin)]) * list(begin.values()), strict=True))
+    residuals = _held_out(problem, [record for record, _ in pairs])
+    low, high = UNCALIBRATED
+    if len(pairs) >= MIN_RUNS and residuals:
+        ratios = [1 / (1 + residual.error) for residual in residuals]
+        low, high = (round(float(edge), 3) for edge in np.quantile(ratios, QUANTILES))
+    solution = np.exp(problem.solve(np.arange(len(pairs))))
     rates = Rates(
         gpu=gpu_id,
-        **{name: float(value) for name, value in values.items()},
-        low=min(1.0, round(float(low), 3)),
-        high=max(1.0, round(float(high), 3)),
+        **{name: float(value * begin[name]) for name, value in zip(begin, solution, strict=True)},
+        low=min(1.0, low),
+        high=max(1.0, high),
         record_ids=tuple(sorted(record.id for record, _ in pairs)),
-    )
-    residuals = tuple(
-        SpeedResidual(record_id=record.id, model=record.setup.model, error=float(error))
-        for (record, _), error in zip(pairs, errors, strict=True)
     )
     return SpeedFit(rates=rates, residuals=residuals)
 
 
+def _held_out(problem: _Problem, records: Sequence[RunRecord]) -> tuple[SpeedResidual, ...]:
+    """Errors of each model's runs by a fit to the other models'; none where there is but one model."""
+    import numpy as np
+
+    models = np.array([record.setup.model for record in records])
+    everything = np.arange(len(records))
+    if len(set(models)) < 2:
+        return ()
+    errors = np.zeros(len(records))
+    for model in sorted(set(models)):
+        held = models == model
+        solution = problem.solve(everything[~held])
+        errors[held] = problem.seconds[held] / problem.predict(solution, everything[held]) - 1
+    return tuple(
+        SpeedResidual(record_id=record.id, model=record.setup.model, error=float(error))
+        for record, error in zip(records, errors, strict=True)
+    )
+
+
+def start_for(gpu: GpuSpec) -> Rates | None:
+    """What a GPU's fit starts from: rates borrowed from another one; None for START."""
+    if gpu.id == REFERENCE_GPU:
+        return None
+    try:
+        return borrowed_rates(gpu).rates
+    except NoForecastError:
+        return None
+
+
+def forecast_errors(
+    records: Sequence[RunRecord], rates: Rates, resolve: Callable[[str], ModelSpec]
+) -> tuple[SpeedResidual, ...]:
+    """Errors of timed runs by rates that were not fitted to them."""
+    found = []
+    for record in filter(_timed, records):
+        work = _work(record, resolve)
+        if work is not None:
+            micro = micro_step_time(rates, work).seconds
+            step = micro * record.setup.gradient_accumulation_steps + rates.optimizer_seconds(work)
+            error = _step_seconds(record) / step - 1
+            found.append(SpeedResidual(record_id=record.id, model=record.setup.model, error=error))
+    return tuple(found)
+
+
 def _timed(record: RunRecord) -> bool:
-    return record.outcome == "ok" and record.tokens_per_second is not None and record.source == "calibrate"
+    return record.outcome == "ok" and record.tokens_per_second is not None and record.fills_its_length
 
 
 def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | None:
@@ -132,47 +172,50 @@ def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | 
 
 
 class _Problem:
-    """Runs as a system of equations in the logarithms of rates and of each session's host."""
+    """Runs as a system of equations in the logarithms of rates, relative to where the fit starts."""
 
     def __init__(self, pairs: Sequence[tuple[RunRecord, StepWork]], begin: Mapping[str, float]) -> None:
         import numpy as np
 
-        rows = np.array([_features(work) for _, work in pairs]) * np.array(list(begin.values()))
-        self._gpu = rows[:, :GPU_TERMS]
-        self._host = rows[:, GPU_TERMS : GPU_TERMS + HOST_TERMS]
-        self._optimizer = rows[:, GPU_TERMS + HOST_TERMS :]
+        start = np.array(list(begin.values()))
+        self._passes = [
+            np.array([_pass_terms(work, part) for work, part in rows]) * start[: GPU_TERMS + HOST_TERMS]
+            for rows in (
+                [(work, work.forward) for _, work in pairs],
+                [(work, work.backward) for _, work in pairs],
+            )
+        ]
+        ends = [(1.0, work.optimizer_bytes, work.optimizer_calls) for _, work in pairs]
+        self._ends = np.array(ends) * start[GPU_TERMS + HOST_TERMS :]
         self._accumulated = np.array([r.setup.gradient_accumulation_steps for r, _ in pairs], dtype=float)
         self.seconds = np.array([_step_seconds(record) for record, _ in pairs])
-        self._sessions = np.array(_sessions([record for record, _ in pairs]))
-        self._priors = np.concatenate(
-            [np.full(len(START), PRIOR), np.full(int(self._sessions.max()) + 1, SESSION_PRIOR)]
-        )
 
     def predict(self, solution: Array, runs: NDArray[np.int64]) -> Array:
         """Seconds of a step."""
         import numpy as np
 
         rate = np.exp(solution)
-        gpu = self._gpu[runs] @ rate[:GPU_TERMS]
-        host = self._host[runs] @ rate[GPU_TERMS : GPU_TERMS + HOST_TERMS]
-        host = host * rate[len(START) + self._sessions[runs]]
-        optimizer = self._optimizer[runs] @ rate[GPU_TERMS + HOST_TERMS : len(START)]
-        micro = (gpu**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
-        seconds: Array = micro * self._accumulated[runs] + optimizer
+        micro_step, *update = GPU_TERMS + HOST_TERMS + np.arange(3)
+        micro = self._ends[runs, 0] * rate[micro_step]
+        for terms in self._passes:
+            gpu = terms[runs, :GPU_TERMS] @ rate[:GPU_TERMS]
+            host = terms[runs, GPU_TERMS:] @ rate[GPU_TERMS:micro_step]
+            micro = micro + (gpu**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
+        seconds: Array = micro * self._accumulated[runs] + self._ends[runs, 1:] @ rate[update]
         return seconds
 
     def _errors(self, solution: Array, runs: NDArray[np.int64]) -> Array:
         import numpy as np
 
         off = np.log(self.predict(solution, runs) / self.seconds[runs])
-        soft: Array = np.concatenate([off / (1 + (off / SOFT) ** 2) ** 0.25, self._priors * solution])
+        soft: Array = np.concatenate([off / (1 + (off / SOFT) ** 2) ** 0.25, PRIOR * solution])
         return soft
 
     def solve(self, runs: NDArray[np.int64]) -> Array:
         """The logarithms that explain those runs best."""
         import numpy as np
 
-        solution = np.zeros(len(self._priors))
+        solution = np.zeros(len(START))
         damping, step = 1e-2, 1e-4
         errors = self._errors(solution, runs)
         for _ in range(ITERATIONS):
@@ -198,25 +241,24 @@ class _Problem:
         return solution
 
 
-def _features(work: StepWork) -> tuple[float, ...]:
-    """Work in the order of START."""
+def _pass_terms(work: StepWork, part: PassWork) -> tuple[float, ...]:
+    """A pass's work in the order of START."""
     return (
-        0.0 if work.single else work.layer_flops,
-        work.attention_flops,
-        0.0 if work.single else work.head_flops,
-        work.adapter_flops,
-        work.layer_flops + work.head_flops if work.single else 0.0,
-        work.written_bytes,
-        work.weight_bytes,
+        0.0 if work.single else part.layer_flops,
+        part.attention_flops,
+        0.0 if work.single else part.head_flops,
+        part.adapter_flops,
+        part.layer_flops + part.head_flops if work.single else 0.0,
+        part.written_bytes,
+        part.weight_bytes,
         work.offloaded_bytes,
-        0.0 if work.compiled_calls else float(work.launches),
-        work.quantized_calls,
-        work.lora_calls,
-        work.full_calls,
-        work.compiled_calls,
-        1.0,
-        work.optimizer_bytes,
-        float(work.optimizer_tensors),
+        part.launches,
+        part.quantized_calls,
+        part.lora_calls,
+        part.liger_calls,
+        part.selected_launches,
+        part.compiled_layers,
+        part.compiled_calls,
     )
 
 
@@ -224,15 +266,3 @@ def _step_seconds(record: RunRecord) -> float:
     setup = record.setup
     tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps
     return tokens / (record.tokens_per_second or 1.0)
-
-
-def _sessions(records: Sequence[RunRecord]) -> list[int]:
-    """Numbers of the measuring sessions of records in the order of time: a pause ends one."""
-    found: list[int] = []
-    last = None
-    for record in records:
-        now = datetime.fromisoformat(record.created).timestamp()
-        paused = last is not None and now - last > SESSION_GAP_SECONDS
-        found.append((found[-1] if found else 0) + int(paused))
-        last = now
-    return found

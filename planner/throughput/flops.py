@@ -75,7 +75,18 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
 
 
 def matrix_flops(setup: TrainingSetup, model: ModelSpec) -> MatrixFlops:
-    """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward.
+    """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward."""
+    forward, backward = pass_flops(setup, model)
+    return MatrixFlops(
+        layers=forward.layers + backward.layers,
+        adapter=forward.adapter + backward.adapter,
+        head=forward.head + backward.head,
+        attention=forward.attention + backward.attention,
+    )
+
+
+def pass_flops(setup: TrainingSetup, model: ModelSpec) -> tuple[MatrixFlops, MatrixFlops]:
+    """Count the matmuls of a micro-step's forward pass, and of its backward pass with what it recomputes.
 
     A weight that is trained has three matmuls a token (forward, input gradient, weight gradient), a frozen
     one has no weight gradient; each costs 2 operations an element. TRL's chunked head computes each tile of
@@ -86,18 +97,23 @@ def matrix_flops(setup: TrainingSetup, model: ModelSpec) -> MatrixFlops:
     tokens = setup.tokens_per_micro_step
     recomputed = checkpointed_share(setup, model)
     trained = not setup.uses_lora
-    passes = 2 + recomputed + trained
-    adapter = 0.0
+    adapter = norm = 0.0
     if setup.uses_lora:
-        adapter = 2 * setup.lora_r * (work.wrapped_inputs + work.wrapped_outputs) * tokens * (3 + recomputed)
+        adapter = 2.0 * setup.lora_r * (work.wrapped_inputs + work.wrapped_outputs) * tokens
         if setup.use_dora:
             # The norm of W + BA needs BA itself, in each forward (peft/tuners/lora/dora.py:86-98).
-            adapter += 2 * setup.lora_r * work.wrapped_weights * (1 + recomputed)
-    return MatrixFlops(
-        layers=2.0 * work.active_weights * tokens * passes,
-        adapter=float(adapter),
-        head=2.0 * work.head_weights * tokens * (3 + trained),
-        attention=_attention_flops(setup, model, recomputed),
+            norm = 2.0 * setup.lora_r * work.wrapped_weights
+    layers = 2.0 * work.active_weights * tokens
+    head = 2.0 * work.head_weights * tokens
+    attention, again = _attention_flops(setup, model, recomputed)
+    return (
+        MatrixFlops(layers=layers, adapter=adapter + norm, head=head, attention=attention),
+        MatrixFlops(
+            layers=layers * (1 + recomputed + trained),
+            adapter=adapter * (2 + recomputed) + norm * recomputed,
+            head=head * (2 + trained),
+            attention=again,
+        ),
     )
 
 
@@ -141,16 +157,17 @@ def attention_pairs(setup: TrainingSetup, layer: LayerSpec, implementation: str)
     return batch * length * (length + 1) / 2
 
 
-def _attention_flops(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> float:
+def _attention_flops(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> tuple[float, float]:
+    """Attention's share of the forward pass, and of the backward pass."""
     implementation = attention_implementation(setup, model)
     backward = EAGER_ATTENTION_BACKWARD if implementation == "eager" else ATTENTION_BACKWARD
     again = 0.0 if setup.selective_checkpointing else recomputed
-    total = 0.0
-    for layer in model.layers:
-        # QK^T and PV: 2 operations an element of the head each.
-        forward = 4.0 * layer.query_size * attention_pairs(setup, layer, implementation)
-        total += layer.count * forward * (1 + again + backward)
-    return total
+    # QK^T and PV: 2 operations an element of the head each.
+    forward = sum(
+        4.0 * layer.count * layer.query_size * attention_pairs(setup, layer, implementation)
+        for layer in model.layers
+    )
+    return forward, forward * (again + backward)
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,17 +9,19 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner import validate
 from planner.data_files import PROFILES, user_data_dir
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
 from planner.throughput.microbenchmarks import Slowdown, microbenchmarks_of, slowdown
-from planner.throughput.work import StepWork
+from planner.throughput.work import PassWork, StepWork
 
 OVERLAP = 4.0
 """Power of the mean that joins GPU and host time: above the larger of two equal ones by 2^(1/4), 19%."""
+UNCALIBRATED = (0.65, 1.5)
+"""Interval of a forecast with another GPU's rates, as factors of it; runs beside it: docs/throughput.md."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +30,11 @@ class Rates:
 
     Of the GPU, a floating-point operation (`layer`, `head`, `adapter`, `attention`; `single` in fp32 without
     tensor cores) and a byte (`written`: tensors that grow with the batch; `weight`: those that do not;
-    `offloaded`: to the host and back; `optimizer`: an optimizer step's). Of the host, a tensor made
-    (`launch`), a pass through a linear layer's own Python (`quantized`, `lora`, `full`, `compiled`), a
-    micro-step, and a trained tensor's update. `low` and `high` are factors on tokens a second between which
-    nine in ten runs of models lie that the fit had not seen. `record_ids` are the runs behind it.
+    `offloaded`: to the host or back; `optimizer`: an optimizer step's). Of the host, what PassWork counts
+    (`launch`, `quantized_call`, `lora_call`, `liger_call`, `selected_launch`, `compiled_layer`,
+    `compiled_call`), a micro-step, and an optimizer's run of Python (`optimizer_call`). `low` and `high` are
+    factors on tokens a second between which nine in ten runs of models lie that the fit had not seen.
+    `record_ids` are the runs behind it.
     """
 
     gpu: str
@@ -47,10 +50,12 @@ class Rates:
     launch_seconds: float
     quantized_call_seconds: float
     lora_call_seconds: float
-    full_call_seconds: float
+    liger_call_seconds: float
+    selected_launch_seconds: float
+    compiled_layer_seconds: float
     compiled_call_seconds: float
     micro_step_seconds: float
-    optimizer_tensor_seconds: float
+    optimizer_call_seconds: float
     low: float
     high: float
     record_ids: tuple[str, ...]
@@ -63,34 +68,33 @@ class Rates:
         validate.number("low", self.low, minimum=0.0, maximum=1.0)
         validate.number("high", self.high, minimum=1.0, maximum=100.0)
 
-    def gpu_seconds(self, work: StepWork) -> tuple[float, float]:
-        """GPU time of a micro-step: matrix work, and memory traffic."""
-        matrix = work.layer_flops * self.layer_flop_seconds + work.head_flops * self.head_flop_seconds
-        if work.single:
+    def gpu_seconds(self, work: PassWork, *, single: bool) -> tuple[float, float]:
+        """GPU time of a pass: matrix work, and memory traffic."""
+        if single:
             matrix = (work.layer_flops + work.head_flops) * self.single_flop_seconds
+        else:
+            matrix = work.layer_flops * self.layer_flop_seconds + work.head_flops * self.head_flop_seconds
         matrix += work.attention_flops * self.attention_flop_seconds
         matrix += work.adapter_flops * self.adapter_flop_seconds
         traffic = work.written_bytes * self.written_byte_seconds
-        traffic += work.weight_bytes * self.weight_byte_seconds
-        return matrix, traffic + work.offloaded_bytes * self.offloaded_byte_seconds
+        return matrix, traffic + work.weight_bytes * self.weight_byte_seconds
 
-    def host_seconds(self, work: StepWork) -> float:
-        """Host time of a micro-step."""
-        # A compiled layer launches its kernels from generated code, which its calls' time includes.
-        launches = 0 if work.compiled_calls else work.launches
+    def host_seconds(self, work: PassWork) -> float:
+        """Host time of a pass."""
         return (
-            launches * self.launch_seconds
+            work.launches * self.launch_seconds
             + work.quantized_calls * self.quantized_call_seconds
             + work.lora_calls * self.lora_call_seconds
-            + work.full_calls * self.full_call_seconds
+            + work.liger_calls * self.liger_call_seconds
+            + work.selected_launches * self.selected_launch_seconds
+            + work.compiled_layers * self.compiled_layer_seconds
             + work.compiled_calls * self.compiled_call_seconds
-            + self.micro_step_seconds
         )
 
     def optimizer_seconds(self, work: StepWork) -> float:
         """Time of an optimizer step."""
         moved = work.optimizer_bytes * self.optimizer_byte_seconds
-        return moved + work.optimizer_tensors * self.optimizer_tensor_seconds
+        return moved + work.optimizer_calls * self.optimizer_call_seconds
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -115,6 +119,33 @@ def overlapped(gpu_seconds: float, host_seconds: float) -> float:
     if not larger:
         return 0.0
     return float(larger * (1.0 + (smaller / larger) ** OVERLAP) ** (1.0 / OVERLAP))
+
+
+class MicroStepTime(NamedTuple):
+    """Seconds of a micro-step, and what most of it waits for: "compute", "bandwidth" or "launches"."""
+
+    seconds: float
+    bound_by: str
+
+
+def micro_step_time(rates: Rates, work: StepWork, *, slower: float = 1.0) -> MicroStepTime:
+    """Time of a micro-step; `slower` is a factor on matrix work.
+
+    The host waits for the GPU between forward and backward: TRL reads the loss's token accuracy there
+    (trl/trainer/sft_trainer.py:1643-1644).
+    """
+    seconds = rates.micro_step_seconds
+    matrix = moved = host = 0.0
+    for part in (work.forward, work.backward):
+        computed, written = rates.gpu_seconds(part, single=work.single)
+        computed *= slower
+        written += work.offloaded_bytes * rates.offloaded_byte_seconds
+        launched = rates.host_seconds(part)
+        seconds += overlapped(computed + written, launched)
+        matrix, moved, host = matrix + computed, moved + written, host + launched
+    if host >= matrix + moved:
+        return MicroStepTime(seconds, "launches")
+    return MicroStepTime(seconds, "compute" if matrix >= moved else "bandwidth")
 
 
 @lru_cache(maxsize=1)
@@ -175,10 +206,12 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
         "launch_seconds": launch,
         "quantized_call_seconds": call,
         "lora_call_seconds": call,
-        "full_call_seconds": launch,
-        "compiled_call_seconds": launch,
+        "liger_call_seconds": launch,
+        "selected_launch_seconds": launch,
+        "compiled_layer_seconds": launch,
+        "compiled_call_seconds": call,
         "micro_step_seconds": launch,
-        "optimizer_tensor_seconds": launch,
+        "optimizer_call_seconds": launch,
     }
     values = rates.to_dict() | {"gpu": gpu.id}
     for name, factor in factors.items():

@@ -11,10 +11,11 @@ from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
 from planner.throughput.microbenchmarks import microbenchmarks_of
 from planner.throughput.rates import (
+    UNCALIBRATED,
     Rates,
     known_rates,
     measured_slowdown,
-    overlapped,
+    micro_step_time,
     rates_for,
     scaled_rates,
 )
@@ -25,8 +26,6 @@ from planner.training_setup import TrainingSetup
 # bfloat16 without hardware for it: 9.85 against 88.9 TFLOPS in float16 on a V100S, 5.14 against 39.0 on an
 # RTX 2080 (https://github.com/fanghostt/transformers-benchmarks).
 EMULATED_BFLOAT16 = 8.3
-# Interval of an uncalibrated forecast, as factors of it; the runs of docs/throughput.md lie within.
-LOW, HIGH = 0.65, 1.5
 
 
 class NoForecastError(InputError):
@@ -61,8 +60,9 @@ def estimate_step(
 ) -> StepEstimate:
     """Forecast a training step's time on a GPU.
 
-    Time is what the GPU needs (matmuls, attention, memory traffic, one after the other) or what the host
-    needs to launch it, whichever is more, plus the optimizer step once an accumulation. A GPU without rates
+    Time is, of the forward and of the backward pass, what the GPU needs (matmuls, attention, memory traffic,
+    one after the other) or what the host needs to launch it, whichever is more, plus the optimizer step once
+    an accumulation. A GPU without rates
     of its own gets those of a measured one, scaled by its published rates. `padded` says that batches mix
     lengths, so that attention has a mask.
 
@@ -75,16 +75,14 @@ def estimate_step(
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
     work = step_work(setup, model, padded=padded)
-    matrix, moved = rates.gpu_seconds(work)
-    if setup.dtype != "float16" and not gpu.supports_bfloat16:
-        matrix *= EMULATED_BFLOAT16
-    host = rates.host_seconds(work)
-    micro = overlapped(matrix + moved, host)
+    slower = EMULATED_BFLOAT16 if setup.dtype != "float16" and not gpu.supports_bfloat16 else 1.0
+    time = micro_step_time(rates, work, slower=slower)
+    micro = time.seconds
     step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work)
     tokens = setup.tokens_per_micro_step * setup.num_processes
     roofline = tokens / max(work.total_flops / peak, weight_bytes(setup, model) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
-    low, high = (rates.low, rates.high) if calibrated else (LOW, HIGH)
+    low, high = (rates.low, rates.high) if calibrated else UNCALIBRATED
     return StepEstimate(
         seconds_per_micro_step=micro,
         seconds_per_optimizer_step=step,
@@ -94,7 +92,7 @@ def estimate_step(
         matrix_flops=work.total_flops,
         bytes_moved=_moved_bytes(work),
         roofline_tokens_per_second=roofline,
-        bound_by=_bound_by(matrix, moved, host),
+        bound_by=time.bound_by,
         calibrated=calibrated,
         basis=_basis(gpu, known),
     )
@@ -162,7 +160,7 @@ def _limits(gpu: GpuSpec) -> tuple[float, float]:
 
 def _moved_bytes(work: StepWork) -> float:
     """Bytes written for later kernels to read, of one micro-step."""
-    return work.written_bytes + work.weight_bytes
+    return sum(part.written_bytes + part.weight_bytes for part in (work.forward, work.backward))
 
 
 def _refuse_unmodelled(setup: TrainingSetup) -> None:
@@ -170,12 +168,6 @@ def _refuse_unmodelled(setup: TrainingSetup) -> None:
         raise NoForecastError("no throughput with distributed=fsdp: its communication is not modelled yet")
     if setup.distributed is not None and not setup.uses_lora:
         raise NoForecastError("no throughput with full fine-tuning on several GPUs: not modelled yet")
-
-
-def _bound_by(matrix: float, moved: float, host: float) -> str:
-    if host >= matrix + moved:
-        return "launches"
-    return "compute" if matrix >= moved else "bandwidth"
 
 
 def _basis(gpu: GpuSpec, known: KnownRates) -> str:

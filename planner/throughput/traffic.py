@@ -30,6 +30,17 @@ OPTIMIZER = {
 }
 
 
+# Runs of Python a trained tensor and step: bitsandbytes updates one tensor at a time
+# (bitsandbytes/optim/optimizer.py:325-334), so does adafactor with a dozen operations
+# (transformers/optimization.py:1057); torch's other optimizers hand lists of tensors to a kernel.
+OPTIMIZER_CALLS = {
+    "adamw_torch": 0.2,
+    "adamw_torch_fused": 0.1,
+    "adafactor": 2.0,
+    "sgd": 0.1,
+}
+
+
 def trained_parameters(setup: TrainingSetup, work: LinearWork) -> int:
     """Elements that the optimizer updates."""
     if not setup.uses_lora:

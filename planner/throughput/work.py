@@ -15,52 +15,93 @@ from planner.memory.adapter import trainables
 from planner.memory.decoder_layer import replay
 from planner.memory.layer_knobs import LayerKnobs
 from planner.memory.refusals import attention_implementation
-from planner.memory.segments import segments
+from planner.memory.segments import Segment, segments
 from planner.memory.shape import micro_step
 from planner.memory.tape import Buffer, Tape, Value
 from planner.model_spec import LayerSpec, ModelSpec
-from planner.throughput.flops import checkpointed_share, linear_work, matrix_flops
-from planner.throughput.traffic import OPTIMIZER, trained_parameters
+from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
+from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS, trained_parameters
 from planner.training_setup import TrainingSetup
 
 
-class LayerWork(NamedTuple):
-    """Tensors that one layer makes in a micro-step: how many, and their bytes as on the tape."""
+class Made(NamedTuple):
+    """Tensors made: how many, and their bytes as on the tape."""
 
     launches: int
     constant: float
     per_token: float
     per_score: float
 
+    def plus(self, other: Made, count: int) -> Made:
+        """These and so many times the others."""
+        return Made(
+            self.launches + count * other.launches,
+            self.constant + count * other.constant,
+            self.per_token + count * other.per_token,
+            self.per_score + count * other.per_score,
+        )
+
+    def bytes_at(self, tokens: int, scores: int) -> float:
+        """Bytes in a micro-step of that many tokens and score elements."""
+        return self.constant + tokens * self.per_token + scores * self.per_score
+
+
+NOTHING = Made(0, 0.0, 0.0, 0.0)
+
+
+class LayerWork(NamedTuple):
+    """Tensors that one layer makes in a micro-step: forward, recomputed in the backward pass, backward; and
+    those that it keeps from forward to backward.
+    """
+
+    forward: Made
+    recomputed: Made
+    backward: Made
+    kept: Made
+
+
+class PassWork(NamedTuple):
+    """Work of a micro-step's forward pass, or of its backward pass with what it recomputes.
+
+    `*_flops`: floating-point operations of the layers' matrices, the adapter's, the output head's and
+    attention's (fused kernels; eager attention's are in its tensors). `written_bytes` are the tensors that
+    grow with the batch, `weight_bytes` those that do not (dequantised weights above all). Of eager layers,
+    `launches` counts tensors made, `quantized_calls` and `lora_calls` runs of PEFT's Python around a 4-bit
+    or 16-bit layer, `liger_calls` runs of Liger's, `selected_launches` tensors made where selective
+    checkpointing looks at each operation. Compiled are `compiled_layers`, and `compiled_calls` of the 4-bit
+    layers in them, whose kernels no compiler sees into.
+    """
+
+    layer_flops: float
+    adapter_flops: float
+    head_flops: float
+    attention_flops: float
+    written_bytes: float
+    weight_bytes: float
+    launches: float
+    quantized_calls: float
+    lora_calls: float
+    liger_calls: float
+    selected_launches: float
+    compiled_layers: float
+    compiled_calls: float
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepWork:
     """Work of one micro-step, and of one optimizer step.
 
-    `*_flops`: floating-point operations of the layers' matrices, the adapter's, the output head's and
-    attention's (fused kernels; eager attention's are in its tensors); `total_flops` has attention's in any
-    case. `single` says that they run in fp32 without tensor cores. `written_bytes` are the tensors that grow
-    with the batch, `weight_bytes` those that do not (dequantised weights above all), `launches` how many
-    there are. `*_calls` count passes through linear layers that run Python of their own, by how they are
-    held and whether their layer is compiled.
+    `total_flops` has eager attention's too. `single` says that matrices run in fp32 without tensor cores.
+    `offloaded_bytes` leave for the host in the forward pass and come back in the backward pass.
     """
 
     total_flops: float
-    layer_flops: float
-    adapter_flops: float
-    head_flops: float
-    attention_flops: float
     single: bool
-    written_bytes: float
-    weight_bytes: float
-    launches: int
-    quantized_calls: float
-    lora_calls: float
-    full_calls: float
-    compiled_calls: float
+    forward: PassWork
+    backward: PassWork
     offloaded_bytes: float
     optimizer_bytes: float
-    optimizer_tensors: int
+    optimizer_calls: float
 
 
 class _CountingTape(Tape):
@@ -68,8 +109,17 @@ class _CountingTape(Tape):
 
     def __init__(self, *, saves: bool) -> None:
         super().__init__(saves=saves)
-        self.launches = 0
+        self.launches = self.saved = 0
         self.constant = self.per_token = self.per_score = 0.0
+        self.saved_per_token = self.saved_per_score = 0.0
+
+    def made(self) -> Made:
+        """What was made so far."""
+        return Made(self.launches, self.constant, self.per_token, self.per_score)
+
+    def kept(self) -> Made:
+        """What backward nodes hold of it, parameters and their copies left out, each once."""
+        return Made(self.saved, 0.0, self.saved_per_token, self.saved_per_score)
 
     def tokens(self, per_token: float, category: int = 0) -> Buffer:
         self.launches += 1
@@ -91,6 +141,11 @@ class _CountingTape(Tape):
     def save(self, buffer: Buffer) -> Buffer | None:
         if not self.saves:
             return None
+        if not buffer.saves:
+            self.saved += 1
+            self.saved_per_token += buffer.per_token
+            self.saved_per_score += buffer.per_score
+        buffer.saves += 1
         buffer.holders += 1
         return buffer
 
@@ -100,23 +155,21 @@ def layer_work(
     layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
 ) -> LayerWork:
     """Work of one decoder layer in one micro-step; a checkpointed one runs forward twice."""
-    passes = []
+    first = NOTHING
     if checkpointed:
-        first = _CountingTape(saves=False)
-        replay(first, layer, knobs, Value(first.tokens(0), False))
-        passes.append(first)
+        alone = _CountingTape(saves=False)
+        replay(alone, layer, knobs, Value(alone.tokens(0), False))
+        first = alone.made()
     tape = _CountingTape(saves=True)
     hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
     output = replay(tape, layer, knobs, hidden)
+    forward, kept = tape.made(), tape.kept()
     output.grad = tape.tokens(layer.hidden_size * output.width)
     tape.backward()
-    passes.append(tape)
-    return LayerWork(
-        sum(one.launches for one in passes),
-        sum(one.constant for one in passes),
-        sum(one.per_token for one in passes),
-        sum(one.per_score for one in passes),
-    )
+    backward = tape.made().plus(forward, -1)
+    if checkpointed:
+        return LayerWork(first, forward, backward, kept)
+    return LayerWork(forward, NOTHING, backward, kept)
 
 
 def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> StepWork:
@@ -124,39 +177,91 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
     attention = attention_implementation(setup, model)
     parts, _ = segments(setup, model, trainables(setup, model), attention=attention, padded=padded)
     shape = micro_step(setup)
-    launches, written, constant = 0, 0.0, 0.0
+    forward = recomputed = backward = NOTHING
+    liger = offloaded = 0.0
     for part in parts:
-        one = layer_work(
-            part.layer,
-            part.knobs,
-            checkpointed=part.checkpointed,
-            input_requires_grad=part.input_requires_grad,
-        )
-        count = len(part.indices)
-        launches += count * one.launches
-        constant += count * one.constant
-        written += count * (one.per_token * shape.tokens + one.per_score * shape.scores)
-    flops = matrix_flops(setup, model)
+        one, count = _work_of(part), len(part.indices)
+        forward = forward.plus(one.forward, count)
+        recomputed = recomputed.plus(one.recomputed, count)
+        backward = backward.plus(one.backward, count)
+        liger += count * _liger_kernels(part.layer)
+        if setup.activation_offloading:
+            kept = part.input_bytes_per_token * shape.tokens
+            offloaded += count * (
+                kept if part.checkpointed else one.kept.bytes_at(shape.tokens, shape.scores)
+            )
+    flops = pass_flops(setup, model)
+    python = _python_runs(setup, model, liger)
+    share = checkpointed_share(setup, model)
     linear = linear_work(model, setup.target_modules)
-    passes = 2 + checkpointed_share(setup, model)
-    compiled = setup.compile != "none"
-    wrapped = linear.wrapped_count * passes
-    offloaded = model.num_hidden_layers * shape.tokens * model.hidden_size * shape.stream_bytes
+    passes = tuple(
+        PassWork(
+            layer_flops=part.layers,
+            adapter_flops=part.adapter,
+            head_flops=part.head,
+            attention_flops=0.0 if attention == "eager" else part.attention,
+            written_bytes=made.bytes_at(shape.tokens, shape.scores) - made.constant,
+            weight_bytes=made.constant,
+            launches=0 if setup.compile != "none" else made.launches,
+            selected_launches=dispatched.launches if setup.selective_checkpointing else 0,
+            quantized_calls=python.quantized * runs,
+            lora_calls=python.lora * runs,
+            liger_calls=python.liger * nodes,
+            compiled_layers=python.compiled_layers,
+            compiled_calls=python.compiled * nodes,
+        )
+        for part, made, dispatched, runs, nodes in (
+            (flops[0], forward, forward, 1.0, 1.0),
+            # Backward nodes of bitsandbytes and Liger are Python too, of PEFT's layers torch's own.
+            (flops[1], backward.plus(recomputed, 1), recomputed, share, 1.0 + share),
+        )
+    )
+    trained = 2 * linear.wrapped_count if setup.uses_lora else linear.all_tensors
     return StepWork(
-        total_flops=flops.total,
-        layer_flops=flops.layers,
-        adapter_flops=flops.adapter,
-        head_flops=flops.head,
-        attention_flops=0.0 if attention == "eager" else flops.attention,
+        total_flops=sum(part.total for part in flops),
         single=setup.dtype == "float32",
-        written_bytes=written,
-        weight_bytes=constant,
-        launches=launches,
-        quantized_calls=wrapped if setup.method == "qlora" and not compiled else 0.0,
-        lora_calls=wrapped if setup.method == "lora" and not compiled else 0.0,
-        full_calls=linear.linear_count * passes if setup.method == "full" and not compiled else 0.0,
-        compiled_calls=linear.linear_count * passes if compiled else 0.0,
-        offloaded_bytes=2.0 * offloaded if setup.activation_offloading else 0.0,
+        forward=passes[0],
+        backward=passes[1],
+        offloaded_bytes=offloaded,
         optimizer_bytes=trained_parameters(setup, linear) * OPTIMIZER[setup.optim],
-        optimizer_tensors=2 * linear.wrapped_count if setup.uses_lora else linear.all_tensors,
+        optimizer_calls=trained * OPTIMIZER_CALLS.get(setup.optim, 1.0),
+    )
+
+
+class _PythonRuns(NamedTuple):
+    """Layers whose Python runs once a pass, by kind."""
+
+    quantized: int
+    lora: int
+    liger: float
+    compiled: int
+    compiled_layers: int
+
+
+def _python_runs(setup: TrainingSetup, model: ModelSpec, liger: float) -> _PythonRuns:
+    wrapped = linear_work(model, setup.target_modules).wrapped_count
+    if setup.compile != "none":
+        quantized = wrapped if setup.method == "qlora" else 0
+        return _PythonRuns(0, 0, 0.0, quantized, model.num_hidden_layers)
+    return _PythonRuns(
+        wrapped if setup.method == "qlora" else 0,
+        wrapped if setup.method == "lora" else 0,
+        liger if setup.kernels == "liger" else 0.0,
+        0,
+        0,
+    )
+
+
+def _liger_kernels(layer: LayerSpec) -> int:
+    """Kernels of Liger's in a layer's forward: norms, activation, rotation."""
+    norms = 2 * layer.input_norms + 2 * layer.output_norms + 2 * (layer.qk_norm != "none")
+    return norms + layer.gated_mlp + layer.rotary
+
+
+def _work_of(part: Segment) -> LayerWork:
+    return layer_work(
+        part.layer,
+        part.knobs,
+        checkpointed=part.checkpointed,
+        input_requires_grad=part.input_requires_grad,
     )
