@@ -24,10 +24,8 @@ from planner.hardware import LocalGpu
 from planner.memory import estimate_memory
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord, all_records, read_records
-from planner.throughput import NoForecastError
-from planner.throughput.fit import MIN_RUNS, SpeedFit, fit_rates
+from planner.throughput.fit import SpeedFit, TooFewRunsError, fit_rates, start_for
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_file
-from planner.throughput.roofline import borrowed_rates
 from planner.training_setup import TrainingSetup
 
 FILL = 0.9
@@ -149,14 +147,11 @@ def rates_file(gpu: LocalGpu) -> Path:
 
 def fit_speed(gpu: LocalGpu) -> SpeedFit | None:
     """Fit this GPU's throughput rates to every record of it, and keep them; None with too few runs."""
-    records = [record for record in all_records() if record.environment.gpu_id == gpu.spec.id]
-    if len(records) < MIN_RUNS:
-        return None
+    microbenchmarks_of.cache_clear()
     try:
-        start = borrowed_rates(gpu.spec).rates
-    except NoForecastError:
-        start = None
-    found = fit_rates(records, gpu.spec.id, load_shipped, start=start)
+        found = fit_rates(all_records(), gpu.spec.id, load_shipped, start=start_for(gpu.spec))
+    except TooFewRunsError:
+        return None
     write_atomically(rates_file(gpu), json.dumps(found.rates.to_dict(), indent=1) + "\n")
     return found
 

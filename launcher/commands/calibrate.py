@@ -74,9 +74,9 @@ def _show_speed(speed: SpeedFit | None) -> None:
     if speed is None:
         print("speed: too few timed runs to fit rates; forecasts use those of another GPU, scaled")
         return
-    errors = sorted(abs(residual.error) for residual in speed.residuals)
-    median = 100 * errors[len(errors) // 2]
-    print(f"speed: {len(errors)} runs; median error {median:.1f}% on models left out")
+    runs, errors = len(speed.rates.record_ids), sorted(abs(residual.error) for residual in speed.residuals)
+    told = f"median error {100 * errors[len(errors) // 2]:.1f}% on models left out" if errors else "one model"
+    print(f"speed: rates fitted to {runs} runs; {told}")
 
 
 def _report(progress: Progress) -> None:

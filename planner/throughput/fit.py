@@ -49,14 +49,22 @@ START = {
 }
 """Where the reference's fit starts: roughly an H100 and its host."""
 GPU_TERMS, HOST_TERMS = 8, 7
-PRIOR = 0.2
-"""How firmly a logarithm is held at its start, beside a run's weight of one."""
+HOST_RATES = ("launch_seconds", "call_seconds", "compiled_layer_seconds", "micro_step_seconds")
+PRIOR, COMMON_PRIOR = 0.3, 0.2
+"""How firmly a logarithm is held at its start, beside a run's weight of one, and how firmly a factor that all
+rates of the GPU or all of the host share. From starts off by 25% a rate, or twofold in all, these forecast
+the reference's other runs best, be it from 3 of them or from 15.
+"""
 SOFT = 0.1
 MIN_RUNS = 8
 MIN_RUNS_FROM_START = 3
 """Runs that are needed without another GPU's rates to start from, and with them."""
 ITERATIONS = 60
 QUANTILES = (0.05, 0.95)
+
+
+class TooFewRunsError(InputError):
+    """A GPU has too few timed runs to fit rates to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +97,7 @@ def fit_rates(
     interval is that of GPUs without runs until there are MIN_RUNS.
 
     Raises:
-        InputError: too few runs.
+        TooFewRunsError: there are too few runs.
     """
     import numpy as np
 
@@ -97,7 +105,7 @@ def fit_rates(
     pairs = [(record, work) for record in runs if (work := _work(record, resolve)) is not None]
     needed = MIN_RUNS if start is None else MIN_RUNS_FROM_START
     if len(pairs) < needed:
-        raise InputError(f"{gpu_id}: {len(pairs)} timed runs are too few to fit rates; {needed} are needed")
+        raise TooFewRunsError(f"{gpu_id}: {len(pairs)} timed runs are too few for rates; {needed} are needed")
     begin = {name: START[name] if start is None else getattr(start, name) for name in START}
     problem = _Problem(pairs, begin)
     residuals = _held_out(problem, [record for record, _ in pairs])
@@ -105,7 +113,7 @@ def fit_rates(
     if len(pairs) >= MIN_RUNS and residuals:
         ratios = [1 / (1 + residual.error) for residual in residuals]
         low, high = (round(float(edge), 3) for edge in np.quantile(ratios, QUANTILES))
-    solution = np.exp(problem.solve(np.arange(len(pairs))))
+    solution = np.exp(problem.factors(problem.solve(np.arange(len(pairs)))))
     rates = Rates(
         gpu=gpu_id,
         **{name: float(value * begin[name]) for name, value in zip(begin, solution, strict=True)},
@@ -172,7 +180,9 @@ def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | 
 
 
 class _Problem:
-    """Runs as a system of equations in the logarithms of rates, relative to where the fit starts."""
+    """Runs as equations in the logarithms of rates, relative to where the fit starts, and in those
+    of what the GPU's rates, and the host's, have in common.
+    """
 
     def __init__(self, pairs: Sequence[tuple[RunRecord, StepWork]], begin: Mapping[str, float]) -> None:
         import numpy as np
@@ -189,12 +199,20 @@ class _Problem:
         self._ends = np.array(ends) * start[GPU_TERMS + HOST_TERMS :]
         self._accumulated = np.array([r.setup.gradient_accumulation_steps for r, _ in pairs], dtype=float)
         self.seconds = np.array([_step_seconds(record) for record, _ in pairs])
+        of_host = np.array([name.endswith(HOST_RATES) for name in START])
+        self._shared = np.stack([~of_host, of_host], axis=1).astype(float)
+        self._priors = np.array([PRIOR] * len(START) + [COMMON_PRIOR] * 2)
+
+    def factors(self, solution: Array) -> Array:
+        """Logarithms of each rate's whole factor."""
+        whole: Array = solution[: len(START)] + self._shared @ solution[len(START) :]
+        return whole
 
     def predict(self, solution: Array, runs: NDArray[np.int64]) -> Array:
         """Seconds of a step."""
         import numpy as np
 
-        rate = np.exp(solution)
+        rate = np.exp(self.factors(solution))
         micro_step, *update = GPU_TERMS + HOST_TERMS + np.arange(3)
         micro = self._ends[runs, 0] * rate[micro_step]
         for terms in self._passes:
@@ -208,14 +226,14 @@ class _Problem:
         import numpy as np
 
         off = np.log(self.predict(solution, runs) / self.seconds[runs])
-        soft: Array = np.concatenate([off / (1 + (off / SOFT) ** 2) ** 0.25, PRIOR * solution])
+        soft: Array = np.concatenate([off / (1 + (off / SOFT) ** 2) ** 0.25, self._priors * solution])
         return soft
 
     def solve(self, runs: NDArray[np.int64]) -> Array:
         """The logarithms that explain those runs best."""
         import numpy as np
 
-        solution = np.zeros(len(START))
+        solution = np.zeros(len(self._priors))
         damping, step = 1e-2, 1e-4
         errors = self._errors(solution, runs)
         for _ in range(ITERATIONS):

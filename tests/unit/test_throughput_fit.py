@@ -1,0 +1,139 @@
+"""Rates fitted to runs: how many are needed, what is held out, where the fit starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+
+from planner.accuracy import shipped_records
+from planner.gpu_catalog import gpu_catalog
+from planner.model_catalog import load_shipped
+from planner.records import RunRecord
+from planner.throughput.fit import (
+    MIN_RUNS,
+    MIN_RUNS_FROM_START,
+    REFERENCE_GPU,
+    TooFewRunsError,
+    fit_rates,
+    forecast_errors,
+    start_for,
+)
+from planner.throughput.rates import UNCALIBRATED, Rates, rates_for
+from planner.throughput.work import step_work
+
+RUNS = [
+    record
+    for record in shipped_records()
+    if record.environment.gpu_id == REFERENCE_GPU
+    and record.outcome == "ok"
+    and record.tokens_per_second is not None
+    and record.fills_its_length
+]
+
+
+def elsewhere(records: Sequence[RunRecord], *, slower: float = 1.0) -> list[RunRecord]:
+    """The same runs, as if measured on an H200 and so many times slower."""
+    return [
+        dataclasses.replace(
+            record,
+            environment=dataclasses.replace(record.environment, gpu_id="h200"),
+            tokens_per_second=(record.tokens_per_second or 0.0) / slower,
+        )
+        for record in records
+    ]
+
+
+def known(gpu: str) -> Rates:
+    rates = rates_for(gpu_catalog().get(gpu))
+    assert rates is not None
+    return rates
+
+
+def median(errors: Sequence[float]) -> float:
+    return sorted(errors)[len(errors) // 2]
+
+
+@pytest.mark.parametrize(("start", "needed"), [(None, MIN_RUNS), (known(REFERENCE_GPU), MIN_RUNS_FROM_START)])
+def test_rates_need_runs_and_fewer_where_there_are_others_to_start_from(
+    start: Rates | None, needed: int
+) -> None:
+    runs = elsewhere(RUNS[:needed])
+    assert len(fit_rates(runs, "h200", load_shipped, start=start).rates.record_ids) == needed
+    with pytest.raises(TooFewRunsError, match=f"{needed} are needed"):
+        fit_rates(runs[1:], "h200", load_shipped, start=start)
+
+
+def test_a_few_runs_move_all_that_they_use_and_leave_the_interval_wide() -> None:
+    start = known(REFERENCE_GPU)
+    runs = elsewhere(RUNS, slower=2.0)
+    found = fit_rates(runs[:: len(runs) // 6], "h200", load_shipped, start=start).rates
+    before = median([error.error for error in forecast_errors(runs, start, load_shipped)])
+    after = median([error.error for error in forecast_errors(runs, found, load_shipped)])
+    assert before > 0.8
+    assert abs(after) < 0.2
+    assert (found.low, found.high) == UNCALIBRATED
+
+
+def test_a_model_is_judged_by_what_others_told() -> None:
+    """Whatever one model's own runs measured, its forecast stays the same."""
+    model = RUNS[0].setup.model
+    changed = [
+        dataclasses.replace(run, tokens_per_second=(run.tokens_per_second or 0.0) * 3.0)
+        if run.setup.model == model
+        else run
+        for run in RUNS
+    ]
+
+    def forecasts(runs: list[RunRecord]) -> list[float]:
+        measured = {run.id: run.tokens_per_second or 0.0 for run in runs}
+        residuals = fit_rates(runs, REFERENCE_GPU, load_shipped).residuals
+        return [measured[one.record_id] * (1 + one.error) for one in residuals if one.model == model]
+
+    assert forecasts(changed) == pytest.approx(forecasts(RUNS), rel=1e-9)
+
+
+def test_one_model_alone_leaves_nothing_to_judge_by() -> None:
+    model = max({run.setup.model for run in RUNS}, key=lambda m: sum(run.setup.model == m for run in RUNS))
+    runs = [run for run in RUNS if run.setup.model == model]
+    assert len(runs) >= MIN_RUNS
+    found = fit_rates(runs, REFERENCE_GPU, load_shipped)
+    assert found.residuals == ()
+    assert (found.rates.low, found.rates.high) == UNCALIBRATED
+
+
+def test_the_interval_holds_nine_in_ten_runs_of_models_left_out() -> None:
+    found = fit_rates(RUNS, REFERENCE_GPU, load_shipped)
+    inside = [found.rates.low <= 1 / (1 + one.error) <= found.rates.high for one in found.residuals]
+    assert 0.88 <= sum(inside) / len(inside) <= 0.92
+
+
+def test_the_shipped_rates_are_what_the_records_give() -> None:
+    """`python -m benchmarks.fit_rates` writes them."""
+    for gpu in {record.environment.gpu_id for record in shipped_records()}:
+        shipped = known(gpu)
+        found = fit_rates(shipped_records(), gpu, load_shipped, start=start_for(gpu_catalog().get(gpu))).rates
+        assert found.record_ids == shipped.record_ids
+        assert found.layer_flop_seconds == pytest.approx(shipped.layer_flop_seconds, rel=1e-3)
+
+
+def test_what_offloading_moves_is_what_layers_keep() -> None:
+    run = next(run for run in RUNS if run.setup.activation_offloading)
+    model = load_shipped(run.setup.model)
+    kept = dataclasses.replace(run.setup, gradient_checkpointing=False)
+    checkpointed = dataclasses.replace(run.setup, gradient_checkpointing=True)
+    inputs = step_work(checkpointed, model).offloaded_bytes
+    assert inputs == model.num_hidden_layers * run.setup.tokens_per_micro_step * model.hidden_size * 2
+    assert step_work(kept, model).offloaded_bytes > 10 * inputs
+
+
+def test_recomputing_is_the_backward_passs_work() -> None:
+    setup = RUNS[0].setup
+    model = load_shipped(setup.model)
+    with_, without = (
+        step_work(dataclasses.replace(setup, gradient_checkpointing=value), model) for value in (True, False)
+    )
+    assert with_.forward.layer_flops == without.forward.layer_flops
+    assert with_.backward.layer_flops == without.backward.layer_flops + with_.forward.layer_flops
+    assert with_.backward.launches > without.backward.launches
