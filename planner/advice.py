@@ -38,13 +38,19 @@ def make_it_fit(evaluator: Evaluator, setup: TrainingSetup, target: GpuTarget) -
     return (*useful[:MAX_ADVICE], *(one for one in extra if one is not None))
 
 
-def use_what_is_left(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) -> tuple[Advice, ...]:
-    """Ways to spend the memory that a fitting plan leaves: rank, length, 16-bit LoRA; each searched anew."""
+def use_what_is_left(
+    evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest, effective_batch_size: int | None = None
+) -> tuple[Advice, ...]:
+    """Ways to spend the memory that a fitting plan leaves: rank, length, 16-bit LoRA; each searched anew.
+
+    `effective_batch_size` counts examples; the setup's own sequences stand for them without it.
+    """
+    effective = setup.effective_batch_size if effective_batch_size is None else effective_batch_size
     now = evaluator.evaluate(setup).peak_upper_bytes
     found = []
     for group in (*_spendings(setup), _longer(evaluator, setup, request)):
         for change in group:
-            best = _searched(evaluator, change.setup, setup.effective_batch_size, request)
+            best = _searched(evaluator, change.setup, effective, request)
             if best is None:
                 continue
             found.append(
@@ -154,6 +160,7 @@ def _longer(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) ->
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": setup.gradient_accumulation_steps * setup.per_device_train_batch_size,
         "gradient_checkpointing": True,
+        "activation_memory_budget": None,
     }
     smallest = setup if any(name in request.fixed for name in shape) else setup.replace(**shape)
     limit = evaluator.model.max_position_embeddings

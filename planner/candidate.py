@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from planner.data_time import EpochTime, Examples
 from planner.errors import NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.memory import MemoryBreakdown, estimate_memory
@@ -17,11 +18,15 @@ TRITON_CAPABILITY = (7, 0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A setup, what it needs of one GPU, and how fast it is; `speed` is null without a forecast."""
+    """A setup, what it needs of one GPU, and how fast it is.
+
+    `speed` is of full sequences, null without a forecast; `epoch` is of the data, null where that is unknown.
+    """
 
     setup: TrainingSetup
     memory: MemoryBreakdown
     speed: StepEstimate | None
+    epoch: EpochTime | None = None
 
     @property
     def peak_upper_bytes(self) -> int:
@@ -30,15 +35,20 @@ class Candidate:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Expected rate of all GPUs together; None where no forecast is possible."""
+        """Expected rate of all GPUs together; None where no forecast is possible.
+
+        Of the data's own tokens where the data is known, else of full sequences.
+        """
+        if self.epoch is not None:
+            return self.epoch.useful_tokens_per_second
         return None if self.speed is None else self.speed.tokens_per_second
 
 
 class Evaluator:
     """Estimates setups of one model on one card, each once.
 
-    `longest` is the length of the data's longest example, where that is known not to be a guess: no batch is
-    longer, whatever max_length allows. `padded` says that examples differ in length.
+    `examples` are the data, where it is known: no batch is longer than its longest example, whatever
+    max_length allows, unless that length is a guess. `padded` says that examples differ in length.
     """
 
     def __init__(
@@ -48,19 +58,21 @@ class Evaluator:
         usable_bytes: int,
         *,
         padded: bool = False,
-        longest: int | None = None,
+        examples: Examples | None = None,
     ) -> None:
         self.model = model
         self.gpu = gpu
         self.usable_bytes = usable_bytes
-        self.padded = padded
-        self.longest = longest
+        self.examples = examples
+        self.padded = padded if examples is None else examples.mixed
+        self._longest = None if examples is None or examples.stats.estimated else examples.stats.longest
         self._known: dict[TrainingSetup, Candidate] = {}
+        self._memories: dict[TrainingSetup, MemoryBreakdown] = {}
         self._confirmed: dict[TrainingSetup, Candidate] = {}
 
     def on(self, gpu: GpuSpec) -> Evaluator:
         """The same model and data on another card, which holds nothing else."""
-        return Evaluator(self.model, gpu, gpu.usable_bytes, padded=self.padded, longest=self.longest)
+        return Evaluator(self.model, gpu, gpu.usable_bytes, padded=self.padded, examples=self.examples)
 
     @property
     def compiles(self) -> bool:
@@ -76,12 +88,19 @@ class Evaluator:
         """
         found = self._known.get(setup)
         if found is None:
+            memory, speed = self._fitted(setup), self._step(setup)
             found = self._known[setup] = Candidate(
-                setup=setup,
-                memory=self._memory(setup, replay=False),
-                speed=forecast(setup, self.model, self.gpu, padded=self._padded(setup)),
+                setup=setup, memory=memory, speed=speed, epoch=self._epoch(setup, speed)
             )
         return found
+
+    def setup_fits(self, setup: TrainingSetup) -> bool:
+        """Whether a setup fits by the fitted estimate; its speed is not asked for.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+        """
+        return self._fitted(setup).fits(self.usable_bytes)
 
     def confirm(self, setup: TrainingSetup, *, whole: bool = False) -> Candidate:
         """The same with the allocator replayed: the figures that decide, at a hundred times the time.
@@ -94,12 +113,26 @@ class Evaluator:
         """
         found = self._confirmed.get(setup)
         if found is None or (whole and not self.fits(found)):
-            found = self._confirmed[setup] = Candidate(
-                setup=setup,
-                memory=self._memory(setup, replay=True, whole=whole),
-                speed=self.evaluate(setup).speed,
+            found = self._confirmed[setup] = replace(
+                self.evaluate(setup), memory=self._memory(setup, replay=True, whole=whole)
             )
         return found
+
+    def _fitted(self, setup: TrainingSetup) -> MemoryBreakdown:
+        """Memory by the fitted estimate, which is the same however examples are drawn."""
+        key = setup if setup.train_sampling_strategy == "random" else _ungrouped(setup)
+        found = self._memories.get(key)
+        if found is None:
+            found = self._memories[key] = self._memory(key, replay=False)
+        return found
+
+    def _step(self, setup: TrainingSetup) -> StepEstimate | None:
+        return forecast(setup, self.model, self.gpu, padded=self._padded(setup))
+
+    def _epoch(self, setup: TrainingSetup, speed: StepEstimate | None) -> EpochTime | None:
+        if self.examples is None or speed is None:
+            return None
+        return self.examples.epoch(setup, speed, self._step)
 
     def _memory(self, setup: TrainingSetup, *, replay: bool, whole: bool = False) -> MemoryBreakdown:
         return estimate_memory(
@@ -116,9 +149,9 @@ class Evaluator:
 
     def _as_batched(self, setup: TrainingSetup) -> TrainingSetup:
         """The setup at the length of its longest batch."""
-        if self.longest is None or setup.packing or setup.max_length <= self.longest:
+        if self._longest is None or setup.packing or setup.max_length <= self._longest:
             return setup
-        return setup.replace(max_length=self.longest)
+        return setup.replace(max_length=self._longest)
 
     def try_evaluate(self, setup: TrainingSetup) -> Candidate | None:
         """Estimate a setup that nobody asked for; None when one of its knobs is not modelled."""
@@ -143,6 +176,10 @@ class Evaluator:
     def may_fit(self, candidate: Candidate) -> bool:
         """Whether the interval's lower end is within what the card leaves."""
         return candidate.memory.peak_lower_bytes <= self.usable_bytes
+
+
+def _ungrouped(setup: TrainingSetup) -> TrainingSetup:
+    return setup.replace(train_sampling_strategy="random")
 
 
 def forecast(

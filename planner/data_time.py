@@ -87,6 +87,13 @@ class Examples:
             self._batches[length, size, step] = found
         return found
 
+    def processed_tokens(self, setup: TrainingSetup) -> int:
+        """Tokens that an epoch pushes through the model, padding included."""
+        if setup.packing:
+            size = setup.per_device_train_batch_size * setup.num_processes
+            return math.ceil(self.packed(setup.max_length).sequences / size) * size * setup.max_length
+        return padding(self.lengths(setup.max_length), self.batches(setup)).processed_tokens
+
     def epoch(self, setup: TrainingSetup, speed: StepEstimate, step_at: StepAt) -> EpochTime | None:
         """Time of an epoch; `speed` is the setup's forecast with full sequences.
 
@@ -100,12 +107,9 @@ class Examples:
             packed = self.packed(setup.max_length)
             micro_steps = math.ceil(packed.sequences / size)
             micro: float | None = speed.seconds_per_micro_step
-            processed = micro_steps * size * setup.max_length
         else:
             micro_steps = math.ceil(lengths.examples / size)
-            batches = self.batches(setup)
-            micro = _mean_seconds(setup, batches, step_at)
-            processed = padding(lengths, batches).processed_tokens
+            micro = _mean_seconds(setup, self.batches(setup), step_at)
         if micro is None:
             return None
         steps = math.ceil(micro_steps / accumulated)
@@ -116,7 +120,7 @@ class Examples:
             seconds_high=seconds * speed.tokens_per_second / speed.tokens_per_second_low,
             steps=steps,
             real_tokens=lengths.tokens,
-            processed_tokens=processed,
+            processed_tokens=self.processed_tokens(setup),
         )
 
 

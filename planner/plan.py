@@ -35,13 +35,18 @@ class PlannedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Training arguments that change neither memory nor speed, named as transformers names them."""
+    """Training arguments that change neither memory nor speed, named as transformers names them.
+
+    `effective_batch_size` counts examples. With packing it is about that, a row holding `examples_per_row` on
+    average (null without packing, or where the data is not known).
+    """
 
     effective_batch_size: int
     learning_rate: float
     num_train_epochs: float
     lr_scheduler_type: str
     warmup_ratio: float
+    examples_per_row: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +75,9 @@ class DataSummary:
 class Duration:
     """Hours to train on `tokens` (what those are: `of`), with an interval; the price where a rate is known.
 
-    `steps` are optimizer steps; null where no data was given.
+    Of the data, they are the examples' own, padding left out. `steps` are optimizer steps;
+    `useful_tokens_per_second` is the mean rate of those tokens, compilation left out. Both are null where no
+    data was given.
     """
 
     of: str
@@ -81,6 +88,7 @@ class Duration:
     hours_high: float
     usd_per_gpu_hour: float | None
     usd: float | None
+    useful_tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

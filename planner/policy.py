@@ -20,6 +20,13 @@ LARGE_MODEL_PARAMETERS = 10_500_000_000
 # Full fine-tuning wants about a tenth of LoRA's rate (https://thinkingmachines.ai/blog/lora).
 FULL_SHARE_OF_LORA_RATE = 0.1
 
+# What an adapter can hold against what the data says, as https://thinkingmachines.ai/blog/lora estimates it:
+# about 2 bits a parameter (arXiv:2404.05405) and about 1 bit a token in the loss.
+BITS_PER_PARAMETER = 2
+BITS_PER_TOKEN = 1
+HIGHER_RANKS = (64, 32)
+RANK_RULE = "2 bits a parameter, 1 bit a token in the loss"
+
 EPOCHS = 3.0
 LR_SCHEDULER_TYPE = "cosine"
 WARMUP_RATIO = 0.03
@@ -45,3 +52,17 @@ def lengths(model: ModelSpec, fixed: object, stats: DatasetStats | None) -> tupl
         return tuple(length for length in DEFAULT_LENGTHS if length <= longest) or (longest,)
     wished = min(longest, -(-stats.percentile(COVERAGE_PERCENT) // LENGTH_STEP) * LENGTH_STEP)
     return (wished, *(length for length in DEFAULT_LENGTHS if length < wished))
+
+
+def ranks(loss_tokens: int, parameters: int, rank: int) -> tuple[int, ...]:
+    """Ranks above `rank` that data asks for, the highest first; none where `rank` holds it.
+
+    `parameters` are the adapter's at `rank`, which its size is proportional to. The lowest rank that holds
+    the data is enough; where none does, the highest is wished.
+    """
+    needed = loss_tokens * BITS_PER_TOKEN / BITS_PER_PARAMETER
+    enough = [higher for higher in HIGHER_RANKS if parameters * higher / rank >= needed]
+    highest = min(enough, default=max(HIGHER_RANKS))
+    if parameters >= needed:
+        return ()
+    return tuple(higher for higher in HIGHER_RANKS if rank < higher <= highest)

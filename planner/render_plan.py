@@ -104,7 +104,7 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
     batch = f"{setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps} accumulated"
     if setup.num_processes > 1:
         batch += f" x {setup.num_processes} GPUs ({setup.distributed})"
-    yield "batch", f"{batch} = {setup.effective_batch_size} sequences a step"
+    yield "batch", f"{batch} = {_a_step(plan)} a step"
     yield "optimizer", setup.optim
     schedule = plan.schedule
     yield (
@@ -123,6 +123,14 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), "on"
     if setup.activation_memory_budget is not None:
         yield "memory budget", f"{setup.activation_memory_budget:g}"
+
+
+def _a_step(plan: Plan) -> str:
+    rows, per_row = plan.setup.effective_batch_size, plan.schedule.examples_per_row
+    if per_row is None:
+        return f"{rows} sequences"
+    each = "row" if rows == 1 else "rows"
+    return f"{rows} {each} of {per_row:.3g} examples, about {plan.schedule.effective_batch_size} examples"
 
 
 def _checkpointing(plan: Plan) -> str:

@@ -54,6 +54,10 @@ def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
     if found.steps is None:
         yield "a million tokens", interval
     else:
+        if found.useful_tokens_per_second is not None and plan.data is not None:
+            padding = 1.0 - found.tokens / (plan.data.processed_tokens * plan.schedule.num_train_epochs)
+            useful = f"about {rate(found.useful_tokens_per_second)} a second of the data's own"
+            yield "useful tokens", f"{useful}; {max(0.0, padding):.0%} of what is processed is padding"
         epochs = f"{plan.schedule.num_train_epochs:g} epochs"
         yield "time", f"{interval} for {epochs}, {found.steps:,} steps, {count(found.tokens)} tokens"
     if found.usd is not None and found.usd_per_gpu_hour is not None:

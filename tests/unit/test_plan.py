@@ -229,7 +229,14 @@ def test_data_decides_length_time_and_steps(tmp_path: Path) -> None:
     rows = [json.dumps({"text": "word " * (100 + i)}) for i in range(995)]
     rows += [json.dumps({"text": "word " * 30_000})] * 5
     data.write_text("\n".join(rows))
-    plan = plan_for("qwen2.5-0.5b", "24GB", data=str(data), num_train_epochs=2, price_usd_per_hour=2.0)
+    plan = plan_for(
+        "qwen2.5-0.5b",
+        "24GB",
+        data=str(data),
+        num_train_epochs=2,
+        price_usd_per_hour=2.0,
+        knobs={"packing": False},
+    )
     assert plan.data is not None
     assert plan.data.examples == 1000
     assert plan.data.covered_percent >= 99.0

@@ -1,0 +1,109 @@
+"""search: try what may be fast, and choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from planner.candidate import Evaluator
+from planner.search.choice import SearchResult, Tried, fastest, replayed
+from planner.search.levels import goes_on, levels, spend, tried
+from planner.search.strategies import (
+    AS_GIVEN,
+    EAGER,
+    GROUPED,
+    LAYERS_KEEP,
+    batchings,
+    choices,
+    groups,
+    modes,
+    start,
+)
+from planner.training_setup import TrainingSetup
+
+TOKENS = 10_000_000
+"""Tokens that a run is taken to have where its data is not known: a few thousand examples, some epochs."""
+MAX_DOUBTFUL_REPLAYS = 8
+"""Replays after which only what fits by the fitted estimate's wide interval is still considered."""
+ALL_AS_GIVEN = "as given"
+
+
+def search(
+    base: TrainingSetup,
+    evaluator: Evaluator,
+    *,
+    effective_batch_size: int,
+    fixed: Mapping[str, Any],
+    confirm: bool = False,
+    tokens: int = TOKENS,
+) -> SearchResult:
+    """Find the setup that is first done with so many tokens, at the length and with the knobs of `base`.
+
+    `effective_batch_size` counts examples. Where the evaluator knows the data, `tokens` are the examples' own
+    and batches are chosen too. With `confirm` a setup fits by the allocator's replay, which is in its
+    figures; else by the fitted estimate.
+
+    Raises:
+        NotModelledError: a fixed knob whose memory is not modelled.
+        InputError: the fixed knobs cannot give the effective batch.
+    """
+    base = start(base, evaluator, fixed)
+    found: list[Tried] = []
+    for batching in batchings(base, evaluator, fixed):
+        batched = base.replace(**dict(batching.knobs))
+        asked_for = batching is AS_GIVEN or base.packing
+        for mode in modes(batched, evaluator, fixed):
+            setup = batched.replace(**dict(mode.knobs))
+            if not (asked_for and mode is EAGER) and evaluator.try_evaluate(setup) is None:
+                continue
+            prefix = batching.name + mode.name
+            found += _micro_batches(setup, prefix, evaluator, effective_batch_size, fixed, confirm=confirm)
+    found += [_grouped(one, evaluator) for one in found if groups(one.candidate.setup, evaluator, fixed)]
+    if confirm:
+        return _confirm(found, evaluator, tokens)
+    return SearchResult(tried=tuple(found), chosen=fastest([one for one in found if one.fits], tokens))
+
+
+def _micro_batches(
+    setup: TrainingSetup,
+    prefix: str,
+    evaluator: Evaluator,
+    effective: int,
+    fixed: Mapping[str, Any],
+    *,
+    confirm: bool,
+) -> Iterator[Tried]:
+    """Micro-batches of one strategy; memory rises with them, so the first that does not fit ends it."""
+    decided = any(name in fixed for name in LAYERS_KEEP)
+    for batch in choices(setup, evaluator, effective, fixed):
+        there = batch.of(setup)
+        if decided:
+            level = [tried(there, prefix + ALL_AS_GIVEN, evaluator)]
+        else:
+            level = list(levels(there, prefix, evaluator, confirm=confirm))
+        yield from level
+        if not goes_on(level[0], evaluator, confirm=confirm):
+            return
+
+
+def _grouped(one: Tried, evaluator: Evaluator) -> Tried:
+    return tried(one.candidate.setup.replace(**dict(GROUPED.knobs)), GROUPED.name + one.strategy, evaluator)
+
+
+def _confirm(found: list[Tried], evaluator: Evaluator, tokens: int) -> SearchResult:
+    """Replay the contenders, the fastest first, until one fits; what was replayed shows its replay."""
+    contenders = [one for one in found if evaluator.may_fit(one.candidate)]
+    replays = 0
+    while (best := fastest(contenders, tokens)) is not None:
+        shown = replayed(best, evaluator)
+        found[found.index(best)] = shown
+        if shown.fits:
+            spent = spend(shown, evaluator)
+            if spent is not shown:
+                found.append(spent)
+            return SearchResult(tried=tuple(found), chosen=spent)
+        contenders.remove(best)
+        replays += 1
+        if replays == MAX_DOUBTFUL_REPLAYS:
+            contenders = [one for one in contenders if one.fits]
+    return SearchResult(tried=tuple(found), chosen=None)

@@ -1,0 +1,112 @@
+"""What layers keep between their passes, at one micro-batch: from everything computed again to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from planner.candidate import Evaluator
+from planner.search.choice import Tried, replayed
+from planner.training_setup import TrainingSetup
+
+CHECKPOINTED = "checkpointed"
+NOT_CHECKPOINTED = "not checkpointed"
+ATTENTION_KEPT = ", attention kept"
+BUDGETS = (0.1, 0.3)
+"""Activation memory budgets that were measured between checkpointing and none (docs/throughput.md)."""
+MAX_SPENDING_REPLAYS = 4
+"""Replays that spend what the chosen setup leaves on fewer checkpointed layers."""
+
+
+def tried(setup: TrainingSetup, strategy: str, evaluator: Evaluator) -> Tried:
+    """Estimate a setup.
+
+    Raises:
+        NotModelledError: a knob whose memory is not modelled.
+    """
+    candidate = evaluator.evaluate(setup)
+    return Tried(strategy=strategy, candidate=candidate, fits=evaluator.fits(candidate))
+
+
+def goes_on(one: Tried, evaluator: Evaluator, *, confirm: bool) -> bool:
+    """Whether a larger micro-batch may fit, seeing how this one does."""
+    return evaluator.may_fit(one.candidate) if confirm else one.fits
+
+
+def levels(setup: TrainingSetup, prefix: str, evaluator: Evaluator, *, confirm: bool) -> Iterator[Tried]:
+    """All layers checkpointed comes first; then none, and what lies between where none does not fit."""
+    most = tried(setup.replace(gradient_checkpointing=True), prefix + CHECKPOINTED, evaluator)
+    yield most
+    if not goes_on(most, evaluator, confirm=confirm):
+        return
+    none = tried(setup.replace(gradient_checkpointing=False), prefix + NOT_CHECKPOINTED, evaluator)
+    yield none
+    if none.fits:
+        return
+    yield from _partly(setup, prefix, evaluator)
+    selective = _possible(setup, prefix + CHECKPOINTED + ATTENTION_KEPT, evaluator, **_SELECTIVE)
+    if selective is not None:
+        yield selective
+        if selective.fits:
+            yield from _partly(setup.replace(**_SELECTIVE), prefix, evaluator)
+    # With dropout a budget trains on wrong gradients (docs/compilation.md).
+    for budget in BUDGETS if setup.compile != "none" and not setup.lora_dropout else ():
+        knobs: dict[str, Any] = {"gradient_checkpointing": False, "activation_memory_budget": budget}
+        kept = _possible(setup, f"{prefix}activation memory budget {budget:g}", evaluator, **knobs)
+        if kept is not None:
+            yield kept
+
+
+_SELECTIVE: dict[str, Any] = {"gradient_checkpointing": True, "selective_checkpointing": True}
+
+
+def _possible(setup: TrainingSetup, strategy: str, evaluator: Evaluator, **knobs: Any) -> Tried | None:
+    """The setup with knobs changed; None where their memory is not modelled."""
+    candidate = evaluator.try_evaluate(setup.replace(**knobs))
+    if candidate is None:
+        return None
+    return Tried(strategy=strategy, candidate=candidate, fits=evaluator.fits(candidate))
+
+
+def _partly(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
+    """As few layers checkpointed as fit."""
+    low, high = 0, evaluator.model.num_hidden_layers
+    while high - low > 1:
+        middle = (low + high) // 2
+        if evaluator.setup_fits(setup.replace(checkpointed_layers=middle)):
+            high = middle
+        else:
+            low = middle
+    if high < evaluator.model.num_hidden_layers:
+        yield _with_layers(setup, prefix, high, evaluator)
+
+
+def _with_layers(setup: TrainingSetup, prefix: str, layers: int, evaluator: Evaluator) -> Tried:
+    name = f"{prefix}{layers} of {evaluator.model.num_hidden_layers} layers checkpointed"
+    if setup.selective_checkpointing:
+        name += ATTENTION_KEPT
+    return tried(setup.replace(gradient_checkpointing=True, checkpointed_layers=layers), name, evaluator)
+
+
+def spend(chosen: Tried, evaluator: Evaluator) -> Tried:
+    """Checkpoint fewer layers for as long as that fits: the replay's interval leaves more than the fit's."""
+    setup = chosen.candidate.setup
+    layers = setup.checkpointed_layers
+    if layers is None or layers < 2 or not setup.gradient_checkpointing:
+        return chosen
+    prefix = chosen.strategy.partition(f"{layers} of")[0]
+    fewer = evaluator.evaluate(setup.replace(checkpointed_layers=layers - 1))
+    step = max(1, fewer.memory.peak_bytes - evaluator.evaluate(setup).memory.peak_bytes)
+    best, low = chosen, 0
+    for _ in range(MAX_SPENDING_REPLAYS):
+        left = evaluator.usable_bytes - best.candidate.peak_upper_bytes
+        known = best.candidate.setup.checkpointed_layers or 0
+        wanted = max(low + 1, known - left // step)
+        if wanted >= known:
+            break
+        further = replayed(_with_layers(setup, prefix, wanted, evaluator), evaluator)
+        if further.fits:
+            best = further
+        else:
+            low = wanted
+    return best

@@ -1,0 +1,123 @@
+"""Strategies of execution: how examples become batches, and how layers are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.candidate import Evaluator
+from planner.memory.refusals import attention_implementation
+from planner.search.batches import Batch, batches, packed_batches
+from planner.training_setup import TrainingSetup
+
+COMPILES_MANY_LENGTHS = False
+"""Whether compiled layers are tried with batches of many lengths. Two or three variants compile
+(tests/stack/test_packing.py), but their speed and memory have not been measured on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mode:
+    """The knobs that a strategy sets, and what a person calls it (nothing for the plain one)."""
+
+    name: str
+    knobs: tuple[tuple[str, Any], ...]
+
+
+EAGER = Mode(name="", knobs=())
+COMPILED = Mode(name="compiled, ", knobs=(("compile", "regional"),))
+
+AS_GIVEN = Mode(name="", knobs=())
+PACKED = Mode(name="packed, ", knobs=(("packing", True),))
+# With sdpa a packed row has a mask of its length squared; flex attention has none and skips what is masked.
+PACKED_FLEX = Mode(
+    name="packed with flex attention, ",
+    knobs=(("packing", True), ("attn_implementation", "flex_attention")),
+)
+GROUPED = Mode(name="grouped by length, ", knobs=(("train_sampling_strategy", "group_by_length"),))
+
+PLAIN: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "checkpointed_layers": None,
+    "selective_checkpointing": False,
+    "activation_memory_budget": None,
+    "compile": "none",
+}
+"""What a search starts from, whatever an earlier one had chosen."""
+PLAIN_BATCHES: dict[str, Any] = {
+    "packing": False,
+    "train_sampling_strategy": "random",
+    "attn_implementation": None,
+}
+"""The same where batches are chosen too."""
+LAYERS_KEEP = (
+    "gradient_checkpointing",
+    "checkpointed_layers",
+    "selective_checkpointing",
+    "activation_memory_budget",
+)
+"""Knobs that decide what layers keep; where one is fixed, none of them is chosen."""
+
+
+def chooses_batches(evaluator: Evaluator) -> bool:
+    """Whether there is a choice: examples of several lengths, which are known."""
+    return evaluator.examples is not None and evaluator.examples.mixed
+
+
+def start(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> TrainingSetup:
+    """The base without what is to be chosen."""
+    plain: dict[str, Any] = {}
+    if not any(name in fixed for name in LAYERS_KEEP):
+        plain |= PLAIN
+    if chooses_batches(evaluator):
+        plain |= PLAIN_BATCHES
+    return base.replace(**{name: value for name, value in plain.items() if name not in fixed})
+
+
+def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> Iterator[Mode]:
+    """Ways to make batches that the fixed knobs leave open."""
+    if not chooses_batches(evaluator):
+        yield AS_GIVEN
+        return
+    if not base.packing:
+        yield AS_GIVEN
+    if fixed.get("packing", True) and base.train_sampling_strategy == "random":
+        yield PACKED
+        default = attention_implementation(base, evaluator.model)
+        if "attn_implementation" not in fixed and default == "sdpa":
+            yield PACKED_FLEX
+
+
+def groups(setup: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> bool:
+    """Whether a setup's batches may also be grouped by length: padded ones of several examples."""
+    return (
+        chooses_batches(evaluator)
+        and not setup.packing
+        and setup.per_device_train_batch_size > 1
+        and "train_sampling_strategy" not in fixed
+    )
+
+
+def choices(
+    setup: TrainingSetup, evaluator: Evaluator, effective: int, fixed: Mapping[str, Any]
+) -> tuple[Batch, ...]:
+    """Micro-batches that give the effective batch of examples, smallest first.
+
+    Raises:
+        InputError: the fixed knobs cannot give it.
+    """
+    if setup.packing and evaluator.examples is not None:
+        per_row = evaluator.examples.examples_per_row(setup)
+        return packed_batches(effective, per_row, setup.num_processes, fixed)
+    return batches(effective, setup.num_processes, fixed)
+
+
+def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> tuple[Mode, ...]:
+    """Ways to execute layers that the fixed knobs leave open and that this card and data allow.
+
+    Compiled layers want batches of one shape.
+    """
+    if "compile" in fixed:
+        return (EAGER,)
+    one_shape = base.packing or not evaluator.padded or COMPILES_MANY_LENGTHS
+    return (EAGER, COMPILED) if one_shape and evaluator.compiles else (EAGER,)
