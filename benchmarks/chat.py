@@ -8,9 +8,9 @@ The examples' lengths are a lognormal distribution (median 400 tokens, sigma 1: 
 cut to 50 to 4,000. The measured examples are its evenly spaced quantiles in a seeded order, so that few stand
 for many; planning sees the same distribution. TRL's baseline is what its defaults do with max_length 4,096
 and the largest micro-batch that fits: random batches padded to their longest, every layer checkpointed; one
-that may not fit is tried too. The other strategies fix how examples are batched and layers run, and leave the rest
-to the plan; `plan` leaves it all. Every run trains one and a half epochs after two warm-up steps. `judge`
-writes benchmarks/results/chat.json.
+that may not fit is tried too. The other strategies fix how examples are batched and layers run, and leave the
+rest to the plan; `plan` leaves it all. Every run trains one and a half epochs after two warm-up steps.
+`judge` writes benchmarks/results/chat.json.
 """
 
 from __future__ import annotations

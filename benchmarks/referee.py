@@ -44,18 +44,18 @@ LENGTH = 2048
 EFFECTIVE_BATCH = 16
 BAR = 0.97
 FINAL_STEPS = 6
-FINALISTS = 4
-FINAL_SHARE = 0.93
+FINALISTS = 2
+FINAL_SHARE = 0.95
 """Rivals this near to the choice are measured again."""
 PAIRS = (
     ("llama-3.1-8b", "16GB"),
     ("llama-3.2-3b", "12GB"),
     ("qwen3-8b", "24GB"),
-    ("llama-3.1-8b", "12GB"),
-    ("qwen2.5-14b", "16GB"),
-    ("mistral-7b-v0.3", "16GB"),
-    ("llama-3.1-8b", "24GB"),
     ("gemma-3-4b", "12GB"),
+    ("llama-3.1-8b", "12GB"),
+    ("llama-3.1-8b", "24GB"),
+    ("mistral-7b-v0.3", "16GB"),
+    ("qwen2.5-14b", "16GB"),
 )
 
 
