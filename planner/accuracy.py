@@ -1,7 +1,8 @@
-"""Accuracy: what the committed records say of the memory model, each model held out of its fit."""
+"""Accuracy: what the committed records say of memory and speed, each model held out of its fit."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,13 @@ from planner.data_files import PROFILES
 from planner.gpu_catalog import gpu_catalog
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord, read_records
+from planner.throughput.fit import (
+    SpeedResidual,
+    TooFewRunsError,
+    fit_rates,
+    forecast_errors,
+    start_for,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +52,37 @@ class Accuracy:
     gpu: str
     overall: tuple[ErrorSummary, ...]
     models: tuple[ModelAccuracy, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedSummary:
+    """Errors of tokens a second, as shares: signed mean, median and 90th percentile of size, worst."""
+
+    runs: int
+    bias: float
+    median: float
+    percentile_90: float
+    worst: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpeed:
+    """Errors of one held-out model's runs."""
+
+    model: str
+    summary: SpeedSummary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedAccuracy:
+    """Errors of tokens a second on one GPU: `held_out` by its own runs of other models, all together and by
+    model (None: too few runs), and `borrowed` by another GPU's rates, scaled (None for the reference).
+    """
+
+    gpu: str
+    held_out: SpeedSummary | None
+    models: tuple[ModelSpeed, ...]
+    borrowed: SpeedSummary | None
 
 
 def shipped_records() -> tuple[RunRecord, ...]:
@@ -97,5 +136,49 @@ def _summary(figure: str, errors: Sequence[float]) -> ErrorSummary:
         bias=statistics.fmean(errors),
         median=statistics.median(sizes),
         percentile_95=sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
+        worst=max(errors, key=abs),
+    )
+
+
+def speed_accuracy(records: Sequence[RunRecord]) -> tuple[SpeedAccuracy, ...]:
+    """Errors of tokens a second on every GPU with timed runs."""
+    by_gpu: dict[str, list[RunRecord]] = {}
+    for record in records:
+        by_gpu.setdefault(record.environment.gpu_id, []).append(record)
+    return tuple(_speed(gpu_id, by_gpu[gpu_id]) for gpu_id in sorted(by_gpu))
+
+
+def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
+    start = start_for(gpu_catalog().get(gpu_id))
+    residuals: tuple[SpeedResidual, ...] = ()
+    with contextlib.suppress(TooFewRunsError):
+        residuals = fit_rates(records, gpu_id, load_shipped, start=start).residuals
+    by_model: dict[str, list[SpeedResidual]] = {}
+    for residual in residuals:
+        by_model.setdefault(residual.model, []).append(residual)
+    models = []
+    for model in sorted(by_model):
+        summary = _speed_summary(by_model[model])
+        if summary is not None:
+            models.append(ModelSpeed(model=model, summary=summary))
+    borrowed = () if start is None else forecast_errors(records, start, load_shipped)
+    return SpeedAccuracy(
+        gpu=gpu_id,
+        held_out=_speed_summary(residuals),
+        models=tuple(models),
+        borrowed=_speed_summary(borrowed),
+    )
+
+
+def _speed_summary(residuals: Sequence[SpeedResidual]) -> SpeedSummary | None:
+    if not residuals:
+        return None
+    errors = [residual.error for residual in residuals]
+    sizes = sorted(abs(error) for error in errors)
+    return SpeedSummary(
+        runs=len(errors),
+        bias=statistics.fmean(errors),
+        median=statistics.median(sizes),
+        percentile_90=sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))],
         worst=max(errors, key=abs),
     )

@@ -1,4 +1,4 @@
-"""How right the memory model is: held-out errors on the committed records."""
+"""How right memory and speed are: held-out errors on the committed records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from planner.errors import ExitCode
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from planner.accuracy import Accuracy
+    from planner.accuracy import Accuracy, SpeedAccuracy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +22,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Leave out each model in turn, and print the errors."""
-    from planner.accuracy import accuracy, shipped_records
+    from planner.accuracy import accuracy, shipped_records, speed_accuracy
 
-    found = accuracy(shipped_records())
+    records = shipped_records()
+    found, speed = accuracy(records), speed_accuracy(records)
     if args.json:
         from dataclasses import asdict
 
-        json.dump(
-            {"version": 1, "gpus": [asdict(one) for one in found]}, sys.stdout, indent=2, allow_nan=False
-        )
+        values = {
+            "version": 1,
+            "gpus": [asdict(one) for one in found],
+            "speed": [asdict(one) for one in speed],
+        }
+        json.dump(values, sys.stdout, indent=2, allow_nan=False)
         print()
         return ExitCode.OK
     for one in found:
         _print(one)
+    for one_speed in speed:
+        _print_speed(one_speed)
     return ExitCode.OK
+
+
+def _print_speed(found: SpeedAccuracy) -> None:
+    from planner.render import WIDE, columns, show
+
+    print(f"\n{found.gpu}: tokens a second\n")
+
+    def tables(out: Console) -> None:
+        columns(out, *_speed_table(found, wide=out.width >= WIDE), indent=0)
+        if found.models:
+            out.print("\nThe worst run of each model")
+            heads = [("model", "name"), ("worst", "number"), ("bias", "number"), ("runs", "number")]
+            rows = [
+                [one.model, _signed(one.summary.worst), _signed(one.summary.bias), str(one.summary.runs)]
+                for one in found.models
+            ]
+            columns(out, heads, rows, indent=0)
+
+    show(tables)
 
 
 def _print(found: Accuracy) -> None:
@@ -70,6 +95,26 @@ def _print(found: Accuracy) -> None:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.2f}"
+
+
+def _speed_table(found: SpeedAccuracy, *, wide: bool) -> tuple[list[tuple[str, str]], list[list[str]]]:
+    heads = [("rates", "name"), ("median", "number"), ("90th", "number"), ("worst", "number")]
+    if wide:
+        heads += [("bias", "number"), ("runs", "number")]
+    rows = []
+    for name, one in (("held out", found.held_out), ("borrowed", found.borrowed)):
+        if one is not None:
+            rows.append([name, _tenths(one.median), _tenths(one.percentile_90), _signed(one.worst)])
+            rows[-1] += [_signed(one.bias), str(one.runs)] if wide else []
+    return heads, rows
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _tenths(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def _size(value: float | None) -> str:

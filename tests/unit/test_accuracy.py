@@ -8,7 +8,7 @@ import json
 import pytest
 
 from launcher.cli import run
-from planner.accuracy import accuracy, shipped_records
+from planner.accuracy import accuracy, shipped_records, speed_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,31 @@ def test_json_holds_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     values = json.loads(capsys.readouterr().out)
     assert [one["figure"] for one in values["gpus"][0]["overall"]] == ["allocated", "reserved", "process"]
 
+    speed = next(one for one in values["speed"] if one["gpu"] == "h100-80gb")
+    assert speed["held_out"].keys() == {"runs", "bias", "median", "percentile_90", "worst"}
+    assert sum(model["summary"]["runs"] for model in speed["models"]) == speed["held_out"]["runs"]
+
+
+def test_speed_is_as_right_as_the_documentation_says() -> None:
+    reference, *others = sorted(speed_accuracy(shipped_records()), key=lambda one: one.gpu != "h100-80gb")
+    assert reference.held_out is not None
+    assert reference.held_out.runs >= 150
+    assert reference.held_out.median < 0.05
+    assert reference.held_out.percentile_90 < 0.16
+    assert abs(reference.held_out.bias) < 0.03
+    # Rates fitted elsewhere have not seen any run here; the reference borrows from nobody.
+    assert reference.borrowed is None
+    assert all(one.borrowed is not None for one in others)
+
+
+def test_a_gpu_with_few_runs_is_judged_by_borrowed_rates() -> None:
+    first, *_ = shipped_records()
+    there = dataclasses.replace(first.environment, gpu_id="h200")
+    found = speed_accuracy([dataclasses.replace(first, environment=there)])[0]
+    assert found.held_out is None
+    assert found.borrowed is not None
+    assert found.borrowed.runs == 1
+
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_no_number_is_cut(
@@ -57,6 +82,10 @@ def test_no_number_is_cut(
     worst = next(one for one in accuracy(shipped_records()) if one.gpu == "h100-80gb").overall[1].worst
     assert worst is not None
     assert f"{100 * worst:+.2f}" in text
+    speed = next(one for one in speed_accuracy(shipped_records()) if one.gpu == "h100-80gb")
+    assert speed.held_out is not None
+    assert f"{100 * speed.held_out.percentile_90:.1f}" in text
+    assert all(line.rstrip() for line in text.splitlines()[-len(speed.models) :])
 
 
 def test_models_table_never_cuts_a_length(
