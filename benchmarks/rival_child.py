@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -26,6 +27,8 @@ STACK = (
 SEED = 0
 CONTEXT_BYTES = int(0.52 * 2**30)
 """Of a process that has used CUDA for one tensor, on the measured GPU (NVML)."""
+LONG_RUN_STEPS = 1000
+"""What trainers are told; Unsloth compiles less when a run is short. A callback ends it."""
 LORA = {"r": 16, "lora_alpha": 32}
 UNSLOTH_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -83,8 +86,8 @@ def _take_the_rest(task: dict[str, Any]) -> None:
             raise RuntimeError(f"CUDA error {code} for {surplus:,} bytes")
 
 
-def _clock(seconds: list[float]) -> Any:
-    """Times optimizer steps, from the end of one to the end of the next, the GPU's work included."""
+def _clock(seconds: list[float], steps: int) -> Any:
+    """Times optimizer steps from end to end, the GPU's work included, and stops after so many."""
     import torch
     from transformers import TrainerCallback
 
@@ -99,10 +102,11 @@ def _clock(seconds: list[float]) -> Any:
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.started = wait()
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now = wait()
             seconds.append(now - self.started)
             self.started = now
+            control.should_training_stop = len(seconds) == steps
 
     return Clock()
 
@@ -112,7 +116,7 @@ def _train(trainer: Any, task: dict[str, Any], micro: int) -> dict[str, Any]:
     import torch
 
     seconds: list[float] = []
-    trainer.add_callback(_clock(seconds))
+    trainer.add_callback(_clock(seconds, task["steps"]))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     outcome = "ok"
@@ -145,7 +149,7 @@ def _arguments(task: dict[str, Any], micro: int, folder: str) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": task["effective_batch_size"] // micro,
         "max_length": task["max_length"],
-        "max_steps": task["steps"],
+        "max_steps": LONG_RUN_STEPS,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -218,7 +222,7 @@ def _vramwise(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     setup = TrainingSetup.from_dict(task["setup"])
     _take_the_rest(task)
     model = _random_model(task, build.quantization_config(setup), build.torch_dtype(setup))
-    job = TrainingJob(setup=setup, model_source=setup.model, data_path="random", max_steps=task["steps"])
+    job = TrainingJob(setup=setup, model_source=setup.model, data_path="random", max_steps=LONG_RUN_STEPS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build.build_trainer(
             setup,
@@ -235,6 +239,7 @@ def _vramwise(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _unsloth(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Unsloth with what its notebooks set; micro-batches from the smallest, until memory runs out."""
+    os.environ["UNSLOTH_PADDING_CHOICE"] = task["padding_choice"]
     import unsloth
 
     is_cpu = task["device"] == "cpu"
@@ -276,6 +281,7 @@ def _unsloth(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
             told = {
                 "setup": f"gradient checkpointing unsloth, attention {attention}",
                 "fast_lora_layers": _fast_layers(model),
+                "padding_choice": task["padding_choice"],
                 "padding_free": trainer.args.padding_free,
                 "optim": str(trainer.args.optim.value),
             }

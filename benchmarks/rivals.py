@@ -9,8 +9,8 @@ the cap leaves of the card is held by an allocation outside torch's: libraries t
 free see no more than on the smaller card. Rates are wall time between the ends of optimizer steps after
 warm-up. Unsloth runs in its own stack (`--unsloth-site`: a folder for PYTHONPATH with the wheels that
 README.md lists) with what its notebooks set, at micro-batches 1, 2, 4 and 8 until memory runs out; the best
-counts. Started again with the same file, `run` goes on where it was. `judge` writes
-benchmarks/results/rivals.json.
+counts. `--padding-choice` is its UNSLOTH_PADDING_CHOICE: padded compiles whole layers. Started again with the
+same file, `run` goes on where it was. `judge` writes benchmarks/results/rivals.json.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ EFFECTIVE_BATCH = 16
 WARM_UP_STEPS = 1
 TIMED_STEPS = 2
 MICRO_BATCHES = (1, 2, 4, 8)
-CHILD_SECONDS = {"trl": 90, "vramwise": 120, "unsloth": 170, "checkpoint": 90}
-"""After which a child is ended; also what is kept back for it before a cut-off."""
+EXPECTED_SECONDS = {"trl": 55, "vramwise": 70, "unsloth": 180, "checkpoint": 40}
+"""No child is started with less time left."""
+CHILD_SECONDS = {"trl": 120, "vramwise": 180, "unsloth": 400, "checkpoint": 120}
+"""After which a child is ended."""
 BARS = {
     "trl": dict.fromkeys(CAPS, 1.5),
     "unsloth": {"12GB": 1.0, "16GB": 1.0, "24GB": 1.1, "80GB": 1.3},
@@ -55,7 +57,9 @@ OFFLINE = {
 }
 
 
-def tasks(caps: Sequence[str], *, checkpoint: Path, device: str = "cuda") -> Iterator[dict[str, Any]]:
+def tasks(
+    caps: Sequence[str], *, checkpoint: Path, device: str = "cuda", padding_choice: str = "auto"
+) -> Iterator[dict[str, Any]]:
     """What is to run for each cap: the contenders in turn, the plan's setup and cap in each."""
     for card in caps:
         target = capped_target(MEASURED_ON if card == "80GB" else card)
@@ -83,6 +87,7 @@ def tasks(caps: Sequence[str], *, checkpoint: Path, device: str = "cuda") -> Ite
             "kind": "unsloth",
             "checkpoint": str(checkpoint),
             "micro_batches": list(MICRO_BATCHES),
+            "padding_choice": padding_choice,
         }
         yield {**shared, "kind": "trl"}
 
@@ -92,6 +97,7 @@ def remaining(task: dict[str, Any], done: Sequence[dict[str, Any]]) -> dict[str,
     own = [one for one in done if (one["contender"], one["card"]) == (task["kind"], task["card"])]
     if task["kind"] != "unsloth":
         return None if own else task
+    own = [one for one in own if one.get("padding_choice", "auto") == task["padding_choice"]]
     ended = any(one["outcome"] != "ok" for one in own)
     left = [
         size
@@ -109,18 +115,18 @@ def run(output: Path, asked: Sequence[dict[str, Any]], *, unsloth_site: Path | N
         kind, card = task["kind"], task["card"]
         if left is None or (kind == "unsloth" and unsloth_site is None):
             continue
-        needed = CHILD_SECONDS[kind]
+        needed = EXPECTED_SECONDS[kind]
         if kind == "unsloth" and not Path(task["checkpoint"]).is_dir():
-            needed += CHILD_SECONDS["checkpoint"]
+            needed += EXPECTED_SECONDS["checkpoint"]
         if time.monotonic() + needed > end:
             print(f"no time is left for {kind} at {card}", flush=True)
             return
         if kind == "unsloth" and not Path(task["checkpoint"]).is_dir():
-            _child("checkpoint", left, output, None)
-        _child(kind, left, output, unsloth_site if kind == "unsloth" else None)
+            _child("checkpoint", left, output, None, end)
+        _child(kind, left, output, unsloth_site if kind == "unsloth" else None, end)
 
 
-def _child(kind: str, task: dict[str, Any], output: Path, site: Path | None) -> None:
+def _child(kind: str, task: dict[str, Any], output: Path, site: Path | None, end: float) -> None:
     environment = {**os.environ, **OFFLINE}
     if site is not None:
         environment["PYTHONPATH"] = str(site)
@@ -134,15 +140,17 @@ def _child(kind: str, task: dict[str, Any], output: Path, site: Path | None) -> 
             said = Path(folder) / "said"
             with said.open("wb") as out:
                 child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
+                limit = min(CHILD_SECONDS[kind], end - begun)
                 try:
-                    code = child.wait(timeout=CHILD_SECONDS[kind])
+                    code = child.wait(timeout=limit)
                 except subprocess.TimeoutExpired:
                     child.kill()
                     child.wait()
                     code = -1
             measured = [line for line in said.read_text(errors="replace").splitlines() if _is_measured(line)]
             tail = log.read_text(errors="replace")[-1500:]
-            if code != 0 and kind != "checkpoint":
+            cut_off = code == -1 and limit < CHILD_SECONDS[kind]
+            if code != 0 and kind != "checkpoint" and not cut_off:
                 what = "took too long" if code == -1 else f"ended with code {code}"
                 failed = {
                     "contender": kind,
@@ -246,13 +254,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "llama-3.1-8b-nf4")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--only", choices=CONTENDERS)
+    parser.add_argument("--padding-choice", choices=("auto", "padded", "padding_free"), default="auto")
     arguments = parser.parse_args()
     if arguments.what == "judge":
         judge(arguments.results)
         return
     asked = [
         task
-        for task in tasks(arguments.caps, checkpoint=arguments.checkpoint)
+        for task in tasks(
+            arguments.caps, checkpoint=arguments.checkpoint, padding_choice=arguments.padding_choice
+        )
         if arguments.only in (None, task["kind"])
     ]
     run(arguments.results, asked, unsloth_site=arguments.unsloth_site, seconds=arguments.seconds)

@@ -184,13 +184,14 @@ def test_every_contender_gets_the_same_cap_and_effective_batch() -> None:
 
 
 def test_rivals_go_on_with_the_micro_batches_that_are_left() -> None:
-    task = {"kind": "unsloth", "card": "12GB", "micro_batches": [1, 2, 4, 8]}
+    task = {"kind": "unsloth", "card": "12GB", "micro_batches": [1, 2, 4, 8], "padding_choice": "auto"}
     done = {"contender": "unsloth", "card": "12GB", "outcome": "ok", "per_device_train_batch_size": 1}
     assert rivals.remaining(task, []) == task
     left = rivals.remaining(task, [done])
     assert left is not None
     assert left["micro_batches"] == [2, 4, 8]
     assert rivals.remaining(task, [done, {**done, "outcome": "oom"}]) is None
+    assert rivals.remaining({**task, "padding_choice": "padded"}, [done]) is not None
     assert rivals.remaining({"kind": "trl", "card": "16GB"}, [done]) is not None
     assert rivals.remaining({"kind": "trl", "card": "12GB"}, [{**done, "contender": "trl"}]) is None
 
