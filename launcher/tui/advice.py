@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.tui import knobs
@@ -18,10 +18,11 @@ from launcher.tui.text import gib
 from planner.advice import make_it_fit, use_what_is_left
 from planner.candidate import Candidate, Evaluator
 from planner.errors import InputError
+from planner.frontier import around_the_chosen, frontier
 from planner.model_spec import ModelSpec
-from planner.plan import Advice
+from planner.plan import Advice, FrontierPoint
 from planner.request import PlanRequest
-from planner.search import search
+from planner.search import Tried, search
 from planner.training_setup import TrainingSetup
 
 # An automatic choice that brings less speed than this is not worth a line.
@@ -49,9 +50,26 @@ class Choice:
     reason: str
 
 
-def changes(sizing: Sizing) -> tuple[Change, ...]:
-    """What makes the setup fit or, when it fits, what uses the memory that is left."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advised:
+    """What was worked out for a sizing: changes that help, and the frontier of the planner's search."""
+
+    changes: tuple[Change, ...] = ()
+    points: tuple[FrontierPoint, ...] = ()
+
+
+def work_out(sizing: Sizing) -> Advised:
+    """Changes and frontier at the sizing's length, method, adapter and effective batch.
+
+    Raises:
+        InputError: the effective batch cannot be had in another way.
+    """
     evaluator = Evaluator(sizing.model, sizing.card.spec, sizing.card.usable_bytes)
+    return Advised(changes=changes(sizing, evaluator), points=points(sizing, evaluator))
+
+
+def changes(sizing: Sizing, evaluator: Evaluator) -> tuple[Change, ...]:
+    """What makes the setup fit or, when it fits, what uses the memory that is left."""
     if sizing.verdict is not Verdict.FITS:
         found = make_it_fit(evaluator, sizing.setup, sizing.card.target)
         return tuple(_change(one, apply_flags(sizing.setup, one.flags)) for one in found)
@@ -61,6 +79,22 @@ def changes(sizing: Sizing) -> tuple[Change, ...]:
     rest = tuple(_change(one, best.setup) for one, best in searched if best is not None)
     faster = _faster(evaluator, sizing)
     return rest if faster is None else (faster, *rest)
+
+
+def points(sizing: Sizing, evaluator: Evaluator) -> tuple[FrontierPoint, ...]:
+    """The frontier of what the planner would try in place of the setup, around what it would choose."""
+    setup = sizing.setup
+    result = search(setup, evaluator, effective_batch_size=setup.effective_batch_size, fixed={}, confirm=True)
+    tried = [
+        replace(one, candidate=evaluator.confirm(setup)) if _is(one, setup) else one for one in result.tried
+    ]
+    chosen = result.chosen or result.smallest
+    chosen = next(one for one in tried if _is(one, chosen.candidate.setup))
+    return around_the_chosen(frontier(tried, chosen, evaluator))
+
+
+def _is(one: Tried, setup: TrainingSetup) -> bool:
+    return one.candidate.setup == setup
 
 
 def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str, str]) -> Choice:
@@ -73,7 +107,7 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
     """
     base = on_all_cards(knobs.to_setup(name, {**texts, "dtype": card.spec.dtype}, {}), card)
     evaluator = Evaluator(model, card.spec, card.usable_bytes)
-    result = search(base, evaluator, effective_batch_size=base.effective_batch_size, fixed={})
+    result = search(base, evaluator, effective_batch_size=base.effective_batch_size, fixed={}, confirm=True)
     if result.chosen is None:
         needed = result.smallest.candidate.peak_upper_bytes
         raise InputError(

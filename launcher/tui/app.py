@@ -48,6 +48,7 @@ class VramwiseApp(App[None]):
     VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
         (0, "-short"),
         (30, "-tall"),
+        (40, "-high"),
     ]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("question_mark", "help", "Help", id="app.help", tooltip="Show or hide all keys"),

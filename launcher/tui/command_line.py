@@ -8,6 +8,17 @@ from collections.abc import Sequence
 from launcher.tui.sizing import Sizing
 from planner.training_setup import TrainingSetup
 
+_CHOSEN_OTHERWISE = (
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "compile",
+    "packing",
+    "train_sampling_strategy",
+)
+"""What `plan` chooses where it is not told."""
+
 
 def plan_command(sizing: Sizing) -> str:
     """`plan` with the model, the card and every knob that differs from the contract's default."""
@@ -27,15 +38,9 @@ def flags(sizing: Sizing) -> Sequence[str]:
         words += ["--gpu", sizing.card.argument]
     default = TrainingSetup(model=setup.model, max_length=setup.max_length)
     for name, value in setup.to_dict().items():
-        chosen_otherwise = name in (
-            "max_length",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "gradient_checkpointing",
-        )
         if name in ("model", "num_processes", "distributed"):
             continue
-        if chosen_otherwise or value != default.to_dict()[name]:
+        if name in _CHOSEN_OTHERWISE or value != default.to_dict()[name]:
             words += _flag(name.replace("_", "-"), value)
     return words
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from launcher.tui.cards import Card
 from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory.breakdown import REPLAYED
 from planner.model_spec import ModelSpec
 from planner.throughput import NoForecastError, StepEstimate, estimate_step
 from planner.training_setup import TrainingSetup
@@ -22,7 +23,10 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizing:
-    """The answer to one question. `step` is None where no time can be told; `no_step` then says why."""
+    """The answer to one question, by the fitted estimate or, once refined, by the allocator's replay.
+
+    `step` is None where no time can be told; `no_step` then says why.
+    """
 
     setup: TrainingSetup
     model: ModelSpec
@@ -30,6 +34,11 @@ class Sizing:
     memory: MemoryBreakdown
     step: StepEstimate | None
     no_step: str = ""
+
+    @property
+    def refined(self) -> bool:
+        """Whether the figures are those of `plan`: of torch's allocator, replayed."""
+        return self.memory.basis.reserve == REPLAYED
 
     @property
     def verdict(self) -> Verdict:
@@ -50,18 +59,28 @@ def verdict(memory: MemoryBreakdown, usable_bytes: int) -> Verdict:
 
 
 def size_up(setup: TrainingSetup, model: ModelSpec, card: Card) -> Sizing:
-    """Answer for each card of the target; several hold one process each.
+    """Answer for each card of the target, within milliseconds; several hold one process each.
 
     Raises:
         InputError: the setup is not possible for the model, or its memory is not modelled.
     """
     setup = on_all_cards(setup, card)
-    memory = estimate_memory(setup, model)
+    memory = estimate_memory(setup, model, gpu=card.spec)
     try:
         step = estimate_step(setup, model, card.spec)
     except NoForecastError as error:
         return Sizing(setup=setup, model=model, card=card, memory=memory, step=None, no_step=str(error))
     return Sizing(setup=setup, model=model, card=card, memory=memory, step=step)
+
+
+def refine(sizing: Sizing) -> Sizing:
+    """The same answer with torch's allocator replayed, which takes tens of milliseconds.
+
+    Raises:
+        InputError: as size_up.
+    """
+    memory = estimate_memory(sizing.setup, sizing.model, gpu=sizing.card.spec, replay=True)
+    return replace(sizing, memory=memory)
 
 
 def on_all_cards(setup: TrainingSetup, card: Card) -> TrainingSetup:

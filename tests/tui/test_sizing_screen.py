@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shlex
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from textual.pilot import Pilot
 from textual.widgets import Input, OptionList, Static
 
 from launcher.tui import starting
+from launcher.tui.screens import sizing as sizing_screen
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.sizing import SizingScreen
-from launcher.tui.sizing import Verdict
+from launcher.tui.screens.sizing_messages import Refined
+from launcher.tui.sizing import Sizing, Verdict, refine
 from launcher.tui.widgets.choice_knob import ChoiceKnob
 from launcher.tui.widgets.pick_button import PickButton
 from launcher.tui.widgets.verdict_line import VerdictLine
@@ -19,6 +22,8 @@ from planner.commands import plan
 from planner.commands.knobs import given_knobs
 from planner.errors import MissingExtraError
 from planner.memory import estimate_memory
+from planner.planning import make_plan
+from planner.request import make_request
 from planner.training_setup import TrainingSetup
 
 from .conftest import MakeApp, settle
@@ -46,20 +51,29 @@ def shown_text(pilot: Pilot[None]) -> str:
 
 
 async def type_into(pilot: Pilot[None], field: str, text: str) -> None:
+    await type_into_without_waiting(pilot, field, text)
+    await settle(pilot)
+
+
+async def type_into_without_waiting(pilot: Pilot[None], field: str, text: str) -> None:
     knob = screen_of(pilot).query_one(f"#knob-{field}", Input)
     knob.focus()
     await pilot.pause()
     knob.action_select_all()
     await pilot.press(*text)
-    await settle(pilot)
 
 
-async def test_the_first_answer_is_the_planners_own(make_app: MakeApp) -> None:
+async def test_the_figures_are_those_of_plan_once_they_are_refined(make_app: MakeApp) -> None:
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
         sizing = screen_of(pilot).sizing
         assert sizing is not None
-        assert sizing.memory == estimate_memory(sizing.setup, sizing.model)
+        fixed = {"max_length": 4096, "gradient_checkpointing": True, "compile": "none"}
+        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB", knobs=fixed))
+        assert plan.setup == sizing.setup
+        assert sizing.memory == plan.memory
+        assert f"needs {plan.memory.peak_bytes / 2**30:.1f} GiB" in shown_text(pilot)
+        assert "refining" not in shown_text(pilot)
         assert "FITS" in shown_text(pilot)
         assert "uncalibrated" in shown_text(pilot)
 
@@ -82,6 +96,126 @@ async def test_arrows_step_through_values_and_knobs(make_app: MakeApp) -> None:
         assert screen_of(pilot).sizing.setup.per_device_train_batch_size == 2  # type: ignore[union-attr]
         await pilot.press("up", "up", "right")
         assert screen_of(pilot).sizing.setup.method == "lora"  # type: ignore[union-attr]
+
+
+async def test_a_change_is_answered_by_the_fitted_estimate_and_then_refined(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+
+    def waits(answer: Sizing) -> Sizing:
+        let_go.wait(10)
+        return refine(answer)
+
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        monkeypatch.setattr(sizing_screen, "refine", waits)
+        await pilot.press("right")
+        first = screen_of(pilot).sizing
+        assert first is not None
+        assert first.setup.max_length == 6144
+        assert first.memory == estimate_memory(first.setup, first.model, gpu=first.card.spec)
+        assert "refining" in shown_text(pilot)
+        let_go.set()
+        await settle(pilot)
+        second = screen_of(pilot).sizing
+        assert second is not None
+        assert second.refined
+        assert second.setup == first.setup
+        assert second.memory.peak_bytes != first.memory.peak_bytes
+        assert "refining" not in shown_text(pilot)
+
+
+async def test_a_refined_answer_that_was_overtaken_is_not_shown(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        old = screen_of(pilot).sizing
+        await pilot.press("right")
+        now = screen_of(pilot).sizing
+        assert old is not None
+        screen_of(pilot).post_message(Refined(old, old))
+        await pilot.pause()
+        assert screen_of(pilot).sizing is not None
+        assert screen_of(pilot).sizing.setup == now.setup  # type: ignore[union-attr]
+
+
+async def test_a_refined_answer_does_not_hide_that_a_value_is_invalid(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing_screen, "PAUSE_SECONDS", 0.3)
+    async with make_app().run_test(size=SIZE) as pilot:
+        await type_into_without_waiting(pilot, "lora_r", "8")
+        screen_of(pilot).query_one("#knob-lora_r", Input).value = "0"
+        await settle(pilot)
+        assert screen_of(pilot).query_one(VerdictLine).stale
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("compile", "regional", "regional"),
+        ("kernels", "liger", "liger"),
+        ("attn_implementation", "eager", "eager"),
+        ("attn_implementation", "auto", None),
+        ("selective_checkpointing", "on", True),
+        ("train_sampling_strategy", "group_by_length", "group_by_length"),
+    ],
+)
+async def test_what_changes_how_layers_and_batches_run_has_a_knob(
+    make_app: MakeApp, field: str, value: str, expected: object
+) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        screen_of(pilot).query_one(f"#knob-{field}", ChoiceKnob).value = value
+        await settle(pilot)
+        sizing = screen_of(pilot).sizing
+        assert sizing is not None
+        assert not screen_of(pilot).query(".knob-error.shown")
+        assert getattr(sizing.setup, field) == expected
+
+
+async def test_a_knob_that_the_others_leave_no_meaning_is_disabled_and_comes_back(make_app: MakeApp) -> None:
+    async with make_app(model="qwen2.5-0.5b").run_test(size=SIZE) as pilot:
+        screen = screen_of(pilot)
+        budget = screen.query_one("#knob-activation_memory_budget", Input)
+        assert budget.disabled
+        screen.query_one("#knob-compile", ChoiceKnob).value = "regional"
+        screen.query_one("#knob-gradient_checkpointing", ChoiceKnob).value = "off"
+        await settle(pilot)
+        assert not budget.disabled
+        assert screen.query_one("#knob-selective_checkpointing").disabled
+        await type_into(pilot, "activation_memory_budget", "0.5")
+        assert screen.sizing.setup.activation_memory_budget == 0.5  # type: ignore[union-attr]
+        screen.query_one("#knob-compile", ChoiceKnob).value = "none"
+        await settle(pilot)
+        assert screen.sizing.setup.activation_memory_budget is None  # type: ignore[union-attr]
+        screen.query_one("#knob-compile", ChoiceKnob).value = "regional"
+        await settle(pilot)
+        assert screen.sizing.setup.activation_memory_budget == 0.5  # type: ignore[union-attr]
+
+
+async def test_only_the_label_of_the_knob_in_focus_is_lit(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await pilot.press("down", "down")
+        await pilot.pause()
+        lit = [row for row in screen_of(pilot).query(".knob-row") if row.has_class("focused")]
+        assert [row.query_one("NumberKnob").id for row in lit] == ["knob-gradient_accumulation_steps"]
+
+
+async def test_a_point_of_the_frontier_is_taken_with_enter(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        points = screen_of(pilot).query_one("#frontier-list", OptionList)
+        assert points.option_count > 2
+        points.focus()
+        await pilot.press("home", "down", "enter")
+        await settle(pilot)
+        sizing = screen_of(pilot).sizing
+        assert sizing is not None
+        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
+        assert sizing.setup == plan.setup
+        assert sizing.memory == plan.memory
 
 
 @pytest.mark.parametrize(
@@ -287,7 +421,7 @@ async def test_every_change_answers_at_once(make_app: MakeApp) -> None:
         for length in (1000, 2000, 4000):
             # No await lies between the change and its answer: nothing is left to a worker.
             screen._answer({**texts, "max_length": str(length)})
-            screen.workers.cancel_group(screen, "advice")
+            screen.workers.cancel_group(screen, "work-out")
             await pilot.pause()
             shown.append(shown_text(pilot))
         assert len(set(shown)) == len(shown)
@@ -302,9 +436,9 @@ async def test_the_verdict_and_the_focused_knob_are_in_sight_at_every_size(
         text = shown_text(pilot)
         assert "FITS" in text
         assert "max length" in text
-        screen_of(pilot).query_one("#knob-dtype").focus()
+        screen_of(pilot).query_one("#knob-train_sampling_strategy").focus()
         await settle(pilot)
-        assert "bfloat16" in shown_text(pilot)
+        assert "random" in shown_text(pilot)
 
 
 async def test_the_command_palette_and_the_light_theme_work(make_app: MakeApp) -> None:

@@ -19,6 +19,8 @@ from launcher.tui.app import VramwiseApp
 from launcher.tui.screens import run as run_screen
 from launcher.tui.screens import sizing as sizing_screen
 from planner.memory import Basis, Component, MemoryBreakdown, PhaseMemory
+from planner.memory.breakdown import REPLAYED
+from planner.plan import FrontierPoint
 from planner.throughput import StepEstimate
 from planner.training_setup import TrainingSetup
 
@@ -74,7 +76,9 @@ def fixed_memory(setup: TrainingSetup, *_: object, **__: object) -> MemoryBreakd
         process_upper_bytes=int(total * 1.03),
         components=components,
         phases=phases,
-        basis=Basis(coefficients="fixed", record_count=0, stack_versions=(), measured=False),
+        basis=Basis(
+            coefficients="fixed", record_count=0, stack_versions=(), measured=False, reserve=REPLAYED
+        ),
     )
 
 
@@ -95,18 +99,33 @@ def fixed_step(*_: object) -> StepEstimate:
     )
 
 
-def fixed_advice(answer: sizing.Sizing) -> tuple[advice.Change, ...]:
-    """One change that can be applied."""
-    return (
-        advice.Change(
-            title="length 2,048",
-            effect="longer examples are cut",
-            peak_upper_bytes=12 * GIB,
-            fits=True,
-            tokens_per_second=400.0,
-            setup=answer.setup.replace(max_length=2048),
-        ),
+def fixed_advice(answer: sizing.Sizing) -> advice.Advised:
+    """One change that can be applied, and a frontier of three."""
+    change = advice.Change(
+        title="length 2,048",
+        effect="longer examples are cut",
+        peak_upper_bytes=12 * GIB,
+        fits=True,
+        tokens_per_second=400.0,
+        setup=answer.setup.replace(max_length=2048),
     )
+    compiled = answer.setup.replace(compile="regional")
+    points = tuple(
+        FrontierPoint(
+            strategy=strategy,
+            setup=setup,
+            peak_upper_bytes=gib * GIB,
+            tokens_per_second=rate,
+            fits=gib < 16,
+            chosen=gib == 15,
+        )
+        for strategy, setup, gib, rate in (
+            ("checkpointed", answer.setup, 14, 321.0),
+            ("compiled, checkpointed", compiled, 15, 385.0),
+            ("compiled, not checkpointed", compiled.replace(gradient_checkpointing=False), 37, 530.0),
+        )
+    )
+    return advice.Advised(changes=(change,), points=points)
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +133,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fixed figures, a clock that stands still, and no path that differs between machines."""
     monkeypatch.setattr(sizing, "estimate_memory", fixed_memory)
     monkeypatch.setattr(sizing, "estimate_step", fixed_step)
-    monkeypatch.setattr(advice, "changes", fixed_advice)
+    monkeypatch.setattr(advice, "work_out", fixed_advice)
     monkeypatch.setattr(run_follower, "estimate_memory", fixed_memory)
     monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
     monkeypatch.setattr(run_screen, "POLL_SECONDS", 3600.0)

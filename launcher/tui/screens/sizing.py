@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
-from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 from textual.worker import get_current_worker
@@ -19,9 +20,11 @@ from launcher.tui.command_line import plan_command
 from launcher.tui.inspection import inspector
 from launcher.tui.screens import sizing_parts as parts
 from launcher.tui.screens.picker import Picker, Remark, Row
-from launcher.tui.sizing import Sizing, size_up
-from launcher.tui.text import gib, parameters, plain
+from launcher.tui.screens.sizing_messages import Advised, Chosen, Refined, Resolved
+from launcher.tui.sizing import Sizing, refine, size_up
+from launcher.tui.text import plain
 from launcher.tui.widgets.advice_panel import AdvicePanel
+from launcher.tui.widgets.frontier_panel import FrontierPanel
 from launcher.tui.widgets.knob_form import KnobForm
 from launcher.tui.widgets.legend import Legend
 from launcher.tui.widgets.memory_bar import MemoryBar
@@ -33,6 +36,9 @@ from planner.errors import FieldError, InputError, NotModelledError, VramwiseErr
 from planner.model_catalog import list_models, resolve_model
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
+
+PAUSE_SECONDS = 0.08
+"""From a change to the work of refining it, so that a held key is not slowed by what it overtakes."""
 
 
 class SizingScreen(Screen[None]):
@@ -51,31 +57,6 @@ class SizingScreen(Screen[None]):
         ),
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
-
-    class Advised(Message):
-        """Advice for a sizing has been worked out."""
-
-        def __init__(self, sizing: Sizing, found: tuple[advice.Change, ...]) -> None:
-            super().__init__()
-            self.sizing = sizing
-            self.found = found
-
-    class Resolved(Message):
-        """A model was found by its name, or says why not."""
-
-        def __init__(self, name: str, model: ModelSpec | None, message: str) -> None:
-            super().__init__()
-            self.name = name
-            self.model = model
-            self.message = message
-
-    class Chosen(Message):
-        """The automatic choice has been made, or says why none can be."""
-
-        def __init__(self, setup: TrainingSetup | None, message: str) -> None:
-            super().__init__()
-            self.setup = setup
-            self.message = message
 
     def __init__(self, model: ModelSpec, card: cards.Card, setup: TrainingSetup) -> None:
         super().__init__()
@@ -106,6 +87,8 @@ class SizingScreen(Screen[None]):
                         yield PhaseTable()
                 yield Static("what to change", classes="heading")
                 yield AdvicePanel()
+                yield Static("speed against memory", classes="heading")
+                yield FrontierPanel()
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
@@ -122,7 +105,6 @@ class SizingScreen(Screen[None]):
         event.stop()
         if event.texts["gradient_checkpointing"] == knobs.OFF:
             self._others.pop("checkpointed_layers", None)
-            self._others.pop("selective_checkpointing", None)
         self._answer(event.texts)
 
     @on(PickButton.Pressed)
@@ -149,51 +131,57 @@ class SizingScreen(Screen[None]):
             self.query_one(VerdictLine).stale = True
             return
         self.form.clear_errors()
+        self.query_one(VerdictLine).stale = False
         self._show(sizing)
+        self._work_out(sizing)
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
         self.query_one("#question", Static).update(parts.question(sizing, self.app.theme_variables["muted"]))
-        line = self.query_one(VerdictLine)
-        line.stale, line.sizing = False, sizing
+        self.query_one(VerdictLine).sizing = sizing
         self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory
         self.query_one(PhaseTable).memory = sizing.memory
         self.query_one(SpeedPanel).sizing = sizing
         self.form.show_other_fields(parts.other_fields(self._others))
-        self._advise(sizing)
 
-    @work(thread=True, exclusive=True, group="advice")
-    def _advise(self, sizing: Sizing) -> None:
-        worker = get_current_worker()
+    @work(thread=True, exclusive=True, group="work-out")
+    def _work_out(self, sizing: Sizing) -> None:
+        """Refine the figures, then look for advice; what a later change overtakes is not begun."""
+        overtaken = partial(getattr, get_current_worker(), "is_cancelled")
+        time.sleep(PAUSE_SECONDS)
+        if overtaken():
+            return
+        refined = refine(sizing)
+        if overtaken():
+            return
+        self.post_message(Refined(sizing, refined))
         try:
-            found = advice.changes(sizing)
+            found = advice.work_out(refined)
         except InputError:
-            found = ()
-        if not worker.is_cancelled:
-            self.post_message(self.Advised(sizing, found))
+            found = advice.Advised()
+        if not overtaken():
+            self.post_message(Advised(refined, found))
+
+    @on(Refined)
+    def _show_refined(self, event: Refined) -> None:
+        if event.first is self.sizing:
+            self._show(event.refined)
 
     @on(Advised)
     def _show_advice(self, event: Advised) -> None:
         if event.sizing is self.sizing:
-            self.query_one(AdvicePanel).show(event.sizing, event.found)
+            self.query_one(AdvicePanel).show(event.sizing, event.found.changes)
+            self.query_one(FrontierPanel).show(event.sizing, event.found.points)
 
     @on(AdvicePanel.Applied)
-    def _apply_advice(self, event: AdvicePanel.Applied) -> None:
+    @on(FrontierPanel.Applied)
+    def _apply(self, event: AdvicePanel.Applied | FrontierPanel.Applied) -> None:
         event.stop()
         self._take(event.setup)
 
     def action_pick_model(self) -> None:
         """Pick a model; each is shown with what it needs at the present knobs."""
-        rows = tuple(
-            Row(
-                key=model.id,
-                name=model.id,
-                detail=parameters(model.parameter_count).rjust(7),
-                search=" ".join((model.hub_id, *model.aliases, model.architecture)),
-            )
-            for model in list_models()
-        )
         texts, others, card = self.form.texts, dict(self._others), self._card
 
         def remark(row: Row) -> Remark:
@@ -206,7 +194,7 @@ class SizingScreen(Screen[None]):
         self.app.push_screen(
             Picker(
                 f"Model · needs on {plain(card.title, 30)}",
-                rows,
+                parts.model_rows(list_models()),
                 current=self._model.id,
                 prompt="name, Hub id, or folder with config.json",
                 remark=remark,
@@ -223,9 +211,9 @@ class SizingScreen(Screen[None]):
     def _resolve(self, name: str) -> None:
         """A model of the catalog is there at once; one that has to be inspected takes seconds."""
         try:
-            self.post_message(self.Resolved(name, resolve_model(name, inspector=inspector), ""))
+            self.post_message(Resolved(name, resolve_model(name, inspector=inspector), ""))
         except VramwiseError as error:
-            self.post_message(self.Resolved(name, None, str(error)))
+            self.post_message(Resolved(name, None, str(error)))
 
     @on(Resolved)
     def _take_model(self, event: Resolved) -> None:
@@ -238,15 +226,6 @@ class SizingScreen(Screen[None]):
     def action_pick_gpu(self) -> None:
         """Pick a card; each is shown with the verdict on the present setup."""
         known = {str(index): card for index, card in enumerate(cards.offered())}
-        rows = tuple(
-            Row(
-                key=key,
-                name=card.title,
-                detail=f"of {gib(card.usable_bytes):>9}  {parts.origin(card)}",
-                search=" ".join((card.spec.name, *card.spec.aliases)),
-            )
-            for key, card in known.items()
-        )
         texts, others, model, name = self.form.texts, dict(self._others), self._model, self._model_name
 
         def remark(row: Row) -> Remark:
@@ -268,7 +247,13 @@ class SizingScreen(Screen[None]):
         current = next((key for key, card in known.items() if card.argument == self._card.argument), "")
         title = f"GPU · for {plain(name, 30)} at the present knobs"
         self.app.push_screen(
-            Picker(title, rows, current=current, prompt="name or size: 4090, 24GB", remark=remark),
+            Picker(
+                title,
+                parts.card_rows(known),
+                current=current,
+                prompt="name or size: 4090, 24GB",
+                remark=remark,
+            ),
             picked,
         )
 
@@ -281,9 +266,9 @@ class SizingScreen(Screen[None]):
         try:
             chosen = advice.automatic_choice(name, model, card, texts)
         except VramwiseError as error:
-            self.post_message(self.Chosen(None, str(error)))
+            self.post_message(Chosen(None, str(error)))
             return
-        self.post_message(self.Chosen(chosen.setup, chosen.reason))
+        self.post_message(Chosen(chosen.setup, chosen.reason))
 
     @on(Chosen)
     def _take_choice(self, event: Chosen) -> None:

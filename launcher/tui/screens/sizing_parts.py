@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.text import Text
 
 from launcher.tui import cards, knobs
-from launcher.tui.screens.picker import Remark
+from launcher.tui.screens.picker import Remark, Row
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, parameters, plain
 from launcher.tui.themes import component_colours
 from launcher.tui.widgets.memory_bar import BarData, Segment
+from planner.model_catalog import ModelSummary
 
 _VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
 
@@ -42,9 +43,31 @@ def bar(sizing: Sizing) -> BarData:
     )
 
 
-def origin(card: cards.Card) -> str:
-    """Where a card of the list comes from, or what a size stands for."""
-    return card.spec.name if card.group == cards.SIZE else card.group
+def model_rows(models: Iterable[ModelSummary]) -> tuple[Row, ...]:
+    """Models as a picker shows them."""
+    return tuple(
+        Row(
+            key=model.id,
+            name=model.id,
+            detail=parameters(model.parameter_count).rjust(7),
+            search=" ".join((model.hub_id, *model.aliases, model.architecture)),
+        )
+        for model in models
+    )
+
+
+def card_rows(known: Mapping[str, cards.Card]) -> tuple[Row, ...]:
+    """Cards as a picker shows them, each with where it comes from or what a size stands for."""
+    return tuple(
+        Row(
+            key=key,
+            name=card.title,
+            detail=f"of {gib(card.usable_bytes):>9}  "
+            + (card.spec.name if card.group == cards.SIZE else card.group),
+            search=" ".join((card.spec.name, *card.spec.aliases)),
+        )
+        for key, card in known.items()
+    )
 
 
 def remark(sizing: Sizing) -> Remark:

@@ -16,7 +16,7 @@ from launcher.tui.text import gib, plain
 from planner.training_setup import TrainingSetup
 
 _FIGURES = 10 + 7
-_LEAST_TITLE = 16
+_LEAST_TITLE, _MOST_TITLE = 16, 60
 
 
 class AdvicePanel(Vertical):
@@ -67,7 +67,7 @@ class AdvicePanel(Vertical):
 
     def _line(self, now: Sizing, change: Change) -> Text:
         colours = self.app.theme_variables
-        width = max(_LEAST_TITLE, self.content_size.width - _FIGURES)
+        width = max(_LEAST_TITLE, min(_MOST_TITLE, self.content_size.width - _FIGURES))
         title = f"{change.title} ({change.effect})" if change.effect else change.title
         shown = title if len(title) < width else change.title
         text = Text(no_wrap=True, overflow="ellipsis")

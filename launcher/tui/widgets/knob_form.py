@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.text import Text
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.message import Message
@@ -41,6 +41,8 @@ class KnobForm(Vertical):
                 yield PickButton(id=f"pick-{name}")
             yield Static("", id=f"error-{name}", classes="knob-error")
         for knob in KNOBS:
+            if knob.group:
+                yield Static(knob.group, classes="knob-group")
             with Horizontal(classes="knob-row"):
                 yield Label(knob.label, classes="knob-label")
                 yield self._control(knob)
@@ -103,6 +105,16 @@ class KnobForm(Vertical):
         """Bring placeholders and disabled knobs in line."""
         self._adapt()
 
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        """Light up the label of the knob in focus."""
+        if event.widget.parent is not None:
+            event.widget.parent.add_class("focused")
+
+    def on_descendant_blur(self, event: events.DescendantBlur) -> None:
+        """Dim it again."""
+        if event.widget.parent is not None:
+            event.widget.parent.remove_class("focused")
+
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
         event.stop()
@@ -123,11 +135,12 @@ class KnobForm(Vertical):
         self.post_message(self.Changed(self.texts))
 
     def _adapt(self) -> None:
-        """Disable what the method does not have; say what an empty alpha stands for."""
-        full = self._texts["method"] == "full"
+        """Disable what the other knobs leave no meaning; say what empty fields stand for."""
         for knob in KNOBS:
-            if knob.lora_only:
-                self.query_one(f"#knob-{knob.field}").disabled = full
+            if knob.needs:
+                self.query_one(f"#knob-{knob.field}").disabled = not knob.applies(self._texts)
+        budget = self.query_one("#knob-activation_memory_budget", Input)
+        budget.placeholder = "-" if budget.disabled else "all"
         rank = self._texts["lora_r"].strip()
         alpha = self.query_one("#knob-lora_alpha", Input)
         alpha.placeholder = (

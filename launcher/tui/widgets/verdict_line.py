@@ -16,10 +16,13 @@ _BADGES = {
     Verdict.DOES_NOT_FIT: (" ✘ DOES NOT FIT ", "error"),
 }
 _WIDE = 76
+_REFINING = " · refining"
 
 
 class VerdictLine(Widget):
-    """Badge, expected peak, the interval's upper end, the card's usable bytes, and what is left."""
+    """Badge, expected peak, the interval's upper end, the card's usable bytes, what is left, and whether the
+    figures are still to be refined.
+    """
 
     DEFAULT_CSS = "VerdictLine { height: 1; }"
 
@@ -40,7 +43,8 @@ class VerdictLine(Widget):
             )
         line.append(badge, Style(color=colours["background"], bgcolor=colours[colour], bold=True))
         line.append("  ")
-        return line.append(figures(self.sizing, short=self.size.width < _WIDE + len(badge)))
+        line.append(figures(self.sizing, short=self.size.width < _WIDE + len(badge) + len(_REFINING)))
+        return line if self.sizing.refined else line.append(_REFINING, colours["muted"])
 
 
 def figures(sizing: Sizing, *, short: bool) -> str:

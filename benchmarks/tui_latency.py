@@ -1,0 +1,145 @@
+"""From key press to the changed figure on the sizing screen: `python -m benchmarks.tui_latency`.
+
+Drives the screen without a terminal (Textual's Pilot) and takes the time of the first paint with another
+figure in the verdict's line, which includes Textual's frame of 1/60 s. Once with pauses, so that nothing else
+is at work, once with a key every 150 ms, so that the changes before are being refined meanwhile.
+Writes benchmarks/results/tui_latency.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from textual._compositor import CompositorUpdate
+from textual.pilot import Pilot
+from textual.screen import Screen
+
+from benchmarks.results import write_result
+from launcher.tui import cards
+from launcher.tui.app import VramwiseApp
+from launcher.tui.screens.sizing import SizingScreen
+from planner.model_catalog import resolve_model
+from planner.training_setup import TrainingSetup
+
+MODEL, CARD, SIZE = "qwen2.5-14b", "16GB", (120, 40)
+BAR_SECONDS = 0.050
+KEY_EVERY_SECONDS = 0.15
+WAIT_SECONDS = 5.0
+PRESSES = {
+    "max_length": ("right", "right", "right", "left", "left", "left"),
+    "per_device_train_batch_size": ("right", "right", "right", "left", "left", "left"),
+    "lora_r": ("right", "right", "left", "left"),
+    "lora_dropout": ("right", "left"),
+    "target_modules": ("right", "left"),
+    "optim": ("left", "right"),
+    "gradient_checkpointing": ("right", "left"),
+    "selective_checkpointing": ("right", "left"),
+    "compile": ("right", "left"),
+    "kernels": ("right", "left"),
+}
+"""30 changes, each of which changes the figure, and all of which together change nothing."""
+_FIGURE = re.compile(r"([\d.,]+)(?: GiB)?, at most ([\d.,]+)")
+
+
+class TimedApp(VramwiseApp):
+    """Notes every paint that holds the verdict's figure, with its time and whether it is refined."""
+
+    painted: list[tuple[float, tuple[str, str], bool]]
+
+    def _display(self, screen: Screen[Any], renderable: Any) -> None:
+        super()._display(screen, renderable)
+        if not isinstance(renderable, CompositorUpdate):
+            return
+        text = renderable.render_segments(self.console)
+        found = _FIGURE.search(text)
+        if found is not None:
+            self.painted.append((time.perf_counter(), (found[1], found[2]), "refining" not in text))
+
+
+async def measure(*, pause: bool) -> tuple[list[float], list[float]]:
+    """Seconds to the changed figure and, with pauses, to the refined one, for each of the presses."""
+    app = TimedApp(
+        model=resolve_model(MODEL),
+        card=cards.card_from_text(CARD),
+        setup=TrainingSetup(model=MODEL, max_length=4096, gradient_accumulation_steps=16),
+        runs_root=Path("runs"),
+    )
+    app.painted = []
+    async with app.run_test(size=SIZE) as pilot:
+        await _idle(pilot)
+        changed, refined = [], []
+        for field, key in _presses():
+            screen = app.screen
+            assert isinstance(screen, SizingScreen)
+            screen.query_one(f"#knob-{field}").focus()
+            await (_idle(pilot) if pause else asyncio.sleep(KEY_EVERY_SECONDS))
+            before, seen = app.painted[-1][1], len(app.painted)
+            start = time.perf_counter()
+            await pilot.press(key)
+            changed.append(await _first(app, seen, lambda one, was=before: one[1] != was) - start)
+            if pause:
+                refined.append(await _first(app, seen, lambda one: one[2]) - start)
+    return changed, refined
+
+
+def _presses() -> Iterator[tuple[str, str]]:
+    for field, keys in PRESSES.items():
+        for key in keys:
+            yield field, key
+
+
+async def _idle(pilot: Pilot[None]) -> None:
+    for _ in range(2):
+        await pilot.app.workers.wait_for_complete()
+        await pilot.pause(0.05)
+
+
+async def _first(app: TimedApp, seen: int, wanted: Any) -> float:
+    """When the first paint after the `seen` ones that is wanted was made."""
+    end = time.perf_counter() + WAIT_SECONDS
+    while time.perf_counter() < end:
+        for one in app.painted[seen:]:
+            if wanted(one):
+                return one[0]
+        await asyncio.sleep(0.001)
+    raise TimeoutError("the figure did not change")
+
+
+def _figures(seconds: list[float]) -> dict[str, Any]:
+    return {
+        "median_seconds": round(statistics.median(seconds), 4),
+        "worst_seconds": round(max(seconds), 4),
+        "seconds": [round(value, 4) for value in seconds],
+    }
+
+
+def main() -> int:
+    changed, refined = asyncio.run(measure(pause=True))
+    busy, _ = asyncio.run(measure(pause=False))
+    write_result(
+        "tui_latency",
+        {
+            "screen": f"sizing, {MODEL} on {CARD}, {SIZE[0]} x {SIZE[1]}",
+            "changes": len(changed),
+            "bar_seconds": BAR_SECONDS,
+            "key_to_figure": _figures(changed),
+            "key_to_figure_while_refining": _figures(busy),
+            "key_to_refined_figure": _figures(refined),
+        },
+    )
+    for name, seconds in (("idle", changed), ("while refining", busy), ("to the refined figure", refined)):
+        print(
+            f"{name}: median {statistics.median(seconds) * 1000:.0f} ms, worst {max(seconds) * 1000:.0f} ms"
+        )
+    return int(max(changed) > BAR_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

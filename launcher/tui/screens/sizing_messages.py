@@ -1,0 +1,47 @@
+"""What the sizing screen's workers report back to it."""
+
+from __future__ import annotations
+
+from textual.message import Message
+
+from launcher.tui.advice import Advised as Advice
+from launcher.tui.sizing import Sizing
+from planner.model_spec import ModelSpec
+from planner.training_setup import TrainingSetup
+
+
+class Refined(Message):
+    """The figures of a sizing have been refined."""
+
+    def __init__(self, first: Sizing, refined: Sizing) -> None:
+        super().__init__()
+        self.first = first
+        self.refined = refined
+
+
+class Advised(Message):
+    """Advice for a sizing has been worked out."""
+
+    def __init__(self, sizing: Sizing, found: Advice) -> None:
+        super().__init__()
+        self.sizing = sizing
+        self.found = found
+
+
+class Resolved(Message):
+    """A model was found by its name, or says why not."""
+
+    def __init__(self, name: str, model: ModelSpec | None, message: str) -> None:
+        super().__init__()
+        self.name = name
+        self.model = model
+        self.message = message
+
+
+class Chosen(Message):
+    """The automatic choice has been made, or says why none can be."""
+
+    def __init__(self, setup: TrainingSetup | None, message: str) -> None:
+        super().__init__()
+        self.setup = setup
+        self.message = message
