@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.memory.attention_products import batched_eager_attention, eager_attention, math_attention
 from planner.memory.elementwise import cast, copy, hold, split
+from planner.memory.heads import hand_back, sum_heads, transposed
 from planner.memory.layer_knobs import FP32, LayerKnobs
 from planner.memory.linear import linear
 from planner.memory.norms import norm
-from planner.memory.tape import Buffer, Size, Tape, Value
+from planner.memory.rotary import rotate
+from planner.memory.tape import Size, Tape, Value
 from planner.model_spec import LayerSpec
 
 
@@ -21,24 +24,18 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
     query_size, kv_size = layer.query_size, layer.key_value_size
     if layer.fused_qkv:
         fused = linear(tape, knobs.kind("qkv_proj"), x, layer.hidden_size, query_size + 2 * kv_size)
-        query, key, value = split(tape, fused, (query_size, kv_size, kv_size))
+        parts = split(tape, fused, (query_size, kv_size, kv_size))
         tape.free(fused.buffer)
+        query, key, value = (_by_heads(tape, layer, knobs, n, x) for n, x in zip("qkv", parts, strict=True))
     else:
-        query = linear(tape, knobs.kind("q_proj"), x, layer.hidden_size, query_size)
-        query = _qk_norm(tape, layer, knobs, query, query_size)
-        key = linear(tape, knobs.kind("k_proj"), x, layer.hidden_size, kv_size)
-        key = _qk_norm(tape, layer, knobs, key, kv_size)
-        value = linear(tape, knobs.kind("v_proj"), x, layer.hidden_size, kv_size)
+        query, key, value = _projections(tape, layer, knobs, x)
     if knobs.liger:
         # Liger's kernel rotates in place, forward and backward; views of a fused projection are copied first.
         layer = replace(layer, rotary_concatenated=False)
         if layer.fused_qkv:
             query, key = copy(tape, query, query_size), copy(tape, key, kv_size)
     elif layer.rotary:
-        rotated_query = _rotary(tape, layer, query, query_size * query.width)
-        rotated_key = _rotary(tape, layer, key, kv_size * key.width)
-        tape.free(query.buffer, key.buffer)
-        query, key = rotated_query, rotated_key
+        query, key = rotate(tape, layer, query, key)
     width = knobs.default.compute_bytes
     sizes = (kv_size, kv_size, query_size)
     inputs = [cast(tape, part, size, width) for part, size in zip((key, value, query), sizes, strict=True)]
@@ -47,6 +44,43 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
     output = linear(tape, knobs.kind("o_proj"), context, query_size, layer.hidden_size)
     tape.free(context.buffer, query.buffer, key.buffer, value.buffer)
     return output
+
+
+def _projections(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> tuple[Value, Value, Value]:
+    """Queries, keys and values, with norms over heads where the model has them: Gemma 3's come last."""
+    late = layer.input_norms and layer.output_norms and not knobs.liger
+    found = {}
+    for name, size in (("q", layer.query_size), ("k", layer.key_value_size), ("v", layer.key_value_size)):
+        part = linear(tape, knobs.kind(f"{name}_proj"), x, layer.hidden_size, size)
+        part = _by_heads(tape, layer, knobs, name, part)
+        found[name] = part if late or name == "v" else _qk_norm(tape, layer, knobs, part, size)
+    if late:
+        found["q"] = _qk_norm(tape, layer, knobs, found["q"], layer.query_size)
+        found["k"] = _qk_norm(tape, layer, knobs, found["k"], layer.key_value_size)
+    return found["q"], found["k"], found["v"]
+
+
+def _by_heads(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, name: str, x: Value) -> Value:
+    """A projection seen head by head. Its gradient comes back head by head, and is copied, from rotation and
+    from matrix products; flash attention's own gradient of values has the projection's layout.
+    """
+    if knobs.liger or not x.requires_grad:
+        return x
+    kernel = knobs.attention in ("fused", "masked", "flex")
+    by_product = repeats_keys(layer, knobs.attention) if kernel else True
+    if not (by_product if name == "v" else layer.rotary):
+        return x
+    features = layer.query_size if name == "q" else layer.key_value_size
+    result = Value(x.buffer, True, x.width)
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        copied = tape.tokens(features * x.width)
+        tape.free(grad)
+        tape.add_grad(x, copied)
+
+    tape.nodes.append(backward)
+    return result
 
 
 def _qk_norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int) -> Value:
@@ -59,64 +93,6 @@ def _qk_norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: in
     normed = norm(tape, layer, knobs, x, size, groups=groups)
     tape.free(x.buffer)
     return normed
-
-
-def _rotary(tape: Tape, layer: LayerSpec, x: Value, whole: float) -> Value:
-    """Rotary embedding of the first `rotary_dim` features of each head; `whole` is bytes a token."""
-    size = whole * (layer.rotary_dim or layer.head_dim) / layer.head_dim
-    cosine = tape.tokens(size)
-    half = tape.tokens(size / 2)
-    turned = tape.tokens(size)
-    tape.free(half)
-    sine = tape.tokens(size)
-    tape.free(turned)
-    rotated = tape.tokens(size)
-    tape.free(cosine, sine)
-    if layer.rotary_concatenated:
-        joined = tape.tokens(whole)
-        tape.free(rotated)
-        rotated = joined
-    result = Value(rotated, x.requires_grad, x.width)
-
-    def backward() -> None:
-        grad = tape.take_grad(result)
-        sine_grad = tape.tokens(size)
-        half_grad = tape.tokens(size / 2)
-        padded = tape.tokens(size)
-        tape.free(half_grad)
-        other = tape.tokens(size)
-        tape.free(sine_grad, other)
-        cosine_grad = tape.tokens(size)
-        tape.free(grad, cosine_grad)
-        if layer.rotary_concatenated:
-            joined = tape.tokens(whole)
-            tape.free(padded)
-            padded = joined
-        tape.add_grad(x, padded)
-
-    if x.requires_grad:
-        tape.nodes.append(backward)
-    return result
-
-
-def _transposed(tape: Tape, buffer: Buffer, size: float) -> Buffer:
-    """A copy with heads and positions swapped; takes over the hold on the original."""
-    copied = tape.tokens(size)
-    tape.free(buffer)
-    return copied
-
-
-def _sum_heads(tape: Tape, grads: list[Buffer], indices: tuple[int, ...], size: float) -> None:
-    """Sum gradients of repeated keys or values over the heads that share them, in that order."""
-    for index in indices:
-        summed = tape.tokens(size)
-        tape.free(grads[index])
-        grads[index] = summed
-
-
-def _hand_back(tape: Tape, targets: tuple[Value, ...], grads: list[Buffer]) -> None:
-    for target, grad in zip(targets, grads, strict=True):
-        tape.add_grad(target, grad)
 
 
 def _fused_attention(
@@ -136,7 +112,7 @@ def _fused_attention(
     tape.free(statistics)
     if layer.rotary_concatenated:
         # torch.cat lays queries out head first, attention follows, and transposing back is a copy.
-        context = _transposed(tape, context, layer.query_size * width)
+        context = transposed(tape, context, layer.query_size * width)
     result = Value(context, query.requires_grad, width)
 
     def backward() -> None:
@@ -145,7 +121,50 @@ def _fused_attention(
         grads += [tape.tokens(layer.key_value_size * width) for _ in range(2)]
         tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
         tape.free(*saved, grad)
-        _hand_back(tape, (query, key, value), grads)
+        hand_back(tape, (query, key, value), grads)
+
+    if query.requires_grad:
+        tape.nodes.append(backward)
+    return result
+
+
+def repeats_keys(layer: LayerSpec, kernel: str) -> bool:
+    """Whether keys and values are repeated to all heads before a kernel: with a mask (sdpa_attention.py), and
+    by flex attention where the number of heads is no power of two (flex_attention.py:302).
+    """
+    heads = layer.num_attention_heads
+    if layer.num_key_value_heads == heads:
+        return False
+    return kernel == "masked" or (kernel == "flex" and heads & (heads - 1) != 0)
+
+
+def _flex_attention(
+    tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int
+) -> Value:
+    """Flex attention, which transformers compiles: output and log-sum-exp are saved."""
+    whole = layer.query_size * width
+    repeats = repeats_keys(layer, "flex")
+    inputs = [tape.tokens(whole) if repeats else hold(v.buffer) for v in (key, value)]
+    context = tape.tokens(whole)
+    statistics = tape.tokens(layer.num_attention_heads * FP32)
+    saved = [tape.save(buffer) for buffer in (query.buffer, *inputs, context, statistics)]
+    tape.free(statistics, *inputs)
+    if layer.rotary_concatenated:
+        context = transposed(tape, context, whole)
+    result = Value(context, query.requires_grad, width)
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        # The kernel wants the gradient in its output's layout, and sums their product once a head.
+        copied = tape.tokens(whole)
+        delta = tape.tokens(layer.num_attention_heads * FP32)
+        tape.free(saved[3])
+        grads = [tape.tokens(whole)]
+        grads += [tape.tokens(whole if repeats else layer.key_value_size * width) for _ in range(2)]
+        tape.free(*saved[:3], saved[4], copied, delta, grad)
+        if repeats:
+            sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+        hand_back(tape, (query, key, value), grads)
 
     if query.requires_grad:
         tape.nodes.append(backward)
@@ -170,7 +189,7 @@ def _masked_attention(
     tape.free(*repeated, additive, statistics)
     if layer.rotary_concatenated:
         # As without a mask: the output follows the queries' order (padded phi-4 among the records).
-        result.buffer = _transposed(tape, result.buffer, whole)
+        result.buffer = transposed(tape, result.buffer, whole)
 
     def backward() -> None:
         grad = tape.take_grad(result)
@@ -178,118 +197,8 @@ def _masked_attention(
         tape.free(tape.tokens(heads * (4 * layer.head_dim + 4)))
         tape.free(*saved, grad)
         if shared:
-            _sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
-        _hand_back(tape, (query, key, value), grads)
-
-    if query.requires_grad:
-        tape.nodes.append(backward)
-    return result
-
-
-def _eager_attention(
-    tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int
-) -> Value:
-    """Attention as matrix products: scores are written, normalised in fp32 and saved in 16 bits."""
-    heads = layer.num_attention_heads
-    repeated_size = layer.query_size * width
-    repeats = layer.num_attention_heads != layer.num_key_value_heads
-    repeated = [tape.tokens(repeated_size) if repeats else hold(v.buffer) for v in (key, value)]
-    scores = [tape.allocate(Size(per_score=heads * width))]
-
-    def elementwise(size: int) -> None:
-        scores.append(tape.allocate(Size(per_score=heads * size)))
-        tape.free(scores.pop(0))
-
-    elementwise(width)
-    saved_tanh = None
-    if layer.attention_softcap:
-        elementwise(width)
-        elementwise(width)
-        saved_tanh = tape.save(scores[0])
-        elementwise(width)
-    elementwise(width)
-    wide = tape.allocate(Size(per_score=heads * FP32))
-    weights32 = tape.allocate(Size(per_score=heads * FP32))
-    saved_weights32 = tape.save(weights32)
-    tape.free(wide)
-    weights = tape.allocate(Size(per_score=heads * width))
-    tape.free(weights32, scores.pop())
-    result = Value(tape.tokens(layer.query_size * width), query.requires_grad, width)
-    saved = [tape.save(b) for b in (query.buffer, repeated[0], repeated[1], weights)]
-    result.buffer = _transposed(tape, result.buffer, layer.query_size * width)
-    tape.free(*repeated)
-    # Attention returns its weights beside its output, and the layer holds both until it returns.
-    tape.hold_in_layer(weights)
-
-    def backward() -> None:
-        grad = tape.take_grad(result)
-        value_grad = tape.tokens(repeated_size)
-        weights_grad = tape.allocate(Size(per_score=heads * width))
-        tape.free(grad, saved[2], saved[3])
-        wide_grad = tape.allocate(Size(per_score=heads * FP32))
-        tape.free(weights_grad)
-        softmax_grad = tape.allocate(Size(per_score=heads * FP32))
-        elementwise_product = tape.allocate(Size(per_score=heads * FP32))
-        tape.free(elementwise_product, wide_grad, saved_weights32)
-        narrow = tape.allocate(Size(per_score=heads * width))
-        tape.free(softmax_grad)
-        for _ in range(4 if layer.attention_softcap else 1):
-            step = tape.allocate(Size(per_score=heads * width))
-            tape.free(narrow)
-            narrow = step
-        tape.free(saved_tanh)
-        query_grad, key_grad = tape.tokens(layer.query_size * width), tape.tokens(repeated_size)
-        tape.free(narrow, saved[0], saved[1])
-        grads = [query_grad, key_grad, value_grad]
-        if repeats:
-            _sum_heads(tape, grads, (1, 2), layer.key_value_size * width)
-        _hand_back(tape, (query, key, value), grads)
-
-    if query.requires_grad:
-        tape.nodes.append(backward)
-    return result
-
-
-def _math_attention(
-    tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int
-) -> Value:
-    """torch's sdpa where no kernel applies (fp32 with fewer key heads than query heads): matrix products.
-
-    Query and key are scaled first, keys and values repeated to all heads, scores and probabilities written.
-    """
-    heads = layer.num_attention_heads
-    whole = layer.query_size * width
-    scaled_query = tape.tokens(whole)
-    triangle = tape.allocate(Size(per_score=1))
-    tape.free(tape.allocate(Size(per_score=1)))
-    additive = tape.allocate(Size(per_score=width))
-    tape.free(triangle)
-    repeated_key, repeated_value = tape.tokens(whole), tape.tokens(whole)
-    scaled_key = tape.tokens(whole)
-    scores = tape.allocate(Size(per_score=heads * width))
-    saved = [tape.save(buffer) for buffer in (scaled_query, scaled_key)]
-    tape.free(scaled_key)
-    weights = tape.allocate(Size(per_score=heads * width))
-    tape.free(tape.allocate(Size(per_score=heads)), scores)
-    saved += [tape.save(weights), tape.save(repeated_value)]
-    result = Value(tape.tokens(whole), query.requires_grad, width)
-    tape.free(repeated_key, repeated_value, scaled_query, additive, weights)
-    result.buffer = _transposed(tape, result.buffer, whole)
-
-    def backward() -> None:
-        grad = tape.take_grad(result)
-        value_grad = tape.tokens(whole)
-        weights_grad = tape.allocate(Size(per_score=heads * width))
-        tape.free(saved[3], grad)
-        scores_grad = tape.allocate(Size(per_score=heads * width))
-        tape.free(tape.allocate(Size(per_score=heads * width)), saved[2], weights_grad)
-        query_grad, key_grad = tape.tokens(whole), tape.tokens(whole)
-        tape.free(saved[0], saved[1], scores_grad)
-        unscaled = tape.tokens(whole)
-        tape.free(query_grad)
-        grads = [unscaled, key_grad, value_grad]
-        _sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
-        _hand_back(tape, (query, key, value), grads)
+            sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+        hand_back(tape, (query, key, value), grads)
 
     if query.requires_grad:
         tape.nodes.append(backward)
@@ -299,8 +208,10 @@ def _math_attention(
 KERNELS = {
     "fused": _fused_attention,
     "masked": _masked_attention,
-    "math": _math_attention,
-    "eager": _eager_attention,
+    "flex": _flex_attention,
+    "math": math_attention,
+    "eager": eager_attention,
+    "batched_eager": batched_eager_attention,
 }
-"""By LayerKnobs.attention: flash attention or flex attention without a mask, sdpa with a mask, sdpa without a
-kernel of its own, matrix products in transformers."""
+"""By LayerKnobs.attention: flash attention without a mask, sdpa with a mask, flex attention, sdpa without a
+kernel of its own, matrix products in transformers of one sequence and of several."""

@@ -44,9 +44,9 @@ def _mlp(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Value:
         return experts(tape, layer, knobs.kind("experts"), x, router=knobs.kind("router"))
     if layer.fused_gate_up:
         fused = linear(tape, knobs.kind("gate_up_proj"), x, layer.hidden_size, 2 * inner)
-        gate, up = split(tape, fused, (inner, inner))
-        # Liger's MLP holds on to the projection until it returns.
-        held = hold(fused.buffer) if knobs.liger else None
+        gate, up = split(tape, fused, (inner, inner), chunked=not knobs.liger)
+        # A local variable holds on to the projection until the MLP returns.
+        held = hold(fused.buffer)
         tape.free(fused.buffer)
         activated = gate if knobs.liger else activation(tape, gate, inner)
     else:

@@ -5,15 +5,22 @@ from __future__ import annotations
 from planner.memory.tape import Buffer, Tape, Value
 
 
-def split(tape: Tape, fused: Value, sizes: tuple[int, ...]) -> list[Value]:
-    """Views of a fused projection; their gradients are padded to full width and summed."""
+def split(tape: Tape, fused: Value, sizes: tuple[int, ...], *, chunked: bool = False) -> list[Value]:
+    """Views of a fused projection; their gradients are padded to full width and summed, or, where one call
+    of torch.chunk made all of them, joined.
+    """
     whole = sum(sizes) * fused.width
     parts = []
     for _ in sizes:
         parts.append(Value(hold(fused.buffer), fused.requires_grad, fused.width))
 
     def backward() -> None:
-        for part in parts:
+        if chunked:
+            joined = tape.tokens(whole)
+            tape.free(*(tape.take_grad(part) for part in parts))
+            tape.add_grad(fused, joined)
+            return
+        for part in reversed(parts):
             padded = tape.tokens(whole)
             if part.grad is not None:
                 tape.free(tape.take_grad(part))

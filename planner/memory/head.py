@@ -112,7 +112,8 @@ def head_memory(shape: HeadShape, *, evaluating: bool) -> HeadMemory:
     narrow = selected if shape.hidden_bytes != FP32 else 0
     backward = selected + gradient + shape.tile_bytes + max(narrow, shape.backward_cast_bytes)
     if shape.trained:
-        backward += weight * FP32 + weight * shape.weight_bytes
+        # The fp32 sum over tiles is the gradient itself where weights are in fp32.
+        backward += weight * FP32 + (weight * shape.weight_bytes if shape.weight_bytes != FP32 else 0)
     return HeadMemory(
         forward_bytes=forward,
         backward_bytes=backward,

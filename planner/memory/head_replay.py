@@ -60,11 +60,12 @@ class HeadReplay:
         self._casts(allocator, pieces=2)
         narrow = take(self.selected_bytes) if self.narrows else row_gradient
         gradients = []
+        same = self.weight_bytes == self.wide_weight_bytes
         if wide is not None:
-            gradients.append(take(self.weight_bytes))
+            gradients.append(wide if same else take(self.weight_bytes))
         if self.narrows:
             free(row_gradient)
-        if wide is not None:
+        if wide is not None and not same:
             free(wide)
         for block in (tile, *kept):
             free(block)

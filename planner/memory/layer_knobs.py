@@ -14,12 +14,12 @@ FP32 = 4
 class LayerKnobs:
     """What the setup says about every layer: kinds of linear layers by module name, and attention.
 
-    `attention` is the implementation that runs ("fused", "masked", "math" or "eager", see
-    planner/memory/attention.py). `stream_bytes` is the width of the hidden states that enter the layer,
-    `norm_bytes` that of the norms' weights. `liger` says that Liger's layer kernels run,
-    `selective` that checkpoints keep attention's outputs. `compiled` says that torch.compile compiles the
-    layer; it then `recomputes` what it lacks within its backward graph if it is checkpointed, and else keeps
-    what a `budget` (0 to 1) leaves it. With one `graph_tokens` are the tokens of a micro-step, else 0.
+    `attention` is the implementation that runs (a name of KERNELS in planner/memory/attention.py).
+    `stream_bytes` is the width of the hidden states that enter the layer, `norm_bytes` that of the norms'
+    weights. `liger` says that Liger's layer kernels run, `selective` that checkpoints keep attention's
+    outputs. `compiled` says that torch.compile compiles the layer; it then `recomputes` what it lacks within
+    its backward graph if it is checkpointed, and else keeps what a `budget` (0 to 1) leaves it. With one
+    `graph_tokens` are the tokens of a micro-step, else 0.
     """
 
     kinds: tuple[tuple[str, LinearKind], ...]

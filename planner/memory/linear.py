@@ -46,9 +46,9 @@ class LinearKind:
 
 def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:
     """Replay one linear layer of `inputs` x `outputs` on `x`; returns its output, held once."""
-    base = _base_forward(tape, kind, x, inputs, outputs)
     if kind.trained:
-        return _trained(tape, kind, x, base, inputs, outputs)
+        return _trained(tape, kind, x, inputs, outputs)
+    base = _base_forward(tape, kind, x, inputs, outputs)
     if not kind.rank:
         if x.requires_grad:
             tape.nodes.append(
@@ -256,9 +256,11 @@ def input_backward(
     tape.add_grad(x, grad, view=view and taken.mask is None and taken.wide is None)
 
 
-def _trained(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
-    result = Value(base.buffer, True, base.width)
+def _trained(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:
+    # The input is saved before the product: recomputation that ends there never makes it.
     saved = tape.save(x.buffer)
+    base = _base_forward(tape, kind, x, inputs, outputs)
+    result = Value(base.buffer, True, base.width)
 
     def backward() -> None:
         grad = tape.take_grad(result)

@@ -31,18 +31,19 @@ def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *
     tape.free(tape.tokens(size * FP32))
     root = tape.tokens(groups * FP32)
     saved_wide = tape.save_twice(wide) if x.requires_grad else None
+    scaled = tape.tokens(size * FP32)
     saved_root = tape.save(root) if x.requires_grad else None
     tape.free(root)
-    scaled = tape.tokens(size * FP32)
     saved_scaled = None
     fp32_weight = layer.norm in FP32_NORMS
     if fp32_weight:
         if kind.trained:
             saved_scaled = tape.save(scaled)
+        tape.free(wide)
         weighted = tape.tokens(size * FP32)
         # Gemma's norm lets go of the unweighted tensor here, OLMo 2's (no input norms) when it returns.
         held = None if layer.input_norms else hold(scaled)
-        tape.free(scaled, wide)
+        tape.free(scaled)
         result = Value(tape.tokens(size * x.width) if casts else hold(weighted), x.requires_grad, x.width)
         tape.free(weighted, held)
     else:

@@ -32,7 +32,8 @@ class Program:
     (of trained weights) by backward. `casts` are left by forward until the whole forward pass ends. Whatever
     else forward leaves is `kept` for backward, which frees it (`kept_once`: saved by one node alone). With
     `checkpointed` backward recomputes, and frees nothing of block 0; else one of the passes frees block 0
-    after its last use: `keeps_input` says that it is backward.
+    after its last use: `keeps_input` says that it is backward. After the event of backward at `unpacked` the
+    last of what was recomputed is used, and the checkpoint lets go of the input.
     """
 
     blocks: tuple[Coefficients, ...]
@@ -40,6 +41,7 @@ class Program:
     backward: tuple[int, ...]
     checkpointed: bool
     keeps_input: bool
+    unpacked: int
     output: int
     incoming: int
     outgoing: int | None
@@ -212,6 +214,7 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
         incoming=incoming.number,
         hidden=hidden,
         casts=tuple(first.casts),
+        recomputed=frozenset(event for event in recomputed if event >= 0),
     )
 
 
@@ -253,6 +256,7 @@ def _program(
     incoming: int,
     hidden: Value,
     casts: tuple[int, ...],
+    recomputed: frozenset[int] = frozenset(),
 ) -> Program:
     """A program without the blocks that have no bytes."""
     outgoing = None if hidden.grad is None else number(hidden.grad)
@@ -265,12 +269,14 @@ def _program(
     gradients = tuple(sorted(n for n in after if tape.slots[n] == 3 * GRADIENTS))
     if after - {*gradients, outgoing} - ({0} if checkpointed else set()):
         raise AssertionError("a layer's backward pass leaves blocks behind")
+    used = [at for at, event in enumerate(passes[1]) if event < 0 and -1 - event in recomputed]
     return Program(
         blocks=tuple(tape.blocks),
         forward=passes[0],
         backward=passes[1],
         checkpointed=checkpointed,
         keeps_input=keeps_input,
+        unpacked=used[-1] if used else len(passes[1]) - 1,
         output=output,
         incoming=incoming,
         outgoing=outgoing,

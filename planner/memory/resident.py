@@ -75,18 +75,19 @@ def _mask_bytes(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
     """
     elements = micro_step(setup).scores
     width = DTYPE_BYTES[setup.dtype] if attention_implementation(setup, model) == "eager" else 1
-    return mask_kinds(setup, model, padded=padded) * elements * width
+    return len(mask_windows(setup, model, padded=padded)) * elements * width
 
 
-def mask_kinds(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:
-    """How many masks there are: one for each kind of layer that needs one."""
+def mask_windows(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[int | None, ...]:
+    """Masks by their sliding window (null for none): one for each kind of layer that needs one."""
     kinds = {layer.sliding_window for layer in model.layers}
+    windows = sorted(kinds, key=lambda window: (window is not None, window))
     attention = attention_implementation(setup, model)
     if attention == "eager":
-        return len(kinds)
+        return tuple(windows)
     if attention != "sdpa":
-        return 0
-    return len([w for w in kinds if padded or setup.packing or (w is not None and w < setup.max_length)])
+        return ()
+    return tuple(w for w in windows if padded or setup.packing or (w is not None and w < setup.max_length))
 
 
 _LARGEST: dict[tuple[str, int], int] = {}

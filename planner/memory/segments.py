@@ -104,7 +104,10 @@ def _kernel(setup: TrainingSetup, layer: LayerSpec, *, attention: str, padded: b
     use_gqa_in_sdpa).
     """
     if attention == "eager":
-        return "eager"
+        several = setup.per_device_train_batch_size > 1 and not setup.packing
+        return "batched_eager" if several else "eager"
+    if attention == "flex_attention":
+        return "flex"
     window = layer.sliding_window is not None and layer.sliding_window < setup.max_length
     if attention == "sdpa" and (padded or window or setup.packing):
         return "masked"

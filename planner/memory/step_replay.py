@@ -21,7 +21,7 @@ from planner.memory.offload_replay import OffloadReplay
 from planner.memory.optimizer_replay import OptimizerReplay
 from planner.memory.program import Program, layer_program, norm_program
 from planner.memory.refusals import attention_implementation
-from planner.memory.resident import mask_kinds
+from planner.memory.resident import mask_windows
 from planner.memory.runtime import workspace_block_bytes
 from planner.memory.segments import Segment, segments
 from planner.memory.shape import embedding_scratch_bytes, keeps_raw_embedding, micro_step
@@ -111,7 +111,7 @@ class StepReplay:
         self.workspace_bytes = workspace_block_bytes(gpu)
         self.allocator, self.load_peak, self.load_reserved = loaded_allocator(setup, model, self.trained)
         self.attention = attention_implementation(setup, model)
-        self.masks = mask_kinds(setup, model, padded=padded)
+        self.masks = mask_windows(setup, model, padded=padded)
         parts, final_norm = segments(setup, model, self.trained, attention=self.attention, padded=padded)
         self.layers = self._programs(parts)
         last = max(parts, key=lambda part: part.indices[-1])
@@ -232,18 +232,24 @@ class StepReplay:
         gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
         if offload is not None:
             offload.mark()
+        # PEFT makes a leaf of the embeddings' output, and the trainer offloads all but it: it stays to the end.
+        leaf = self.setup.uses_lora or offload is not None
         for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
             program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
             own[program.incoming] = gradient
             fetches = offload is not None and (own is not slots[0] or not program.checkpointed)
-            backward = offload.fetch(program, units, own) if offload and fetches else program.backward
-            run(backward, units, own)
+            if offload and fetches:
+                run(offload.fetch(program, units, own), units, own)
+            elif program.checkpointed and not (leaf and own is slots[0]):
+                run(program.backward[: program.unpacked + 1], units, own)
+                allocator.free(own[0])
+                run(program.backward[program.unpacked + 1 :], units, own)
+            else:
+                run(program.backward, units, own)
             self.gradients += [own[block] for block in program.gradients]
             if offload and fetches:
                 offload.release(program, own)
                 offload.mark()
-            elif program.checkpointed and own is not slots[0]:
-                allocator.free(own[0])
             if program.outgoing is not None:
                 gradient = own[program.outgoing]
         if offload is not None:
@@ -251,7 +257,7 @@ class StepReplay:
         if self.layers[0].first.outgoing is not None:
             self._embedding_backward(gradient, later=later)
             allocator.free(gradient)
-        if self.layers[0].first.checkpointed:
+        if self.layers[0].first.checkpointed and leaf:
             allocator.free(slots[0][0])
         for block in held[1:]:
             allocator.free(block)
@@ -266,14 +272,7 @@ class StepReplay:
             scaled = self._take(self.stream)
             allocator.free(held[0])
             held[0] = scaled
-        square = self.shape.positions**2
-        width = self.width if self.attention == "eager" else 1
-        for _ in range(self.masks):
-            causal = self._take(square)
-            combined = self._take(square)
-            allocator.free(causal)
-            held.append(self._take(self.scores * width))
-            allocator.free(combined)
+        held += [self._mask(windowed=window is not None) for window in self.masks]
         if first and not self.model.rotary_tables:
             self._take(self.workspace_bytes)
         layer = self.model.layers[0]
@@ -294,6 +293,30 @@ class StepReplay:
             for block in wide:
                 allocator.free(block)
         return held
+
+    def _mask(self, *, windowed: bool) -> int:
+        """One attention mask (transformers masking_utils.py): conditions of all positions, and-ed one after
+        the other; then spread over the batch; then, for eager attention, made additive.
+        """
+        take, free = self._take, self.allocator.free
+        square = self.shape.positions**2
+        condition = take(square)
+        combined = take(square)
+        free(condition)
+        if windowed:
+            causal = take(square)
+            both = take(square)
+            free(causal)
+            free(combined)
+            combined = take(square)
+            free(both)
+        mask = take(self.scores)
+        free(combined)
+        if self.attention == "eager":
+            additive = take(self.scores * self.width)
+            free(mask)
+            mask = additive
+        return mask
 
     def _head(
         self, hidden: int, casts: Sequence[int], embeddings: int | None, *, first: bool, later: bool

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from launcher import build
-from launcher.measured_run import _dataset, _quiet, _tokenizer
+from launcher.measured_data import token_dataset
+from launcher.measured_run import _quiet, _tokenizer
 from launcher.run_folder import TrainingJob
 from planner.training_setup import TrainingSetup
 
@@ -75,7 +76,7 @@ def first_step(family: str, setup: TrainingSetup, folder: Path) -> RealStep:
             TrainingJob(setup=setup, model_source=family, data_path="random tokens", max_steps=1),
             model=load_model(family, setup, folder),
             tokenizer=_tokenizer(),
-            train_dataset=_dataset(rows),
+            train_dataset=token_dataset(rows),
             eval_dataset=None,
             output_dir=folder,
             on_gpu=False,

@@ -29,7 +29,7 @@ pytest.importorskip("peft")
 
 from planner.memory.activations import at
 from planner.memory.estimate import _replayed
-from planner.memory.resident import INPUT_BYTES_PER_TOKEN, mask_kinds
+from planner.memory.resident import INPUT_BYTES_PER_TOKEN, mask_windows
 from planner.memory.runtime import coefficients_for
 from planner.memory.timeline import StepTimeline
 from planner.model_spec import ModelSpec
@@ -106,7 +106,7 @@ def predict(family: str, setup: TrainingSetup) -> tuple[StepTimeline, ModelSpec,
     """The step's timeline, the spec, bytes of rotary tables, positions and masks, and of the masks alone."""
     spec = spec_of(family)
     resident, timeline, _ = _replayed(setup, spec, None, coefficients_for(None), padded=False)
-    masks = mask_kinds(setup, spec, padded=False) * timeline.shape.scores
+    masks = len(mask_windows(setup, spec, padded=False)) * timeline.shape.scores
     tables = resident.tables_bytes - INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step
     if family == "olmo2":
         tables += tables - masks

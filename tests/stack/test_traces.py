@@ -263,6 +263,7 @@ PART_TOLERANCE_BYTES = {
     # The embedding's sorted token ids.
     "llama_f_sel": 3 * MIB // 2,
     "llama_f_liger": 3 * MIB // 2,
+    "llama_f_fp32": 3 * MIB // 2,
 }
 PART_BYTES = 3 * MIB // 10
 """What the model rounds away of a part: positions, row statistics, DoRA's vectors of the layer at work."""
