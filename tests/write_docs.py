@@ -1,7 +1,8 @@
 """Writes what the documentation quotes: `python -m tests.write_docs`; `--check` tells whether it still holds.
 
 docs/commands.md is the help of every command. In README.md, the block after `<!-- output: COMMAND -->` is
-what the command prints, or its first lines with `COMMAND | head -N`.
+what the command prints, or its first lines with `COMMAND | head -N`. docs/throughput.md has the table of
+benchmarks/external_runs.py.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
+from benchmarks import external_runs
 from launcher import cli
 from planner.command_line import guarded
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 COMMANDS = ROOT / "docs" / "commands.md"
+THROUGHPUT = ROOT / "docs" / "throughput.md"
+_EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
 
@@ -58,9 +62,18 @@ def _printed(command: str, lines: str | None) -> str:
     return printed if lines is None else "".join(printed.splitlines(keepends=True)[: int(lines)])
 
 
+def throughput(text: str) -> str:
+    """docs/throughput.md with the forecasts of others' runs as they are now."""
+    return _EXTERNAL.sub(lambda match: match[1] + external_runs.table() + match[2], text)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
-    wanted = {COMMANDS: commands_page(), README: readme(README.read_text(encoding="utf-8"))}
+    wanted = {
+        COMMANDS: commands_page(),
+        README: readme(README.read_text(encoding="utf-8")),
+        THROUGHPUT: throughput(THROUGHPUT.read_text(encoding="utf-8")),
+    }
     old = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     for path in old:
         print(f"{path.relative_to(ROOT)} is out of date: make docs", file=sys.stderr)

