@@ -21,6 +21,16 @@ def user_data_dir() -> Path:
     return Path(platformdirs.user_data_dir("vramwise", appauthor=False))
 
 
+def user_cache_dir() -> Path:
+    """Folder of what can be worked out again (not created here); within `VRAMWISE_DATA_DIR` where set."""
+    override = os.environ.get("VRAMWISE_DATA_DIR")
+    if override:
+        return Path(override) / "cache"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("vramwise", appauthor=False))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write text so that a reader or a crash sees either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +92,8 @@ def read_training_data(path: Path) -> TrainingData:
     Raises:
         InputError: the file cannot be read, or an example is not usable; one line that names the place.
     """
-    suffix = path.suffix.lower()
-    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
-    if suffix not in readers:
-        raise InputError(f"{path}: unknown kind of data file; expected .jsonl, .json, .csv or .parquet")
     try:
-        return check_rows(readers[suffix](path), source=str(path))
+        return check_rows(_rows(path), source=str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -107,8 +104,42 @@ def check_rows(rows: Iterable[tuple[str, object]], *, source: str) -> TrainingDa
     Raises:
         InputError: no row at all, or a row that is not usable; one line with `source` and the place.
     """
-    found: str | None = None
+    formats: set[str] = set()
     examples: list[Example] = []
+    for data_format, example in _checked(rows, source):
+        formats.add(data_format)
+        examples.append(example)
+    return TrainingData(format=formats.pop(), examples=tuple(examples), source=source)
+
+
+def estimate_file(path: Path) -> DatasetStats:
+    """Lengths of a .jsonl, .json or .csv file, estimated as estimate_stats does, holding no example.
+
+    Raises:
+        InputError: as read_training_data.
+    """
+    try:
+        return _estimated(_checked(_rows(path), str(path)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def estimate_stats(data: TrainingData) -> DatasetStats:
+    """Lengths estimated from the size of the text, without a tokenizer; marked as an estimate."""
+    return _estimated((data.format, example) for example in data.examples)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object]]:
+    suffix = path.suffix.lower()
+    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+    if suffix not in readers:
+        raise InputError(f"{path}: unknown kind of data file; expected .jsonl, .json, .csv or .parquet")
+    return readers[suffix](path)
+
+
+def _checked(rows: Iterable[tuple[str, object]], source: str) -> Iterator[tuple[str, Example]]:
+    """Each row's format and example; all of one format, at least one."""
+    found: str | None = None
     for place, row in rows:
         where = f"{source}: {place}"
         if not isinstance(row, Mapping):
@@ -118,17 +149,16 @@ def check_rows(rows: Iterable[tuple[str, object]], *, source: str) -> TrainingDa
             found = form
         elif form != found:
             raise InputError(f"{where}: has {form}, but the examples before it have {found}; use one format")
-        examples.append(_EXAMPLE_MAKERS[form](row, where))
+        yield _FORMAT_OF_FORM[form], _EXAMPLE_MAKERS[form](row, where)
     if found is None:
         raise InputError(f"{source}: no examples in it")
-    return TrainingData(format=_FORMAT_OF_FORM[found], examples=tuple(examples), source=source)
 
 
-def estimate_stats(data: TrainingData) -> DatasetStats:
-    """Lengths estimated from the size of the text, without a tokenizer; marked as an estimate."""
+def _estimated(examples: Iterable[tuple[str, Example]]) -> DatasetStats:
     lengths: list[int] = []
-    loss_tokens = 0
-    for example in data.examples:
+    loss_tokens, form = 0, ""
+    for data_format, example in examples:
+        form = data_format
         match example:
             case Conversation(messages=messages):
                 length = sum(_tokens(m.content) + TOKENS_PER_MESSAGE for m in messages)
@@ -143,14 +173,15 @@ def estimate_stats(data: TrainingData) -> DatasetStats:
     return DatasetStats.from_lengths(
         lengths,
         loss_tokens=loss_tokens,
-        loss_on="completion" if data.format == "prompt_completion" else "all",
-        data_format=data.format,
+        loss_on="completion" if form == "prompt_completion" else "all",
+        data_format=form,
         estimated=True,
     )
 
 
 def _tokens(text: str) -> int:
-    return -(-len(text.encode("utf-8")) // BYTES_PER_TOKEN)
+    size = len(text) if text.isascii() else len(text.encode("utf-8"))
+    return -(-size // BYTES_PER_TOKEN)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -202,7 +233,7 @@ def decode_messages_column(row: Mapping[str, Any], where: str) -> Mapping[str, A
 
 def _parse_json(content: bytes, where: str) -> object:
     try:
-        parsed: object = json.loads(content.decode("utf-8-sig"))
+        parsed: object = json.loads(content.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:

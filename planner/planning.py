@@ -97,16 +97,16 @@ def make_plan(
 
 
 def read_stats(path: str) -> DatasetStats:
-    """Lengths of a data file, estimated from the size of its texts.
+    """Lengths of a data file, estimated from the size of its texts and remembered for as long as it stays.
 
     Raises:
         InputError: the file cannot be read or is not training data.
     """
     from pathlib import Path
 
-    from planner.dataset_reader import estimate_stats, read_training_data
+    from planner.remembered_lengths import estimated_lengths
 
-    return estimate_stats(read_training_data(Path(path)))
+    return estimated_lengths(Path(path))
 
 
 def _planned_model(model: ModelSpec, setup: TrainingSetup) -> PlannedModel:
