@@ -8,8 +8,8 @@ by its machine does not pull the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
@@ -94,7 +94,7 @@ def fit_rates(
     """Fit one GPU's rates to its runs; each model is left out once.
 
     `start` is what a rate falls back to that no run tells: another GPU's, scaled; START without it. The
-    interval is that of GPUs without runs until there are MIN_RUNS.
+    intervals are those of GPUs without runs until MIN_RUNS held-out ones tell.
 
     Raises:
         TooFewRunsError: there are too few runs.
@@ -109,18 +109,26 @@ def fit_rates(
     begin = {name: START[name] if start is None else getattr(start, name) for name in START}
     problem = _Problem(pairs, begin)
     residuals = _held_out(problem, [record for record, _ in pairs])
-    low, high = UNCALIBRATED
-    if len(pairs) >= MIN_RUNS and residuals:
-        ratios = [1 / (1 + residual.error) for residual in residuals]
-        low, high = (round(float(edge), 3) for edge in np.quantile(ratios, QUANTILES))
     solution = np.exp(problem.factors(problem.solve(np.arange(len(pairs)))))
     rates = Rates(
         gpu=gpu_id,
         **{name: float(value * begin[name]) for name, value in zip(begin, solution, strict=True)},
-        low=min(1.0, low),
-        high=max(1.0, high),
+        low=UNCALIBRATED[0],
+        high=UNCALIBRATED[1],
+        launch_low=UNCALIBRATED[0],
+        launch_high=UNCALIBRATED[1],
         record_ids=tuple(sorted(record.id for record, _ in pairs)),
     )
+    launches = [micro_step_time(rates, work).bound_by == "launches" for _, work in pairs]
+    for prefix, wanted in (("", False), ("launch_", True)):
+        errors = [one.error for one, waits in zip(residuals, launches, strict=False) if waits is wanted]
+        if len(errors) >= MIN_RUNS:
+            low, high = np.quantile([1 / (1 + error) for error in errors], QUANTILES)
+            edges: dict[str, Any] = {
+                f"{prefix}low": min(1.0, round(float(low), 3)),
+                f"{prefix}high": max(1.0, round(float(high), 3)),
+            }
+            rates = replace(rates, **edges)
     return SpeedFit(rates=rates, residuals=residuals)
 
 

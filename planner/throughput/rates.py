@@ -32,9 +32,9 @@ class Rates:
     tensor cores) and a byte (`written`: tensors that grow with the batch; `weight`: those that do not;
     `offloaded`: to the host or back; `optimizer`: an optimizer step's). Of the host, what PassWork counts
     (`launch`, `quantized_call`, `lora_call`, `liger_call`, `selected_launch`, `compiled_layer`,
-    `compiled_call`), a micro-step, and an optimizer's run of Python (`optimizer_call`). `low` and `high` are
-    factors on tokens a second between which nine in ten runs of models lie that the fit had not seen.
-    `record_ids` are the runs behind it.
+    `compiled_call`), a micro-step, and an optimizer's run of Python (`optimizer_call`). Between `low` and
+    `high` times the forecast lie nine in ten runs of models that the fit had not seen, where the GPU decides;
+    `launch_low` and `launch_high` where the host does. `record_ids` are the runs behind it.
     """
 
     gpu: str
@@ -58,6 +58,8 @@ class Rates:
     optimizer_call_seconds: float
     low: float
     high: float
+    launch_low: float
+    launch_high: float
     record_ids: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -65,8 +67,14 @@ class Rates:
         for field in fields(self):
             if field.name.endswith("_seconds"):
                 validate.number(field.name, getattr(self, field.name), minimum=0.0, maximum=10.0)
-        validate.number("low", self.low, minimum=0.0, maximum=1.0)
-        validate.number("high", self.high, minimum=1.0, maximum=100.0)
+        for name in ("low", "launch_low"):
+            validate.number(name, getattr(self, name), minimum=0.0, maximum=1.0)
+        for name in ("high", "launch_high"):
+            validate.number(name, getattr(self, name), minimum=1.0, maximum=100.0)
+
+    def interval(self, bound_by: str) -> tuple[float, float]:
+        """Factors on a forecast that waits for "compute", "bandwidth" or "launches"."""
+        return (self.launch_low, self.launch_high) if bound_by == "launches" else (self.low, self.high)
 
     def gpu_seconds(self, work: PassWork, *, single: bool) -> tuple[float, float]:
         """GPU time of a pass: matrix work, and memory traffic."""

@@ -82,7 +82,7 @@ def estimate_step(
     tokens = setup.tokens_per_micro_step * setup.num_processes
     roofline = tokens / max(work.total_flops / peak, weight_bytes(setup, model) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
-    low, high = (rates.low, rates.high) if calibrated else UNCALIBRATED
+    low, high = rates.interval(time.bound_by) if calibrated else UNCALIBRATED
     return StepEstimate(
         seconds_per_micro_step=micro,
         seconds_per_optimizer_step=step,

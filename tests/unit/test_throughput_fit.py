@@ -20,7 +20,7 @@ from planner.throughput.fit import (
     forecast_errors,
     start_for,
 )
-from planner.throughput.rates import UNCALIBRATED, Rates, rates_for
+from planner.throughput.rates import UNCALIBRATED, Rates, micro_step_time, rates_for
 from planner.throughput.work import step_work
 
 RUNS = [
@@ -103,10 +103,24 @@ def test_one_model_alone_leaves_nothing_to_judge_by() -> None:
     assert (found.rates.low, found.rates.high) == UNCALIBRATED
 
 
-def test_the_interval_holds_nine_in_ten_runs_of_models_left_out() -> None:
+def test_the_intervals_hold_nine_in_ten_runs_of_models_left_out() -> None:
+    """Where the host decides the interval is wider: its speed differs from run to run."""
     found = fit_rates(RUNS, REFERENCE_GPU, load_shipped)
-    inside = [found.rates.low <= 1 / (1 + one.error) <= found.rates.high for one in found.residuals]
-    assert 0.88 <= sum(inside) / len(inside) <= 0.92
+    inside = {True: [0, 0], False: [0, 0]}
+    runs = {run.id: run for run in RUNS}
+    for one in found.residuals:
+        run = runs[one.record_id]
+        work = step_work(run.setup, load_shipped(run.setup.model), padded=run.padded)
+        bound_by = micro_step_time(found.rates, work).bound_by
+        low, high = found.rates.interval(bound_by)
+        count = inside[bound_by == "launches"]
+        count[0] += low <= 1 / (1 + one.error) <= high
+        count[1] += 1
+    for held, all_ in inside.values():
+        assert all_ >= 40
+        assert 0.85 <= held / all_ <= 0.95
+    assert found.rates.launch_low < found.rates.low
+    assert found.rates.launch_high > found.rates.high
 
 
 def test_the_shipped_rates_are_what_the_records_give() -> None:
