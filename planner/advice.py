@@ -21,6 +21,8 @@ from planner.training_setup import TrainingSetup
 LARGE_RANKS = (64, 32)
 MAX_ADVICE = 6
 WORTH_MENTIONING = 1.05
+KEPT = ("packing", "train_sampling_strategy", "attn_implementation")
+"""What the plan has chosen and advice leaves as it is: how examples are batched."""
 
 
 def make_it_fit(evaluator: Evaluator, setup: TrainingSetup, target: GpuTarget) -> tuple[Advice, ...]:
@@ -182,8 +184,8 @@ def _longer(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) ->
 def _searched(
     evaluator: Evaluator, setup: TrainingSetup, effective: int, request: PlanRequest
 ) -> Candidate | None:
-    """The fastest that fits with the changed setup as base."""
-    fixed: dict[str, Any] = dict(request.fixed)
+    """The fastest that fits with the changed setup as base, batched as that is."""
+    fixed: dict[str, Any] = {name: getattr(setup, name) for name in KEPT} | request.fixed
     if evaluator.try_evaluate(setup) is None:
         return None
     result = search(setup, evaluator, effective_batch_size=effective, fixed=fixed)

@@ -68,6 +68,7 @@ class Evaluator:
         self._longest = None if examples is None or examples.stats.estimated else examples.stats.longest
         self._known: dict[TrainingSetup, Candidate] = {}
         self._memories: dict[TrainingSetup, MemoryBreakdown] = {}
+        self._replays: dict[TrainingSetup, MemoryBreakdown] = {}
         self._confirmed: dict[TrainingSetup, Candidate] = {}
 
     def on(self, gpu: GpuSpec) -> Evaluator:
@@ -88,7 +89,7 @@ class Evaluator:
         """
         found = self._known.get(setup)
         if found is None:
-            memory, speed = self._fitted(setup), self._step(setup)
+            memory, speed = self.fitted(setup), self._step(setup)
             found = self._known[setup] = Candidate(
                 setup=setup, memory=memory, speed=speed, epoch=self._epoch(setup, speed)
             )
@@ -100,7 +101,7 @@ class Evaluator:
         Raises:
             NotModelledError: a knob whose memory is not modelled.
         """
-        return self._fitted(setup).fits(self.usable_bytes)
+        return self.fitted(setup).fits(self.usable_bytes)
 
     def confirm(self, setup: TrainingSetup, *, whole: bool = False) -> Candidate:
         """The same with the allocator replayed: the figures that decide, at a hundred times the time.
@@ -111,16 +112,27 @@ class Evaluator:
             NotModelledError: a knob whose memory is not modelled.
             InputError: the setup asks of the model what it does not have.
         """
+        memory = self._replayed(setup, whole=whole)
         found = self._confirmed.get(setup)
-        if found is None or (whole and not self.fits(found)):
-            found = self._confirmed[setup] = replace(
-                self.evaluate(setup), memory=self._memory(setup, replay=True, whole=whole)
-            )
+        if found is None or found.memory is not memory:
+            found = self._confirmed[setup] = replace(self.evaluate(setup), memory=memory)
         return found
 
-    def _fitted(self, setup: TrainingSetup) -> MemoryBreakdown:
-        """Memory by the fitted estimate, which is the same however examples are drawn."""
-        key = setup if setup.train_sampling_strategy == "random" else _ungrouped(setup)
+    def _replayed(self, setup: TrainingSetup, *, whole: bool = False) -> MemoryBreakdown:
+        """Memory by the allocator's replay, which is the same however examples are drawn."""
+        key = _ungrouped(setup)
+        found = self._replays.get(key)
+        if found is None or (whole and not found.fits(self.usable_bytes)):
+            found = self._replays[key] = self._memory(key, replay=True, whole=whole)
+        return found
+
+    def fitted(self, setup: TrainingSetup) -> MemoryBreakdown:
+        """Memory alone, by the fitted estimate, which is the same however examples are drawn.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+        """
+        key = _ungrouped(setup)
         found = self._memories.get(key)
         if found is None:
             found = self._memories[key] = self._memory(key, replay=False)
@@ -171,7 +183,9 @@ class Evaluator:
             NotModelledError: a knob whose memory is not modelled.
             InputError: the setup asks of the model what it does not have.
         """
-        return self.may_fit(self.evaluate(setup)) and self.fits(self.confirm(setup))
+        if self.fitted(setup).peak_lower_bytes > self.usable_bytes:
+            return False
+        return self._replayed(setup).fits(self.usable_bytes)
 
     def may_fit(self, candidate: Candidate) -> bool:
         """Whether the interval's lower end is within what the card leaves."""
@@ -179,6 +193,8 @@ class Evaluator:
 
 
 def _ungrouped(setup: TrainingSetup) -> TrainingSetup:
+    if setup.train_sampling_strategy == "random":
+        return setup
     return setup.replace(train_sampling_strategy="random")
 
 

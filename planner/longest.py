@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from planner.candidate import Evaluator
+from planner.errors import NotModelledError
 from planner.policy import LENGTH_STEP
 from planner.training_setup import TrainingSetup
 
@@ -25,8 +26,10 @@ def longest_length(
         return base.replace(max_length=max(start, min(limit, step * LENGTH_STEP)))
 
     def fits(step: int) -> bool:
-        candidate = evaluator.try_evaluate(at(step))
-        return candidate is not None and evaluator.fits(candidate)
+        try:
+            return evaluator.setup_fits(at(step))
+        except NotModelledError:
+            return False
 
     if confirm:
         found = _confirmed(evaluator, at, low, high)
@@ -54,7 +57,7 @@ def _confirmed(evaluator: Evaluator, at: Callable[[int], TrainingSetup], low: in
         return None
 
     def within(step: int, room: int) -> bool:
-        return evaluator.evaluate(at(step)).peak_upper_bytes <= room
+        return evaluator.fitted(at(step)).peak_upper_bytes <= room
 
     room = evaluator.usable_bytes
     guess = _halve(lambda step: within(step, room), low, high)
@@ -67,6 +70,6 @@ def _confirmed(evaluator: Evaluator, at: Callable[[int], TrainingSetup], low: in
         if beyond - known <= 1:
             return None if known < low else known
         replayed = evaluator.confirm(at(guess), whole=True).peak_upper_bytes
-        room = evaluator.usable_bytes - replayed + evaluator.evaluate(at(guess)).peak_upper_bytes
+        room = evaluator.usable_bytes - replayed + evaluator.fitted(at(guess)).peak_upper_bytes
         again = partial(within, room=room)
         guess = min(beyond - 1, max(known + 1, _halve(again, max(low, known), beyond - 1)))
