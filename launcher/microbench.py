@@ -157,16 +157,7 @@ class Bench:
 
     def _quantized_call(self) -> float:
         """Host time of a pass through a 4-bit layer with LoRA: the mean of forward and backward."""
-        from bitsandbytes.nn import Linear4bit
-        from peft import LoraConfig, inject_adapter_in_model
-
-        torch = self._torch
-        layer = Linear4bit(
-            512, 512, bias=False, compute_dtype=self.dtype, compress_statistics=True, quant_type="nf4"
-        )
-        model = torch.nn.Sequential(layer).to(self.dtype).to(self.device)
-        config = LoraConfig(r=RANK, target_modules=["0"])
-        model = inject_adapter_in_model(config, model).to(self.device)
+        torch, model = self._torch, self._quantized_layer()
         # More rows than the fused forward takes, as in training (bitsandbytes/backends/cuda/ops.py:745-811).
         hidden = self._random(512, 512).requires_grad_()
         trained = [one for one in model.parameters() if one.requires_grad]
@@ -177,6 +168,18 @@ class Bench:
             torch.autograd.grad(out.sum(), [hidden, *trained])
 
         return self._clock.host_seconds(work) / 2
+
+    def _quantized_layer(self) -> Any:
+        from bitsandbytes.nn import Linear4bit
+        from peft import LoraConfig, inject_adapter_in_model
+
+        layer = Linear4bit(
+            512, 512, bias=False, compute_dtype=self.dtype, compress_statistics=True, quant_type="nf4"
+        )
+        model = self._torch.nn.Sequential(layer).to(self.dtype).to(self.device)
+        # By this PEFT knows a model in 4 bits, as transformers marks it (peft/tuners/lora/model.py).
+        model.is_loaded_in_4bit = True
+        return inject_adapter_in_model(LoraConfig(r=RANK, target_modules=["0"]), model).to(self.device)
 
     def _single(self) -> float | None:
         size = self.sizes.single

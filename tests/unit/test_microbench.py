@@ -123,6 +123,18 @@ def test_what_does_not_fit_the_free_memory_or_the_time_is_left_out(monkeypatch: 
     assert len(list(bench._matrix())) < len(bench.sizes.shapes)
 
 
+@pytest.mark.slow
+def test_the_layer_that_is_timed_is_the_one_that_is_trained() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    from launcher.microbench import Bench
+
+    layer = Bench("cpu")._quantized_layer()[0]
+    assert type(layer).__module__ == "peft.tuners.lora.bnb"
+    assert layer.get_base_layer().weight.dtype.itemsize == 1
+
+
 def test_microbenchmarks_survive_their_json() -> None:
     found = kernels("h200")
     assert Microbenchmarks.from_dict(json.loads(json.dumps(found.to_dict()))) == found
