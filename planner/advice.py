@@ -188,5 +188,5 @@ def _searched(
     fixed: dict[str, Any] = {name: getattr(setup, name) for name in KEPT} | request.fixed
     if evaluator.try_evaluate(setup) is None:
         return None
-    result = search(setup, evaluator, effective_batch_size=effective, fixed=fixed)
+    result = search(setup, evaluator, effective_batch_size=effective, fixed=fixed, thorough=False)
     return None if result.chosen is None else result.chosen.candidate

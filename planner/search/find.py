@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from planner.candidate import Evaluator
@@ -36,12 +37,13 @@ def search(
     fixed: Mapping[str, Any],
     confirm: bool = False,
     tokens: int = TOKENS,
+    thorough: bool = True,
 ) -> SearchResult:
     """Find the setup that is first done with so many tokens, at the length and with the knobs of `base`.
 
     `effective_batch_size` counts examples. Where the evaluator knows the data, `tokens` are the examples' own
     and batches are chosen too. With `confirm` a setup fits by the allocator's replay, which is in its
-    figures; else by the fitted estimate.
+    figures; else by the fitted estimate. Not `thorough`, fewer of what layers may keep is tried.
 
     Raises:
         NotModelledError: a fixed knob whose memory is not modelled.
@@ -49,6 +51,8 @@ def search(
     """
     base = start(base, evaluator, fixed)
     found: list[Tried] = []
+    decided = any(name in fixed for name in LAYERS_KEEP)
+    keep = partial(levels, evaluator=evaluator, confirm=confirm, thorough=thorough)
     for batching in batchings(base, evaluator, fixed):
         batched = base.replace(**dict(batching.knobs))
         asked_for = batching is AS_GIVEN or base.packing
@@ -57,33 +61,19 @@ def search(
             if not (asked_for and mode is EAGER) and evaluator.try_evaluate(setup) is None:
                 continue
             prefix = batching.name + mode.name
-            found += _micro_batches(setup, prefix, evaluator, effective_batch_size, fixed, confirm=confirm)
+            for batch in choices(setup, evaluator, effective_batch_size, fixed):
+                there = batch.of(setup)
+                level = (
+                    [tried(there, prefix + ALL_AS_GIVEN, evaluator)] if decided else list(keep(there, prefix))
+                )
+                found += level
+                # Memory rises with the micro-batch.
+                if not goes_on(level[0], evaluator, confirm=confirm):
+                    break
     found += [_grouped(one, evaluator) for one in found if groups(one.candidate.setup, evaluator, fixed)]
     if confirm:
         return _confirm(found, evaluator, tokens)
     return SearchResult(tried=tuple(found), chosen=fastest([one for one in found if one.fits], tokens))
-
-
-def _micro_batches(
-    setup: TrainingSetup,
-    prefix: str,
-    evaluator: Evaluator,
-    effective: int,
-    fixed: Mapping[str, Any],
-    *,
-    confirm: bool,
-) -> Iterator[Tried]:
-    """Micro-batches of one strategy; memory rises with them, so the first that does not fit ends it."""
-    decided = any(name in fixed for name in LAYERS_KEEP)
-    for batch in choices(setup, evaluator, effective, fixed):
-        there = batch.of(setup)
-        if decided:
-            level = [tried(there, prefix + ALL_AS_GIVEN, evaluator)]
-        else:
-            level = list(levels(there, prefix, evaluator, confirm=confirm))
-        yield from level
-        if not goes_on(level[0], evaluator, confirm=confirm):
-            return
 
 
 def _grouped(one: Tried, evaluator: Evaluator) -> Tried:

@@ -33,8 +33,13 @@ def goes_on(one: Tried, evaluator: Evaluator, *, confirm: bool) -> bool:
     return evaluator.may_fit(one.candidate) if confirm else one.fits
 
 
-def levels(setup: TrainingSetup, prefix: str, evaluator: Evaluator, *, confirm: bool) -> Iterator[Tried]:
-    """All layers checkpointed comes first; then none, and what lies between where none does not fit."""
+def levels(
+    setup: TrainingSetup, prefix: str, evaluator: Evaluator, *, confirm: bool, thorough: bool
+) -> Iterator[Tried]:
+    """All layers checkpointed comes first; then none, and what lies between where none does not fit.
+
+    What lies between is fewer layers and, where `thorough`, also attention kept and memory budgets.
+    """
     most = tried(setup.replace(gradient_checkpointing=True), prefix + CHECKPOINTED, evaluator)
     yield most
     if not goes_on(most, evaluator, confirm=confirm):
@@ -44,6 +49,11 @@ def levels(setup: TrainingSetup, prefix: str, evaluator: Evaluator, *, confirm: 
     if none.fits:
         return
     yield from _partly(setup, prefix, evaluator)
+    if thorough:
+        yield from _between(setup, prefix, evaluator)
+
+
+def _between(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
     selective = _possible(setup, prefix + CHECKPOINTED + ATTENTION_KEPT, evaluator, **_SELECTIVE)
     if selective is not None:
         yield selective
@@ -55,6 +65,8 @@ def levels(setup: TrainingSetup, prefix: str, evaluator: Evaluator, *, confirm: 
         kept = _possible(setup, f"{prefix}activation memory budget {budget:g}", evaluator, **knobs)
         if kept is not None:
             yield kept
+        if kept is None or not kept.fits:
+            return
 
 
 _SELECTIVE: dict[str, Any] = {"gradient_checkpointing": True, "selective_checkpointing": True}
