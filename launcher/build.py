@@ -208,7 +208,7 @@ def sft_config(
         tf32=None,  # allow_tf32() sets it
         use_cpu=not on_gpu,
         optim=setup.optim,
-        dataloader_num_workers=0,  # docs/decisions.md, "Loading batches"
+        dataloader_num_workers=0,  # docs/decisions.md
         dataloader_pin_memory=on_gpu,
         dataloader_drop_last=False,
         train_sampling_strategy=setup.train_sampling_strategy,
