@@ -30,6 +30,7 @@ REFERENCE_GPU = "h100-80gb"
 START = {
     "layer_flop_seconds": 1 / 6e14,
     "attention_flop_seconds": 1 / 4e14,
+    "masked_attention_flop_seconds": 1 / 2e14,
     "head_flop_seconds": 1 / 5e14,
     "adapter_flop_seconds": 1 / 6e14,
     "single_flop_seconds": 1 / 5e13,
@@ -48,7 +49,7 @@ START = {
     "optimizer_call_seconds": 1e-4,
 }
 """Where the reference's fit starts: roughly an H100 and its host."""
-GPU_TERMS, HOST_TERMS = 8, 7
+GPU_TERMS, HOST_TERMS = 9, 7
 HOST_RATES = ("launch_seconds", "call_seconds", "compiled_layer_seconds", "micro_step_seconds")
 PRIOR, COMMON_PRIOR = 0.3, 0.2
 """How firmly a logarithm is held at its start, beside a run's weight of one, and how firmly a factor that all
@@ -272,6 +273,7 @@ def _pass_terms(work: StepWork, part: PassWork) -> tuple[float, ...]:
     return (
         0.0 if work.single else part.layer_flops,
         part.attention_flops,
+        part.masked_attention_flops,
         0.0 if work.single else part.head_flops,
         part.adapter_flops,
         part.layer_flops + part.head_flops if work.single else 0.0,

@@ -41,17 +41,21 @@ class LinearWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatrixFlops:
-    """Floating-point operations of one micro-step's matmuls, multiply and add counted apart."""
+    """Floating-point operations of one micro-step's matmuls, multiply and add counted apart.
+
+    `masked_attention` is that of layers whose attention is given a mask, which flash kernels do not take.
+    """
 
     layers: float
     adapter: float
     head: float
     attention: float
+    masked_attention: float
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.layers + self.adapter + self.head + self.attention
+        return self.layers + self.adapter + self.head + self.attention + self.masked_attention
 
 
 class _Same:
@@ -74,18 +78,19 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
     return _linear_work(_Same(model), target_modules)
 
 
-def matrix_flops(setup: TrainingSetup, model: ModelSpec) -> MatrixFlops:
+def matrix_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> MatrixFlops:
     """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward."""
-    forward, backward = pass_flops(setup, model)
+    forward, backward = pass_flops(setup, model, padded=padded)
     return MatrixFlops(
         layers=forward.layers + backward.layers,
         adapter=forward.adapter + backward.adapter,
         head=forward.head + backward.head,
         attention=forward.attention + backward.attention,
+        masked_attention=forward.masked_attention + backward.masked_attention,
     )
 
 
-def pass_flops(setup: TrainingSetup, model: ModelSpec) -> tuple[MatrixFlops, MatrixFlops]:
+def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[MatrixFlops, MatrixFlops]:
     """Count the matmuls of a micro-step's forward pass, and of its backward pass with what it recomputes.
 
     A weight that is trained has three matmuls a token (forward, input gradient, weight gradient), a frozen
@@ -105,14 +110,18 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec) -> tuple[MatrixFlops, Mat
             norm = 2.0 * setup.lora_r * work.wrapped_weights
     layers = 2.0 * work.active_weights * tokens
     head = 2.0 * work.head_weights * tokens
-    attention, again = _attention_flops(setup, model, recomputed)
+    attention, masked = _attention_flops(setup, model, padded=padded)
+    again = _attention_again(setup, model, recomputed)
     return (
-        MatrixFlops(layers=layers, adapter=adapter + norm, head=head, attention=attention),
+        MatrixFlops(
+            layers=layers, adapter=adapter + norm, head=head, attention=attention, masked_attention=masked
+        ),
         MatrixFlops(
             layers=layers * (1 + recomputed + trained),
             adapter=adapter * (2 + recomputed) + norm * recomputed,
             head=head * (2 + trained),
-            attention=again,
+            attention=attention * again,
+            masked_attention=masked * again,
         ),
     )
 
@@ -136,38 +145,52 @@ def attention_implementation(setup: TrainingSetup, model: ModelSpec) -> str:
     return setup.attn_implementation or model.default_attn_implementation
 
 
-def attention_pairs(setup: TrainingSetup, layer: LayerSpec, implementation: str) -> float:
+def attention_pairs(
+    setup: TrainingSetup, layer: LayerSpec, implementation: str, *, padded: bool = False
+) -> float:
     """Query-key pairs that one head computes in a micro-step.
 
-    Flash and flex attention skip what is masked. SDPA does so only without a mask tensor: packed batches and
-    windows shorter than the sequence carry one (transformers/integrations/sdpa_attention.py:43-52), and a
-    packed batch is one long row. Eager computes every pair.
+    Flash and flex attention skip what is masked. SDPA does so only without a mask tensor. Eager computes
+    every pair. A packed batch is one long row.
     """
     length, batch = setup.max_length, setup.per_device_train_batch_size
     window = layer.sliding_window
-    windowed = window is not None and window < length
     if implementation in ("flash_attention_2", "flex_attention"):
-        if window is None or not windowed:
+        if window is None or window >= length:
             return batch * length * (length + 1) / 2
         return batch * (window * (window + 1) / 2 + (length - window) * window)
     if setup.packing:
         return float((batch * length) ** 2)
-    if implementation == "eager" or windowed:
+    if implementation == "eager" or has_mask(setup, layer, implementation, padded=padded):
         return float(batch * length * length)
     return batch * length * (length + 1) / 2
 
 
-def _attention_flops(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> tuple[float, float]:
-    """Attention's share of the forward pass, and of the backward pass."""
+def has_mask(setup: TrainingSetup, layer: LayerSpec, implementation: str, *, padded: bool) -> bool:
+    """Whether SDPA gets a mask tensor: for padded and packed batches, and windows shorter than the sequence
+    (transformers/integrations/sdpa_attention.py:43-52).
+    """
+    windowed = layer.sliding_window is not None and layer.sliding_window < setup.max_length
+    return implementation == "sdpa" and (setup.packing or padded or windowed)
+
+
+def _attention_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[float, float]:
+    """Attention's share of the forward pass: of layers without a mask, and of those with one."""
     implementation = attention_implementation(setup, model)
-    backward = EAGER_ATTENTION_BACKWARD if implementation == "eager" else ATTENTION_BACKWARD
+    found = [0.0, 0.0]
+    for layer in model.layers:
+        pairs = attention_pairs(setup, layer, implementation, padded=padded)
+        # QK^T and PV: 2 operations an element of the head each.
+        masked = has_mask(setup, layer, implementation, padded=padded)
+        found[masked] += 4.0 * layer.count * layer.query_size * pairs
+    return found[0], found[1]
+
+
+def _attention_again(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> float:
+    """Attention's operations in the backward pass, recomputed ones too, for each of the forward pass."""
+    eager = attention_implementation(setup, model) == "eager"
     again = 0.0 if setup.selective_checkpointing else recomputed
-    # QK^T and PV: 2 operations an element of the head each.
-    forward = sum(
-        4.0 * layer.count * layer.query_size * attention_pairs(setup, layer, implementation)
-        for layer in model.layers
-    )
-    return forward, forward * (again + backward)
+    return again + (EAGER_ATTENTION_BACKWARD if eager else ATTENTION_BACKWARD)
 
 
 @functools.lru_cache(maxsize=256)

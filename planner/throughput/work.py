@@ -64,8 +64,9 @@ class PassWork(NamedTuple):
     """Work of a micro-step's forward pass, or of its backward pass with what it recomputes.
 
     `*_flops`: floating-point operations of the layers' matrices, the adapter's, the output head's and
-    attention's (fused kernels; eager attention's are in its tensors). `written_bytes` are the tensors that
-    grow with the batch, `weight_bytes` those that do not (dequantised weights above all). Of eager layers,
+    attention's (fused kernels, apart where they take a mask; eager attention's are in its tensors).
+    `written_bytes` are the tensors that grow with the batch, `weight_bytes` those that do not (dequantised
+    weights above all). Of eager layers,
     `launches` counts tensors made, `quantized_calls` and `lora_calls` runs of PEFT's Python around a 4-bit
     or 16-bit layer, `liger_calls` runs of Liger's, `selected_launches` tensors made where selective
     checkpointing looks at each operation. Compiled are `compiled_layers`, and `compiled_calls` of the 4-bit
@@ -76,6 +77,7 @@ class PassWork(NamedTuple):
     adapter_flops: float
     head_flops: float
     attention_flops: float
+    masked_attention_flops: float
     written_bytes: float
     weight_bytes: float
     launches: float
@@ -190,7 +192,7 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             offloaded += count * (
                 kept if part.checkpointed else one.kept.bytes_at(shape.tokens, shape.scores)
             )
-    flops = pass_flops(setup, model)
+    flops = pass_flops(setup, model, padded=padded)
     python = _python_runs(setup, model, liger)
     share = checkpointed_share(setup, model)
     linear = linear_work(model, setup.target_modules)
@@ -200,6 +202,7 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             adapter_flops=part.adapter,
             head_flops=part.head,
             attention_flops=0.0 if attention == "eager" else part.attention,
+            masked_attention_flops=part.masked_attention,
             written_bytes=made.bytes_at(shape.tokens, shape.scores) - made.constant,
             weight_bytes=made.constant,
             launches=0 if setup.compile != "none" else made.launches,

@@ -166,6 +166,23 @@ def test_attention_pairs_follow_the_mask(knobs: dict[str, object], pairs: float)
     assert attention_pairs(asked, TINY.layers[0], asked.attn_implementation or "sdpa") == pairs
 
 
+def test_a_mask_takes_attention_off_the_flash_kernels() -> None:
+    """Padded batches have one, so do windows; a mask makes every pair be computed, in a slower kernel."""
+    asked = setup(per_device_train_batch_size=4)
+    full, padded = (matrix_flops(asked, LLAMA_8B, padded=value) for value in (False, True))
+    assert full.masked_attention == padded.attention == 0
+    assert padded.masked_attention == pytest.approx(2 * full.attention, rel=1e-3)
+    card = gpu_catalog().get("h100")
+    times = [
+        estimate_step(asked, LLAMA_8B, card, padded=value).seconds_per_micro_step for value in (False, True)
+    ]
+    assert times[1] > 1.02 * times[0]
+    windowed = matrix_flops(setup(max_length=100), TINY)
+    assert windowed.attention == 0 < windowed.masked_attention
+    flash = matrix_flops(setup(max_length=100, attn_implementation="flash_attention_2"), TINY)
+    assert flash.masked_attention == 0 < flash.attention
+
+
 SETUPS = st.fixed_dictionaries(
     {
         "max_length": st.sampled_from([1, 16, 512, 4096, 100_000]),
