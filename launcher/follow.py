@@ -206,7 +206,11 @@ def _print_speed(console: Console, plan: Plan, events: list[Event]) -> None:
     if seen is None or plan.speed is None:
         return
     console.print()
-    forecast = f"{rate(plan.speed.tokens_per_second)} forecast for {plan.gpu.spec.id}"
+    expected = plan.speed.tokens_per_second
+    if plan.duration is not None and plan.duration.useful_tokens_per_second is not None:
+        # TRL leaves padding out of its count too, but for the little that packed rows have.
+        expected = plan.duration.useful_tokens_per_second
+    forecast = f"{rate(expected)} forecast for {plan.gpu.spec.id}"
     pairs(console, [("tokens/s", f"{forecast}, {rate(seen)} measured")])
 
 
