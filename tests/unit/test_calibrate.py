@@ -12,12 +12,16 @@ from textwrap import indent
 import pytest
 
 from launcher import calibrate
+from launcher.commands.calibrate import _show_speed
 from launcher.profile import profile_line, read_profiles
+from planner.accuracy import shipped_records
 from planner.errors import InputError, VramwiseError
 from planner.gpu_catalog import gpu_catalog
 from planner.hardware import LocalGpu
-from planner.records import all_records, read_records
+from planner.records import all_records, append_record, read_records
+from planner.throughput.fit import SpeedFit
 from planner.throughput.microbenchmarks import own_file
+from planner.throughput.rates import rates_for
 
 GIB = 2**30
 
@@ -187,3 +191,46 @@ def test_every_shipped_record_can_be_read() -> None:
     from planner.data_files import PROFILES
 
     assert len(list(read_records(PROFILES / "runs" / "h100-80gb.jsonl"))) >= 60
+
+
+def runs_elsewhere(gpu_id: str, count: int) -> None:
+    """Keep timed runs of several models as this machine's own, as if measured on another GPU."""
+    timed = [r for r in shipped_records() if r.outcome == "ok" and r.tokens_per_second and r.fills_its_length]
+    by_model = {record.setup.model: record for record in timed}
+    for record in list(by_model.values())[:count]:
+        there = dataclasses.replace(record.environment, gpu_id=gpu_id)
+        append_record(
+            calibrate.records_file(gpu(gpu_id)),
+            dataclasses.replace(record, id=f"own-{record.id}", environment=there),
+        )
+
+
+def test_three_runs_are_enough_for_rates_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    card = gpu("rtx-4090")
+    runs_elsewhere("rtx-4090", 2)
+    assert calibrate.fit_speed(card) is None
+    calibrate.records_file(card).unlink()
+    runs_elsewhere("rtx-4090", 3)
+    speed = calibrate.fit_speed(card)
+    assert speed is not None
+    kept = json.loads(calibrate.rates_file(card).read_text())
+    assert kept["gpu"] == "rtx-4090"
+    assert len(kept["record_ids"]) == 3
+    _show_speed(speed)
+    assert "rates fitted to 3 runs; median error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [(None, "too few timed runs"), ("one model", "rates fitted to 3 runs; one model")],
+)
+def test_what_cannot_be_judged_is_said(
+    speed: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = None
+    if speed is not None:
+        rates = rates_for(gpu_catalog().get("h100-80gb"))
+        assert rates is not None
+        found = SpeedFit(rates=dataclasses.replace(rates, record_ids=("a", "b", "c")), residuals=())
+    _show_speed(found)
+    assert said in capsys.readouterr().out
