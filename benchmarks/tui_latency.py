@@ -22,8 +22,7 @@ from textual.pilot import Pilot
 from textual.screen import Screen
 
 from benchmarks.results import write_result
-from launcher.tui import cards
-from launcher.tui.app import VramwiseApp
+from launcher.tui import app, cards
 from launcher.tui.screens.sizing import SizingScreen
 from planner.model_catalog import resolve_model
 from planner.training_setup import TrainingSetup
@@ -48,9 +47,10 @@ PRESSES = {
 _FIGURE = re.compile(r"([\d.,]+)(?: GiB)?, at most ([\d.,]+)")
 
 
-class TimedApp(VramwiseApp):
+class TimedApp(app.VramwiseApp):
     """Notes every paint that holds the verdict's figure, with its time and whether it is refined."""
 
+    CSS_PATH = Path(app.__file__).with_name("app.tcss")
     painted: list[tuple[float, tuple[str, str], bool]]
 
     def _display(self, screen: Screen[Any], renderable: Any) -> None:
@@ -65,27 +65,27 @@ class TimedApp(VramwiseApp):
 
 async def measure(*, pause: bool) -> tuple[list[float], list[float]]:
     """Seconds to the changed figure and, with pauses, to the refined one, for each of the presses."""
-    app = TimedApp(
+    timed = TimedApp(
         model=resolve_model(MODEL),
         card=cards.card_from_text(CARD),
         setup=TrainingSetup(model=MODEL, max_length=4096, gradient_accumulation_steps=16),
         runs_root=Path("runs"),
     )
-    app.painted = []
-    async with app.run_test(size=SIZE) as pilot:
+    timed.painted = []
+    async with timed.run_test(size=SIZE) as pilot:
         await _idle(pilot)
         changed, refined = [], []
         for field, key in _presses():
-            screen = app.screen
+            screen = timed.screen
             assert isinstance(screen, SizingScreen)
             screen.query_one(f"#knob-{field}").focus()
             await (_idle(pilot) if pause else asyncio.sleep(KEY_EVERY_SECONDS))
-            before, seen = app.painted[-1][1], len(app.painted)
+            before, seen = timed.painted[-1][1], len(timed.painted)
             start = time.perf_counter()
             await pilot.press(key)
-            changed.append(await _first(app, seen, lambda one, was=before: one[1] != was) - start)
+            changed.append(await _first(timed, seen, lambda one, was=before: one[1] != was) - start)
             if pause:
-                refined.append(await _first(app, seen, lambda one: one[2]) - start)
+                refined.append(await _first(timed, seen, lambda one: one[2]) - start)
     return changed, refined
 
 
@@ -101,11 +101,11 @@ async def _idle(pilot: Pilot[None]) -> None:
         await pilot.pause(0.05)
 
 
-async def _first(app: TimedApp, seen: int, wanted: Any) -> float:
+async def _first(timed: TimedApp, seen: int, wanted: Any) -> float:
     """When the first paint after the `seen` ones that is wanted was made."""
     end = time.perf_counter() + WAIT_SECONDS
     while time.perf_counter() < end:
-        for one in app.painted[seen:]:
+        for one in timed.painted[seen:]:
             if wanted(one):
                 return one[0]
         await asyncio.sleep(0.001)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -65,6 +66,7 @@ class SizingScreen(Screen[None]):
         self._card = card
         self._others: dict[str, Any] = knobs.other_fields(setup)
         self._initial = knobs.to_texts(setup)
+        self._question: Text | None = None
         self.sizing: Sizing | None = None
 
     def compose(self) -> ComposeResult:
@@ -137,7 +139,10 @@ class SizingScreen(Screen[None]):
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
-        self.query_one("#question", Static).update(parts.question(sizing, self.app.theme_variables["muted"]))
+        question = parts.question(sizing, self.app.theme_variables["muted"])
+        if question != self._question:
+            self._question = question
+            self.query_one("#question", Static).update(question)
         self.query_one(VerdictLine).sizing = sizing
         self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory

@@ -32,6 +32,8 @@ class KnobForm(Vertical):
     def __init__(self, texts: Mapping[str, str]) -> None:
         super().__init__(id="form")
         self._texts = dict(texts)
+        self._error_shown = False
+        self._others = ""
 
     def compose(self) -> ComposeResult:
         """Model, GPU, then the knobs."""
@@ -81,6 +83,7 @@ class KnobForm(Vertical):
     def show_error(self, field: str | None, message: str) -> None:
         """Show one message, under its knob when it has one."""
         self.clear_errors()
+        self._error_shown = True
         known = field is not None and bool(self.query(f"#error-{field}"))
         place = self.query_one(f"#error-{field if known else 'form'}", Static)
         place.update(Text(plain(message)))
@@ -90,6 +93,9 @@ class KnobForm(Vertical):
 
     def clear_errors(self) -> None:
         """Take all messages away."""
+        if not self._error_shown:
+            return
+        self._error_shown = False
         for place in self.query(".knob-error.shown"):
             place.remove_class("shown")
         for control in self.query(".invalid"):
@@ -97,6 +103,9 @@ class KnobForm(Vertical):
 
     def show_other_fields(self, text: str) -> None:
         """Show fields that are set but have no knob."""
+        if text == self._others:
+            return
+        self._others = text
         place = self.query_one("#other-fields", Static)
         place.update(Text(plain(text)))
         place.set_class(bool(text), "shown")

@@ -18,7 +18,12 @@ class Legend(Widget):
 
     DEFAULT_CSS = "Legend { height: auto; }"
 
-    memory: reactive[MemoryBreakdown | None] = reactive(None, layout=True)
+    memory: reactive[MemoryBreakdown | None] = reactive(None)
+
+    def watch_memory(self, old: MemoryBreakdown | None, new: MemoryBreakdown | None) -> None:
+        """Lay out anew only where the number of lines changes: that takes longer than all the rest."""
+        if _shown(old) != _shown(new):
+            self.refresh(layout=True)
 
     def render(self) -> Text:
         """Draw the table over the widget's width."""
@@ -26,6 +31,10 @@ class Legend(Widget):
             return Text("")
         muted = self.app.theme_variables.get("muted", "#888888")
         return legend(self.memory, max(30, self.content_size.width), muted=muted)
+
+
+def _shown(memory: MemoryBreakdown | None) -> int:
+    return 0 if memory is None else sum(component.size_bytes > 0 for component in memory.components)
 
 
 def legend(memory: MemoryBreakdown, width: int, *, muted: str) -> Text:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.reactive import reactive
 from textual.widgets import Input
 
 from launcher.tui.knobs import Knob, step
@@ -24,6 +25,9 @@ class NumberKnob(Input):
         Binding("up", "app.focus_previous", "Previous", show=False, id="knob.previous"),
         Binding("down,enter", "app.focus_next", "Next", show=False, id="knob.next"),
     ]
+
+    # Input lays the screen out anew at every letter; the width of a knob's field does not depend on its text.
+    value: reactive[str] = reactive("", init=False)
 
     def __init__(self, knob: Knob, value: str, *, placeholder: str = "") -> None:
         super().__init__(

@@ -17,7 +17,12 @@ class PhaseTable(Widget):
 
     DEFAULT_CSS = "PhaseTable { height: auto; }"
 
-    memory: reactive[MemoryBreakdown | None] = reactive(None, layout=True)
+    memory: reactive[MemoryBreakdown | None] = reactive(None)
+
+    def watch_memory(self, old: MemoryBreakdown | None, new: MemoryBreakdown | None) -> None:
+        """Lay out anew only where the number of lines can change."""
+        if _moment(old) != _moment(new):
+            self.refresh(layout=True)
 
     def render(self) -> Text:
         """Draw the lines."""
@@ -27,6 +32,11 @@ class PhaseTable(Widget):
         return phases(
             self.memory, max(30, self.content_size.width), muted=colours["muted"], strong=colours["primary"]
         )
+
+
+def _moment(memory: MemoryBreakdown | None) -> str:
+    """What may wrap: the rest is of one height."""
+    return "" if memory is None else memory.peak_phase.peak_moment
 
 
 def phases(memory: MemoryBreakdown, width: int, *, muted: str, strong: str) -> Text:

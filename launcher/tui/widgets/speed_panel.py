@@ -15,7 +15,12 @@ class SpeedPanel(Widget):
 
     DEFAULT_CSS = "SpeedPanel { height: auto; }"
 
-    sizing: reactive[Sizing | None] = reactive(None, layout=True)
+    sizing: reactive[Sizing | None] = reactive(None)
+
+    def watch_sizing(self, old: Sizing | None, new: Sizing | None) -> None:
+        """Lay out anew only where the number of lines can change."""
+        if _wrapping(old) != _wrapping(new):
+            self.refresh(layout=True)
 
     def render(self) -> Text:
         """Draw the lines."""
@@ -23,6 +28,13 @@ class SpeedPanel(Widget):
             return Text("")
         colours = self.app.theme_variables
         return speed(self.sizing, muted=colours["muted"], warning=colours["warning"])
+
+
+def _wrapping(sizing: Sizing | None) -> tuple[bool, str]:
+    """What may wrap: the rest is of one height."""
+    if sizing is None or sizing.step is None:
+        return False, "" if sizing is None else sizing.no_step
+    return sizing.step.calibrated, sizing.step.basis
 
 
 def speed(sizing: Sizing, *, muted: str, warning: str) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.reactive import reactive
 from textual.widgets import Input
 
 from launcher.tui.knobs import Knob, step
@@ -19,6 +20,9 @@ class TextKnob(Input):
         Binding("up", "app.focus_previous", "Previous", show=False, id="text.previous"),
         Binding("down,enter", "app.focus_next", "Next", show=False, id="text.next"),
     ]
+
+    # Input lays the screen out anew at every letter; the width of a knob's field does not depend on its text.
+    value: reactive[str] = reactive("", init=False)
 
     def __init__(self, knob: Knob, value: str) -> None:
         super().__init__(value, id=f"knob-{knob.field}", compact=True, max_length=400, tooltip=knob.help)
