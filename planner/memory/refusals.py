@@ -63,7 +63,7 @@ def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
     if setup.dtype == "float32":
         raise NotModelledError("compile=regional with dtype", setup.dtype)
     attention = attention_implementation(setup, model)
-    if attention != "sdpa":
+    if attention not in ("sdpa", "flex_attention"):
         raise NotModelledError("compile=regional with attn_implementation", attention)
     if any(layer.experts for layer in model.layers):
         raise NotModelledError("compile=regional with experts of model", model.id)
