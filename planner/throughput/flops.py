@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.model_spec import LayerSpec, ModelSpec, Parameter
 from planner.training_setup import ALL_LINEAR, TrainingSetup
@@ -39,8 +40,7 @@ class LinearWork:
     all_tensors: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MatrixFlops:
+class MatrixFlops(NamedTuple):
     """Floating-point operations of one micro-step's matmuls, multiply and add counted apart.
 
     `masked_attention` is that of layers whose attention is given a mask, which flash kernels do not take.

@@ -179,23 +179,11 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
     attention = attention_implementation(setup, model)
     parts, _ = segments(setup, model, trainables(setup, model), attention=attention, padded=padded)
     shape = micro_step(setup)
-    forward = recomputed = backward = NOTHING
-    liger = offloaded = 0.0
-    for part in parts:
-        one, count = _work_of(part), len(part.indices)
-        forward = forward.plus(one.forward, count)
-        recomputed = recomputed.plus(one.recomputed, count)
-        backward = backward.plus(one.backward, count)
-        liger += count * _liger_kernels(part.layer)
-        if setup.activation_offloading:
-            kept = part.input_bytes_per_token * shape.tokens
-            offloaded += count * (
-                kept if part.checkpointed else one.kept.bytes_at(shape.tokens, shape.scores)
-            )
+    made = _all_layers(parts)
     flops = pass_flops(setup, model, padded=padded)
-    python = _python_runs(setup, model, liger)
     share = checkpointed_share(setup, model)
     linear = linear_work(model, setup.target_modules)
+    python = _python_runs(setup, model, linear.wrapped_count, made.liger_kernels)
     passes = tuple(
         PassWork(
             layer_flops=part.layers,
@@ -203,9 +191,9 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             head_flops=part.head,
             attention_flops=0.0 if attention == "eager" else part.attention,
             masked_attention_flops=part.masked_attention,
-            written_bytes=made.bytes_at(shape.tokens, shape.scores) - made.constant,
-            weight_bytes=made.constant,
-            launches=0 if setup.compile != "none" else made.launches,
+            written_bytes=tensors.bytes_at(shape.tokens, shape.scores) - tensors.constant,
+            weight_bytes=tensors.constant,
+            launches=0 if setup.compile != "none" else tensors.launches,
             selected_launches=dispatched.launches if setup.selective_checkpointing else 0,
             quantized_calls=python.quantized * runs,
             lora_calls=python.lora * runs,
@@ -213,10 +201,10 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             compiled_layers=python.compiled_layers,
             compiled_calls=python.compiled * nodes,
         )
-        for part, made, dispatched, runs, nodes in (
-            (flops[0], forward, forward, 1.0, 1.0),
+        for part, tensors, dispatched, runs, nodes in (
+            (flops[0], made.forward, made.forward, 1.0, 1.0),
             # Backward nodes of bitsandbytes and Liger are Python too, of PEFT's layers torch's own.
-            (flops[1], backward.plus(recomputed, 1), recomputed, share, 1.0 + share),
+            (flops[1], made.backward, made.recomputed, share, 1.0 + share),
         )
     )
     trained = 2 * linear.wrapped_count if setup.uses_lora else linear.all_tensors
@@ -225,10 +213,54 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
         single=setup.dtype == "float32",
         forward=passes[0],
         backward=passes[1],
-        offloaded_bytes=offloaded,
+        offloaded_bytes=made.kept.bytes_at(shape.tokens, shape.scores)
+        if setup.activation_offloading
+        else 0.0,
         optimizer_bytes=trained_parameters(setup, linear) * OPTIMIZER[setup.optim],
         optimizer_calls=trained * OPTIMIZER_CALLS.get(setup.optim, 1.0),
     )
+
+
+class _AllLayers(NamedTuple):
+    """What all decoder layers make (in the backward pass with what it recomputes) and keep together."""
+
+    forward: Made
+    recomputed: Made
+    backward: Made
+    kept: Made
+    liger_kernels: int
+
+
+_ALL_LAYERS: dict[int, tuple[tuple[Segment, ...], _AllLayers]] = {}
+_MOST_REMEMBERED = 4096
+
+
+def _all_layers(parts: tuple[Segment, ...]) -> _AllLayers:
+    """Sum up segments; remembered by the tuple itself: hashing its knobs takes longer than an estimate."""
+    known = _ALL_LAYERS.get(id(parts))
+    if known is not None and known[0] is parts:
+        return known[1]
+    forward = recomputed = backward = kept = NOTHING
+    liger = 0
+    for part in parts:
+        count = len(part.indices)
+        one = layer_work(
+            part.layer,
+            part.knobs,
+            checkpointed=part.checkpointed,
+            input_requires_grad=part.input_requires_grad,
+        )
+        inputs = Made(1, 0.0, part.input_bytes_per_token, 0.0)
+        forward = forward.plus(one.forward, count)
+        recomputed = recomputed.plus(one.recomputed, count)
+        backward = backward.plus(one.backward, count).plus(one.recomputed, count)
+        kept = kept.plus(inputs if part.checkpointed else one.kept, count)
+        liger += count * _liger_kernels(part.layer)
+    found = _AllLayers(forward, recomputed, backward, kept, liger)
+    if len(_ALL_LAYERS) >= _MOST_REMEMBERED:
+        _ALL_LAYERS.clear()
+    _ALL_LAYERS[id(parts)] = (parts, found)
+    return found
 
 
 class _PythonRuns(NamedTuple):
@@ -236,20 +268,19 @@ class _PythonRuns(NamedTuple):
 
     quantized: int
     lora: int
-    liger: float
+    liger: int
     compiled: int
     compiled_layers: int
 
 
-def _python_runs(setup: TrainingSetup, model: ModelSpec, liger: float) -> _PythonRuns:
-    wrapped = linear_work(model, setup.target_modules).wrapped_count
+def _python_runs(setup: TrainingSetup, model: ModelSpec, wrapped: int, liger: int) -> _PythonRuns:
     if setup.compile != "none":
         quantized = wrapped if setup.method == "qlora" else 0
-        return _PythonRuns(0, 0, 0.0, quantized, model.num_hidden_layers)
+        return _PythonRuns(0, 0, 0, quantized, model.num_hidden_layers)
     return _PythonRuns(
         wrapped if setup.method == "qlora" else 0,
         wrapped if setup.method == "lora" else 0,
-        liger if setup.kernels == "liger" else 0.0,
+        liger if setup.kernels == "liger" else 0,
         0,
         0,
     )
@@ -259,12 +290,3 @@ def _liger_kernels(layer: LayerSpec) -> int:
     """Kernels of Liger's in a layer's forward: norms, activation, rotation."""
     norms = 2 * layer.input_norms + 2 * layer.output_norms + 2 * (layer.qk_norm != "none")
     return norms + layer.gated_mlp + layer.rotary
-
-
-def _work_of(part: Segment) -> LayerWork:
-    return layer_work(
-        part.layer,
-        part.knobs,
-        checkpointed=part.checkpointed,
-        input_requires_grad=part.input_requires_grad,
-    )
