@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from planner.candidate import Candidate, Evaluator
 from planner.cards import native
 from planner.cost import run_cost
+from planner.errors import NotModelledError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.plan import CardAdvice, Duration, OtherCard
@@ -47,7 +48,8 @@ class Question:
 
     `tried` is all of the search on its card, `fits` whether the chosen one does; `lengths` are those that the
     person would like, the best first, `open_ended` that longer ones may be better still. `fixed` are the
-    knobs that were asked for. `smallest` is the smallest card where nothing fits.
+    knobs that were asked for. `tokens` are those that the search took the run to have. `smallest` is the
+    smallest card where nothing fits.
     """
 
     tried: Sequence[Tried]
@@ -56,6 +58,7 @@ class Question:
     lengths: Sequence[int]
     open_ended: bool
     fixed: frozenset[str]
+    tokens: int
     duration: Duration | None
     smallest: CardAdvice | None
 
@@ -69,7 +72,7 @@ def other_cards(question: Question, evaluator: Evaluator) -> tuple[OtherCard, ..
         for gpu in cards:
             if found and gpu.usable_bytes <= found[0].usable_bytes:
                 break
-            one = _on(gpu, question, evaluator, question.duration.tokens)
+            one = _on(gpu, question, evaluator, question.duration)
             if one is not None and _worth_naming(one, question):
                 found.append(one)
                 break
@@ -101,7 +104,7 @@ def _worth_naming(one: OtherCard, question: Question) -> bool:
     return one.speedup is not None and one.speedup >= WORTH_NAMING
 
 
-def _on(gpu: GpuSpec, question: Question, evaluator: Evaluator, tokens: int) -> OtherCard | None:
+def _on(gpu: GpuSpec, question: Question, evaluator: Evaluator, duration: Duration) -> OtherCard | None:
     there, now, smallest = evaluator.on(gpu), question.chosen, question.smallest
     lengths = (now.setup.max_length,) if question.fits else question.lengths
     if smallest is not None and smallest.gpu == gpu.id:
@@ -112,11 +115,8 @@ def _on(gpu: GpuSpec, question: Question, evaluator: Evaluator, tokens: int) -> 
         best = there.try_evaluate(native(now.setup.replace(max_length=smallest.max_length), gpu))
     if best is None or best.tokens_per_second is None:
         return None
-    hours = (finish_seconds(best, tokens) or 0.0) / 3600
+    hours = (finish_seconds(best, duration.tokens) or 0.0) / 3600
     cost = run_cost(hours, gpu)
-    speedup = None
-    if question.fits and now.tokens_per_second:
-        speedup = best.tokens_per_second / now.tokens_per_second
     return OtherCard(
         gpu=gpu.id,
         name=gpu.name,
@@ -125,7 +125,7 @@ def _on(gpu: GpuSpec, question: Question, evaluator: Evaluator, tokens: int) -> 
         setup=best.setup,
         peak_upper_bytes=best.peak_upper_bytes,
         tokens_per_second=best.tokens_per_second,
-        speedup=speedup,
+        speedup=duration.hours / hours if question.fits and hours else None,
         longer_length=_longer(question, evaluator, there),
         hours=hours,
         usd_per_gpu_hour=None if cost is None else cost.usd_per_gpu_hour,
@@ -150,21 +150,29 @@ def _longer(question: Question, evaluator: Evaluator, there: Evaluator) -> int |
 
 
 def _fastest(question: Question, there: Evaluator, length: int) -> Candidate | None:
-    """The fastest of what was tried that fits there, with what that leaves spent on speed."""
-    budget = MAX_TRIED
-    for one in sorted(question.tried, key=lambda one: -(one.candidate.tokens_per_second or 0.0)):
-        setup, memory = one.candidate.setup, one.candidate.memory
-        if setup.max_length <= length and memory.peak_lower_bytes > there.usable_bytes:
-            continue
-        if setup.compile != "none" and not there.compiles:
-            continue
-        best = _fitting(there, setup.replace(max_length=length))
+    """The first to be done of what was tried that fits there, with what that leaves spent on speed.
+
+    Eager and compiled layers are looked at apart: compilation weighs more where steps are faster.
+    """
+    found = []
+    for kind in {one.candidate.setup.compile for one in question.tried}:
+        best = None if kind != "none" and not there.compiles else _first(question, there, length, kind)
         if best is not None:
-            spent = _spent(best, question.fixed, there)
-            return max((best, *spent), key=lambda one: one.tokens_per_second or 0.0)
+            found += [best, *_spent(best, question.fixed, there)]
+    return min(found, key=lambda one: finish_seconds(one, question.tokens) or 0.0, default=None)
+
+
+def _first(question: Question, there: Evaluator, length: int, kind: str) -> Candidate | None:
+    """The fastest setup of a kind, by the card asked for, that fits there."""
+    own = (one.candidate for one in question.tried if one.candidate.setup.compile == kind)
+    budget = MAX_TRIED
+    for one in sorted(own, key=lambda one: -(one.tokens_per_second or 0.0)):
+        if one.setup.max_length <= length and one.memory.peak_lower_bytes > there.usable_bytes:
+            continue
+        best = _fitting(there, one.setup.replace(max_length=length))
         budget -= 1
-        if budget == 0:
-            break
+        if best is not None or budget == 0:
+            return best
     return None
 
 
@@ -196,5 +204,8 @@ def _spent(best: Candidate, fixed: frozenset[str], there: Evaluator) -> Iterator
 
 
 def _fitting(evaluator: Evaluator, setup: TrainingSetup) -> Candidate | None:
-    candidate = evaluator.try_evaluate(native(setup, evaluator.gpu))
-    return candidate if candidate is not None and evaluator.fits(candidate) else None
+    own = native(setup, evaluator.gpu)
+    try:
+        return evaluator.evaluate(own) if evaluator.setup_fits(own) else None
+    except NotModelledError:
+        return None

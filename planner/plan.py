@@ -139,12 +139,17 @@ class Alternative:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrontierPoint:
-    """A setup of the search that no other one beats in both speed and memory; `chosen` is the plan's own."""
+    """A setup of the search that no other one beats in both time and memory; `chosen` is the plan's own.
+
+    `hours` is the time of the plan's run, or of the run that the search assumes where no data was given, with
+    compilation. `tokens_per_second` is of the data's own tokens, or of full sequences without data.
+    """
 
     strategy: str
     setup: TrainingSetup
     peak_upper_bytes: int
-    tokens_per_second: float | None
+    tokens_per_second: float
+    hours: float
     fits: bool
     chosen: bool
 
@@ -181,8 +186,8 @@ class CardAdvice:
 class OtherCard:
     """What a card with more memory would bring: `setup` is the fastest of a few that fit on it.
 
-    `speedup` is over the plan's setup where that fits, else null. `longer_length` is a length beyond the
-    plan's that fits there and not on the card asked for. Hours and price are for what the plan's are for.
+    Hours and price are for what the plan's `duration` is for. `speedup` is the plan's hours over these where
+    the plan fits, else null. `longer_length` is a length beyond the plan's that fits there, but not here.
     """
 
     gpu: str

@@ -65,6 +65,7 @@ def make_plan(
         lengths=lengths,
         open_ended=stats is None and "max_length" not in request.fixed,
         fixed=frozenset(request.fixed),
+        tokens=chosen.tokens,
         duration=duration,
         smallest=card,
     )
@@ -91,7 +92,7 @@ def make_plan(
         smallest_gpu=card,
         assumptions=assumptions(request, target, setup, schedule, data, chosen),
         notes=model_notes(model, setup, best.memory, target.usable_bytes),
-        frontier=frontier(chosen.result.tried, chosen.tried, evaluator),
+        frontier=frontier(chosen.result.tried, chosen.tried, evaluator, tokens=chosen.tokens),
         other_cards=other_cards(question, evaluator),
     )
 

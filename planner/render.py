@@ -85,6 +85,11 @@ def duration(hours: float) -> str:
     return f"{round(minutes / 60 / 24):,} days"
 
 
+def dollars(usd: float) -> str:
+    """A price to the cent; what is not nothing is not shown as nothing."""
+    return "under $0.01" if 0 < usd < 0.005 else f"${usd:,.2f}"
+
+
 def bar(share: float, width: int) -> str:
     """A bar of eighths of a character; anything above zero shows."""
     eighths = min(width * 8, max(0, round(share * width * 8)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from planner.frontier import around_the_chosen, runners_up
-from planner.plan import Alternative, Plan
-from planner.render import WIDE, columns, figure, gib, heading, rate, yes_no
+from planner.frontier import RunnerUp, around_the_chosen, runners_up
+from planner.plan import Plan
+from planner.render import WIDE, columns, duration, figure, gib, heading, rate, yes_no
 from planner.training_setup import TrainingSetup
 
 METHOD_TITLES = {"qlora": "QLoRA", "lora": "16-bit LoRA", "full": "full fine-tuning"}
@@ -42,6 +42,7 @@ def print_frontier(out: Console, plan: Plan) -> None:
     if not plan.fits or len(plan.frontier) < 2:
         return
     heading(out, "Speed against memory: the best of all that was tried")
+    timed = plan.data is not None
     rows: list[list[str | Text]] = []
     for one in around_the_chosen(plan.frontier):
         rows.append(
@@ -50,19 +51,21 @@ def print_frontier(out: Console, plan: Plan) -> None:
                 one.strategy,
                 figure(one.peak_upper_bytes),
                 rate(one.tokens_per_second),
+                *([duration(one.hours)] if timed else []),
                 yes_no(one.fits),
                 Text("chosen" if one.chosen else "", style="bold"),
             ]
         )
     heads = [("batch", "number"), ("", "text"), ("peak GiB", "number"), ("tokens/s", "number")]
+    if timed:
+        heads.append(("time", "name"))
     heads += [("fits", "name"), ("", "name")]
     columns(out, heads, rows)
 
 
 def print_runners_up(out: Console, plan: Plan) -> None:
     """Print why the next best lost."""
-    now = None if plan.speed is None else plan.speed.tokens_per_second
-    shown = runners_up(plan.alternatives, now)
+    shown = runners_up(plan.alternatives, plan.frontier, plan.gpu.usable_bytes)
     if not shown or not plan.fits:
         return
     heading(out, "Why not another setup")
@@ -70,7 +73,7 @@ def print_runners_up(out: Console, plan: Plan) -> None:
         [
             f"{one.per_device_train_batch_size} x {one.gradient_accumulation_steps}",
             one.strategy,
-            _lost(one, now),
+            _lost(one),
         ]
         for one in shown
     ]
@@ -107,12 +110,8 @@ def _batch(setup: TrainingSetup) -> str:
     return f"{setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps}"
 
 
-def _lost(one: Alternative, now: float | None) -> str:
-    if one.lost == "slower":
-        return f"fits, but {one.amount:.1%} slower"
-    if one.lost == "tie":
-        return "fits, as fast, but larger"
-    text = f"{gib(one.amount)} too large"
-    if now is None or one.tokens_per_second is None or one.tokens_per_second <= now:
-        return text
-    return f"{one.tokens_per_second / now - 1:.1%} faster, but {text}"
+def _lost(one: RunnerUp) -> str:
+    if one.lacking_bytes:
+        text = f"{gib(one.lacking_bytes)} too large"
+        return f"{one.faster:.1%} faster, but {text}" if one.faster > 0 else text
+    return f"fits, but {-one.faster:.1%} slower" if one.faster < 0 else "fits, as fast, but larger"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from planner.plan import Duration, OtherCard, Plan
-from planner.render import bullets, count, duration, gib, heading, pairs, rate
+from planner.render import bullets, count, dollars, duration, gib, heading, pairs, rate
 
 BOUND_BY = {
     "compute": "the GPU's matrix work",
@@ -61,7 +61,7 @@ def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
         epochs = f"{plan.schedule.num_train_epochs:g} epochs"
         yield "time", f"{interval} for {epochs}, {found.steps:,} steps, {count(found.tokens)} tokens"
     if found.usd is not None and found.usd_per_gpu_hour is not None:
-        yield "price", f"${found.usd:,.2f} at ${found.usd_per_gpu_hour:g} an hour and GPU"
+        yield "price", f"{dollars(found.usd)} at ${found.usd_per_gpu_hour:g} an hour and GPU"
 
 
 def _data(plan: Plan) -> str:
@@ -90,5 +90,5 @@ def _brings(one: OtherCard) -> str:
         text = f"{one.speedup:.2g}x as fast"
     text += f": {duration(one.hours)}"
     if one.usd is not None and one.usd_per_gpu_hour is not None:
-        text += f", ${one.usd:,.2f} at ${one.usd_per_gpu_hour:g} an hour"
+        text += f", {dollars(one.usd)} at ${one.usd_per_gpu_hour:g} an hour"
     return text + (f"; takes {one.longer_length:,} tokens" if one.longer_length is not None else "")

@@ -22,7 +22,7 @@ from planner.frontier import around_the_chosen, frontier
 from planner.model_spec import ModelSpec
 from planner.plan import Advice, FrontierPoint
 from planner.request import PlanRequest
-from planner.search import Tried, search
+from planner.search import TOKENS, Tried, search
 from planner.training_setup import TrainingSetup
 
 # An automatic choice that brings less speed than this is not worth a line.
@@ -90,7 +90,7 @@ def points(sizing: Sizing, evaluator: Evaluator) -> tuple[FrontierPoint, ...]:
     ]
     chosen = result.chosen or result.smallest
     chosen = next(one for one in tried if _is(one, chosen.candidate.setup))
-    return around_the_chosen(frontier(tried, chosen, evaluator))
+    return around_the_chosen(frontier(tried, chosen, evaluator, tokens=TOKENS))
 
 
 def _is(one: Tried, setup: TrainingSetup) -> bool:

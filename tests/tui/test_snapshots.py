@@ -116,6 +116,7 @@ def fixed_advice(answer: sizing.Sizing) -> advice.Advised:
             setup=setup,
             peak_upper_bytes=gib * GIB,
             tokens_per_second=rate,
+            hours=1000 / rate,
             fits=gib < 16,
             chosen=gib == 15,
         )

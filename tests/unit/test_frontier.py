@@ -10,13 +10,14 @@ import pytest
 
 from planner import planning
 from planner.candidate import Evaluator
+from planner.data_files import PROFILES
 from planner.frontier import around_the_chosen, frontier, runners_up
 from planner.model_catalog import resolve_model
 from planner.other_cards import other_cards
 from planner.plan import Alternative, FrontierPoint, Plan
 from planner.planning import make_plan
 from planner.request import make_request
-from planner.search import SPEED_TIE, Tried
+from planner.search import SPEED_TIE, TOKENS, Tried
 
 PAIRS = [
     ("qwen2.5-14b", "16GB"),
@@ -33,16 +34,29 @@ def plan_of(model: str, gpu: str) -> Plan:
     return PLANS[model, gpu]
 
 
-def alternative(rate: float, gib: float, *, fits: bool) -> Alternative:
+def alternative(name: str, gib: float, *, gives_up: float | None) -> Alternative:
+    """Another setup: one that fits and gives up a share of speed, or (None) one that is too large."""
     return Alternative(
-        strategy=f"{rate:g} tokens/s",
+        strategy=name,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=16,
         peak_upper_bytes=int(gib * 2**30),
-        tokens_per_second=rate,
-        fits=fits,
-        lost="slower" if fits else "too large",
-        amount=0.1,
+        tokens_per_second=100.0,
+        fits=gives_up is not None,
+        lost="slower" if gives_up is not None else "too large",
+        amount=1.0 if gives_up is None else gives_up,
+    )
+
+
+def point(name: str, gib: float, hours: float, *, chosen: bool = False) -> FrontierPoint:
+    return FrontierPoint(
+        strategy=name,
+        setup=plan_of("qwen2.5-14b", "16GB").setup,
+        peak_upper_bytes=int(gib * 2**30),
+        tokens_per_second=100.0,
+        hours=hours,
+        fits=gib <= 16,
+        chosen=chosen,
     )
 
 
@@ -52,10 +66,8 @@ def test_more_memory_on_the_frontier_is_more_speed_and_the_plan_is_on_it(model: 
     assert len(plan.frontier) > 1
     for smaller, larger in pairwise(plan.frontier):
         assert smaller.peak_upper_bytes <= larger.peak_upper_bytes
-        assert smaller.tokens_per_second is not None
-        assert larger.tokens_per_second is not None
         if not larger.chosen:
-            assert smaller.tokens_per_second * (1 + SPEED_TIE) < larger.tokens_per_second
+            assert larger.hours * (1 + SPEED_TIE) < smaller.hours
     (chosen,) = [point for point in plan.frontier if point.chosen]
     assert chosen.setup == plan.setup
     assert chosen.peak_upper_bytes == plan.memory.peak_upper_bytes
@@ -65,13 +77,12 @@ def test_more_memory_on_the_frontier_is_more_speed_and_the_plan_is_on_it(model: 
 def test_nothing_that_was_tried_beats_a_point_of_the_frontier_in_both(model: str, gpu: str) -> None:
     plan = plan_of(model, gpu)
     for point in plan.frontier:
-        assert point.tokens_per_second is not None
         better = [
             one
             for one in plan.alternatives
             if one.fits
             and one.peak_upper_bytes < point.peak_upper_bytes
-            and (one.tokens_per_second or 0) > point.tokens_per_second * (1 + SPEED_TIE)
+            and (one.tokens_per_second or 0) > point.tokens_per_second * (1 + 2 * SPEED_TIE)
         ]
         assert better == []
 
@@ -90,6 +101,7 @@ def test_a_long_frontier_is_cut_around_the_chosen_point_and_keeps_the_smallest()
             setup=plan_of("qwen2.5-14b", "16GB").setup,
             peak_upper_bytes=index,
             tokens_per_second=float(index),
+            hours=1 / index,
             fits=index <= 10,
             chosen=index == 10,
         )
@@ -100,15 +112,34 @@ def test_a_long_frontier_is_cut_around_the_chosen_point_and_keeps_the_smallest()
 
 
 def test_the_runner_up_comes_first_then_the_faster_ones_that_are_too_large() -> None:
-    fits, slow = alternative(90, 14, fits=True), alternative(50, 10, fits=True)
-    near, far = alternative(110, 17, fits=False), alternative(150, 40, fits=False)
-    pointless = alternative(105, 30, fits=False)
-    assert runners_up((slow, far, pointless, fits, near), 100.0) == (fits, near, far)
+    others = [alternative("slow", 10, gives_up=0.5), alternative("close", 14, gives_up=0.1)]
+    others += [alternative("near", 17, gives_up=None), alternative("far", 40, gives_up=None)]
+    points = [
+        point("close", 14, 11),
+        point("now", 15, 10, chosen=True),
+        point("near", 17, 8),
+        point("far", 40, 5),
+    ]
+    found = runners_up(others, points, 16 * 2**30)
+    assert [one.strategy for one in found] == ["close", "near", "far"]
+    assert [one.lacking_bytes / 2**30 for one in found] == [0, 1, 24]
+    assert [one.faster for one in found] == pytest.approx([-0.1, 0.25, 1.0])
 
 
 def test_without_a_faster_one_the_nearest_that_is_too_large_stands_for_them() -> None:
-    near, far = alternative(80, 17, fits=False), alternative(90, 40, fits=False)
-    assert runners_up((far, near), 100.0) == (near,)
+    others = [alternative("far", 40, gives_up=None), alternative("near", 17, gives_up=None)]
+    (found,) = runners_up(others, [point("now", 15, 10, chosen=True)], 16 * 2**30)
+    assert (found.strategy, found.faster, found.lacking_bytes) == ("near", 0.0, 2**30)
+
+
+def test_with_data_time_counts_compilation_and_not_tokens_a_second_alone() -> None:
+    plan = make_plan(make_request("llama-3.1-8b", gpu="24GB", data=str(PROFILES / "demo/data/train.jsonl")))
+    assert plan.duration is not None
+    (chosen,) = [one for one in plan.frontier if one.chosen]
+    assert chosen.hours == pytest.approx(plan.duration.hours)
+    assert chosen.hours == min(one.hours for one in plan.frontier if one.fits)
+    for card in plan.other_cards:
+        assert card.hours < plan.duration.hours
 
 
 def test_plans_written_before_the_frontier_are_still_read() -> None:
@@ -128,11 +159,11 @@ def test_what_another_card_would_bring_is_what_a_plan_for_it_says(model: str, gp
         assert card.usable_bytes > plan.gpu.usable_bytes
         there = plan_of(model, card.gpu)
         assert there.speed is not None
-        assert plan.speed is not None
         # The plan for it searches more and replays, so it may be faster, but never much.
         assert 0.85 <= card.tokens_per_second / there.speed.tokens_per_second <= 1.01
-        assert card.speedup == pytest.approx(card.tokens_per_second / plan.speed.tokens_per_second)
         assert there.duration is not None
+        assert plan.duration is not None
+        assert card.speedup == pytest.approx(plan.duration.hours / card.hours)
         assert card.hours == pytest.approx(there.duration.hours, rel=0.2)
         assert card.usd_per_gpu_hour == there.duration.usd_per_gpu_hour
 
@@ -172,7 +203,7 @@ def test_frontier_without_a_forecast_is_empty() -> None:
     evaluator = Evaluator(resolve_model("qwen2.5-14b"), plan.gpu.spec, plan.gpu.usable_bytes)
     candidate = replace(evaluator.evaluate(plan.setup), speed=None)
     tried = Tried(strategy="as given", candidate=candidate, fits=True)
-    assert frontier([tried], tried, evaluator) == ()
+    assert frontier([tried], tried, evaluator, tokens=TOKENS) == ()
 
 
 def test_both_take_a_small_part_of_a_plans_time() -> None:
@@ -180,9 +211,9 @@ def test_both_take_a_small_part_of_a_plans_time() -> None:
     spent: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
             start = time.process_time()
-            found = function(*arguments)
+            found = function(*arguments, **options)
             spent[-1] += time.process_time() - start
             return found
 

@@ -73,4 +73,4 @@ class FrontierPanel(Vertical):
         text.append(mark, colours["primary"])
         text.append(plain(f"{batch} {point.strategy}", width - 3).ljust(width - 2))
         text.append(f"{point.peak_upper_bytes / GIB:>7,.1f}", colours["success" if point.fits else "error"])
-        return text.append(f"{point.tokens_per_second or 0:>8,.0f}", colours["muted"])
+        return text.append(f"{point.tokens_per_second:>8,.0f}", colours["muted"])
