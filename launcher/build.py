@@ -60,6 +60,8 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
         raise InputError("dtype=float16 needs a GPU; use bfloat16 or float32 on the CPU")
     if setup.activation_offloading:
         raise InputError("activation_offloading=true needs a GPU")
+    if setup.attn_implementation == "flex_attention":
+        raise InputError("attn_implementation=flex_attention needs a GPU: it has no backward pass on the CPU")
     for name in ("kernels", "compile"):
         if getattr(setup, name) != "none":
             raise InputError(f"{name}={getattr(setup, name)} needs a GPU")

@@ -6,6 +6,7 @@ Ctrl-C asks the run to stop after the current step and to save; a second Ctrl-C 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -21,7 +22,8 @@ from planner.plan import Plan
 if TYPE_CHECKING:
     from launcher.run_folder import RunFolder, TrainingJob
     from planner.dataset_stats import DatasetStats
-    from planner.request import PlanRequest
+    from planner.model_spec import ModelSpec
+    from planner.request import KnobValue, PlanRequest
 
 NEEDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "psutil")
 # Stands in for planning where this machine has no GPU; the run is then on the CPU.
@@ -90,7 +92,19 @@ def _has_gpu() -> bool:
 def _request(args: argparse.Namespace, on_gpu: bool) -> PlanRequest:
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
-    return request_from(args)
+    request = request_from(args)
+    if on_gpu:
+        return request
+    from planner.model_catalog import resolve_model
+
+    model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
+    knobs = {**_for_the_cpu(model), **request.fixed}
+    return dataclasses.replace(request, knobs=tuple(knobs.items()))
+
+
+def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:
+    """What a plan may not choose for a run on the CPU, where the launcher refuses it."""
+    return {"compile": "none", "attn_implementation": model.default_attn_implementation}
 
 
 def _plan(args: argparse.Namespace, request: PlanRequest) -> Plan:

@@ -72,6 +72,8 @@ def _plan(sizing: Sizing, wish: RunWish, rate: float) -> Plan:
     """The plan of exactly this setup, on the data that will be trained on."""
     values = sizing.setup.to_dict()
     fixed = {name: value for name, value in values.items() if name != "model" and value is not None}
+    # Null is the model's own attention; with packing a plan would choose.
+    fixed.setdefault("attn_implementation", sizing.model.default_attn_implementation)
     request = make_request(
         sizing.setup.model,
         knobs=fixed,

@@ -16,6 +16,11 @@ COMPILES_MANY_LENGTHS = False
 (tests/stack/test_packing.py), but their speed and memory have not been measured on a GPU."""
 
 
+FLEX_CAPABILITY = (8, 0)
+"""Compute capability from which flex attention is tried: torch has block sizes for these cards
+(torch/_inductor/template_heuristics/triton.py, get_flex_attn_fwd_configs)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mode:
     """The knobs that a strategy sets, and what a person calls it (nothing for the plain one)."""
@@ -84,7 +89,8 @@ def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any
     if fixed.get("packing", True) and base.train_sampling_strategy == "random":
         yield PACKED
         default = attention_implementation(base, evaluator.model)
-        if "attn_implementation" not in fixed and default == "sdpa":
+        capability = evaluator.gpu.compute_capability
+        if "attn_implementation" not in fixed and default == "sdpa" and capability >= FLEX_CAPABILITY:
             yield PACKED_FLEX
 
 

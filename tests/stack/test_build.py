@@ -229,6 +229,7 @@ def test_parquet_holds_the_same_examples(tmp_path: Path) -> None:
         ({"dtype": "float16"}, False, "float16"),
         ({"activation_offloading": True}, False, "activation_offloading"),
         ({"compile": "regional"}, False, "compile"),
+        ({"packing": True, "attn_implementation": "flex_attention"}, False, "flex_attention"),
         ({"kernels": "liger"}, True, "liger"),
         ({"attn_implementation": "flash_attention_2"}, True, "flash_attention_2"),
     ],

@@ -175,3 +175,10 @@ def test_a_rank_rises_with_the_data_where_that_costs_hardly_any_time() -> None:
 def test_grouping_and_packing_together_are_refused() -> None:
     with pytest.raises(InputError, match="train_sampling_strategy"):
         make_request(MODEL, knobs={"packing": True, "train_sampling_strategy": "group_by_length"})
+
+
+def test_flex_attention_is_not_tried_on_cards_that_torch_has_no_sizes_for() -> None:
+    stats = chat(500)
+    for gpu, tried in (("t4", False), ("rtx-4090", True)):
+        plan = planned(stats, gpu=gpu, model="qwen2.5-0.5b")
+        assert any("flex" in one.strategy for one in (*plan.alternatives, plan)) == tried
