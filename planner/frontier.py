@@ -70,7 +70,7 @@ def around_the_chosen(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, .
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunnerUp:
-    """A setup that lost: by how much it is faster (negative: slower), and the bytes by which it is too large."""
+    """A setup that lost: by how much it is faster (negative: slower), and the bytes that it lacks."""
 
     strategy: str
     per_device_train_batch_size: int
