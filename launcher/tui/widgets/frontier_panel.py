@@ -44,7 +44,7 @@ class FrontierPanel(Vertical):
     def show(self, now: Sizing, found: tuple[FrontierPoint, ...]) -> None:
         """Show the frontier that was found for a sizing."""
         self._now, self._points = now, found
-        words = "enter takes it; GiB, tokens/s" if found else "no forecast of speed for this card"
+        words = "▸ now ★ auto, enter takes; GiB, tokens/s" if found else "no forecast of speed for this card"
         self.query_one("#frontier-summary", Static).update(words)
         self._fill()
 
