@@ -1,11 +1,15 @@
-"""Does packing or grouping change what is learned? Loss of the demo model after 200 steps, four ways.
+"""Does packing or grouping change what is learned? Loss of the demo model after 200 steps, three ways.
 
     python -m benchmarks.packing_loss [--attention flex_attention] [--method qlora] [--steps N]
 
 The demo's examples are joined to conversations of one to eight exchanges, most of them short. The demo model
-learns them in random padded batches with two seeds, in packed rows and in groups of like length with the
-first seed, each with as many examples an optimizer step (packed rows: on average). The mean loss of the last
-50 steps with packing or grouping must differ from that of the same seed by less than the two seeds do.
+learns them in random padded batches, in packed rows and in groups of like length, with several seeds each and
+as many examples an optimizer step (packed rows: on average); an epoch has 50 steps. The mean loss of the last
+50 steps with packing or grouping is to differ from that of padded batches by less than seeds do. A step's
+loss is the mean over its tokens, and steps have more or fewer tokens, so the mean over the tokens of those
+steps stands beside the mean over the steps. `before_training` is the loss over the whole data in each kind of
+batches before the first step, which is the same to seven digits.
+
 Runs on the GPU where there is one (flex attention needs it), else on the CPU. Writes
 benchmarks/results/packing_loss.json.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +34,12 @@ from planner.dataset_reader import Conversation, TrainingData
 from planner.training_setup import TrainingSetup
 
 MODEL, DATA = PROFILES / "demo" / "model", PROFILES / "demo" / "data" / "train.jsonl"
-CONVERSATIONS, MOST_EXCHANGES = 800, 8
+CONVERSATIONS, MOST_EXCHANGES = 750, 8
 LN_2 = 0.6931
 MAX_LENGTH, ROWS = 512, 3
 STEPS, LAST = 200, 50
-SEEDS = (1, 2)
+SEEDS = (1, 2, 3)
+IGNORED = -100
 
 
 def conversations() -> TrainingData:
@@ -50,8 +56,36 @@ def conversations() -> TrainingData:
     return TrainingData(format=shown.format, examples=tuple(found), source="the demo's, joined")
 
 
-def losses(setup: TrainingSetup, seed: int, steps: int, data: TrainingData) -> list[float]:
-    """The training loss of each step."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learned:
+    """One run: loss over all data before it, and each step's loss and tokens in the loss."""
+
+    before: float
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    def last(self) -> dict[str, float]:
+        """Mean loss of the last steps, over steps and over their tokens."""
+        losses, tokens = self.losses[-LAST:], self.tokens[: len(self.losses)][-LAST:]
+        weighted = sum(loss * count for loss, count in zip(losses, tokens, strict=True))
+        return {"over_steps": sum(losses) / len(losses), "over_tokens": weighted / sum(tokens)}
+
+
+class _CountingCollator:
+    """The trainer's collator, noting the tokens in the loss of each batch."""
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+        self.tokens: list[int] = []
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self._collator(examples)
+        self.tokens.append(int((batch["labels"][:, 1:] != IGNORED).sum()))
+        return batch
+
+
+def train(setup: TrainingSetup, seed: int, steps: int, data: TrainingData) -> Learned:
+    """Train and note the loss of each step."""
     on_gpu = torch.cuda.is_available()
     job = TrainingJob(
         setup=setup,
@@ -60,7 +94,6 @@ def losses(setup: TrainingSetup, seed: int, steps: int, data: TrainingData) -> l
         max_steps=steps,
         seed=seed,
         logging_steps=1,
-        learning_rate=1e-3,
     )
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,8 +112,23 @@ def losses(setup: TrainingSetup, seed: int, steps: int, data: TrainingData) -> l
             output_dir=Path(folder),
             on_gpu=on_gpu,
         )
+        before = _loss_of_all(trainer)
+        counter = _CountingCollator(trainer.data_collator)
+        trainer.data_collator = counter
         trainer.train()
-        return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    return Learned(before=before, losses=losses, tokens=tuple(counter.tokens))
+
+
+def _loss_of_all(trainer: Any) -> float:
+    """Mean loss over all tokens of the data, batched as in training."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in trainer.get_train_dataloader():
+            tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(trainer.compute_loss(trainer.model, dict(batch))) * tokens
+            count += tokens
+    return total / count
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -98,37 +146,50 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         per_device_train_batch_size=effective,
         gradient_checkpointing=False,
     )
-    packed = padded.replace(
-        packing=True, per_device_train_batch_size=ROWS, attn_implementation=arguments.attention
-    )
-    grouped = padded.replace(train_sampling_strategy="group_by_length")
-    runs = {
-        "padded, first seed": (padded, SEEDS[0]),
-        "padded, second seed": (padded, SEEDS[1]),
-        "packed, first seed": (packed, SEEDS[0]),
-        "grouped, first seed": (grouped, SEEDS[0]),
+    ways = {
+        "padded": padded,
+        "packed": padded.replace(
+            packing=True, per_device_train_batch_size=ROWS, attn_implementation=arguments.attention
+        ),
+        "grouped": padded.replace(train_sampling_strategy="group_by_length"),
     }
-    means = {}
-    for name, (setup, seed) in runs.items():
-        every = losses(setup, seed, arguments.steps, data)
-        last = every[-LAST:]
-        means[name] = sum(last) / len(last)
-        print(f"{name}: {every[0]:.4f} -> {means[name]:.4f}", flush=True)
-    first, second, packing, grouping = means.values()
+    runs: dict[str, list[Learned]] = {way: [] for way in ways}
+    for seed in SEEDS:
+        for way, setup in ways.items():
+            runs[way].append(train(setup, seed, arguments.steps, data))
+            print(way, seed, runs[way][-1].before, runs[way][-1].last(), flush=True)
     return {
-        "mean_loss_of_the_last_steps": means,
         "steps": arguments.steps,
         "last": LAST,
-        "seeds_differ_by": abs(first - second),
-        "packing_differs_by": abs(packing - first),
-        "grouping_differs_by": abs(grouping - first),
+        "seeds": SEEDS,
+        "before_training": {way: found[0].before for way, found in runs.items()},
+        "mean_loss_of_the_last_steps": {
+            kind: judged({way: [one.last()[kind] for one in found] for way, found in runs.items()})
+            for kind in ("over_steps", "over_tokens")
+        },
         "examples_a_step": {"padded": effective, "packed": ROWS * per_row},
+        "lengths": {"shortest": stats.lengths[0][0], "mean": stats.mean, "longest": stats.longest},
         "method": arguments.method,
         "dtype": arguments.dtype,
         "packed_attention": arguments.attention,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+    }
+
+
+def judged(losses: dict[str, list[float]]) -> dict[str, Any]:
+    """Losses by seed, how far padded seeds lie apart, and how far the other ways' means are from theirs."""
+    seeds = losses["padded"]
+    mean = sum(seeds) / len(seeds)
+    return {
+        **losses,
+        "padded_seeds_differ_by": max(seeds) - min(seeds),
+        **{
+            f"{way}_differs_by": abs(sum(found) / len(found) - mean)
+            for way, found in losses.items()
+            if way != "padded"
+        },
     }
 
 
@@ -144,8 +205,6 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = compare(arguments)
     write_result(arguments.name, figures)
-    for name in ("seeds_differ_by", "packing_differs_by", "grouping_differs_by"):
-        print(f"{name}: {figures[name]:.5f}")
 
 
 if __name__ == "__main__":
