@@ -9,6 +9,7 @@ Writes benchmarks/results/tui_latency.json.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import statistics
 import sys
@@ -23,6 +24,7 @@ from textual.screen import Screen
 
 from benchmarks.results import write_result
 from launcher.tui import app, cards
+from launcher.tui.pauses import shorten_pauses
 from launcher.tui.screens.sizing import SizingScreen
 from planner.model_catalog import resolve_model
 from planner.training_setup import TrainingSetup
@@ -121,6 +123,8 @@ def _figures(seconds: list[float]) -> dict[str, Any]:
 
 
 def main() -> int:
+    load = os.getloadavg()[0]
+    shorten_pauses()
     changed, refined = asyncio.run(measure(pause=True))
     busy, _ = asyncio.run(measure(pause=False))
     write_result(
@@ -129,6 +133,7 @@ def main() -> int:
             "screen": f"sizing, {MODEL} on {CARD}, {SIZE[0]} x {SIZE[1]}",
             "changes": len(changed),
             "bar_seconds": BAR_SECONDS,
+            "load_average_before": round(load, 2),
             "key_to_figure": _figures(changed),
             "key_to_figure_while_refining": _figures(busy),
             "key_to_refined_figure": _figures(refined),

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from launcher.tui.app import VramwiseApp
     from launcher.tui.cards import first_card
     from launcher.tui.inspection import inspector
+    from launcher.tui.pauses import shorten_pauses
     from planner.model_catalog import resolve_model
     from planner.policy import DEFAULT_LENGTHS
     from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE
@@ -66,5 +67,6 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         model_source=str(Path(args.model).expanduser().resolve()) if Path(args.model).is_dir() else None,
     )
+    shorten_pauses()
     app.run()
     return app.return_code or 0
