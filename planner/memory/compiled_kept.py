@@ -86,6 +86,7 @@ def _all_names(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool
     names.add("qkv" if layer.fused_qkv else "v")
     if layer.qk_norm != "none":
         names |= {"q", "k", "q_root", "k_root"}
+    names = _repeated(names, layer, knobs)
     if layer.output_norms:
         names |= {"o", "o_root", "down", "down_root"}
     else:
@@ -96,6 +97,16 @@ def _all_names(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool
         names |= {"x", "root1"} if layer.input_norms else {"x"}
     names |= _adapter_inputs(layer, knobs, input_requires_grad=input_requires_grad)
     return frozenset(names)
+
+
+def _repeated(names: set[str], layer: LayerSpec, knobs: LayerKnobs) -> set[str]:
+    """With a mask keys and values are repeated to all heads; where that doubles them, the copies are kept
+    instead, of keys only where no norm makes theirs dear (tests/stack/test_compilation.py).
+    """
+    if knobs.attention != "masked" or layer.num_attention_heads != 2 * layer.num_key_value_heads:
+        return names
+    instead = {"v": "v_all"} | ({"k_rot": "k_all"} if layer.qk_norm == "none" else {})
+    return {instead.get(name, name) for name in names}
 
 
 def _reads_input(layer: LayerSpec, *, input_requires_grad: bool) -> bool:
@@ -242,7 +253,7 @@ def kept_sizes(layer: LayerSpec, knobs: LayerKnobs) -> dict[str, float]:
     )
     sizes: dict[str, float] = {
         **dict.fromkeys(("x", "n1", "n2", "mid"), hidden),
-        **dict.fromkeys(("q_rot", "ctx", "ctx_copy"), query),
+        **dict.fromkeys(("q_rot", "ctx", "ctx_copy", "k_all", "v_all"), query),
         **dict.fromkeys(("k_rot", "v"), key),
         "lse": layer.num_attention_heads * FP32,
         **dict.fromkeys(("root1", "root2", "o_root", "down_root"), FP32),

@@ -232,7 +232,7 @@ class StepReplay:
         gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
         if offload is not None:
             offload.mark()
-        # PEFT makes a leaf of the embeddings' output, and the trainer offloads all but it: it stays to the end.
+        # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
         leaf = self.setup.uses_lora or offload is not None
         for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
             program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)

@@ -36,6 +36,11 @@ UNSHARED = {
     f"{family}_unshared": {**DENSE[family], "num_key_value_heads": DENSE[family]["num_attention_heads"]}
     for family in ("llama", "qwen3")
 }
+# Two query heads to a key head: with a mask a compiled layer keeps repeated values, and keys.
+PAIRED = {
+    f"{family}_paired": {**DENSE[family], "num_key_value_heads": DENSE[family]["num_attention_heads"] // 2}
+    for family in ("llama", "qwen3")
+}
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **BASE,
@@ -50,6 +55,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 FAMILIES = {
     **DENSE,
     **UNSHARED,
+    **PAIRED,
     **EXPERTS,
     "qwen2": {**BASE, "model_type": "qwen2", "tie_word_embeddings": True},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from trl.models import enable_selective_activation_checkpointing
 from launcher import build
 from launcher.compilation import compile_decoder_layers, recompute_all
 from launcher.trainer_callback import decoder_layers
+from planner.memory.adapter import trainables
+from planner.memory.compiled_kept import kept_names, kept_sizes
+from planner.memory.segments import segments
 from planner.training_setup import TrainingSetup
-from tests.stack.small_models import BASE, load_model
+from tests.stack.small_models import BASE, load_model, spec_of
 
 BATCH, LENGTH, RANK = 1, 64, 8
+MASKED_BATCH = 2
 TOKENS = BATCH * LENGTH
 HIDDEN, WIDE = BASE["hidden_size"], BASE["intermediate_size"]
 HEADS, KV = BASE["num_attention_heads"], BASE["hidden_size"] // 4
@@ -59,7 +64,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def kept_by_layer(model: Any) -> list[dict[int, torch.Tensor]]:
+def kept_by_layer(model: Any, *, run: Callable[[Any], Any] = loss_of) -> list[dict[int, torch.Tensor]]:
     """What each compiled layer saved and computed itself: its inputs and the model's own tensors left out."""
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
@@ -69,7 +74,7 @@ def kept_by_layer(model: Any) -> list[dict[int, torch.Tensor]]:
             with_kwargs=True,
         )
         layer.register_forward_hook(lambda module, args, out: outputs.append(out))
-    loss_of(model)
+    run(model)
     known = {t.untyped_storage().data_ptr() for t in inputs}
     for module in model.modules():
         known |= {t.untyped_storage().data_ptr() for t in module._parameters.values() if t is not None}
@@ -87,6 +92,35 @@ def kept_by_layer(model: Any) -> list[dict[int, torch.Tensor]]:
 
 def kept_bytes(kept: dict[int, torch.Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point())
+
+
+def padded_loss_of(model: Any) -> Any:
+    ids = torch.arange(MASKED_BATCH * LENGTH).view(MASKED_BATCH, LENGTH) % 199
+    mask = torch.ones_like(ids)
+    mask[-1, LENGTH // 2 :] = 0
+    return model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_paired", "qwen3", "qwen3_paired", "gemma3"])
+def test_a_padded_layer_keeps_what_the_model_says(tmp_path: Path, family: str) -> None:
+    """Repeated values and keys where they are kept, and nowhere the mask in 16 bits."""
+    model = make_model(tmp_path, family=family, gradient_checkpointing=False)
+    compile_model(model)
+    setup = TrainingSetup(
+        model=family,
+        max_length=LENGTH,
+        per_device_train_batch_size=MASKED_BATCH,
+        lora_r=RANK,
+        gradient_checkpointing=False,
+        compile="regional",
+    )
+    spec = spec_of(family)
+    parts, _ = segments(setup, spec, trainables(setup, spec), attention="sdpa", padded=True)
+    part = next(part for part in parts if 1 in part.indices)
+    names = kept_names(part.layer, part.knobs, input_requires_grad=True) - {"x"}
+    sizes = kept_sizes(part.layer, part.knobs)
+    kept = kept_by_layer(model, run=padded_loss_of)[1]
+    assert kept_bytes(kept) == MASKED_BATCH * LENGTH * sum(sizes[name] for name in names)
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
