@@ -12,11 +12,13 @@ import pytest
 
 OUTPUTS = Path(__file__).parent / "outputs"
 SETUPS = Path(__file__).parent / "setups.jsonl"
+DATA = Path(__file__).parents[2] / "profiles" / "demo" / "data" / "train.jsonl"
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "help": ("--help",),
     "plan-help": ("plan", "--help"),
     "plan-fits": ("plan", "--model", "qwen2.5-14b", "--gpu", "16GB"),
+    "plan-data": (*("plan", "--model", "llama-3.2-1b", "--gpu", "rtx-4090"), *("--data", str(DATA))),
     "plan-does-not-fit": ("plan", "--model", "llama-3.1-70b", "--gpu", "24GB"),
     "plan-explain-experts": ("plan", "--model", "qwen3-30b-a3b", "--gpu", "80GB", "--explain"),
     "estimate": ("estimate", "--gpu", "24GB", "--setups", str(SETUPS)),
