@@ -4,7 +4,7 @@
 
 The demo's examples are joined to conversations of one to five exchanges, most of them short. The demo model
 learns them in random padded batches, in packed rows and in groups of like length, with several seeds each and
-as many examples an optimizer step (packed rows: on average); an epoch has 50 steps. The mean loss of the last
+as many examples an optimizer step (packed rows: on average); an epoch has about 50 steps. The mean loss of the last
 50 steps with packing or grouping is to differ from that of padded batches by less than seeds do. A step's
 loss is the mean over its tokens, and steps have more or fewer tokens, so the mean over the tokens of those
 steps stands beside the mean over the steps. `before_training` is the loss over the whole data in each kind of
@@ -34,7 +34,7 @@ from planner.dataset_reader import Conversation, TrainingData
 from planner.training_setup import TrainingSetup
 
 MODEL, DATA = PROFILES / "demo" / "model", PROFILES / "demo" / "data" / "train.jsonl"
-CONVERSATIONS, MOST_EXCHANGES = 750, 5
+CONVERSATIONS, MOST_EXCHANGES = 800, 5
 LN_2 = 0.6931
 MAX_LENGTH, ROWS = 256, 6
 STEPS, LAST = 200, 50
