@@ -4,8 +4,8 @@
 
 The demo's examples are joined to conversations of one to five exchanges, most of them short. The demo model
 learns them in random padded batches, in packed rows and in groups of like length, with several seeds each and
-as many examples an optimizer step (packed rows: on average); an epoch has about 50 steps. The mean loss of the last
-50 steps with packing or grouping is to differ from that of padded batches by less than seeds do. A step's
+as many examples an optimizer step (packed rows: on average); an epoch has about 50 steps. The mean loss of
+the last 50 with packing or grouping is to differ from that of padded batches by less than seeds do. A step's
 loss is the mean over its tokens, and steps have more or fewer tokens, so the mean over the tokens of those
 steps stands beside the mean over the steps. `before_training` is the loss over the whole data in each kind of
 batches before the first step, which is the same to seven digits.
