@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks.measured import same_run
+from launcher.allocator import measuring_environment
 from launcher.profile import read_profiles
 from planner.records import read_records
 
@@ -59,6 +61,11 @@ def remaining(profiles: Path, output: Path) -> list[str]:
     return found
 
 
+def _environment(profiles: Path) -> dict[str, str]:
+    """The environment that suits the first profile; one that wants another ends the child."""
+    return measuring_environment(os.environ, lengths_vary=read_profiles(profiles)[0].lengths_vary)
+
+
 def _child(lines: list[str], output: Path, seconds: float) -> tuple[int, bool]:
     """Run one child; how many profiles it is through with, and whether it ended by itself."""
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +74,9 @@ def _child(lines: list[str], output: Path, seconds: float) -> tuple[int, bool]:
         command = [sys.executable, "-m", "launcher.profiler", str(rest), str(output), str(seconds)]
         started = ended = 0
         with log.open("wb") as errors:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(rest)
+            )
             for line in child.stdout or ():
                 try:
                     said = json.loads(line)

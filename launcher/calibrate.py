@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.allocator import measuring_environment
 from launcher.profile import Profile, profile_line
 from planner.calibration import Calibration, calibrate
 from planner.data_files import user_data_dir, write_atomically
@@ -256,7 +257,7 @@ def _environment(gpu: LocalGpu) -> dict[str, str]:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return {
-        **os.environ,
+        **measuring_environment(os.environ, lengths_vary=False),
         "PYTHONPATH": path,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": gpu.uuid,

@@ -44,6 +44,11 @@ class Profile:
         mixed = len({min(length, setup.max_length) for length in self.lengths}) > 1
         return self.padded or (mixed and not setup.packing and setup.per_device_train_batch_size > 1)
 
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether batches differ in shape: examples of several lengths that are not packed."""
+        return not self.setup.packing and len(set(self.lengths)) > 1
+
 
 def profile_line(profile: Profile) -> str:
     """A profile as a JSON line: its setup's keys, and its own beside them."""

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -22,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launcher.allocator import is_expandable
 from launcher.measured_run import MeasuredRun
 from launcher.profile import Profile, read_profiles
 from planner.errors import InputError, VramwiseError
@@ -69,6 +71,8 @@ class Profiler:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(profile.memory_cap_bytes / total)
         self._refuse_patched(profile)
+        if profile.lengths_vary != is_expandable(os.environ):
+            raise NotCleanError("this process's allocator is not set as the launcher would set it")
         self._context_bytes = self._driver_bytes() - torch.cuda.memory_reserved()
         run = MeasuredRun(profile, self._device, self._driver_bytes)
         try:

@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from launcher.allocator import allocator_environment
 from launcher.events import EndEvent, LogEvent, StartEvent, WarningEvent, read_events
 from launcher.run_folder import END_STATES, RunBusyError, RunFolder, hold_lock
 from planner.data_files import write_atomically
@@ -85,17 +87,20 @@ def start(run_dir: Path) -> RunHandle:
         InputError: job.json is absent or not a training job.
     """
     folder = RunFolder(run_dir.resolve())
-    folder.read_job()
+    job = folder.read_job()
+    allocator = allocator_environment(os.environ, lengths_vary=not job.setup.packing)
     with hold_lock(folder, "launcher"):
         now = status(folder.path)
         if now.state != "created":
             raise RunBusyError(f"{folder.path}: this run has been started before and is {now.state}")
-        trainer = _spawn(folder, "trainer", "launcher.train")
-        sampler = _spawn(folder, "sampler", "launcher.sampler")
+        trainer = _spawn(folder, "trainer", "launcher.train", allocator)
+        sampler = _spawn(folder, "sampler", "launcher.sampler", {})
     return RunHandle(folder, trainer, sampler)
 
 
-def _spawn(folder: RunFolder, process: str, module: str) -> subprocess.Popen[bytes]:
+def _spawn(
+    folder: RunFolder, process: str, module: str, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     # -P and the project's own root: a file beside the user's data must not shadow a library.
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(_PROJECT_ROOT), *([inherited] if inherited else [])])
@@ -106,7 +111,7 @@ def _spawn(folder: RunFolder, process: str, module: str) -> subprocess.Popen[byt
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **variables, "PYTHONPATH": path},
         )
     write_identity(folder, process, child.pid)
     return child
