@@ -50,8 +50,14 @@ def _read(graph: Graph, readers: tuple[Part, ...], source: str, kept: frozenset[
             graph.put(f"{part.name}_d")
     for part in readers:
         graph.product(part)
+        if graph.kind(part).rank:
+            graph.put(f"{part.name}_r")
+            _let_go(graph, kept, f"{part.name}_d")
+        if part == readers[-1] and graph.kind(part).quantized:
+            # Every product that reads the source is made: what is left reads those.
+            _let_go(graph, kept, source)
         graph.adapter(part)
-        _let_go(graph, kept, f"{part.name}_d", f"{part.name}_r")
+        _let_go(graph, kept, f"{part.name}_r")
     _let_go(graph, kept, source)
 
 
