@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import InputError, NotModelledError
@@ -56,6 +57,10 @@ PRIOR, COMMON_PRIOR = 0.3, 0.2
 rates of the GPU or all of the host share. From starts off by 25% a rate, or twofold in all, these forecast
 the reference's other runs best, be it from 3 of them or from 15.
 """
+FIRMNESS = (1.0, 5.0, 25.0, 125.0)
+"""How many times as firmly rates may be held at another GPU's: as held-out models say, so that a few runs
+never make a forecast worse than the borrowed one was. The firmest all but keeps them.
+"""
 SOFT = 0.1
 MIN_RUNS = 8
 MIN_RUNS_FROM_START = 3
@@ -94,8 +99,9 @@ def fit_rates(
 ) -> SpeedFit:
     """Fit one GPU's rates to its runs; each model is left out once.
 
-    `start` is what a rate falls back to that no run tells: another GPU's, scaled; START without it. The
-    intervals are those of GPUs without runs until MIN_RUNS held-out ones tell.
+    `start` is what a rate falls back to that no run tells: another GPU's, scaled; START without it. How
+    firmly is chosen by the held-out errors, which are then a little too kind. The intervals are those of GPUs
+    without runs until MIN_RUNS held-out ones tell.
 
     Raises:
         TooFewRunsError: there are too few runs.
@@ -108,8 +114,14 @@ def fit_rates(
     if len(pairs) < needed:
         raise TooFewRunsError(f"{gpu_id}: {len(pairs)} timed runs are too few for rates; {needed} are needed")
     begin = {name: START[name] if start is None else getattr(start, name) for name in START}
-    problem = _Problem(pairs, begin)
-    residuals = _held_out(problem, [record for record, _ in pairs])
+    timed = [record for record, _ in pairs]
+    problem, residuals = min(
+        (
+            (problem, _held_out(problem, timed))
+            for problem in (_Problem(pairs, begin, held) for held in (FIRMNESS if start else FIRMNESS[:1]))
+        ),
+        key=lambda pair: fmean(abs(one.error) for one in pair[1]) if pair[1] else 0.0,
+    )
     solution = np.exp(problem.factors(problem.solve(np.arange(len(pairs)))))
     rates = Rates(
         gpu=gpu_id,
@@ -193,7 +205,9 @@ class _Problem:
     of what the GPU's rates, and the host's, have in common.
     """
 
-    def __init__(self, pairs: Sequence[tuple[RunRecord, StepWork]], begin: Mapping[str, float]) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[RunRecord, StepWork]], begin: Mapping[str, float], firmness: float
+    ) -> None:
         import numpy as np
 
         start = np.array(list(begin.values()))
@@ -210,7 +224,7 @@ class _Problem:
         self.seconds = np.array([_step_seconds(record) for record, _ in pairs])
         of_host = np.array([name.endswith(HOST_RATES) for name in START])
         self._shared = np.stack([~of_host, of_host], axis=1).astype(float)
-        self._priors = np.array([PRIOR] * len(START) + [COMMON_PRIOR] * 2)
+        self._priors = firmness * np.array([PRIOR] * len(START) + [COMMON_PRIOR] * 2)
 
     def factors(self, solution: Array) -> Array:
         """Logarithms of each rate's whole factor."""

@@ -1,0 +1,35 @@
+"""Fit the shipped memory coefficients to the committed records: `python -m benchmarks.fit_memory [GPU ...]`.
+
+Without names every GPU with enough records is fitted. Writes profiles/calibration and prints the errors with
+each model left out.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from planner.accuracy import shipped_records
+from planner.calibration import MIN_RECORDS, calibrate
+from planner.data_files import PROFILES, write_atomically
+from planner.gpu_catalog import gpu_catalog
+from planner.model_catalog import load_shipped
+
+
+def main(names: Sequence[str]) -> None:
+    """Fit, write and print."""
+    records = shipped_records()
+    counts = Counter(record.environment.gpu_id for record in records)
+    for gpu_id in names or [gpu for gpu, count in counts.items() if count >= MIN_RECORDS]:
+        fit = calibrate(records, gpu_catalog().get(gpu_id), load_shipped, name=gpu_id)
+        text = json.dumps(fit.coefficients.to_dict(), indent=1) + "\n"
+        write_atomically(PROFILES / "calibration" / f"{gpu_id}.json", text)
+        sizes = [abs(residual.reserved_error) for residual in fit.residuals]
+        print(f"{gpu_id}: {len(sizes)} runs, reserved: median error {statistics.median(sizes):.2%}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
