@@ -1,11 +1,12 @@
 # make demo   install, plan for a 16 GB card, train the demo and show what it learned
 # make test   install, then everything that CI checks
-# Both set up all they need in .venv. PYTHON=python3.12 picks the interpreter (3.11 or newer).
+# make gpu-test   install, then the tests that need an NVIDIA GPU of 8 GB or more; CI has none
+# Each sets up all it needs in .venv. PYTHON=python3.12 picks the interpreter (3.11 or newer).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint types serve docs wheel clean
+.PHONY: demo test gpu-test check lint types serve docs wheel clean
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -22,6 +23,9 @@ demo: $(VENV)/.demo
 	$(BIN)/vramwise demo
 
 test: $(VENV)/.dev check
+
+gpu-test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 check: lint types
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered
