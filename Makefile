@@ -1,5 +1,5 @@
-# make demo   install, plan for a 16 GB card, train the demo and show what it learned
-# make test   install, then everything that CI checks
+# make demo       install, plan for a 16 GB card, train the demo and show what it learned
+# make test       install, then everything that CI checks
 # make gpu-test   install, then the tests that need an NVIDIA GPU of 8 GB or more; CI has none
 # Each sets up all it needs in .venv. PYTHON=python3.12 picks the interpreter (3.11 or newer).
 
