@@ -14,8 +14,9 @@ from planner.training_setup import TrainingSetup
 COMPILES_MANY_LENGTHS = False
 """Whether compiled layers are tried with batches of many lengths. Two or three variants compile
 (tests/stack/test_packing.py), but their speed and memory have not been measured on a GPU."""
-
-
+GROUPS_BY_ITSELF = True
+"""Whether grouping by length is tried without being asked for. It learns long examples more slowly than random
+batches do (docs/search.md), packing does not."""
 FLEX_CAPABILITY = (8, 0)
 """Compute capability from which flex attention is tried: torch has block sizes for these cards
 (torch/_inductor/template_heuristics/triton.py, get_flex_attn_fwd_configs)."""
@@ -97,7 +98,8 @@ def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any
 def groups(setup: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> bool:
     """Whether a setup's batches may also be grouped by length: padded ones of several examples."""
     return (
-        chooses_batches(evaluator)
+        GROUPS_BY_ITSELF
+        and chooses_batches(evaluator)
         and not setup.packing
         and setup.per_device_train_batch_size > 1
         and "train_sampling_strategy" not in fixed
