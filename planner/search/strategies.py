@@ -15,8 +15,8 @@ COMPILES_MANY_LENGTHS = False
 """Whether compiled layers are tried with batches of many lengths. Two or three variants compile
 (tests/stack/test_packing.py), but their speed and memory have not been measured on a GPU."""
 GROUPS_BY_ITSELF = True
-"""Whether grouping by length is tried without being asked for. It learns long examples more slowly than random
-batches do (docs/search.md), packing does not."""
+"""Whether grouping by length is tried without being asked for. It learns long examples more slowly than
+random batches do (docs/search.md), packing does not."""
 FLEX_CAPABILITY = (8, 0)
 """Compute capability from which flex attention is tried: torch has block sizes for these cards
 (torch/_inductor/template_heuristics/triton.py, get_flex_attn_fwd_configs)."""
