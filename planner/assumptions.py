@@ -84,5 +84,3 @@ def _batch(request: PlanRequest, setup: TrainingSetup, schedule: Schedule) -> It
         yield f"effective batch {asked}: what the fixed batch and accumulation give"
     elif usual:
         yield f"effective batch {asked}, the usual one"
-    if setup.train_sampling_strategy != "random" and "train_sampling_strategy" not in request.fixed:
-        yield "examples of like length share a batch, in an order that is otherwise random"

@@ -1,8 +1,9 @@
-"""Writes what the documentation quotes: `python -m tests.write_docs`; `--check` tells whether it still holds.
+"""Writes what the documentation quotes: `python -m tests.write_docs [--check] [PAGE ...]`.
 
-docs/commands.md is the help of every command. In README.md, the block after `<!-- output: COMMAND -->` is
-what the command prints, or its first lines with `COMMAND | head -N`. docs/throughput.md has the table of
-benchmarks/external_runs.py.
+`--check` tells whether it still holds; without pages it is all of them. docs/commands.md is the help of every
+command. In README.md, the block after `<!-- output: COMMAND -->` is what the command prints, or its first
+lines with `COMMAND | head -N`. docs/throughput.md has the table of benchmarks/external_runs.py. What
+benchmarks/memory_tables.py computes is in docs/memory-model.md and README.md after `<!-- memory: NAME -->`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import external_runs
+from benchmarks import external_runs, memory_tables
 from launcher import cli
 from planner.command_line import guarded
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 COMMANDS = ROOT / "docs" / "commands.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
+MEMORY = ROOT / "docs" / "memory-model.md"
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
@@ -53,7 +55,8 @@ def _section(title: str, arguments: list[str]) -> str:
 
 def readme(text: str) -> str:
     """README.md with its quotations as they are now."""
-    return _OUTPUT.sub(lambda match: match[1] + _printed(match[2], match[3]) + match[5], text)
+    printed = _OUTPUT.sub(lambda match: match[1] + _printed(match[2], match[3]) + match[5], text)
+    return memory_tables.written(printed)
 
 
 def _printed(command: str, lines: str | None) -> str:
@@ -69,12 +72,16 @@ def throughput(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
-    wanted = {
-        COMMANDS: commands_page(),
-        README: readme(README.read_text(encoding="utf-8")),
-        THROUGHPUT: throughput(THROUGHPUT.read_text(encoding="utf-8")),
+    written: dict[Path, Callable[[str], str]] = {
+        COMMANDS: lambda _: commands_page(),
+        README: readme,
+        THROUGHPUT: throughput,
+        MEMORY: memory_tables.written,
     }
-    old = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    named = {ROOT / page for page in arguments if page != "--check"}
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in written}
+    wanted = {path: write(before[path]) for path, write in written.items() if not named or path in named}
+    old = [path for path, text in wanted.items() if before[path] != text]
     for path in old:
         print(f"{path.relative_to(ROOT)} is out of date: make docs", file=sys.stderr)
         if "--check" not in arguments:

@@ -12,11 +12,9 @@ from planner.search.levels import goes_on, levels, spend, tried
 from planner.search.strategies import (
     AS_GIVEN,
     EAGER,
-    GROUPED,
     LAYERS_KEEP,
     batchings,
     choices,
-    groups,
     modes,
     start,
 )
@@ -70,14 +68,9 @@ def search(
                 # Memory rises with the micro-batch.
                 if not goes_on(level[0], evaluator, confirm=confirm):
                     break
-    found += [_grouped(one, evaluator) for one in found if groups(one.candidate.setup, evaluator, fixed)]
     if confirm:
         return _confirm(found, evaluator, tokens)
     return SearchResult(tried=tuple(found), chosen=fastest([one for one in found if one.fits], tokens))
-
-
-def _grouped(one: Tried, evaluator: Evaluator) -> Tried:
-    return tried(one.candidate.setup.replace(**dict(GROUPED.knobs)), GROUPED.name + one.strategy, evaluator)
 
 
 def _confirm(found: list[Tried], evaluator: Evaluator, tokens: int) -> SearchResult:

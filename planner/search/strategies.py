@@ -11,12 +11,6 @@ from planner.memory.refusals import attention_implementation
 from planner.search.batches import Batch, batches, packed_batches
 from planner.training_setup import TrainingSetup
 
-COMPILES_MANY_LENGTHS = False
-"""Whether compiled layers are tried with batches of many lengths. Two or three variants compile
-(tests/stack/test_packing.py), but their speed and memory have not been measured on a GPU."""
-GROUPS_BY_ITSELF = True
-"""Whether grouping by length is tried without being asked for. It learns long examples more slowly than
-random batches do (docs/search.md), packing does not."""
 FLEX_CAPABILITY = (8, 0)
 """Compute capability from which flex attention is tried: torch has block sizes for these cards
 (torch/_inductor/template_heuristics/triton.py, get_flex_attn_fwd_configs)."""
@@ -40,7 +34,6 @@ PACKED_FLEX = Mode(
     name="packed with flex attention, ",
     knobs=(("packing", True), ("attn_implementation", "flex_attention")),
 )
-GROUPED = Mode(name="grouped by length, ", knobs=(("train_sampling_strategy", "group_by_length"),))
 
 PLAIN: dict[str, Any] = {
     "gradient_checkpointing": True,
@@ -81,7 +74,9 @@ def start(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -
 
 
 def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> Iterator[Mode]:
-    """Ways to make batches that the fixed knobs leave open."""
+    """Ways to make batches that the fixed knobs leave open. Grouping by length is for a person to ask for: it
+    learns long examples more slowly than random batches do (docs/search.md).
+    """
     if not chooses_batches(evaluator):
         yield AS_GIVEN
         return
@@ -93,17 +88,6 @@ def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any
         capability = evaluator.gpu.compute_capability
         if "attn_implementation" not in fixed and default == "sdpa" and capability >= FLEX_CAPABILITY:
             yield PACKED_FLEX
-
-
-def groups(setup: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> bool:
-    """Whether a setup's batches may also be grouped by length: padded ones of several examples."""
-    return (
-        GROUPS_BY_ITSELF
-        and chooses_batches(evaluator)
-        and not setup.packing
-        and setup.per_device_train_batch_size > 1
-        and "train_sampling_strategy" not in fixed
-    )
 
 
 def choices(
@@ -127,5 +111,5 @@ def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -
     """
     if "compile" in fixed:
         return (EAGER,)
-    one_shape = base.packing or not evaluator.padded or COMPILES_MANY_LENGTHS
+    one_shape = base.packing or not evaluator.padded
     return (EAGER, COMPILED) if one_shape and evaluator.compiles else (EAGER,)

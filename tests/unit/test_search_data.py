@@ -60,11 +60,11 @@ def test_chats_are_packed() -> None:
     assert plan.duration.useful_tokens_per_second > 1.2 * best
 
 
-def test_chats_that_may_not_be_packed_are_grouped_by_length() -> None:
-    plan = planned(chat(), packing=False)
+def test_grouping_by_length_is_done_where_it_is_asked_for() -> None:
+    assert planned(chat(), packing=False).setup.train_sampling_strategy == "random"
+    plan = planned(chat(), train_sampling_strategy="group_by_length")
     assert plan.setup.train_sampling_strategy == "group_by_length"
     assert plan.setup.per_device_train_batch_size > 1
-    assert any("examples of like length share a batch" in text for text in plan.assumptions)
     assert plan.setup.effective_batch_size == 16
 
 
@@ -78,12 +78,12 @@ def test_examples_of_one_length_are_batched_as_they_come() -> None:
 @pytest.mark.parametrize(
     ("fixed", "packings", "samplings", "attentions"),
     [
-        ({}, {True, False}, {"random", "group_by_length"}, {None, "flex_attention"}),
+        ({}, {True, False}, {"random"}, {None, "flex_attention"}),
         ({"packing": True}, {True}, {"random"}, {None, "flex_attention"}),
-        ({"packing": False}, {False}, {"random", "group_by_length"}, {None}),
+        ({"packing": False}, {False}, {"random"}, {None}),
         ({"train_sampling_strategy": "group_by_length"}, {False}, {"group_by_length"}, {None}),
         ({"train_sampling_strategy": "random"}, {True, False}, {"random"}, {None, "flex_attention"}),
-        ({"attn_implementation": "sdpa"}, {True, False}, {"random", "group_by_length"}, {"sdpa"}),
+        ({"attn_implementation": "sdpa"}, {True, False}, {"random"}, {"sdpa"}),
     ],
 )
 def test_what_is_fixed_is_kept_and_the_rest_is_tried(
