@@ -79,6 +79,9 @@ def main(arguments: Sequence[str]) -> int:
         MEMORY: memory_tables.written,
     }
     named = {ROOT / page for page in arguments if page != "--check"}
+    if named - written.keys():
+        print(f"only {', '.join(path.name for path in written)} are written", file=sys.stderr)
+        return 2
     before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in written}
     wanted = {path: write(before[path]) for path, write in written.items() if not named or path in named}
     old = [path for path, text in wanted.items() if before[path] != text]

@@ -1,0 +1,111 @@
+"""Measured runs beside their predictions from fits without their models, and the knobs that they had."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from planner.accuracy import shipped_records
+from planner.calibration import Calibration, Residual, calibrate
+from planner.gpu_catalog import gpu_catalog
+from planner.memory.coverage import Value, model_values, setup_values
+from planner.model_catalog import load_shipped
+from planner.records import RunRecord
+
+PLAIN = "QLoRA, every layer checkpointed, no other knob"
+KNOBS: dict[str, Value] = {
+    "LoRA": ("method", "lora"),
+    "full": ("method", "full"),
+    "dropout": ("lora_dropout", "above 0"),
+    "no layer checkpointed": ("gradient_checkpointing", "no layer"),
+    "k of L checkpointed": ("gradient_checkpointing", "some layers"),
+    "selective checkpointing": ("selective_checkpointing", "true"),
+    "activation offloading": ("activation_offloading", "true"),
+    "DoRA": ("use_dora", "true"),
+    "k-bit preparation": ("prepare_for_kbit_training", "true"),
+    "packing": ("packing", "true"),
+    "padded batches": ("padded batches", "true"),
+    "eager attention": ("attn_implementation", "eager"),
+    "flex attention": ("attn_implementation", "flex_attention"),
+    "Liger's kernels": ("kernels", "liger"),
+    "compiled layers": ("compile", "regional"),
+    "float16": ("dtype", "float16"),
+    "float32": ("dtype", "float32"),
+    "several micro-steps": ("gradient_accumulation_steps", "several"),
+    "experts": ("experts", "true"),
+}
+"""Knobs by what pages call them."""
+_USUAL = frozenset(
+    {
+        ("method", "qlora"),
+        ("dtype", "bfloat16"),
+        ("attn_implementation", "sdpa"),
+        ("kernels", "none"),
+        ("compile", "none"),
+        ("gradient_checkpointing", "all layers"),
+        ("lora_dropout", "0"),
+    }
+)
+_UNUSUAL = frozenset(
+    KNOBS[name]
+    for name in (
+        "selective checkpointing",
+        "activation offloading",
+        "DoRA",
+        "k-bit preparation",
+        "packing",
+        "padded batches",
+    )
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """A run, its held-out errors by the allocator's replay and by the fit, and what values it had."""
+
+    record: RunRecord
+    residual: Residual
+    fitted: Residual
+    values: frozenset[Value]
+
+    def is_of(self, label: str) -> bool:
+        """Whether the run has the knob that KNOBS calls so, or is PLAIN.
+
+        Raises:
+            KeyError: there is no such knob.
+        """
+        if label == PLAIN:
+            return self.values >= _USUAL and not self.values & _UNUSUAL
+        return KNOBS[label] in self.values
+
+    @property
+    def knobs(self) -> str:
+        """The knobs that the run had, in words."""
+        return ", ".join(label for label in KNOBS if self.is_of(label)) or PLAIN
+
+
+@functools.cache
+def calibration(gpu_id: str) -> Calibration:
+    """The fit to a GPU's committed records, with its held-out residuals."""
+    return calibrate(shipped_records(), gpu_catalog().get(gpu_id), load_shipped, name=gpu_id)
+
+
+@functools.cache
+def compared(gpu_id: str) -> tuple[Compared, ...]:
+    """Every usable run of a GPU."""
+    found = calibration(gpu_id)
+    records = {record.id: record for record in shipped_records()}
+    return tuple(
+        Compared(
+            record=records[one.record_id],
+            residual=one,
+            fitted=fitted,
+            values=_values(records[one.record_id]),
+        )
+        for one, fitted in zip(found.residuals, found.fitted_residuals, strict=True)
+    )
+
+
+def _values(record: RunRecord) -> frozenset[Value]:
+    model = load_shipped(record.setup.model)
+    return setup_values(record.setup, model, padded=record.padded) | model_values(model)

@@ -1,0 +1,304 @@
+"""The numbers of docs/memory-model.md: `python -m benchmarks.memory_tables` prints the page with them.
+
+Each block of that page between `<!-- memory: NAME -->` and `<!-- end of memory -->` is computed from the
+committed records, each model left out of the fit that predicts it. Of tables whose rows have words as well,
+the cells after the words are filled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.caps import OVER
+from benchmarks.held_out import calibration, compared
+from benchmarks.markdown import filled, median_and_bias, median_and_worst, size, wrapped
+from benchmarks.results import FOLDER
+from planner.accuracy import accuracy, shipped_records
+from planner.calibration import own_process_bytes
+from planner.gpu_catalog import gpu_catalog
+from planner.margins import HeldOutThing
+from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory.runtime import interval_kind, managed_process_bytes
+from planner.model_catalog import load_shipped
+from planner.records import RunRecord
+
+MIB, GIB = 2**20, 2**30
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "memory-model.md"
+REFERENCE = "h100-80gb"
+GPUS = (REFERENCE, "h200")
+BEYOND = 0.02
+TIGHT = 0.995
+"""Share of a card from which an upper end was brought there on purpose (benchmarks.caps)."""
+LISTED_RATIO = 0.6
+"""Things below that are summed up: the interval learned without them held with much to spare."""
+KINDS = {
+    "share: adapters, every layer checkpointed": "checkpointed",
+    "share: adapters, layers that keep more or move it": "kept",
+    "share: full fine-tuning": "full",
+}
+"""Rows of the interval's table by kind (runtime.interval_kind)."""
+_BLOCK = re.compile(r"(<!-- memory: ([\w ]+) -->\n\n?)(.*?)(\n?<!-- end of memory -->\n)", re.DOTALL)
+
+
+def runs(_: str) -> str:
+    """How many runs there are, errors after loading, and errors of each figure on each GPU."""
+    lines = [
+        "| GPU | figure | runs | median | 95th percentile | worst | bias |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    counts = []
+    for found in accuracy(shipped_records()):
+        counts.append(f"{found.overall[0].runs} runs of {len(found.models)} models on {found.gpu}")
+        for one in found.overall:
+            if one.median is None or one.percentile_95 is None or one.worst is None or one.bias is None:
+                continue
+            high = (
+                f"{size(one.median, 3 if one.figure == 'allocated' else 2)}% | {size(one.percentile_95, 2)}%"
+            )
+            lines.append(
+                f"| {found.gpu} | {one.figure} | {one.runs} | {high} | {one.worst:+.2%} | {one.bias:+.2%} |"
+            )
+    loaded = [
+        _estimate(run.record).weights_bytes / run.record.weights_bytes - 1
+        for gpu_id in GPUS
+        for run in compared(gpu_id)
+    ]
+    middle = size(statistics.median(map(abs, loaded)), 3)
+    text = f"{', '.join(counts)}. Weights after loading: median {middle}%, worst {max(loaded, key=abs):+.3%}."
+    return wrapped(text) + "\n" + "\n".join([*lines, ""])
+
+
+def elsewhere(_: str) -> str:
+    """Errors on GPUs other than the first."""
+    parts = [
+        f"{found.overall[0].runs} runs of {len(found.models)} models on an {found.gpu.upper()}: at worst "
+        + ", ".join(f"{one.figure} {one.worst:+.1%}" for one in found.overall if one.worst is not None)
+        for found in accuracy(shipped_records())
+        if found.gpu != REFERENCE
+    ]
+    return wrapped("; ".join(parts) + ", predicted from its other runs in the same way.")
+
+
+def knobs(old: str) -> str:
+    """Errors of the runs that have each knob."""
+
+    def cells(label: str) -> list[str]:
+        own = [run.residual for run in compared(REFERENCE) if run.is_of(label)]
+        process = [one.process_error for one in own if one.process_error is not None]
+        return [
+            str(len(own)),
+            median_and_worst([one.allocated_error for one in own], 3),
+            median_and_worst([one.reserved_error for one in own], 2),
+            f"{len(process)}: {median_and_worst(process, 2)}" if process else "",
+        ]
+
+    return filled(old, cells)
+
+
+def beyond(_: str) -> str:
+    """The runs whose driver's figure was above the expected one by more than BEYOND."""
+    own = [(run.residual.process_error, run) for run in compared(REFERENCE)]
+    errors = sorted((error, run.record.id, run) for error, run in own if error is not None)
+    above = [(error, run) for error, _, run in errors if error < -BEYOND]
+    named = ", ".join(f"{run.residual.model} ({run.knobs}) {error:+.2%}" for error, run in above)
+    count = f"{len(above)} of {len(errors)} runs"
+    return wrapped(
+        f"The driver's figure is more than {BEYOND:.0%} above the expected one in {count}: {named}."
+    )
+
+
+def capped(_: str) -> str:
+    """How runs below a capped allocator ended, by what was said of them before."""
+    groups: dict[str, list[RunRecord]] = {
+        "the plan's choice, uncompiled, all or no layers checkpointed": [],
+        "the plan's choice, compiled or k of L layers checkpointed": [],
+        "the longest length or largest batch whose interval ends within the card": [],
+        f"expected at {OVER - 1:.0%} or more above the card": [],
+    }
+    plain, chosen, tight, over = groups.values()
+    for record in shipped_records():
+        said, cap = record.predicted, record.memory_cap_bytes
+        if cap is None or said is None or not record.fills_its_length:
+            continue
+        usable = cap + said.process_bytes - said.reserved_bytes
+        if said.process_bytes > usable:
+            over.append(record)
+        elif record.setup.compile != "none" or record.setup.checkpointed_layers is not None:
+            chosen.append(record)
+        else:
+            (tight if said.process_upper_bytes > TIGHT * usable else plain).append(record)
+    lines = [
+        "| said before the run | runs | ran | out of memory | reserved, % of the cap |",
+        "|---|---|---|---|---|",
+    ]
+    for what, found in groups.items():
+        ran = sum(record.outcome == "ok" for record in found)
+        lines.append(f"| {what} | {len(found)} | {ran} | {len(found) - ran} | {_reserved_of_cap(found)} |")
+    return "\n".join([*lines, ""])
+
+
+def _reserved_of_cap(records: Sequence[RunRecord]) -> str:
+    shares = [
+        100 * step.reserved_bytes / record.memory_cap_bytes
+        for record in records
+        if record.memory_cap_bytes and (step := record.phase("step"))
+    ]
+    return f"{min(shares):.1f} to {max(shares):.1f}" if shares else ""
+
+
+def lengths(_: str) -> str:
+    """Runs on batches of many lengths beside what is predicted for batches of the longest."""
+    lines = [
+        "| run | batches | GPU | allocated, predicted, GiB | reserved, predicted, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for record in shipped_records():
+        step = record.phase("step")
+        if not record.lengths or step is None:
+            continue
+        found, setup = _estimate(record, replay=True), record.setup
+        batches = "packed" if setup.packing else setup.train_sampling_strategy.replace("_", " ")
+        batches += f", {setup.attn_implementation or 'sdpa'}" + ", compiled" * (setup.compile != "none")
+        figures = [
+            f"{measured / GIB:.2f}, {predicted / GIB:.2f}"
+            for measured, predicted in (
+                (step.allocated_bytes, found.allocated_bytes),
+                (step.reserved_bytes, found.reserved_bytes),
+            )
+        ]
+        lines.append(f"| {record.id} | {batches} | {record.environment.gpu_id} | {' | '.join(figures)} |")
+    return "\n".join([*lines, ""])
+
+
+def processes(_: str) -> str:
+    """Errors of runs that were the first in their process, and of later ones."""
+    lines = [
+        "| | runs | allocated: median, bias | reserved: median, bias | process: median, bias "
+        "| beyond reserved and managed memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, first in (("first in their process", True), ("later, since managed memory is freed", False)):
+        own = [
+            run
+            for run in compared(REFERENCE)
+            if run.record.isolated == first and run.residual.process_error is not None
+        ]
+        residuals = [run.residual for run in own]
+        parts = [
+            median_and_bias([one.allocated_error for one in residuals], 3),
+            median_and_bias([one.reserved_error for one in residuals], 2),
+            median_and_bias([one.process_error or 0.0 for one in residuals], 2),
+        ]
+        rest = sorted(_beyond_reserved(run.record) / MIB for run in own)
+        span = f"{rest[0]:.0f} to {rest[-1]:.0f}, median {statistics.median(rest):.0f}"
+        lines.append(f"| {name} | {len(own)} | {' | '.join(parts)} | {span} |")
+    return "\n".join([*lines, ""])
+
+
+def _beyond_reserved(record: RunRecord) -> int:
+    found, step = _estimate(record), record.phase("step")
+    context = next(part.size_bytes for part in found.components if part.name == "context")
+    managed = managed_process_bytes(found.process_bytes - found.reserved_bytes - context)
+    return (own_process_bytes(record) or 0) - (step.reserved_bytes if step else 0) - managed
+
+
+def _estimate(record: RunRecord, *, replay: bool = False) -> MemoryBreakdown:
+    gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
+    return estimate_memory(record.setup, model, gpu=gpu, padded=record.padded, replay=replay)
+
+
+def replay_and_fit(_: str) -> str:
+    """Both ways of telling reserved memory; times are those of benchmarks/results/allocator_replay.json."""
+    timed = json.loads((FOLDER / "allocator_replay.json").read_text(encoding="utf-8"))["modes"]
+    own = compared(REFERENCE)
+    both = [[run.residual for run in own], [run.fitted for run in own]]
+    allocated = [sorted((one.allocated_error for one in found), key=abs) for found in both]
+    reserved = [sorted((one.reserved_error for one in found), key=abs) for found in both]
+
+    def pair(figures: Sequence[float], digits: int) -> str:
+        return ", ".join(f"{size(one, digits)}%" for one in figures)
+
+    def times(name: str) -> str:
+        return ", ".join(f"{1000 * mode[name]:.2g} ms" for mode in timed.values())
+
+    def worst(found: Sequence[Sequence[float]]) -> str:
+        return ", ".join(f"{errors[-1]:+.2%}" for errors in found)
+
+    at = min(len(own) - 1, int(0.95 * len(own)))
+    middle = [[statistics.median(map(abs, errors)) for errors in found] for found in (allocated, reserved)]
+    high = [[errors[at] for errors in found] for found in (allocated, reserved)]
+    lines = [
+        f"| {len(own)} runs, each model held out | allocated replay, fit | reserved replay, fit "
+        "| time of a setup replay, fit |",
+        "|---|---|---|---|",
+        f"| median | {pair(middle[0], 3)} | {pair(middle[1], 2)} | {times('seconds_median')} |",
+        f"| 95th percentile | {pair(high[0], 2)} | {pair(high[1], 1)} | |",
+        f"| worst | {worst(allocated)} | {worst(reserved)} | {times('seconds_longest')} |",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def shares(old: str) -> str:
+    """The interval's terms, with replay and without, on each GPU."""
+    return filled(old, lambda label: [cell for gpu_id in GPUS for cell in _terms(label, gpu_id)])
+
+
+def _terms(label: str, gpu_id: str) -> tuple[str, str]:
+    found = calibration(gpu_id).coefficients
+    match label:
+        case "constant":
+            return f"{found.replay_margin_bytes // MIB} MiB", f"{found.margin_bytes // MIB} MiB"
+        case "other card":
+            return (f"{found.context_spread_bytes // MIB} MiB",) * 2
+        case "f":
+            return (f"1 + {found.outside_factor - 1:.2f} n",) * 2
+    one = next(one for one in found.kinds if one.kind == KINDS[label])
+    count = sum(interval_kind(run.record.setup) == one.kind for run in compared(gpu_id))
+    return f"{one.replay_margin_blocks:.2f} ({count} run{'s' * (count != 1)})", f"{one.margin_fraction:.3f}"
+
+
+def held_out(_: str) -> str:
+    """What the runs with one thing needed of the interval learned without them."""
+    by_ratio: dict[str, list[HeldOutThing]] = {}
+    for thing in calibration(REFERENCE).things:
+        key = f"{thing.ratio:.2f}" if thing.ratio >= LISTED_RATIO else ""
+        by_ratio.setdefault(key, []).append(thing)
+    lines = ["| held out | runs | ratio |", "|---|---|---|"]
+    for ratio, found in by_ratio.items():
+        names = ", ".join(f"`{one.thing}`" if "=" in one.thing else one.thing for one in found)
+        low, high = min(one.runs for one in found), max(one.runs for one in found)
+        span = f"{low}" if low == high else f"{low} to {high}"
+        most = f"at most {max(one.ratio for one in found):.2f}"
+        lines.append(f"| {names if ratio else f'{len(found)} others'} | {span} | {ratio or most} |")
+    return "\n".join([*lines, ""])
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {
+    "runs": runs,
+    "elsewhere": elsewhere,
+    "knobs": knobs,
+    "beyond": beyond,
+    "capped": capped,
+    "lengths": lengths,
+    "processes": processes,
+    "replay and fit": replay_and_fit,
+    "shares": shares,
+    "held out": held_out,
+}
+
+
+def written(text: str) -> str:
+    """A page with its blocks as they are now.
+
+    Raises:
+        KeyError: a block, or a row that is filled, has a name that nothing here has.
+    """
+    return _BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]](match[3]) + match[4], text)
+
+
+if __name__ == "__main__":
+    print(written(PAGE.read_text(encoding="utf-8")), end="")
