@@ -10,6 +10,7 @@ from planner.candidate import Evaluator
 from planner.dataset_stats import DatasetStats
 from planner.errors import NotModelledError
 from planner.gpu_target import GpuTarget
+from planner.longest import longest_length
 from planner.memory.adapter import trainables
 from planner.model_spec import ModelSpec
 from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
@@ -49,14 +50,23 @@ def choose(
         "dtype": target.spec.dtype,
         "num_processes": processes(request, target, evaluator),
     }
-    found = None
-    for length in policy_lengths(request, evaluator.model, stats):
-        found = _at(request.setup(**knobs, max_length=length), request, evaluator)
+    wished, *shorter = policy_lengths(request, evaluator.model, stats)
+    found = _at(request.setup(**knobs, max_length=wished), request, evaluator)
+    if not found.fits and shorter and stats is not None:
+        # As much of the examples as fits.
+        smallest = _smallest(found.result, evaluator).candidate.setup
+        longest = longest_length(
+            evaluator, smallest, start=policy.SHORTEST_LENGTH, limit=wished, confirm=True
+        )
+        shorter = [longest] if longest is not None else shorter[-1:]
+    for length in shorter:
         if found.fits:
-            return _raise_rank(found, request, evaluator, stats)
-    assert found is not None
-    smallest = _smallest(found.result, evaluator)
-    return replace(found, tried=smallest, fits=smallest.fits)
+            break
+        found = _at(request.setup(**knobs, max_length=length), request, evaluator)
+    if found.fits:
+        return _raise_rank(found, request, evaluator, stats)
+    smallest_tried = _smallest(found.result, evaluator)
+    return replace(found, tried=smallest_tried, fits=smallest_tried.fits)
 
 
 def _at(base: TrainingSetup, request: PlanRequest, evaluator: Evaluator) -> Chosen:

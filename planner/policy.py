@@ -7,6 +7,8 @@ from planner.model_spec import ModelSpec
 
 # Tried in this order without --data.
 DEFAULT_LENGTHS = (4096, 2048, 1024, 512)
+SHORTEST_LENGTH = DEFAULT_LENGTHS[-1]
+"""The shortest length that is chosen for a person: below, most of an example would be cut."""
 COVERAGE_PERCENT = 99.0
 # Lengths chosen from data are rounded up to this: matmuls waste part of a tile on other sizes.
 LENGTH_STEP = 64

@@ -19,6 +19,9 @@ from planner.render_choice import (
 from planner.render_memory import print_memory
 from planner.render_speed import print_other_cards, print_speed
 
+CUT_TO_SAY = 0.05
+"""Share of the data's tokens above which the verdict itself says that they are cut."""
+
 
 def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
     """Print a plan: the verdict first, what it rests on last."""
@@ -65,6 +68,15 @@ def _verdict(out: Console, plan: Plan) -> None:
     need += f"{gib(usable)} that the card leaves: "
     need += f"{gib(plan.headroom_bytes)} to spare." if plan.fits else f"{gib(-plan.headroom_bytes)} too much."
     out.print(Text(need))
+    data = plan.data
+    if data is not None and data.truncated_tokens >= CUT_TO_SAY * data.total_tokens:
+        share = data.truncated_tokens / data.total_tokens
+        out.print(
+            Text(
+                f"It cuts {share:.0%} of the data's tokens: "
+                f"{100 - data.covered_percent:.0f}% of the examples are longer."
+            )
+        )
     if plan.fits:
         return
     card = plan.smallest_gpu

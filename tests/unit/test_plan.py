@@ -168,7 +168,7 @@ def test_the_plan_and_estimate_agree() -> None:
 def test_every_advice_is_what_its_flags_give(request_: PlanRequest, cli: Cli) -> None:
     """Typing the flags gives the figures that the advice showed."""
     plan = make_plan(request_)
-    assert plan.advice
+    assert plan.advice or plan.fits
     for advice in plan.advice:
         if not advice.flags or plan.fits:
             continue
