@@ -41,7 +41,7 @@ KINDS = {
     "share: full fine-tuning": "full",
 }
 """Rows of the interval's table by kind (runtime.interval_kind)."""
-_BLOCK = re.compile(r"(<!-- memory: ([\w ]+) -->\n\n?)(.*?)(\n?<!-- end of memory -->\n)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- memory: ([\w ]+) -->\n)(.*?)(<!-- end of memory -->\n)", re.DOTALL)
 
 
 def runs(_: str) -> str:
@@ -297,7 +297,11 @@ def written(text: str) -> str:
     Raises:
         KeyError: a block, or a row that is filled, has a name that nothing here has.
     """
-    return _BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]](match[3]) + match[4], text)
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]](match[3].strip())}\n{match[4]}"
+
+    return _BLOCK.sub(block, text)
 
 
 if __name__ == "__main__":
