@@ -13,26 +13,21 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.caps import OVER
-from benchmarks.held_out import calibration, compared
+from benchmarks.held_out import beyond_interval_of, calibration, compared
 from benchmarks.markdown import filled, median_and_bias, median_and_worst, size, wrapped
 from benchmarks.results import FOLDER
+from benchmarks.run_tables import capped, estimated, lengths
 from planner.accuracy import accuracy, shipped_records
 from planner.calibration import own_process_bytes
-from planner.gpu_catalog import gpu_catalog
 from planner.margins import HeldOutThing
-from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.runtime import interval_kind, managed_process_bytes
-from planner.model_catalog import load_shipped
 from planner.records import RunRecord
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "memory-model.md"
 REFERENCE = "h100-80gb"
 GPUS = (REFERENCE, "h200")
 BEYOND = 0.02
-TIGHT = 0.995
-"""Share of a card from which an upper end was brought there on purpose (benchmarks.caps)."""
 LISTED_RATIO = 0.6
 """Things below that are summed up: the interval learned without them held with much to spare."""
 KINDS = {
@@ -63,7 +58,7 @@ def runs(_: str) -> str:
                 f"| {found.gpu} | {one.figure} | {one.runs} | {high} | {one.worst:+.2%} | {one.bias:+.2%} |"
             )
     loaded = [
-        _estimate(run.record).weights_bytes / run.record.weights_bytes - 1
+        estimated(run.record).weights_bytes / run.record.weights_bytes - 1
         for gpu_id in GPUS
         for run in compared(gpu_id)
     ]
@@ -111,69 +106,6 @@ def beyond(_: str) -> str:
     )
 
 
-def capped(_: str) -> str:
-    """How runs below a capped allocator ended, by what was said of them before."""
-    groups: dict[str, list[RunRecord]] = {
-        "the plan's choice, uncompiled, all or no layers checkpointed": [],
-        "the plan's choice, compiled or k of L layers checkpointed": [],
-        "the longest length or largest batch whose interval ends within the card": [],
-        f"expected at {OVER - 1:.0%} or more above the card": [],
-    }
-    plain, chosen, tight, over = groups.values()
-    for record in shipped_records():
-        said, cap = record.predicted, record.memory_cap_bytes
-        if cap is None or said is None or not record.fills_its_length:
-            continue
-        usable = cap + said.process_bytes - said.reserved_bytes
-        if said.process_bytes > usable:
-            over.append(record)
-        elif record.setup.compile != "none" or record.setup.checkpointed_layers is not None:
-            chosen.append(record)
-        else:
-            (tight if said.process_upper_bytes > TIGHT * usable else plain).append(record)
-    lines = [
-        "| said before the run | runs | ran | out of memory | reserved, % of the cap |",
-        "|---|---|---|---|---|",
-    ]
-    for what, found in groups.items():
-        ran = sum(record.outcome == "ok" for record in found)
-        lines.append(f"| {what} | {len(found)} | {ran} | {len(found) - ran} | {_reserved_of_cap(found)} |")
-    return "\n".join([*lines, ""])
-
-
-def _reserved_of_cap(records: Sequence[RunRecord]) -> str:
-    shares = [
-        100 * step.reserved_bytes / record.memory_cap_bytes
-        for record in records
-        if record.memory_cap_bytes and (step := record.phase("step"))
-    ]
-    return f"{min(shares):.1f} to {max(shares):.1f}" if shares else ""
-
-
-def lengths(_: str) -> str:
-    """Runs on batches of many lengths beside what is predicted for batches of the longest."""
-    lines = [
-        "| run | batches | GPU | allocated, predicted, GiB | reserved, predicted, GiB |",
-        "|---|---|---|---|---|",
-    ]
-    for record in shipped_records():
-        step = record.phase("step")
-        if not record.lengths or step is None:
-            continue
-        found, setup = _estimate(record, replay=True), record.setup
-        batches = "packed" if setup.packing else setup.train_sampling_strategy.replace("_", " ")
-        batches += f", {setup.attn_implementation or 'sdpa'}" + ", compiled" * (setup.compile != "none")
-        figures = [
-            f"{measured / GIB:.2f}, {predicted / GIB:.2f}"
-            for measured, predicted in (
-                (step.allocated_bytes, found.allocated_bytes),
-                (step.reserved_bytes, found.reserved_bytes),
-            )
-        ]
-        lines.append(f"| {record.id} | {batches} | {record.environment.gpu_id} | {' | '.join(figures)} |")
-    return "\n".join([*lines, ""])
-
-
 def processes(_: str) -> str:
     """Errors of runs that were the first in their process, and of later ones."""
     lines = [
@@ -200,15 +132,10 @@ def processes(_: str) -> str:
 
 
 def _beyond_reserved(record: RunRecord) -> int:
-    found, step = _estimate(record), record.phase("step")
+    found, step = estimated(record), record.phase("step")
     context = next(part.size_bytes for part in found.components if part.name == "context")
     managed = managed_process_bytes(found.process_bytes - found.reserved_bytes - context)
     return (own_process_bytes(record) or 0) - (step.reserved_bytes if step else 0) - managed
-
-
-def _estimate(record: RunRecord, *, replay: bool = False) -> MemoryBreakdown:
-    gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
-    return estimate_memory(record.setup, model, gpu=gpu, padded=record.padded, replay=replay)
 
 
 def replay_and_fit(_: str) -> str:
@@ -261,6 +188,16 @@ def _terms(label: str, gpu_id: str) -> tuple[str, str]:
     return f"{one.replay_margin_blocks:.2f} ({count} run{'s' * (count != 1)})", f"{one.margin_fraction:.3f}"
 
 
+def narrow(_: str) -> str:
+    """What the reference's runs say of the other GPU's interval."""
+    other = GPUS[1]
+    found, plain = beyond_interval_of(other, REFERENCE)
+    return wrapped(
+        f"{found} of the {len(compared(REFERENCE))} runs on {REFERENCE} need more than {other}'s interval "
+        f"would allow them, {plain} of these with nothing that its runs did not have."
+    )
+
+
 def held_out(_: str) -> str:
     """What the runs with one thing needed of the interval learned without them."""
     by_ratio: dict[str, list[HeldOutThing]] = {}
@@ -287,6 +224,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "processes": processes,
     "replay and fit": replay_and_fit,
     "shares": shares,
+    "narrow": narrow,
     "held out": held_out,
 }
 

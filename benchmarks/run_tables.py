@@ -1,0 +1,85 @@
+"""What the model said of runs below a memory cap and of runs on batches of many lengths, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.caps import OVER
+from planner.accuracy import shipped_records
+from planner.gpu_catalog import gpu_catalog
+from planner.memory import MemoryBreakdown, estimate_memory
+from planner.model_catalog import load_shipped
+from planner.records import RunRecord
+
+GIB = 2**30
+TIGHT = 0.995
+"""Share of a card from which an upper end was brought there on purpose (benchmarks.caps)."""
+
+
+def estimated(record: RunRecord, *, replay: bool = False) -> MemoryBreakdown:
+    """What the model says of a run."""
+    gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
+    return estimate_memory(record.setup, model, gpu=gpu, padded=record.padded, replay=replay)
+
+
+def capped(_: str) -> str:
+    """How runs below a capped allocator ended, by what was said of them before."""
+    groups: dict[str, list[RunRecord]] = {
+        "the plan's choice, uncompiled, all or no layers checkpointed": [],
+        "the plan's choice, compiled or k of L layers checkpointed": [],
+        "the longest length or largest batch whose interval ends within the card": [],
+        f"expected at {OVER - 1:.0%} or more above the card": [],
+    }
+    plain, chosen, tight, over = groups.values()
+    for record in shipped_records():
+        said, cap = record.predicted, record.memory_cap_bytes
+        if cap is None or said is None or not record.fills_its_length:
+            continue
+        usable = cap + said.process_bytes - said.reserved_bytes
+        if said.process_bytes > usable:
+            over.append(record)
+        elif record.setup.compile != "none" or record.setup.checkpointed_layers is not None:
+            chosen.append(record)
+        else:
+            (tight if said.process_upper_bytes > TIGHT * usable else plain).append(record)
+    lines = [
+        "| said before the run | runs | ran | out of memory | reserved, % of the cap |",
+        "|---|---|---|---|---|",
+    ]
+    for what, found in groups.items():
+        ran = sum(record.outcome == "ok" for record in found)
+        lines.append(f"| {what} | {len(found)} | {ran} | {len(found) - ran} | {_reserved_of_cap(found)} |")
+    return "\n".join([*lines, ""])
+
+
+def _reserved_of_cap(records: Sequence[RunRecord]) -> str:
+    shares = [
+        100 * step.reserved_bytes / record.memory_cap_bytes
+        for record in records
+        if record.memory_cap_bytes and (step := record.phase("step"))
+    ]
+    return f"{min(shares):.1f} to {max(shares):.1f}" if shares else ""
+
+
+def lengths(_: str) -> str:
+    """Runs on batches of many lengths beside what is predicted for batches of the longest."""
+    lines = [
+        "| run | batches | GPU | allocated, predicted, GiB | reserved, predicted, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for record in shipped_records():
+        step = record.phase("step")
+        if not record.lengths or step is None:
+            continue
+        found, setup = estimated(record, replay=True), record.setup
+        batches = "packed" if setup.packing else setup.train_sampling_strategy.replace("_", " ")
+        batches += f", {setup.attn_implementation or 'sdpa'}" + ", compiled" * (setup.compile != "none")
+        figures = [
+            f"{measured / GIB:.2f}, {predicted / GIB:.2f}"
+            for measured, predicted in (
+                (step.allocated_bytes, found.allocated_bytes),
+                (step.reserved_bytes, found.reserved_bytes),
+            )
+        ]
+        lines.append(f"| {record.id} | {batches} | {record.environment.gpu_id} | {' | '.join(figures)} |")
+    return "\n".join([*lines, ""])
