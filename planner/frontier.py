@@ -46,8 +46,9 @@ def _point(one: Tried, chosen: Tried, evaluator: Evaluator, tokens: int) -> Fron
     if rate is None or seconds is None:
         return None
     peak = candidate.peak_upper_bytes
-    if not one.fits and candidate.memory.basis.reserve == REPLAYED:
-        # A replay ends where it has shown that something is too large: the estimate tells by how much.
+    memory = candidate.memory
+    if memory.basis.reserve == REPLAYED and memory.reserved_bytes > evaluator.usable_bytes:
+        # A replay ends once it reserves more than there is: the estimate tells by how much.
         peak = max(peak, evaluator.fitted(candidate.setup).peak_upper_bytes)
     return FrontierPoint(
         strategy=one.strategy,
