@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from planner.errors import InputError, NotModelledError
+from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.margins import HeldOutThing, Shortfall, held_out_things, margin_share, outside_factor
 from planner.memory.breakdown import MemoryBreakdown
@@ -28,6 +29,7 @@ from planner.memory.runtime import (
 from planner.memory.step_replay import replay_steps
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
+from planner.reserve_fit import non_negative_fit
 
 MIB = 2**20
 MARGIN_BYTES = 256 * MIB
@@ -118,6 +120,39 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
         raise InputError(
             f"{gpu.id}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
         )
+    residuals, shortfalls = _held_out(samples, gpu, name)
+    # Where a block comes to lie is torch's doing on any GPU: intervals rest on the runs of all.
+    measured = list(samples)
+    for other in _other_gpus(records, gpu):
+        there = _samples(records, other, resolve)
+        if len(there) >= MIN_RECORDS:
+            measured += there
+            for replay, found in _held_out(there, other, other.id)[1].items():
+                shortfalls[replay] += found
+    things = held_out_things(shortfalls[True], constant_bytes=REPLAY_MARGIN_BYTES, slack=REPLAY_MARGIN_SLACK)
+    fitted = dataclasses.replace(
+        _fit(samples, gpu, name),
+        coverage=coverage_of((s.record.setup, s.model, s.record.padded) for s in measured),
+        model_ids=tuple(sorted({sample.record.setup.model for sample in measured})),
+    )
+    return Calibration(
+        coefficients=_with_margins(fitted, shortfalls, things),
+        residuals=tuple(residuals[True]),
+        fitted_residuals=tuple(residuals[False]),
+        things=things,
+    )
+
+
+def _other_gpus(records: Sequence[RunRecord], gpu: GpuSpec) -> list[GpuSpec]:
+    """Other GPUs of the catalog that the records were made on."""
+    there = {record.environment.gpu_id for record in records} - {gpu.id}
+    return [other for other in gpu_catalog() if other.id in there]
+
+
+def _held_out(
+    samples: Sequence[_Sample], gpu: GpuSpec, name: str
+) -> tuple[dict[bool, list[Residual]], dict[bool, list[Shortfall]]]:
+    """Residuals and shortfalls of every run by a fit without its model, with replay (true) and without."""
     residuals: dict[bool, list[Residual]] = {True: [], False: []}
     shortfalls: dict[bool, list[Shortfall]] = {True: [], False: []}
     for held_out in sorted({sample.record.setup.model for sample in samples}):
@@ -128,13 +163,7 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
                 residual, shortfall = _residual(sample, fitted, gpu, replay=replay)
                 residuals[replay].append(residual)
                 shortfalls[replay].append(shortfall)
-    things = held_out_things(shortfalls[True], constant_bytes=REPLAY_MARGIN_BYTES, slack=REPLAY_MARGIN_SLACK)
-    return Calibration(
-        coefficients=_with_margins(_fit(samples, gpu, name), shortfalls, things),
-        residuals=tuple(residuals[True]),
-        fitted_residuals=tuple(residuals[False]),
-        things=things,
-    )
+    return residuals, shortfalls
 
 
 def _with_margins(
@@ -213,7 +242,11 @@ def _managed(breakdown: MemoryBreakdown) -> int:
 def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
     # At its cap an allocator gives cached blocks back.
     uncapped = [sample for sample in samples if not sample.met_cap]
-    constant, *slopes = _non_negative_fit(uncapped or samples)
+    constant, *slopes = non_negative_fit(
+        [sample.terms for sample in uncapped or samples],
+        [sample.reserve_bytes for sample in uncapped or samples],
+        [_reserved(sample) for sample in uncapped or samples],
+    )
     contexts = [
         (own - _reserved(sample) - managed_process_bytes(sample.managed_bytes), sample.record.isolated)
         for sample in samples
@@ -245,28 +278,6 @@ def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
             if package in STACK_PACKAGES
         ),
     )
-
-
-def _non_negative_fit(samples: Sequence[_Sample]) -> list[float]:
-    """Least squares on the reserve, each record weighted by its reserved memory; negative terms are dropped.
-
-    A reserve that shrinks with a larger layer has no meaning, so terms that come out negative are taken out,
-    the most negative first, and the rest fitted again.
-    """
-    import numpy as np
-
-    rows = np.array([(1.0, *sample.terms) for sample in samples])
-    target = np.array([float(sample.reserve_bytes) for sample in samples])
-    weight = np.array([1.0 / _reserved(sample) for sample in samples])
-    active = list(range(rows.shape[1]))
-    solution = np.zeros(rows.shape[1])
-    while active:
-        found, *_ = np.linalg.lstsq(rows[:, active] * weight[:, None], target * weight, rcond=None)
-        if found.min() >= 0:
-            solution[active] = found
-            break
-        active.pop(int(found.argmin()))
-    return [float(value) for value in solution]
 
 
 def _reserved(sample: _Sample) -> int:
