@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
 from planner.accuracy import shipped_records
-from planner.calibration import Calibration, Residual, calibrate, own_process_bytes
+from planner.calibration import Calibration, Residual, calibrate
 from planner.gpu_catalog import gpu_catalog
-from planner.memory import estimate_memory
 from planner.memory.coverage import Value, model_values, setup_values
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord
@@ -111,28 +109,3 @@ def compared(gpu_id: str) -> tuple[Compared, ...]:
 def _values(record: RunRecord) -> frozenset[Value]:
     model = load_shipped(record.setup.model)
     return setup_values(record.setup, model, padded=record.padded) | model_values(model)
-
-
-def beyond_interval_of(other: str, gpu_id: str) -> tuple[int, int]:
-    """How many runs of a GPU need more than another GPU's interval allows, wider for what its runs did not
-    have; and how many of them had nothing that those did not have.
-    """
-    borrowed = dataclasses.replace(calibration(other).coefficients, gpu=gpu_id)
-    found = plain = 0
-    for run in compared(gpu_id):
-        record, model = run.record, load_shipped(run.record.setup.model)
-        said = estimate_memory(
-            record.setup,
-            model,
-            gpu=gpu_catalog().get(gpu_id),
-            padded=record.padded,
-            coefficients=borrowed,
-            replay=True,
-        )
-        step = record.phase("step")
-        reserved = (step.reserved_bytes if step else 0) + said.process_bytes - said.reserved_bytes
-        if max(own_process_bytes(record) or 0, reserved) > said.process_upper_bytes:
-            found += 1
-            where = borrowed.distance(record.setup, model, gpu_id, padded=record.padded)
-            plain += not where.outside
-    return found, plain

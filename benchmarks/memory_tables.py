@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.held_out import beyond_interval_of, calibration, compared
+from benchmarks.held_out import calibration, compared
 from benchmarks.markdown import filled, median_and_bias, median_and_worst, size, wrapped
 from benchmarks.results import FOLDER
 from benchmarks.run_tables import capped, estimated, lengths
@@ -170,32 +170,22 @@ def replay_and_fit(_: str) -> str:
 
 
 def shares(old: str) -> str:
-    """The interval's terms, with replay and without, on each GPU."""
-    return filled(old, lambda label: [cell for gpu_id in GPUS for cell in _terms(label, gpu_id)])
+    """The interval's terms, with replay and without: those of the reference, which all GPUs share."""
+    return filled(old, _terms)
 
 
-def _terms(label: str, gpu_id: str) -> tuple[str, str]:
-    found = calibration(gpu_id).coefficients
+def _terms(label: str) -> list[str]:
+    found = calibration(REFERENCE).coefficients
     match label:
         case "constant":
-            return f"{found.replay_margin_bytes // MIB} MiB", f"{found.margin_bytes // MIB} MiB"
+            return [f"{found.replay_margin_bytes // MIB} MiB", f"{found.margin_bytes // MIB} MiB"]
         case "other card":
-            return (f"{found.context_spread_bytes // MIB} MiB",) * 2
+            return [f"{found.context_spread_bytes // MIB} MiB"] * 2
         case "f":
-            return (f"1 + {found.outside_factor - 1:.2f} n",) * 2
+            return [f"1 + {found.outside_factor - 1:.2f} n"] * 2
     one = next(one for one in found.kinds if one.kind == KINDS[label])
-    count = sum(interval_kind(run.record.setup) == one.kind for run in compared(gpu_id))
-    return f"{one.replay_margin_blocks:.2f} ({count} run{'s' * (count != 1)})", f"{one.margin_fraction:.3f}"
-
-
-def narrow(_: str) -> str:
-    """What the reference's runs say of the other GPU's interval."""
-    other = GPUS[1]
-    found, plain = beyond_interval_of(other, REFERENCE)
-    return wrapped(
-        f"{found} of the {len(compared(REFERENCE))} runs on {REFERENCE} need more than {other}'s interval "
-        f"would allow them, {plain} of these with nothing that its runs did not have."
-    )
+    count = sum(interval_kind(run.record.setup) == one.kind for gpu_id in GPUS for run in compared(gpu_id))
+    return [f"{one.replay_margin_blocks:.2f} ({count} runs)", f"{one.margin_fraction:.3f}"]
 
 
 def held_out(_: str) -> str:
@@ -224,7 +214,6 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "processes": processes,
     "replay and fit": replay_and_fit,
     "shares": shares,
-    "narrow": narrow,
     "held out": held_out,
 }
 
