@@ -124,7 +124,7 @@ def test_a_model_that_no_run_had_is_named_but_not_widened() -> None:
 
 
 def test_another_gpu_widens_by_the_contexts_spread() -> None:
-    here, there = estimated(PLAIN), estimated(PLAIN, gpu="h200")
+    here, there = estimated(PLAIN), estimated(PLAIN, gpu="a100-80gb")
     assert there.basis.notes == ("context measured on h100-80gb, not on this GPU",)
     assert width(there) - width(here) == coefficients_for("h100-80gb").context_spread_bytes > 0
 

@@ -207,7 +207,7 @@ def test_fp32_needs_more_and_float16_what_fp32_adapters_add(model: str) -> None:
         ("compile=regional with activation_offloading", {"activation_offloading": True}),
         ("compile=regional with prepare_for_kbit_training", {"prepare_for_kbit_training": True}),
         ("compile=regional with dtype", {"dtype": "float32"}),
-        ("compile=regional with attn_implementation", {"attn_implementation": "flex_attention"}),
+        ("compile=regional with attn_implementation", {"attn_implementation": "eager"}),
     ],
 )
 def test_a_compiled_combination_that_was_not_measured_is_refused_by_name(

@@ -222,7 +222,9 @@ def below_their_cap() -> list[RunRecord]:
     found = []
     for record in shipped_records():
         step = record.phase("step")
-        if record.memory_cap_bytes and step and step.reserved_bytes < CAP_SHARE * record.memory_cap_bytes:
+        if not record.fills_its_length or not record.memory_cap_bytes:
+            continue
+        if step and step.reserved_bytes < CAP_SHARE * record.memory_cap_bytes:
             found.append(record)
     return found
 
