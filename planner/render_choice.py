@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from planner.frontier import RunnerUp, around_the_chosen, runners_up
-from planner.plan import Plan
-from planner.render import WIDE, columns, duration, figure, gib, heading, rate, yes_no
+from planner.plan import FrontierPoint, Plan
+from planner.render import WIDE, bullets, columns, duration, figure, gib, heading, rate, yes_no
 from planner.training_setup import TrainingSetup
 
 METHOD_TITLES = {"qlora": "QLoRA", "lora": "16-bit LoRA", "full": "full fine-tuning"}
@@ -43,8 +43,12 @@ def print_frontier(out: Console, plan: Plan) -> None:
         return
     heading(out, "Speed against memory: the best of all that was tried")
     timed = plan.data is not None
+    shown = around_the_chosen(plan.frontier)
+    if out.width < WIDE:
+        bullets(out, [_in_words(one, timed=timed) for one in shown])
+        return
     rows: list[list[str | Text]] = []
-    for one in around_the_chosen(plan.frontier):
+    for one in shown:
         rows.append(
             [
                 _batch(one.setup),
@@ -61,6 +65,15 @@ def print_frontier(out: Console, plan: Plan) -> None:
         heads.append(("time", "name"))
     heads += [("fits", "name"), ("", "name")]
     columns(out, heads, rows)
+
+
+def _in_words(one: FrontierPoint, *, timed: bool) -> str:
+    """A point of the frontier for a terminal that has no room for the table."""
+    figures = [f"{figure(one.peak_upper_bytes)} GiB", f"{rate(one.tokens_per_second)} tokens/s"]
+    if timed:
+        figures.append(duration(one.hours))
+    figures.append("chosen" if one.chosen else "fits" if one.fits else "too large")
+    return f"{_batch(one.setup)} {one.strategy}: {', '.join(figures)}"
 
 
 def print_runners_up(out: Console, plan: Plan) -> None:

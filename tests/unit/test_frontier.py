@@ -10,6 +10,8 @@ import pytest
 
 from planner import planning
 from planner.candidate import Evaluator
+from planner.cli import COMMANDS
+from planner.command_line import run_command
 from planner.data_files import PROFILES
 from planner.frontier import around_the_chosen, frontier, runners_up
 from planner.model_catalog import resolve_model
@@ -226,3 +228,17 @@ def test_both_take_a_small_part_of_a_plans_time() -> None:
             spent.append(0.0)
             make_plan(make_request("qwen2.5-14b", gpu="16GB"))
     assert min(spent) < 0.040
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_no_figure_of_the_frontier_is_cut_in_a_narrow_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run_command("plan", COMMANDS["plan"], ["--model", "qwen2.5-14b", "--gpu", "16GB"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
+    for point in plan.frontier:
+        assert f"{point.peak_upper_bytes / 2**30:.2f} GiB" in text
+        assert point.strategy in text
+    assert "chosen" in text
