@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.calibration import Residual, calibrate
+from planner.calibration import Residual, held_out_residuals
 from planner.data_files import PROFILES
 from planner.gpu_catalog import gpu_catalog
 from planner.model_catalog import load_shipped
@@ -99,7 +99,7 @@ def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:
     gpus = sorted({record.environment.gpu_id for record in records if record.source == "calibrate"})
     found = []
     for gpu_id in gpus:
-        residuals = calibrate(records, gpu_catalog().get(gpu_id), load_shipped, name=gpu_id).residuals
+        residuals = held_out_residuals(records, gpu_catalog().get(gpu_id), load_shipped)
         by_model = sorted({residual.model for residual in residuals})
         found.append(
             Accuracy(

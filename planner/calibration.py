@@ -115,11 +115,7 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
     Raises:
         InputError: too few records of it.
     """
-    samples = _samples(records, gpu, resolve)
-    if len(samples) < MIN_RECORDS:
-        raise InputError(
-            f"{gpu.id}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
-        )
+    samples = _enough(_samples(records, gpu, resolve), gpu)
     residuals, shortfalls = _held_out(samples, gpu, name)
     # Where a block comes to lie is torch's doing on any GPU: intervals rest on the runs of all.
     measured = list(samples)
@@ -141,6 +137,24 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
         fitted_residuals=tuple(residuals[False]),
         things=things,
     )
+
+
+def held_out_residuals(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> tuple[Residual, ...]:
+    """Errors of every usable run of a GPU by a fit without its model, the allocator replayed.
+
+    Raises:
+        InputError: too few records of it.
+    """
+    residuals, _ = _held_out(_enough(_samples(records, gpu, resolve), gpu), gpu, gpu.id)
+    return tuple(residuals[True])
+
+
+def _enough(samples: list[_Sample], gpu: GpuSpec) -> list[_Sample]:
+    if len(samples) < MIN_RECORDS:
+        raise InputError(
+            f"{gpu.id}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
+        )
+    return samples
 
 
 def _other_gpus(records: Sequence[RunRecord], gpu: GpuSpec) -> list[GpuSpec]:

@@ -17,7 +17,7 @@ from planner.errors import NotModelledError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.plan import CardAdvice, Duration, OtherCard
-from planner.search import Tried, finish_seconds
+from planner.search import Tried, fewest_layers, finish_seconds
 from planner.training_setup import TrainingSetup
 
 LADDER = (
@@ -183,15 +183,9 @@ def _spent(best: Candidate, fixed: frozenset[str], there: Evaluator) -> Iterator
     sizes = {setup.per_device_train_batch_size, *(() if fixed & BATCH else (1,))}
     for size in sizes if setup.gradient_checkpointing and not fixed & CHECKPOINTING else ():
         batch = setup.replace(per_device_train_batch_size=size, gradient_accumulation_steps=total // size)
-        low, high = 0, there.model.num_hidden_layers
-        while high - low > 1:
-            middle = (low + high) // 2
-            candidate = _fitting(there, batch.replace(checkpointed_layers=middle))
-            if candidate is None:
-                low = middle
-            else:
-                high = middle
-                yield candidate
+        partly = _partly(batch, there)
+        if partly is not None:
+            yield partly
     while setup.gradient_accumulation_steps % 2 == 0 and not fixed & BATCH:
         setup = setup.replace(
             per_device_train_batch_size=2 * setup.per_device_train_batch_size,
@@ -201,6 +195,17 @@ def _spent(best: Candidate, fixed: frozenset[str], there: Evaluator) -> Iterator
         if larger is None:
             return
         yield larger
+
+
+def _partly(setup: TrainingSetup, there: Evaluator) -> Candidate | None:
+    """The same with as few layers checkpointed as fit; None where all have to be."""
+    layers = there.model.num_hidden_layers
+
+    def with_layers(some: int) -> Candidate | None:
+        return _fitting(there, setup.replace(checkpointed_layers=some))
+
+    fewest = fewest_layers(layers, lambda some: with_layers(some) is not None)
+    return with_layers(fewest) if fewest < layers else None
 
 
 def _fitting(evaluator: Evaluator, setup: TrainingSetup) -> Candidate | None:

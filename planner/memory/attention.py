@@ -26,7 +26,9 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
         fused = linear(tape, knobs.kind("qkv_proj"), x, layer.hidden_size, query_size + 2 * kv_size)
         parts = split(tape, fused, (query_size, kv_size, kv_size))
         tape.free(fused.buffer)
-        query, key, value = (_by_heads(tape, layer, knobs, n, x) for n, x in zip("qkv", parts, strict=True))
+        query, key, value = (
+            _by_heads(tape, layer, knobs, name, part) for name, part in zip("qkv", parts, strict=True)
+        )
     else:
         query, key, value = _projections(tape, layer, knobs, x)
     if knobs.liger:
@@ -66,9 +68,8 @@ def _by_heads(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, name: str, x: Val
     """
     if knobs.liger or not x.requires_grad:
         return x
-    kernel = knobs.attention in ("fused", "masked", "flex")
-    by_product = repeats_keys(layer, knobs.attention) if kernel else True
-    if not (by_product if name == "v" else layer.rotary):
+    own_layout = knobs.attention in ("fused", "masked", "flex") and not repeats_keys(layer, knobs.attention)
+    if own_layout if name == "v" else not layer.rotary:
         return x
     features = layer.query_size if name == "q" else layer.key_value_size
     result = Value(x.buffer, True, x.width)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from planner.search.batches import Batch, batches
 from planner.search.choice import SPEED_TIE, SearchResult, Tried, finish_seconds
 from planner.search.find import TOKENS, search
+from planner.search.levels import fewest_layers
 from planner.search.strategies import COMPILED, EAGER, Mode, modes
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SearchResult",
     "Tried",
     "batches",
+    "fewest_layers",
     "finish_seconds",
     "modes",
     "search",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from planner.candidate import Evaluator
@@ -82,15 +83,18 @@ def _possible(setup: TrainingSetup, strategy: str, evaluator: Evaluator, **knobs
 
 def _partly(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
     """As few layers checkpointed as fit."""
-    low, high = 0, evaluator.model.num_hidden_layers
-    while high - low > 1:
-        middle = (low + high) // 2
-        if evaluator.setup_fits(setup.replace(checkpointed_layers=middle)):
-            high = middle
-        else:
-            low = middle
-    if high < evaluator.model.num_hidden_layers:
-        yield _with_layers(setup, prefix, high, evaluator)
+    layers = evaluator.model.num_hidden_layers
+    fewest = fewest_layers(layers, lambda some: evaluator.setup_fits(setup.replace(checkpointed_layers=some)))
+    if fewest < layers:
+        yield _with_layers(setup, prefix, fewest, evaluator)
+
+
+def fewest_layers(layers: int, fits: Callable[[int], bool]) -> int:
+    """The fewest of a model's layers that fit when checkpointed; all of them where none fewer do.
+
+    Memory falls with each checkpointed layer, so halving finds it.
+    """
+    return 1 + bisect_left(range(1, layers), True, key=fits)
 
 
 def _with_layers(setup: TrainingSetup, prefix: str, layers: int, evaluator: Evaluator) -> Tried:

@@ -31,6 +31,7 @@ from launcher.tui.widgets.legend import Legend
 from launcher.tui.widgets.memory_bar import MemoryBar
 from launcher.tui.widgets.phase_table import PhaseTable
 from launcher.tui.widgets.pick_button import PickButton
+from launcher.tui.widgets.setup_list import SetupList
 from launcher.tui.widgets.speed_panel import SpeedPanel
 from launcher.tui.widgets.verdict_line import VerdictLine
 from planner.errors import FieldError, InputError, NotModelledError, VramwiseError
@@ -179,9 +180,8 @@ class SizingScreen(Screen[None]):
             self.query_one(AdvicePanel).show(event.sizing, event.found.changes)
             self.query_one(FrontierPanel).show(event.sizing, event.found.points)
 
-    @on(AdvicePanel.Applied)
-    @on(FrontierPanel.Applied)
-    def _apply(self, event: AdvicePanel.Applied | FrontierPanel.Applied) -> None:
+    @on(SetupList.Applied)
+    def _apply(self, event: SetupList.Applied) -> None:
         event.stop()
         self._take(event.setup)
 
