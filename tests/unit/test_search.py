@@ -11,7 +11,7 @@ from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.gpu_target import resolve_gpu
 from planner.model_catalog import resolve_model
-from planner.search import COMPILED, EAGER, batches, finish_seconds, modes, search
+from planner.search import COMPILED, EAGER, batches, fewest_layers, finish_seconds, modes, search
 from planner.training_setup import TrainingSetup
 
 GIB = 2**30
@@ -174,3 +174,9 @@ def test_without_forecasts_the_largest_batch_that_fits_is_taken() -> None:
     assert result.chosen is not None
     assert result.chosen.candidate.speed is None
     assert result.chosen.candidate.setup.per_device_train_batch_size == 4
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 32, 81])
+def test_no_layer_more_than_needed_is_checkpointed(layers: int) -> None:
+    for needed in range(1, layers + 1):
+        assert fewest_layers(layers, lambda some, needed=needed: some >= needed) == needed  # type: ignore[misc]
