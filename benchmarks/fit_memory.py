@@ -14,8 +14,10 @@ from collections.abc import Sequence
 
 from planner.accuracy import shipped_records
 from planner.calibration import MIN_RECORDS, calibrate
+from planner.cuda_allocator import ALLOCATORS
 from planner.data_files import PROFILES, write_atomically
 from planner.gpu_catalog import gpu_catalog
+from planner.memory.runtime import coefficients_name
 from planner.model_catalog import load_shipped
 
 
@@ -24,11 +26,14 @@ def main(names: Sequence[str]) -> None:
     records = shipped_records()
     counts = Counter(record.environment.gpu_id for record in records)
     for gpu_id in names or [gpu for gpu, count in counts.items() if count >= MIN_RECORDS]:
-        fit = calibrate(records, gpu_catalog().get(gpu_id), load_shipped, name=gpu_id)
-        text = json.dumps(fit.coefficients.to_dict(), indent=1) + "\n"
-        write_atomically(PROFILES / "calibration" / f"{gpu_id}.json", text)
-        sizes = [abs(residual.reserved_error) for residual in fit.residuals]
-        print(f"{gpu_id}: {len(sizes)} runs, reserved: median error {statistics.median(sizes):.2%}")
+        for allocator in ALLOCATORS:
+            gpu = gpu_catalog().get(gpu_id)
+            fit = calibrate(records, gpu, load_shipped, name=gpu_id, allocator=allocator)
+            text = json.dumps(fit.coefficients.to_dict(), indent=1) + "\n"
+            write_atomically(PROFILES / "calibration" / coefficients_name(gpu_id, allocator), text)
+            sizes = [abs(residual.reserved_error) for residual in fit.residuals]
+            middle = f"{statistics.median(sizes):.2%}" if sizes else "none"
+            print(f"{gpu_id}, {allocator}: {len(sizes)} runs, reserved: median error {middle}")
 
 
 if __name__ == "__main__":

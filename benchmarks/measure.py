@@ -63,7 +63,7 @@ def remaining(profiles: Path, output: Path) -> list[str]:
 
 def _environment(profiles: Path) -> dict[str, str]:
     """The environment that suits the first profile; one that wants another ends the child."""
-    return measuring_environment(os.environ, lengths_vary=read_profiles(profiles)[0].lengths_vary)
+    return measuring_environment(os.environ, allocator=read_profiles(profiles)[0].allocator)
 
 
 def _child(lines: list[str], output: Path, seconds: float) -> tuple[int, bool]:

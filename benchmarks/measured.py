@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.profile import Profile
+from planner.cuda_allocator import machine_allocator
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_target import GpuTarget, resolve_gpu
 from planner.memory import estimate_memory
@@ -53,7 +54,11 @@ def tokens_per_second(record: RunRecord, gradient_accumulation_steps: int) -> fl
 
 def same_run(profile: Profile, record: RunRecord) -> bool:
     """Whether a record is of this profile."""
-    return profile.setup == record.setup and profile.memory_cap_bytes == record.memory_cap_bytes
+    return (
+        profile.setup == record.setup
+        and profile.memory_cap_bytes == record.memory_cap_bytes
+        and (profile.allocator or machine_allocator()) == record.allocator
+    )
 
 
 def environment(records: Sequence[RunRecord]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.measured import MEASURED_ON, capped_target, memory_cap_bytes
 from benchmarks.referee import describe
 from benchmarks.results import write_result
+from launcher.allocator import measuring_environment
 from planner.planning import make_plan
 from planner.request import PlanRequest
 
@@ -128,6 +129,8 @@ def run(output: Path, asked: Sequence[dict[str, Any]], *, unsloth_site: Path | N
 
 def _child(kind: str, task: dict[str, Any], output: Path, site: Path | None, end: float) -> None:
     environment = {**os.environ, **OFFLINE}
+    if kind == "vramwise":
+        environment = measuring_environment(environment)
     if site is not None:
         environment["PYTHONPATH"] = str(site)
     command = [sys.executable, "-m", "benchmarks.rival_child", kind, json.dumps(task)]

@@ -1,32 +1,39 @@
-"""How torch's allocator is set for a run, through its process's environment. Light: no torch."""
+"""How torch's allocator is set for a process, through its environment. Light: no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
-EXPANDABLE = "expandable_segments:True"
+from planner.cuda_allocator import (
+    EXPANDABLE,
+    EXPANDABLE_SETTING,
+    NATIVE,
+    VARIABLE,
+    VARIABLES,
+    asked_allocator,
+    machine_allocator,
+)
 
 
-def allocator_environment(environment: Mapping[str, str], *, lengths_vary: bool) -> dict[str, str]:
-    """The variables to add for a run.
-
-    Batches of many lengths leave holes between blocks of many sizes: Llama-3.1-8B on padded chats had 13.7
-    GiB allocated and reserved 16.8 (run 20261122-486ef6addc62), with expandable segments 14.6
-    (20261122-cb9a5e494749). Batches of one shape keep torch's default, whose segments
-    planner/memory/allocator.py replays. What a person has set stays.
-    """
-    if not lengths_vary or VARIABLE in environment:
+def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables to add for a run. What a person has set stays."""
+    if asked_allocator(environment) is not None or machine_allocator() == NATIVE:
         return {}
-    return {VARIABLE: EXPANDABLE}
+    return {VARIABLE: EXPANDABLE_SETTING}
 
 
-def measuring_environment(environment: Mapping[str, str], *, lengths_vary: bool) -> dict[str, str]:
-    """The environment of a measuring process: as the launcher would set it, whatever a person has set."""
-    clean = {name: value for name, value in environment.items() if name != VARIABLE}
-    return {**clean, **allocator_environment(clean, lengths_vary=lengths_vary)}
+def measuring_environment(
+    environment: Mapping[str, str], *, allocator: str | None = None
+) -> dict[str, str]:
+    """The environment of a measuring process: with the given allocator, else as the launcher would set it on
+    this machine, whatever a person has set.
+    """
+    clean = {name: value for name, value in environment.items() if name not in VARIABLES}
+    if (allocator or machine_allocator()) == EXPANDABLE:
+        clean[VARIABLE] = EXPANDABLE_SETTING
+    return clean
 
 
-def is_expandable(environment: Mapping[str, str]) -> bool:
-    """Whether the environment asks for expandable segments."""
-    return EXPANDABLE in environment.get(VARIABLE, "").replace(" ", "").split(",")
+def process_allocator(environment: Mapping[str, str]) -> str:
+    """The allocator of a process with this environment."""
+    return asked_allocator(environment) or NATIVE

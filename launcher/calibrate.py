@@ -19,10 +19,12 @@ from typing import Any
 from launcher.allocator import measuring_environment
 from launcher.profile import Profile, profile_line
 from planner.calibration import Calibration, calibrate
+from planner.cuda_allocator import machine_allocator
 from planner.data_files import user_data_dir, write_atomically
 from planner.errors import InputError, VramwiseError
 from planner.hardware import LocalGpu
 from planner.memory import estimate_memory
+from planner.memory.runtime import coefficients_name
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord, all_records, read_records
 from planner.throughput.fit import SpeedFit, TooFewRunsError, fit_rates, start_for
@@ -83,11 +85,17 @@ PAGED = (
 
 def choose(gpu: LocalGpu, done: Sequence[RunRecord]) -> tuple[tuple[Profile, ...], tuple[Profile, ...]]:
     """Profiles for this GPU's free memory that no record of it has yet, by child process."""
-    known = {record.setup for record in done if record.environment.gpu_id == gpu.spec.id}
+    allocator = machine_allocator()
+    known = {
+        record.setup
+        for record in done
+        if record.environment.gpu_id == gpu.spec.id and record.allocator == allocator
+    }
     limit = FILL * gpu.free_bytes
 
     def wanted(profile: Profile) -> bool:
-        need = estimate_memory(profile.setup, load_shipped(profile.setup.model), gpu=gpu.spec)
+        model = load_shipped(profile.setup.model)
+        need = estimate_memory(profile.setup, model, gpu=gpu.spec, allocator=allocator)
         return need.peak_upper_bytes <= limit and profile.setup not in known
 
     return tuple(filter(wanted, UNPAGED)), tuple(filter(wanted, PAGED))
@@ -100,7 +108,7 @@ def records_file(gpu: LocalGpu) -> Path:
 
 def coefficients_file(gpu: LocalGpu) -> Path:
     """Where this GPU's own coefficients are kept."""
-    return user_data_dir() / "calibration" / f"{gpu.spec.id}.json"
+    return user_data_dir() / "calibration" / coefficients_name(gpu.spec.id, machine_allocator())
 
 
 def measure(gpu: LocalGpu, minutes: float, report: Callable[[Progress], None], *, again: bool = False) -> int:
@@ -136,7 +144,7 @@ def fit(gpu: LocalGpu) -> Calibration:
         InputError: too few records.
     """
     name = f"{gpu.spec.id}, calibrated here"
-    found = calibrate(all_records(), gpu.spec, load_shipped, name=name)
+    found = calibrate(all_records(), gpu.spec, load_shipped, name=name, allocator=machine_allocator())
     write_atomically(coefficients_file(gpu), json.dumps(found.coefficients.to_dict(), indent=1) + "\n")
     return found
 
@@ -257,7 +265,7 @@ def _environment(gpu: LocalGpu) -> dict[str, str]:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return {
-        **measuring_environment(os.environ, lengths_vary=False),
+        **measuring_environment(os.environ),
         "PYTHONPATH": path,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": gpu.uuid,

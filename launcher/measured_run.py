@@ -123,6 +123,9 @@ class MeasuredRun:
             callbacks=[_step_clock(self.step_seconds, self.update_seconds, self.micro_steps)],
         )
         trainer.args.eval_strategy = "no"
+        if self.profile.padded:
+            # Drawn at random, the short rows could make up a batch, and every batch after warm-up.
+            trainer.args.train_sampling_strategy = "sequential"
         counter = TokenCounter(trainer.data_collator)
         trainer.data_collator = counter
         trainer.train()

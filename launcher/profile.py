@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner import validate
+from planner.cuda_allocator import ALLOCATORS
 from planner.errors import InputError
 from planner.training_setup import MAX_LENGTH, TrainingSetup
 
-PROFILE_FIELDS = ("padded", "steps", "evaluates", "memory_cap_bytes", "lengths")
+PROFILE_FIELDS = ("padded", "steps", "evaluates", "memory_cap_bytes", "lengths", "allocator")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +20,7 @@ class Profile:
 
     `lengths` are tokens of real data's examples; with them a run trains on such examples, batched, grouped or
     packed as the setup says, over as many epochs as its steps take, and its useful tokens are counted.
+    `allocator` is the one to measure with, null for the one that suits the machine.
 
     Raises:
         InputError: a length is below 1, or lengths together with `padded`, which they decide.
@@ -30,10 +32,13 @@ class Profile:
     evaluates: bool = False
     memory_cap_bytes: int | None = None
     lengths: tuple[int, ...] = ()
+    allocator: str | None = None
 
     def __post_init__(self) -> None:
         if self.lengths and self.padded:
             raise InputError("a profile has either lengths or padded")
+        if self.allocator is not None:
+            validate.choice("allocator", self.allocator, ALLOCATORS)
         for length in self.lengths:
             validate.integer("lengths", length, minimum=1, maximum=MAX_LENGTH)
 
@@ -43,11 +48,6 @@ class Profile:
         setup = self.setup
         mixed = len({min(length, setup.max_length) for length in self.lengths}) > 1
         return self.padded or (mixed and not setup.packing and setup.per_device_train_batch_size > 1)
-
-    @property
-    def lengths_vary(self) -> bool:
-        """Whether batches differ in shape: examples of several lengths that are not packed."""
-        return not self.setup.packing and len(set(self.lengths)) > 1
 
 
 def profile_line(profile: Profile) -> str:

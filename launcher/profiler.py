@@ -23,9 +23,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher.allocator import is_expandable
+from launcher.allocator import process_allocator
 from launcher.measured_run import MeasuredRun
 from launcher.profile import Profile, read_profiles
+from planner.cuda_allocator import machine_allocator
 from planner.errors import InputError, VramwiseError
 from planner.hardware import LocalGpu, local_gpus
 from planner.memory import estimate_memory
@@ -71,8 +72,9 @@ class Profiler:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(profile.memory_cap_bytes / total)
         self._refuse_patched(profile)
-        if profile.lengths_vary != is_expandable(os.environ):
-            raise NotCleanError("this process's allocator is not set as the launcher would set it")
+        allocator = process_allocator(os.environ)
+        if allocator != (profile.allocator or machine_allocator()):
+            raise NotCleanError("this process's allocator is not the one to measure with")
         self._context_bytes = self._driver_bytes() - torch.cuda.memory_reserved()
         run = MeasuredRun(profile, self._device, self._driver_bytes)
         try:
@@ -194,6 +196,7 @@ class Profiler:
             random_weights=True,
             isolated=self._runs == 0,
             memory_cap_bytes=profile.memory_cap_bytes,
+            allocator=process_allocator(os.environ),
         )
 
 
@@ -203,7 +206,14 @@ def _predict(profile: Profile) -> Predicted | None:
     model = resolve_model(profile.setup.model)
     gpu = local_gpus()[0].spec
     try:
-        breakdown = estimate_memory(profile.setup, model, gpu=gpu, padded=profile.mixes_lengths, replay=True)
+        breakdown = estimate_memory(
+            profile.setup,
+            model,
+            gpu=gpu,
+            padded=profile.mixes_lengths,
+            replay=True,
+            allocator=process_allocator(os.environ),
+        )
     except NotModelledError:
         return None
     return Predicted(

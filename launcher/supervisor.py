@@ -88,7 +88,7 @@ def start(run_dir: Path) -> RunHandle:
     """
     folder = RunFolder(run_dir.resolve())
     job = folder.read_job()
-    allocator = allocator_environment(os.environ, lengths_vary=not job.setup.packing)
+    allocator = allocator_environment(os.environ)
     with hold_lock(folder, "launcher"):
         now = status(folder.path)
         if now.state != "created":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.calibration import Residual, held_out_residuals
+from planner.cuda_allocator import ALLOCATORS
 from planner.data_files import PROFILES
 from planner.gpu_catalog import gpu_catalog
 from planner.model_catalog import load_shipped
@@ -47,9 +48,10 @@ class ModelAccuracy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """Held-out errors on one GPU: all runs together, and by model."""
+    """Held-out errors on one GPU with one of torch's allocators: all runs together, and by model."""
 
     gpu: str
+    allocator: str
     overall: tuple[ErrorSummary, ...]
     models: tuple[ModelAccuracy, ...]
 
@@ -91,19 +93,19 @@ def shipped_records() -> tuple[RunRecord, ...]:
 
 
 def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:
-    """Held-out errors on every GPU with enough records.
+    """Held-out errors on every GPU with enough records, by allocator.
 
     Raises:
         InputError: a GPU has too few records to leave any out.
     """
-    gpus = sorted({record.environment.gpu_id for record in records if record.source == "calibrate"})
     found = []
-    for gpu_id in gpus:
-        residuals = held_out_residuals(records, gpu_catalog().get(gpu_id), load_shipped)
+    for gpu_id, allocator in _measured(records):
+        residuals = held_out_residuals(records, gpu_catalog().get(gpu_id), load_shipped, allocator=allocator)
         by_model = sorted({residual.model for residual in residuals})
         found.append(
             Accuracy(
                 gpu=gpu_id,
+                allocator=allocator,
                 overall=_summaries(residuals),
                 models=tuple(
                     _model_accuracy(model, [r for r in residuals if r.model == model]) for model in by_model
@@ -111,6 +113,12 @@ def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:
             )
         )
     return tuple(found)
+
+
+def _measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """GPUs and allocators that runs of full sequences were made with: by GPU, expandable segments first."""
+    there = {(r.environment.gpu_id, r.allocator) for r in records if r.fills_its_length}
+    return sorted(there, key=lambda pair: (pair[0], ALLOCATORS.index(pair[1])))
 
 
 def _model_accuracy(model: str, residuals: Sequence[Residual]) -> ModelAccuracy:

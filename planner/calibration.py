@@ -104,30 +104,36 @@ def own_process_bytes(record: RunRecord) -> int | None:
     return step.process_bytes if abs(left) <= LEFT_OVER_BYTES else None
 
 
-def usable_records(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[RunRecord]:
-    """Records of that GPU that ran to their end and whose setups are modelled."""
-    return [sample.record for sample in _samples(records, gpu, resolve)]
+def usable_records(
+    records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, allocator: str
+) -> list[RunRecord]:
+    """Records of that GPU and allocator that ran to their end and whose setups are modelled."""
+    return [sample.record for sample in _samples(records, gpu, resolve) if sample.record.allocator == allocator]
 
 
-def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, name: str) -> Calibration:
-    """Fit the coefficients of one GPU.
+def calibrate(
+    records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, name: str, allocator: str
+) -> Calibration:
+    """Fit the coefficients of one GPU with one of torch's allocators.
+
+    The context is that of the GPU's own runs. Where a block comes to lie is torch's doing on any GPU: reserve
+    and intervals rest on the allocator's runs on all of them.
 
     Raises:
-        InputError: too few records of it.
+        InputError: too few records of the GPU, or of the allocator.
     """
-    samples = _enough(_samples(records, gpu, resolve), gpu)
-    residuals, shortfalls = _held_out(samples, gpu, name)
-    # Where a block comes to lie is torch's doing on any GPU: intervals rest on the runs of all.
-    measured = list(samples)
-    for other in _other_gpus(records, gpu):
-        there = _samples(records, other, resolve)
-        if len(there) >= MIN_RECORDS:
-            measured += there
-            for replay, found in _held_out(there, other, other.id)[1].items():
+    by_gpu = _by_gpu(records, gpu, resolve)
+    samples = _enough(by_gpu[gpu.id], gpu.id)
+    measured = [sample for there in by_gpu.values() for sample in there]
+    pool = _enough([one for one in measured if one.record.allocator == allocator], allocator)
+    residuals, shortfalls = _held_out(samples, pool, gpu, name)
+    for other, there in by_gpu.items():
+        if other != gpu.id:
+            for replay, found in _held_out(there, pool, gpu_catalog().get(other), other)[1].items():
                 shortfalls[replay] += found
     things = held_out_things(shortfalls[True], constant_bytes=REPLAY_MARGIN_BYTES, slack=REPLAY_MARGIN_SLACK)
     fitted = dataclasses.replace(
-        _fit(samples, gpu, name),
+        _fit(samples, pool, gpu, name),
         coverage=coverage_of((s.record.setup, s.model, s.record.padded) for s in measured),
         model_ids=tuple(sorted({sample.record.setup.model for sample in measured})),
     )
@@ -139,45 +145,62 @@ def calibrate(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, n
     )
 
 
-def held_out_residuals(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> tuple[Residual, ...]:
-    """Errors of every usable run of a GPU by a fit without its model, the allocator replayed.
+def held_out_residuals(
+    records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, allocator: str
+) -> tuple[Residual, ...]:
+    """Errors of every usable run of a GPU with an allocator by a fit without its model, that one replayed.
 
     Raises:
         InputError: too few records of it.
     """
-    residuals, _ = _held_out(_enough(_samples(records, gpu, resolve), gpu), gpu, gpu.id)
+    by_gpu = _by_gpu(records, gpu, resolve)
+    samples = [sample for there in by_gpu.values() for sample in there]
+    pool = _enough([one for one in samples if one.record.allocator == allocator], allocator)
+    residuals, _ = _held_out(_enough(by_gpu[gpu.id], gpu.id), pool, gpu, gpu.id)
     return tuple(residuals[True])
 
 
-def _enough(samples: list[_Sample], gpu: GpuSpec) -> list[_Sample]:
+def _enough(samples: list[_Sample], what: str) -> list[_Sample]:
     if len(samples) < MIN_RECORDS:
         raise InputError(
-            f"{gpu.id}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
+            f"{what}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
         )
     return samples
 
 
-def _other_gpus(records: Sequence[RunRecord], gpu: GpuSpec) -> list[GpuSpec]:
-    """Other GPUs of the catalog that the records were made on."""
+def _by_gpu(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> dict[str, list[_Sample]]:
+    """Samples of a GPU, and of the catalog's other ones that have enough."""
     there = {record.environment.gpu_id for record in records} - {gpu.id}
-    return [other for other in gpu_catalog() if other.id in there]
+    others = ((one.id, _samples(records, one, resolve)) for one in gpu_catalog() if one.id in there)
+    return {gpu.id: _samples(records, gpu, resolve)} | {
+        other: samples for other, samples in others if len(samples) >= MIN_RECORDS
+    }
 
 
 def _held_out(
-    samples: Sequence[_Sample], gpu: GpuSpec, name: str
+    samples: Sequence[_Sample], pool: Sequence[_Sample], gpu: GpuSpec, name: str
 ) -> tuple[dict[bool, list[Residual]], dict[bool, list[Shortfall]]]:
-    """Residuals and shortfalls of every run by a fit without its model, with replay (true) and without."""
+    """Residuals and shortfalls, with replay (true) and without, of a GPU's runs that are in the pool (of one
+    allocator) by a fit without their model.
+    """
     residuals: dict[bool, list[Residual]] = {True: [], False: []}
     shortfalls: dict[bool, list[Shortfall]] = {True: [], False: []}
-    for held_out in sorted({sample.record.setup.model for sample in samples}):
-        rest = [sample for sample in samples if sample.record.setup.model != held_out]
-        fitted = _fit(rest if len(rest) >= MIN_RECORDS else samples, gpu, name)
-        for sample in samples:
+    own = [sample for sample in pool if sample.record.environment.gpu_id == gpu.id]
+    for held_out in sorted({sample.record.setup.model for sample in own}):
+        rest, others = (
+            left if len(left := _without(held_out, all_of)) >= MIN_RECORDS else all_of for all_of in (samples, pool)
+        )
+        fitted = _fit(rest, others, gpu, name)
+        for sample in own:
             for replay in (True, False) if sample.record.setup.model == held_out else ():
                 residual, shortfall = _residual(sample, fitted, gpu, replay=replay)
                 residuals[replay].append(residual)
                 shortfalls[replay].append(shortfall)
     return residuals, shortfalls
+
+
+def _without(model: str, samples: Sequence[_Sample]) -> Sequence[_Sample]:
+    return [sample for sample in samples if sample.record.setup.model != model]
 
 
 def _with_margins(
@@ -217,22 +240,24 @@ def _rounded(share: float) -> float:
 
 def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[_Sample]:
     found = []
-    bare = dataclasses.replace(coefficients_for(gpu.id), gpu=gpu.id, workspace_bytes=0)
     for record in records:
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
             continue
         if not record.fills_its_length:
             continue
-        model = resolve(record.setup.model)
+        model, allocator = resolve(record.setup.model), record.allocator
+        bare = dataclasses.replace(coefficients_for(gpu.id, allocator), gpu=gpu.id, workspace_bytes=0)
         try:
-            breakdown = estimate_memory(record.setup, model, gpu=gpu, padded=record.padded)
+            breakdown = estimate_memory(
+                record.setup, model, gpu=gpu, padded=record.padded, allocator=allocator
+            )
         except NotModelledError:
             continue
         without_workspace = estimate_memory(
-            record.setup, model, gpu=gpu, padded=record.padded, coefficients=bare
+            record.setup, model, gpu=gpu, padded=record.padded, coefficients=bare, allocator=allocator
         )
-        terms = reserve_terms(record.setup, model, gpu=gpu, padded=record.padded)
+        terms = reserve_terms(record.setup, model, gpu=gpu, padded=record.padded, allocator=allocator)
         found.append(
             _Sample(
                 record=record,
@@ -253,13 +278,14 @@ def _managed(breakdown: MemoryBreakdown) -> int:
     return breakdown.process_bytes - breakdown.reserved_bytes - context
 
 
-def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
+def _fit(samples: Sequence[_Sample], pool: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
+    """Coefficients of a GPU from its own samples; the reserve's from the pool's, which have one allocator."""
     # At its cap an allocator gives cached blocks back.
-    uncapped = [sample for sample in samples if not sample.met_cap]
+    uncapped = [sample for sample in pool if not sample.met_cap] or pool
     constant, *slopes = non_negative_fit(
-        [sample.terms for sample in uncapped or samples],
-        [sample.reserve_bytes for sample in uncapped or samples],
-        [_reserved(sample) for sample in uncapped or samples],
+        [sample.terms for sample in uncapped],
+        [sample.reserve_bytes for sample in uncapped],
+        [_reserved(sample) for sample in uncapped],
     )
     contexts = [
         (own - _reserved(sample) - managed_process_bytes(sample.managed_bytes), sample.record.isolated)
@@ -286,6 +312,7 @@ def _fit(samples: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
         record_ids=tuple(sorted(sample.record.id for sample in samples)),
         model_ids=tuple(sorted({sample.record.setup.model for sample in samples})),
         gpu=gpu.id,
+        allocator=pool[0].record.allocator,
         stack_versions=tuple(
             (package, version)
             for package, version in latest.environment.versions
@@ -310,7 +337,13 @@ def _residual(
     if step is None:
         raise InputError(f"{record.id}: no step was measured")
     predicted = estimate_memory(
-        setup, model, gpu=gpu, padded=record.padded, coefficients=fitted, replay=replay
+        setup,
+        model,
+        gpu=gpu,
+        padded=record.padded,
+        coefficients=fitted,
+        replay=replay,
+        allocator=record.allocator,
     )
     own = own_process_bytes(record)
     # The driver's figure moves by a chunk of managed memory: the reserve has to be covered by itself too.
@@ -325,7 +358,9 @@ def _residual(
     )
     scale = int(sum(sample.terms))
     if replay:
-        scale = replay_steps(setup, model, gpu=gpu, padded=record.padded).largest_block_bytes
+        scale = replay_steps(
+            setup, model, gpu=gpu, padded=record.padded, allocator=record.allocator
+        ).largest_block_bytes
     return residual, Shortfall(
         beyond_bytes=measured - predicted.process_bytes,
         scale_bytes=scale,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import validate
+from planner.cuda_allocator import ALLOCATORS, NATIVE
 from planner.data_files import PROFILES, user_data_dir
 from planner.errors import FieldError, InputError
 from planner.training_setup import TrainingSetup
@@ -83,6 +84,7 @@ class RunRecord:
     is the limit torch's allocator was given, null for none; `isolated` whether the run had a process alone.
     `lengths` are the (tokens, examples) of the data where a measured run had real lengths: then
     `tokens_per_second` counts padding too, and `useful_tokens_per_second` the examples' own tokens.
+    `allocator` is torch's, as planner/cuda_allocator.py names it.
     """
 
     id: str
@@ -105,12 +107,14 @@ class RunRecord:
     update_seconds: tuple[float, ...] = ()
     lengths: tuple[tuple[int, int], ...] = ()
     useful_tokens_per_second: float | None = None
+    allocator: str = NATIVE
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         validate.text("record id", self.id)
         validate.choice("source", self.source, SOURCES)
         validate.choice("outcome", self.outcome, OUTCOMES)
+        validate.choice("allocator", self.allocator, ALLOCATORS)
         if self.schema_version != RECORD_SCHEMA_VERSION:
             raise FieldError("schema_version", self.schema_version, str(RECORD_SCHEMA_VERSION))
 

@@ -20,13 +20,13 @@ LARGE_SEGMENT = 20 * MIB
 MIN_LARGE_ALLOCATION = 10 * MIB
 LARGE_ROUNDING = 2 * MIB
 
-_SMALL_UNITS = SMALL_SIZE // MIN_BLOCK
+SMALL_UNITS = SMALL_SIZE // MIN_BLOCK
 _SMALL_SEGMENT_UNITS = SMALL_SEGMENT // MIN_BLOCK
 _LARGE_SEGMENT_UNITS = LARGE_SEGMENT // MIN_BLOCK
 _MIN_LARGE_UNITS = MIN_LARGE_ALLOCATION // MIN_BLOCK
 _LARGE_ROUNDING_UNITS = LARGE_ROUNDING // MIN_BLOCK
-_SHIFT = 36
-_ADDRESS = 2**_SHIFT - 1
+SHIFT = 36
+ADDRESS = 2**SHIFT - 1
 
 
 def rounded(size_bytes: int) -> int:
@@ -53,6 +53,9 @@ class CachingAllocator:
     that blocks never merge across.
     """
 
+    always_splits = False
+    """Whether a large block's rest is split off however small it is."""
+
     def __init__(self) -> None:
         self._allocated = 0
         self._reserved = 0
@@ -65,6 +68,8 @@ class CachingAllocator:
         self._used: dict[int, int] = {}
         self._segments: dict[int, int] = {}
         self._next = 0
+        # Addresses that are not backed by memory yet, where segments can grow: start and length.
+        self._unmapped: dict[int, int] = {}
 
     @property
     def allocated_bytes(self) -> int:
@@ -88,11 +93,14 @@ class CachingAllocator:
     def copy(self) -> CachingAllocator:
         """An allocator in the same state."""
         other = CachingAllocator()
+        self._copy_into(other)
+        return other
+
+    def _copy_into(self, other: CachingAllocator) -> None:
         other._allocated, other._reserved, other._peak = self._allocated, self._reserved, self._peak
         other._small, other._large = self._small.copy(), self._large.copy()
         other._size_at, other._start_of = self._size_at.copy(), self._start_of.copy()
         other._used, other._segments, other._next = self._used.copy(), self._segments.copy(), self._next
-        return other
 
     def allocate(self, size_bytes: int) -> int:
         """Serve a request; returns its address."""
@@ -112,21 +120,25 @@ class CachingAllocator:
         small, large = self._small, self._large
         size_at, start_of, used = self._size_at, self._start_of, self._used
         allocated, peak = self._allocated, self._peak
+        unmapped, least_rest = self._unmapped, 0 if self.always_splits else SMALL_UNITS
         for event in events:
             if event >= 0:
                 size = units[event]
-                pool = small if size <= _SMALL_UNITS else large
-                index = bisect_left(pool, size << _SHIFT)
+                pool = small if size <= SMALL_UNITS else large
+                index = bisect_left(pool, size << SHIFT)
                 if index < len(pool):
+                    entry = pool[index]
+                    if unmapped and (entry >> SHIFT) + (entry & ADDRESS) in unmapped:
+                        index = self._best(pool, index)
                     entry = pool.pop(index)
-                    found, address = entry >> _SHIFT, entry & _ADDRESS
+                    found, address = entry >> SHIFT, entry & ADDRESS
                     del size_at[address]
                 else:
                     found, address = self._new_segment(size)
                 rest = found - size
-                if rest > _SMALL_UNITS or (rest and pool is small):
+                if rest > least_rest or (rest and pool is small):
                     after = address + size
-                    insort(pool, rest << _SHIFT | after)
+                    insort(pool, rest << SHIFT | after)
                     size_at[after] = rest
                     start_of[after + rest] = after
                     found = size
@@ -143,21 +155,21 @@ class CachingAllocator:
                 allocated -= size
                 # A block's pool is its segment's, which its size tells: small segments hold no large blocks,
                 # and a block of a large segment is larger than what the small pool serves.
-                pool = small if size <= _SMALL_UNITS else large
+                pool = small if size <= SMALL_UNITS else large
                 end = address + size
                 after_size = size_at.pop(end, 0)
                 if after_size:
-                    del pool[bisect_left(pool, after_size << _SHIFT | end)]
+                    del pool[bisect_left(pool, after_size << SHIFT | end)]
                     size += after_size
                     end += after_size
                 before = start_of.get(address)
                 if before is not None:
                     del start_of[address]
                     before_size = address - before
-                    del pool[bisect_left(pool, before_size << _SHIFT | before)]
+                    del pool[bisect_left(pool, before_size << SHIFT | before)]
                     size += before_size
                     address = before
-                insort(pool, size << _SHIFT | address)
+                insort(pool, size << SHIFT | address)
                 size_at[address] = size
                 start_of[end] = address
         self._allocated, self._peak = allocated, peak
@@ -167,7 +179,7 @@ class CachingAllocator:
         for pool in (self._small, self._large):
             kept = []
             for entry in pool:
-                size, address = entry >> _SHIFT, entry & _ADDRESS
+                size, address = entry >> SHIFT, entry & ADDRESS
                 if self._segments.get(address) == size:
                     del self._segments[address], self._size_at[address], self._start_of[address + size]
                     self._reserved -= size
@@ -175,9 +187,13 @@ class CachingAllocator:
                     kept.append(entry)
             pool[:] = kept
 
+    def _best(self, pool: list[int], index: int) -> int:
+        """Which free block serves a request for which the one at `index` lies before unmapped addresses."""
+        return index
+
     def _new_segment(self, size: int) -> tuple[int, int]:
         """A segment from the driver, as one free block that is in no list: its size and address."""
-        if size <= _SMALL_UNITS:
+        if size <= SMALL_UNITS:
             segment = _SMALL_SEGMENT_UNITS
         elif size < _MIN_LARGE_UNITS:
             segment = _LARGE_SEGMENT_UNITS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.cuda_allocator import planned_allocator
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.head import HeadMemory, head_memory, head_shape
@@ -30,6 +31,7 @@ def estimate_memory(
     coefficients: Coefficients | None = None,
     replay: bool = False,
     limit_bytes: int | None = None,
+    allocator: str | None = None,
 ) -> MemoryBreakdown:
     """Estimate one GPU's memory.
 
@@ -38,6 +40,8 @@ def estimate_memory(
     bytes are those of torch's allocator after whole steps, replayed (tens of milliseconds); without it live
     bytes are counted and what the allocator reserves beside them is fitted (a tenth of a millisecond). A
     replay ends early once more than `limit_bytes` are needed: what it then says is that it is too much.
+    `allocator` is the one that torch is told to use (planner/cuda_allocator.py), null for the one that a run
+    started from here would get.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
@@ -45,14 +49,17 @@ def estimate_memory(
     """
     refuse_unmodelled(setup, model)
     gpu_name = gpu.id if gpu else None
-    measured = coefficients or coefficients_for(gpu_name)
-    resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded)
+    allocator = allocator or planned_allocator()
+    measured = coefficients or coefficients_for(gpu_name, allocator)
+    resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded, allocator=allocator)
     evaluation = timeline.forward_only(_head(setup, model, timeline.final_norm.output_bytes, evaluating=True))
     terms = _reserve_terms(resident, timeline)
     replayed = None
     if replay:
         limit = None if limit_bytes is None else limit_bytes - measured.context_bytes
-        replayed = replay_steps(setup, model, gpu=gpu, padded=padded, limit_bytes=limit)
+        replayed = replay_steps(
+            setup, model, gpu=gpu, padded=padded, allocator=allocator, limit_bytes=limit
+        )
     distance = measured.distance(setup, model, gpu_name, padded=padded)
     kind = interval_kind(setup)
     found = phases(measured, resident, step, evaluation, terms, replayed, distance, kind=kind)
@@ -70,19 +77,25 @@ def estimate_memory(
 
 
 def reserve_terms(
-    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool
+    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool, allocator: str
 ) -> ReserveTerms:
     """What the allocator's reserve is fitted to, for a setup that was measured."""
-    measured = coefficients_for(gpu.id if gpu else None)
-    resident, timeline, _ = _replayed(setup, model, gpu, measured, padded=padded)
+    measured = coefficients_for(gpu.id if gpu else None, allocator)
+    resident, timeline, _ = _replayed(setup, model, gpu, measured, padded=padded, allocator=allocator)
     return _reserve_terms(resident, timeline)
 
 
 def _replayed(
-    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, measured: Coefficients, *, padded: bool
+    setup: TrainingSetup,
+    model: ModelSpec,
+    gpu: GpuSpec | None,
+    measured: Coefficients,
+    *,
+    padded: bool,
+    allocator: str,
 ) -> tuple[Resident, StepTimeline, StepMoment]:
     """What is there between steps, the step's timeline, and its peak."""
-    resident = resident_memory(setup, model, gpu, measured, padded=padded)
+    resident = resident_memory(setup, model, gpu, measured, padded=padded, allocator=allocator)
     timeline = _timeline(setup, model, resident, padded=padded)
     step = max(
         timeline.largest(),

@@ -17,7 +17,7 @@ _LOADED: dict[tuple[object, ...], tuple[CachingAllocator, int, int]] = {}
 
 
 def loaded_allocator(
-    setup: TrainingSetup, model: ModelSpec, trained: Trainables
+    setup: TrainingSetup, model: ModelSpec, trained: Trainables, allocator: str
 ) -> tuple[CachingAllocator, int, int]:
     """An allocator as training finds it; allocated bytes at most and reserved bytes after loading."""
     width = DTYPE_BYTES[setup.dtype]
@@ -31,19 +31,20 @@ def loaded_allocator(
         setup.target_modules,
         setup.use_dora,
         setup.prepare_for_kbit_training,
+        allocator,
     )
     known = _LOADED.get(key)
     if known is None:
-        loaded = loaded_weights(setup, model)
-        allocator = loaded.allocator.copy()
-        peak, reserved = allocator.peak_allocated_bytes, allocator.reserved_bytes
+        loaded = loaded_weights(setup, model, allocator)
+        state = loaded.allocator.copy()
+        peak, reserved = state.peak_allocated_bytes, state.reserved_bytes
         if setup.prepare_for_kbit_training and width < FP32:
-            _upcast(allocator, loaded.plain)
+            _upcast(state, loaded.plain)
         if setup.uses_lora:
-            _add_adapter(allocator, setup, model, trained, width)
+            _add_adapter(state, setup, model, trained, width)
         # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
-        allocator.empty_cache()
-        known = _LOADED[key] = (allocator, peak, reserved)
+        state.empty_cache()
+        known = _LOADED[key] = (state, peak, reserved)
     return known[0].copy(), known[1], known[2]
 
 

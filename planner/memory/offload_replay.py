@@ -26,7 +26,7 @@ class OffloadReplay:
 
     def __init__(self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int) -> None:
         self.compute = allocator
-        self.stream = CachingAllocator()
+        self.stream = type(allocator)()
         self.input_bytes, self.norm_bytes = input_bytes, norm_bytes
         self.peak_bytes = 0
         self._previous: list[int] = []

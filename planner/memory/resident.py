@@ -45,10 +45,16 @@ class Resident:
 
 
 def resident_memory(
-    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec | None, measured: Coefficients, *, padded: bool
+    setup: TrainingSetup,
+    model: ModelSpec,
+    gpu: GpuSpec | None,
+    measured: Coefficients,
+    *,
+    padded: bool,
+    allocator: str,
 ) -> Resident:
     """What a setup keeps on the GPU between steps."""
-    weights = weight_memory(setup, model)
+    weights = weight_memory(setup, model, allocator)
     trained = trainables(setup, model)
     width = DTYPE_BYTES[setup.dtype]
     layer = model.layers[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import validate
+from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.data_files import PROFILES, user_data_dir
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
@@ -104,7 +105,8 @@ class Coefficients:
     and `replay_margin_bytes`. Either covers every record when its model is left out of the fit. `kinds` are
     the two shares by kind of setup (`interval_kind`), the fields without a kind the worst of them. Everything
     outside `coverage` (null: unknown) adds `outside_factor` - 1 of that margin; another GPU than `gpu` adds
-    `context_spread_bytes`, how far above `context_bytes` a run in a process of its own came.
+    `context_spread_bytes`, how far above `context_bytes` a run in a process of its own came. `allocator` is
+    the one that the reserve's and the interval's runs had (files that do not say: torch's default).
     """
 
     name: str
@@ -124,9 +126,11 @@ class Coefficients:
     outside_factor: float = UNKNOWN_OUTSIDE_FACTOR
     context_spread_bytes: int = UNKNOWN_REPLAY_MARGIN_BYTES
     coverage: Coverage | None = None
+    allocator: str = NATIVE
 
     def __post_init__(self) -> None:
         validate.text("coefficients name", self.name)
+        validate.choice("allocator", self.allocator, ALLOCATORS)
         for field in (
             "context_bytes",
             "workspace_bytes",
@@ -227,9 +231,15 @@ def calibration_files() -> tuple[Path, ...]:
     return tuple(path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.json")))
 
 
+def coefficients_name(gpu_name: str, allocator: str) -> str:
+    """Name of the file with a GPU's coefficients for an allocator."""
+    return f"{gpu_name}.json" if allocator == EXPANDABLE else f"{gpu_name}-{allocator}.json"
+
+
 @lru_cache(maxsize=16)
-def coefficients_for(gpu_name: str | None) -> Coefficients:
-    """The coefficients whose environment matches best: this GPU's own, the user's before the shipped.
+def coefficients_for(gpu_name: str | None, allocator: str) -> Coefficients:
+    """The coefficients whose environment matches best: this GPU's own, the user's before the shipped, and
+    only those of runs with the same allocator.
 
     Raises:
         InputError: a calibration file cannot be read, or there is none.
@@ -240,12 +250,14 @@ def coefficients_for(gpu_name: str | None) -> Coefficients:
             found = Coefficients.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: {error}") from error
+        if found.allocator != allocator:
+            continue
         if gpu_name is not None and found.gpu == gpu_name:
             return found
         if path.is_relative_to(PROFILES):
             fallback = fallback or found
     if fallback is None:
-        raise InputError(f"no calibration file under {PROFILES / 'calibration'}")
+        raise InputError(f"no calibration file for {allocator} under {PROFILES / 'calibration'}")
     return fallback
 
 

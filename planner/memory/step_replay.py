@@ -73,6 +73,7 @@ def replay_steps(
     *,
     gpu: GpuSpec | None,
     padded: bool,
+    allocator: str,
     limit_bytes: int | None = None,
 ) -> ReplayedMemory:
     """Replay loading and as many optimizer steps as reach steady state.
@@ -82,12 +83,12 @@ def replay_steps(
     Raises:
         InputError: target_modules that the model does not have.
     """
-    key = (setup, model.id, model.parameter_count, workspace_block_bytes(gpu), padded)
+    key = (setup, model.id, model.parameter_count, workspace_block_bytes(gpu), padded, allocator)
     known = _KNOWN.get(key)
     if known is None:
         if len(_KNOWN) >= MAX_KNOWN:
             _KNOWN.clear()
-        known = StepReplay(setup, model, gpu=gpu, padded=padded).run(limit_bytes)
+        known = StepReplay(setup, model, gpu=gpu, padded=padded, allocator=allocator).run(limit_bytes)
         if limit_bytes is None or known.step_reserved_bytes <= limit_bytes:
             _KNOWN[key] = known
     return known
@@ -101,7 +102,9 @@ def forget_replays() -> None:
 class StepReplay:
     """One setup's training through an allocator of its own."""
 
-    def __init__(self, setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool) -> None:
+    def __init__(
+        self, setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool, allocator: str
+    ) -> None:
         self.setup, self.model = setup, model
         self.trained = trainables(setup, model)
         self.width = DTYPE_BYTES[setup.dtype]
@@ -109,7 +112,9 @@ class StepReplay:
         self.tokens, self.scores = self.shape.tokens, self.shape.scores
         self.stream = self.tokens * model.hidden_size * self.shape.stream_bytes
         self.workspace_bytes = workspace_block_bytes(gpu)
-        self.allocator, self.load_peak, self.load_reserved = loaded_allocator(setup, model, self.trained)
+        self.allocator, self.load_peak, self.load_reserved = loaded_allocator(
+            setup, model, self.trained, allocator
+        )
         self.attention = attention_implementation(setup, model)
         self.masks = mask_windows(setup, model, padded=padded)
         parts, final_norm = segments(setup, model, self.trained, attention=self.attention, padded=padded)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planner.memory.allocator import CachingAllocator
+from planner.memory.expandable import empty_allocator
 from planner.model_spec import ModelSpec, Parameter
 from planner.training_setup import TrainingSetup
 
@@ -60,9 +61,9 @@ def is_quantized(parameter: Parameter) -> bool:
     )
 
 
-def weight_memory(setup: TrainingSetup, model: ModelSpec) -> WeightMemory:
-    """Memory of the loaded base model of a setup."""
-    return loaded_weights(setup, model).memory
+def weight_memory(setup: TrainingSetup, model: ModelSpec, allocator: str) -> WeightMemory:
+    """Memory of the loaded base model of a setup, with one of torch's allocators."""
+    return loaded_weights(setup, model, allocator).memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class LoadedWeights:
     plain: tuple[tuple[int, int], ...]
 
 
-_CACHE: dict[tuple[str, int, bool, int, bool], LoadedWeights] = {}
+_CACHE: dict[tuple[str, int, bool, int, bool, str], LoadedWeights] = {}
 
 
 def upcast_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
@@ -88,20 +89,22 @@ def upcast_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
     return more * sum(p.elements * p.count for p in model.parameters if not p.tied and not is_quantized(p))
 
 
-def loaded_weights(setup: TrainingSetup, model: ModelSpec) -> LoadedWeights:
+def loaded_weights(setup: TrainingSetup, model: ModelSpec, allocator: str) -> LoadedWeights:
     """Loading a setup's base model, replayed once; the caller copies the allocator to go on with it."""
     quantized, width = setup.method == "qlora", DTYPE_BYTES[setup.dtype]
     double_quant = setup.bnb_4bit_use_double_quant
     # Keyed by name and size: hashing a whole spec costs more than the estimate it serves.
-    key = (model.id, model.parameter_count, quantized, width, double_quant)
+    key = (model.id, model.parameter_count, quantized, width, double_quant, allocator)
     known = _CACHE.get(key)
     if known is None:
-        known = _CACHE[key] = _replay_load(model, quantized, width, double_quant)
+        known = _CACHE[key] = _replay_load(model, quantized, width, double_quant, allocator)
     return known
 
 
-def _replay_load(model: ModelSpec, quantized: bool, width: int, double_quant: bool) -> LoadedWeights:
-    allocator = CachingAllocator()
+def _replay_load(
+    model: ModelSpec, quantized: bool, width: int, double_quant: bool, name: str
+) -> LoadedWeights:
+    allocator = empty_allocator(name)
     blocks = []
     packed = constants = plain = largest = 0
     for parameter in _in_module_order(model):

@@ -38,7 +38,7 @@ def measure(profiles: Sequence[Profile], folder: Path) -> Measured:
     folder.mkdir(exist_ok=True)
     asked, output = folder / "profiles.jsonl", folder / "records.jsonl"
     asked.write_text("".join(profile_line(one) + "\n" for one in profiles), encoding="utf-8")
-    environment = measuring_environment(os.environ, lengths_vary=profiles[0].lengths_vary)
+    environment = measuring_environment(os.environ, allocator=profiles[0].allocator)
     child = subprocess.run(
         [sys.executable, "-m", "launcher.profiler", str(asked), str(output), str(SECONDS)],
         env={**environment, "HF_HUB_OFFLINE": "1", "VRAMWISE_DATA_DIR": str(folder / "own")},
