@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from launcher.events import Event, LogEvent, MemoryEvent, StartEvent, read_events
 from launcher.run_folder import RunFolder
+from planner.cuda_allocator import NATIVE
 from planner.data_files import user_data_dir, write_atomically
 from planner.errors import InputError
 from planner.gpu_catalog import gpu_catalog
@@ -105,6 +106,7 @@ def make_record(folder: RunFolder, outcome: str) -> RunRecord | None:
         step_seconds=tuple(log.step_seconds for log in logs if log.step_seconds is not None),
         tokens_per_second=steady_tokens_per_second(events),
         predicted=_predicted(plan),
+        allocator=str(start.environment.get("allocator", NATIVE)),
         padded=plan.setup.per_device_train_batch_size > 1 and not plan.setup.packing,
     )
 
@@ -116,7 +118,7 @@ def _environment(start: StartEvent) -> Environment | None:
         return None
     major, _, minor = capability.partition(".")
     gpu = gpu_catalog().match_driver(name, total)
-    known = ("device", "python", "cuda", "cpu_threads")
+    known = ("device", "python", "cuda", "cpu_threads", "compute_capability", "allocator")
     versions = tuple(
         (key, value) for key, value in facts.items() if key not in known and isinstance(value, str)
     )
@@ -127,7 +129,7 @@ def _environment(start: StartEvent) -> Environment | None:
         total_bytes=total,
         driver=f"CUDA {facts.get('cuda')}",
         python=str(facts.get("python")),
-        versions=tuple(pair for pair in versions if pair[0] != "compute_capability"),
+        versions=versions,
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from launcher.allocator import process_allocator
 from launcher.events import EndEvent, EventWriter, WarningEvent, read_events
 from launcher.run_folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, hold_lock
 from launcher.supervisor import write_identity
@@ -282,6 +283,7 @@ def _gpu_facts(device: torch.device, gpu: ChosenGpu | None) -> dict[str, str | i
     return {
         "compute_capability": f"{properties.major}.{properties.minor}",
         "gpu_total_bytes": properties.total_memory,
+        "allocator": process_allocator(os.environ),
         "context_bytes": None if used is None else max(0, used - torch.cuda.memory_reserved(device)),
     }
 

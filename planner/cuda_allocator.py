@@ -1,7 +1,7 @@
 """Which of torch's CUDA allocators a training process gets: expandable segments wherever they work.
 
 A segment that grows leaves no holes between segments, so reserved memory follows allocated memory closely.
-They do not work on Windows (torch ignores the setting, c10/cuda/CUDAAllocatorConfig.cpp) nor in its Linux
+They do not work on Windows (torch ignores the setting, c10/cuda/CUDAAllocatorConfig.h) nor in its Linux
 subsystem, where mapping memory fails in the driver (pytorch/pytorch#192330).
 """
 
@@ -18,17 +18,23 @@ ALLOCATORS = (EXPANDABLE, NATIVE)
 
 VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 VARIABLES = (VARIABLE, "PYTORCH_ALLOC_CONF")
-"""Both names that torch reads (torch 2.11, c10/core/AllocatorConfig.h)."""
+"""Names that torch reads: the first that is set counts, be it empty (c10/core/AllocatorConfig.cpp)."""
 EXPANDABLE_SETTING = "expandable_segments:True"
 
 
-def asked_allocator(environment: Mapping[str, str]) -> str | None:
-    """The allocator that the environment asks torch for; None where it says nothing."""
-    settings = [environment[name] for name in VARIABLES if name in environment]
-    if not settings:
+def asked_allocator(environment: Mapping[str, str], system: str = sys.platform) -> str | None:
+    """The allocator that the environment makes torch use; None where it says nothing.
+
+    Of several settings the last counts. On Windows torch warns of the setting and ignores it
+    (c10/cuda/CUDAAllocatorConfig.h).
+    """
+    asked = next((environment[name] for name in VARIABLES if name in environment), None)
+    if asked is None:
         return None
-    parts = [part for setting in settings for part in setting.replace(" ", "").split(",")]
-    return EXPANDABLE if EXPANDABLE_SETTING in parts else NATIVE
+    parts = "".join(asked.split()).split(",")
+    settings = [part for part in parts if part.partition(":")[0] == "expandable_segments"]
+    expandable = settings[-1:] == [EXPANDABLE_SETTING] and not _is_windows(system)
+    return EXPANDABLE if expandable else NATIVE
 
 
 def machine_allocator(system: str = sys.platform, release: str | None = None) -> str:
@@ -37,8 +43,11 @@ def machine_allocator(system: str = sys.platform, release: str | None = None) ->
     """
     if release is None:
         release = os.uname().release if hasattr(os, "uname") else ""
-    windows = system in ("win32", "cygwin") or "microsoft" in release.lower()
-    return NATIVE if windows else EXPANDABLE
+    return NATIVE if _is_windows(system) or "microsoft" in release.lower() else EXPANDABLE
+
+
+def _is_windows(system: str) -> bool:
+    return system in ("win32", "cygwin")
 
 
 def planned_allocator() -> str:

@@ -1,62 +1,182 @@
+"""How torch's CUDA allocator is chosen and set: by machine, by what a person has set, and for measuring."""
+
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from launcher import supervisor
-from launcher.allocator import allocator_environment, is_expandable, measuring_environment
-from launcher.profile import Profile
+from launcher import allocator, supervisor
+from launcher.allocator import allocator_environment, measuring_environment, process_allocator
+from launcher.run_folder import RunFolder, TrainingJob, create_run_folder
+from planner.cuda_allocator import (
+    ALLOCATORS,
+    EXPANDABLE,
+    NATIVE,
+    VARIABLES,
+    asked_allocator,
+    machine_allocator,
+    planned_allocator,
+)
 from planner.training_setup import TrainingSetup
 
-VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
-EXPANDABLE = {VARIABLE: "expandable_segments:True"}
+CUDA, GENERAL = VARIABLES
+SETTING = {CUDA: "expandable_segments:True"}
+LINUX_RELEASE, WSL_RELEASE = "6.8.0-45-generic", "5.15.153.1-microsoft-standard-WSL2"
+MACHINES = [
+    ("linux", LINUX_RELEASE, EXPANDABLE),
+    ("linux", WSL_RELEASE, NATIVE),
+    ("linux", "4.4.0-19041-Microsoft", NATIVE),
+    ("win32", "", NATIVE),
+    ("cygwin", LINUX_RELEASE, NATIVE),
+    ("darwin", "24.1.0", EXPANDABLE),
+]
+ASKED: list[tuple[dict[str, str], str | None]] = [
+    ({}, None),
+    ({"HOME": "/h"}, None),
+    ({CUDA: "expandable_segments:True"}, EXPANDABLE),
+    ({GENERAL: "expandable_segments:True"}, EXPANDABLE),
+    ({CUDA: "max_split_size_mb:64, expandable_segments : True"}, EXPANDABLE),
+    ({CUDA: "max_split_size_mb:64"}, NATIVE),
+    ({CUDA: ""}, NATIVE),
+    ({CUDA: "expandable_segments:False"}, NATIVE),
+    # The last setting counts, and the name for CUDA before the one for all accelerators.
+    ({CUDA: "expandable_segments:True,expandable_segments:False"}, NATIVE),
+    ({CUDA: "expandable_segments:False,expandable_segments:True"}, EXPANDABLE),
+    ({CUDA: "expandable_segments:True", GENERAL: "max_split_size_mb:64"}, EXPANDABLE),
+    ({CUDA: "max_split_size_mb:64", GENERAL: "expandable_segments:True"}, NATIVE),
+    ({CUDA: "", GENERAL: "expandable_segments:True"}, NATIVE),
+]
 
 
-def test_batches_of_many_lengths_get_expandable_segments() -> None:
-    assert allocator_environment({}, lengths_vary=True) == EXPANDABLE
-    assert allocator_environment({}, lengths_vary=False) == {}
+def kernel(release: str) -> os.uname_result:
+    return os.uname_result(("Linux", "host", release, "", "x86_64"))
 
 
-def test_what_a_person_has_set_stays_in_a_run_and_goes_for_a_measurement() -> None:
-    own = {VARIABLE: "max_split_size_mb:64", "HOME": "/h"}
-    assert allocator_environment(own, lengths_vary=True) == {}
-    assert measuring_environment(own, lengths_vary=False) == {"HOME": "/h"}
-    assert measuring_environment(own, lengths_vary=True) == {"HOME": "/h", **EXPANDABLE}
+@pytest.fixture
+def on_machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A Linux machine on which nobody has set anything; tests set what differs."""
+    monkeypatch.setattr(os, "uname", lambda: kernel(LINUX_RELEASE))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("expandable_segments:True", True),
-        ("a:1, expandable_segments:True", True),
-        ("a:1", False),
-        ("", False),
-    ],
-)
-def test_the_setting_is_read_as_torch_reads_it(value: str, expected: bool) -> None:
-    assert is_expandable({VARIABLE: value}) is expected
-
-
-def test_packed_rows_and_equal_lengths_do_not_vary() -> None:
-    setup = TrainingSetup(model="m", max_length=64)
-    assert Profile(setup=setup, lengths=(8, 9)).lengths_vary
-    assert not Profile(setup=setup, lengths=(8, 8)).lengths_vary
-    assert not Profile(setup=setup).lengths_vary
-    assert not Profile(setup=setup.replace(packing=True), lengths=(8, 9)).lengths_vary
-
-
-def test_a_process_is_started_with_the_variables_it_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("system", "release", "expected"), MACHINES)
+def test_expandable_segments_suit_every_machine_but_windows_and_its_subsystem(
+    system: str, release: str, expected: str
 ) -> None:
-    from launcher.run_folder import RunFolder
+    assert machine_allocator(system, release) == expected
 
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "says.py").write_text(f"import os; print(os.environ.get({VARIABLE!r}))", encoding="utf-8")
-    folder = RunFolder(tmp_path / "run")
-    folder.path.mkdir()
-    child = supervisor._spawn(folder, "trainer", "says", EXPANDABLE)
-    assert child.wait(30) == 0
-    assert folder.log("trainer").read_text(encoding="utf-8").strip() == EXPANDABLE[VARIABLE]
-    assert VARIABLE not in os.environ
+
+@pytest.mark.parametrize(("environment", "expected"), ASKED)
+def test_settings_are_read_as_torch_reads_them(environment: dict[str, str], expected: str | None) -> None:
+    assert asked_allocator(environment, "linux") == expected
+    assert asked_allocator(environment, "win32") == (None if expected is None else NATIVE)
+
+
+@pytest.mark.parametrize(("environment", "expected"), ASKED)
+def test_a_process_that_is_told_nothing_has_torchs_default(
+    environment: dict[str, str], expected: str | None, on_machine: pytest.MonkeyPatch
+) -> None:
+    assert process_allocator(environment) == (expected or NATIVE)
+
+
+@pytest.mark.parametrize(("environment", "expected"), ASKED)
+def test_a_plan_is_for_what_a_person_has_set_else_for_the_machines(
+    environment: dict[str, str], expected: str | None, on_machine: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        on_machine.setenv(name, value)
+    assert planned_allocator() == (expected or EXPANDABLE)
+    on_machine.setattr(os, "uname", lambda: kernel(WSL_RELEASE))
+    assert planned_allocator() == (expected or NATIVE)
+
+
+def test_a_run_gets_expandable_segments_unless_a_person_has_set_something(
+    on_machine: pytest.MonkeyPatch,
+) -> None:
+    assert allocator_environment({"HOME": "/h"}) == SETTING
+    for name in VARIABLES:
+        for value in ("max_split_size_mb:64", "expandable_segments:False", ""):
+            assert allocator_environment({name: value}) == {}
+
+
+@pytest.mark.parametrize(("system", "release"), [machine[:2] for machine in MACHINES if machine[2] == NATIVE])
+def test_a_run_gets_nothing_where_expandable_segments_do_not_work(
+    system: str, release: str, on_machine: pytest.MonkeyPatch
+) -> None:
+    on_machine.setattr(allocator, "machine_allocator", lambda: machine_allocator(system, release))
+    assert allocator_environment({}) == {}
+    assert measuring_environment({"HOME": "/h"}) == {"HOME": "/h"}
+
+
+def test_what_a_person_has_set_goes_for_a_measurement(on_machine: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        own = {name: "max_split_size_mb:64,expandable_segments:False", "HOME": "/h"}
+        assert measuring_environment(own) == {"HOME": "/h", **SETTING}
+        assert measuring_environment(own, allocator=EXPANDABLE) == {"HOME": "/h", **SETTING}
+        assert measuring_environment({**own, **SETTING}, allocator=NATIVE) == {"HOME": "/h"}
+        for asked in ALLOCATORS:
+            assert process_allocator(measuring_environment(own, allocator=asked)) == asked
+
+
+@pytest.mark.parametrize("own", [None, "max_split_size_mb:64"])
+def test_the_trainer_is_started_with_expandable_segments_and_with_what_a_person_has_set(
+    own: str | None, tmp_path: Path, on_machine: pytest.MonkeyPatch
+) -> None:
+    said = f"import os; print([os.environ.get(name) for name in {VARIABLES!r}])"
+    (tmp_path / "says.py").write_text(said, encoding="utf-8")
+    on_machine.setenv("PYTHONPATH", str(tmp_path))
+    if own is not None:
+        on_machine.setenv(GENERAL, own)
+    spawn = supervisor._spawn
+
+    def spawn_another(
+        folder: RunFolder, process: str, module: str, variables: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        return spawn(folder, process, "says", variables)
+
+    on_machine.setattr(supervisor, "_spawn", spawn_another)
+    job = TrainingJob(
+        setup=TrainingSetup(model="m", max_length=64, packing=True), model_source="m", data_path="d.jsonl"
+    )
+    folder = create_run_folder(tmp_path, job, name="run")
+    handle = supervisor.start(folder.path)
+    assert (handle.trainer.wait(30), handle.sampler.wait(30)) == (0, 0)
+    trainer = folder.log("trainer").read_text(encoding="utf-8").strip()
+    assert trainer == str([SETTING[CUDA] if own is None else None, own])
+    assert folder.log("sampler").read_text(encoding="utf-8").strip() == str([None, own])
+    assert CUDA not in os.environ
+
+
+TORCH_READS = """
+import json, os, torch
+for environment in {environments!r}:
+    child = os.fork()
+    if not child:
+        os.environ.update(environment)
+        print(json.dumps(torch._C._accelerator_getAllocatorSettings()), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_torch_reads_the_variable_that_we_read(on_machine: pytest.MonkeyPatch) -> None:
+    """What each of the environments sets, as the installed torch says."""
+    environments = [environment for environment, expected in ASKED if expected is not None]
+    child = subprocess.run(
+        [sys.executable, "-c", TORCH_READS.format(environments=environments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    read = [json.loads(line) for line in child.stdout.splitlines()]
+    assert read == [next(env[name] for name in VARIABLES if name in env) for env in environments]

@@ -12,6 +12,7 @@ import pytest
 from launcher.events import EndEvent, Event, LogEvent, MemoryEvent, StartEvent, to_line
 from launcher.run_folder import RunFolder, TrainingJob, create_run_folder
 from launcher.run_record import make_record, store_record
+from planner.cuda_allocator import EXPANDABLE, NATIVE
 from planner.data_files import user_data_dir, write_atomically
 from planner.planning import make_plan
 from planner.records import read_records
@@ -86,6 +87,16 @@ def test_a_run_on_a_gpu_becomes_a_record(tmp_path: Path) -> None:
     assert record.predicted is not None
     assert record.predicted.allocated_bytes > 0
     assert record.step_seconds == (5.0, 1.0, 1.0, 1.0)
+
+
+def test_a_record_says_which_allocator_its_run_had(tmp_path: Path) -> None:
+    """What the trainer noted; a run of before it did had torch's default."""
+    facts = {NATIVE: ON_GPU, EXPANDABLE: {**ON_GPU, "allocator": EXPANDABLE}}
+    for allocator, environment in facts.items():
+        record = make_record(run_with(tmp_path / allocator, environment, on_gpu=True), "ok")
+        assert record is not None
+        assert record.allocator == allocator
+        assert dict(record.environment.versions) == {"torch": "2.13.0", "trl": "1.16.0"}
 
 
 def test_a_record_is_stored_in_the_run_and_among_the_persons_own(
