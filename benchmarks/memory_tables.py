@@ -18,7 +18,6 @@ from benchmarks.markdown import filled, median_and_bias, median_and_worst, size,
 from benchmarks.results import FOLDER
 from benchmarks.run_tables import capped, estimated, lengths
 from planner.accuracy import accuracy, shipped_records
-from planner.calibration import own_process_bytes
 from planner.margins import HeldOutThing
 from planner.memory.runtime import interval_kind, managed_process_bytes
 from planner.records import RunRecord
@@ -135,7 +134,9 @@ def _beyond_reserved(record: RunRecord) -> int:
     found, step = estimated(record), record.phase("step")
     context = next(part.size_bytes for part in found.components if part.name == "context")
     managed = managed_process_bytes(found.process_bytes - found.reserved_bytes - context)
-    return (own_process_bytes(record) or 0) - (step.reserved_bytes if step else 0) - managed
+    if step is None or step.process_bytes is None:
+        raise ValueError(f"{record.id}: the driver's figure was not read")
+    return step.process_bytes - step.reserved_bytes - managed
 
 
 def replay_and_fit(_: str) -> str:

@@ -44,6 +44,8 @@ CAP_SHARE = 0.85
 """Share of a memory cap below which a run never met it, so that its allocator gave no cached block back."""
 LEFT_OVER_BYTES = 2 * MIB
 """What the driver's figure may move by while a model is loaded, beyond the allocator's segments."""
+LOADED_BYTES = 16 * MIB
+"""What kernels that only earlier runs in the process used may add to its context."""
 MIN_RECORDS = 3
 STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 Resolve = Callable[[str], ModelSpec]
@@ -86,19 +88,34 @@ class _Sample:
     reserve_bytes: int
     managed_bytes: int
     workspace_bytes: int
+    own_process_bytes: int | None
     met_cap: bool
 
 
-def own_process_bytes(record: RunRecord) -> int | None:
+def clean_context_bytes(records: Sequence[RunRecord], gpu_id: str) -> int:
+    """What the driver shows beyond reserved memory on a GPU in a process whose runs have left nothing but their
+    kernels: the least at the end of a process's first run that had no managed memory (0 without one).
+    """
+    steps = (
+        record.phase("step")
+        for record in records
+        if record.environment.gpu_id == gpu_id and record.isolated and "paged" not in record.setup.optim
+    )
+    beyond = (step.process_bytes - step.reserved_bytes for step in steps if step and step.process_bytes)
+    return min(beyond, default=0)
+
+
+def own_process_bytes(record: RunRecord, clean_bytes: int = 0) -> int | None:
     """The driver's figure at the end of a step where it is the run's own; null where it is not, or not read.
 
-    It is where the run was the first in its process, or where the driver showed no more after loading than
-    reserved memory and what was there before the run began: runs before it have left nothing that goes later.
+    It is where the run was the first in its process. It is too where the context before it was a clean one
+    (`clean_context_bytes`: managed memory, streams and compiled kernels of earlier runs stay in a process) and
+    the driver showed no more after loading than that and reserved memory.
     """
     step, load = record.phase("step"), record.phase("load")
     if step is None or step.process_bytes is None or record.isolated:
         return None if step is None else step.process_bytes
-    if load is None or load.process_bytes is None:
+    if load is None or load.process_bytes is None or record.context_bytes > clean_bytes + LOADED_BYTES:
         return None
     left = load.process_bytes - load.reserved_bytes - record.context_bytes
     return step.process_bytes if abs(left) <= LEFT_OVER_BYTES else None
@@ -240,6 +257,7 @@ def _rounded(share: float) -> float:
 
 def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[_Sample]:
     found = []
+    clean = clean_context_bytes(records, gpu.id)
     for record in records:
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
@@ -266,6 +284,7 @@ def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> li
                 reserve_bytes=step.reserved_bytes - step.allocated_bytes,
                 managed_bytes=_managed(breakdown),
                 workspace_bytes=step.allocated_bytes - without_workspace.allocated_bytes,
+                own_process_bytes=own_process_bytes(record, clean),
                 met_cap=step.reserved_bytes > CAP_SHARE * (record.memory_cap_bytes or 2**60),
             )
         )
@@ -290,7 +309,7 @@ def _fit(samples: Sequence[_Sample], pool: Sequence[_Sample], gpu: GpuSpec, name
     contexts = [
         (own - _reserved(sample) - managed_process_bytes(sample.managed_bytes), sample.record.isolated)
         for sample in samples
-        if (own := own_process_bytes(sample.record)) is not None
+        if (own := sample.own_process_bytes) is not None
     ]
     if not contexts:
         raise InputError(f"{gpu.id}: no run had a process of its own, so the context cannot be told")
@@ -345,7 +364,7 @@ def _residual(
         replay=replay,
         allocator=record.allocator,
     )
-    own = own_process_bytes(record)
+    own = sample.own_process_bytes
     # The driver's figure moves by a chunk of managed memory: the reserve has to be covered by itself too.
     beyond = predicted.process_bytes - predicted.reserved_bytes
     measured = max(own or 0, step.reserved_bytes + beyond)

@@ -8,8 +8,8 @@ from planner.gpu_spec import GpuSpec
 from planner.memory.adapter import Trainables, trainables
 from planner.memory.optimizer import OptimizerMemory, optimizer_memory
 from planner.memory.refusals import attention_implementation
-from planner.memory.runtime import Coefficients, cublas_workspace_bytes
-from planner.memory.shape import micro_step
+from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, Coefficients, cublas_workspace_bytes
+from planner.memory.shape import has_biased_linear, micro_step
 from planner.memory.weights import DTYPE_BYTES, WeightMemory, is_quantized, upcast_bytes, weight_memory
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
@@ -68,10 +68,16 @@ def resident_memory(
         upcast_bytes=upcast_bytes(setup, model),
         adapter_bytes=trained.allocated_bytes if setup.uses_lora else 0,
         optimizer=optimizer_memory(setup.optim, trained),
-        cublas_bytes=cublas_workspace_bytes(gpu, measured),
+        cublas_bytes=cublas_workspace_bytes(gpu, measured) + _cublaslt_bytes(setup, model),
         tables_bytes=rotary + masks + INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step,
         largest_dequantized_bytes=_largest_quantized(model) * width if setup.method == "qlora" else 0,
     )
+
+
+def _cublaslt_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
+    """cuBLASLt's workspaces: the main thread's, and the autograd thread's where that runs layers again."""
+    threads = 2 if setup.gradient_checkpointing else 1
+    return threads * CUBLASLT_WORKSPACE_BYTES if has_biased_linear(model) else 0
 
 
 def _mask_bytes(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> int:

@@ -47,6 +47,11 @@ def stream_bytes(setup: TrainingSetup) -> int:
     return FP32 if setup.prepare_for_kbit_training else DTYPE_BYTES[setup.dtype]
 
 
+def has_biased_linear(model: ModelSpec) -> bool:
+    """Whether the decoder layers have a Linear with a bias, which torch computes by cuBLASLt."""
+    return any(p.module_class == "Linear" and p.kind == "bias" and p.in_decoder_layer for p in model.parameters)
+
+
 def keeps_raw_embedding(setup: TrainingSetup, model: ModelSpec) -> bool:
     """Whether embeddings lie beside their scaled copy: PEFT marks them as a leaf that wants a gradient, and
     the model scales them outside the embedding's own module.

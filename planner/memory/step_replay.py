@@ -22,9 +22,14 @@ from planner.memory.optimizer_replay import OptimizerReplay
 from planner.memory.program import Program, layer_program, norm_program
 from planner.memory.refusals import attention_implementation
 from planner.memory.resident import mask_windows
-from planner.memory.runtime import workspace_block_bytes
+from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, workspace_block_bytes
 from planner.memory.segments import Segment, segments
-from planner.memory.shape import embedding_scratch_bytes, keeps_raw_embedding, micro_step
+from planner.memory.shape import (
+    embedding_scratch_bytes,
+    has_biased_linear,
+    keeps_raw_embedding,
+    micro_step,
+)
 from planner.memory.weights import DTYPE_BYTES, FP32
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
@@ -124,6 +129,7 @@ class StepReplay:
         self.norm_units = self.norm.units(self.tokens, self.scores)
         self.head = HeadReplay(head_shape(setup, model, final_norm.output_bytes))
         self.optimizer = OptimizerReplay(setup, model, self.trained)
+        self.biased = has_biased_linear(model)
         self.raw_embedding = keeps_raw_embedding(setup, model)
         self.offload = self._offload(final_norm) if setup.activation_offloading else None
         self.gradients: list[int] = []
@@ -213,6 +219,8 @@ class StepReplay:
         allocator, offload = self.allocator, self.offload
         held = self._before_layers(first=first)
         hidden = held[0]
+        if first and self.biased:
+            self._take(CUBLASLT_WORKSPACE_BYTES)
         slots: list[list[int]] = []
         casts: list[int] = []
         run = allocator.run
@@ -237,6 +245,8 @@ class StepReplay:
         gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
         if offload is not None:
             offload.mark()
+        if first and self.biased and self.setup.gradient_checkpointing:
+            self._take(CUBLASLT_WORKSPACE_BYTES)
         # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
         leaf = self.setup.uses_lora or offload is not None
         for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
