@@ -1,4 +1,4 @@
-"""torch's caching allocator and the tape of allocations, as replayed."""
+"""torch's caching allocator as it is by default, and the tape of allocations, as replayed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.memory.allocator import LARGE_SEGMENT, MIB, CachingAllocator, rounded, segment_size
+from planner.cuda_allocator import ALLOCATORS
+from planner.memory.allocator import (
+    LARGE_SEGMENT,
+    MIB,
+    MIN_LARGE_ALLOCATION,
+    CachingAllocator,
+    rounded,
+    segment_size,
+)
+from planner.memory.expandable import empty_allocator
 from planner.memory.tape import Size, Tape, Value, prune
 
 
@@ -80,9 +89,36 @@ def test_an_emptied_cache_gives_back_segments_that_are_wholly_free() -> None:
     allocator.free(held)
 
 
-@given(st.lists(st.integers(1, 64 * MIB), max_size=40), st.randoms(use_true_random=False))
-def test_bytes_are_never_lost(sizes: list[int], random: object) -> None:
+@given(st.lists(st.integers(MIN_LARGE_ALLOCATION, 64 * MIB), min_size=2, max_size=20), st.data())
+def test_blocks_never_merge_across_segments(sizes: list[int], data: st.DataObject) -> None:
+    """Freed in any order, segments that were asked for one after the other serve one request each."""
     allocator = CachingAllocator()
+    segments = [segment_size(size) for size in sizes]
+    # Of the segments' own sizes: no rest of one serves another.
+    held = [allocator.allocate(segment) for segment in segments]
+    assert allocator.reserved_bytes == sum(segments)
+    for address in data.draw(st.permutations(held)):
+        allocator.free(address)
+    for segment in data.draw(st.permutations(segments)):
+        allocator.allocate(segment)
+    assert allocator.allocated_bytes == allocator.reserved_bytes == sum(segments)
+    larger = segment_size(max(segments) + 1)
+    other = CachingAllocator()
+    for address in [other.allocate(segment) for segment in segments]:
+        other.free(address)
+    other.allocate(larger)
+    assert other.reserved_bytes == sum(segments) + larger
+    other.empty_cache()
+    assert other.reserved_bytes == larger
+
+
+@given(
+    st.sampled_from(ALLOCATORS),
+    st.lists(st.integers(1, 64 * MIB), max_size=40),
+    st.randoms(use_true_random=False),
+)
+def test_bytes_are_never_lost(name: str, sizes: list[int], random: object) -> None:
+    allocator = empty_allocator(name)
     held = [allocator.allocate(size) for size in sizes]
     assert sum(map(rounded, sizes)) <= allocator.allocated_bytes <= allocator.reserved_bytes
     assert len(set(held)) == len(held)

@@ -1,13 +1,15 @@
-"""Profiles of measuring runs: their JSON lines, and data of real lengths."""
+"""Profiles of measuring runs: their JSON lines, data of real lengths, and the allocator to measure with."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from launcher.profile import Profile, profile_line, read_profiles
-from planner.errors import InputError
+from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.errors import FieldError, InputError
 from planner.training_setup import TrainingSetup
 
 
@@ -25,6 +27,35 @@ def test_a_profile_with_lengths_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "profiles.jsonl"
     path.write_text("".join(profile_line(one) + "\n" for one in profiles))
     assert read_profiles(path) == profiles
+
+
+@pytest.mark.parametrize("allocator", [None, *ALLOCATORS])
+def test_a_profile_with_an_allocator_reads_back(allocator: str | None, tmp_path: Path) -> None:
+    profile = Profile(setup=make_setup(), allocator=allocator)
+    line = profile_line(profile)
+    assert json.loads(line)["allocator"] == allocator
+    path = tmp_path / "profiles.jsonl"
+    path.write_text(line + "\n")
+    assert read_profiles(path) == (profile,)
+
+
+def test_a_profile_that_names_no_allocator_asks_for_the_machines(tmp_path: Path) -> None:
+    values = json.loads(profile_line(Profile(setup=make_setup())))
+    del values["allocator"]
+    path = tmp_path / "profiles.jsonl"
+    path.write_text(json.dumps(values))
+    (profile,) = read_profiles(path)
+    assert profile.allocator is None
+
+
+@pytest.mark.parametrize("allocator", ["", "expandable_segments:True", "cudaMallocAsync"])
+def test_an_allocator_of_another_name_is_refused(allocator: str, tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="allocator"):
+        Profile(setup=make_setup(), allocator=allocator)
+    path = tmp_path / "profiles.jsonl"
+    path.write_text(profile_line(Profile(setup=make_setup(), allocator=NATIVE)).replace(NATIVE, allocator))
+    with pytest.raises(InputError, match=f"allocator.*{EXPANDABLE}"):
+        read_profiles(path)
 
 
 def test_batches_are_padded_where_examples_of_several_lengths_share_one() -> None:
