@@ -65,9 +65,9 @@ class OffloadReplay:
 
     def fetch(self, program: Program, units: Sequence[int], own: list[int]) -> tuple[int, ...]:
         """Bring back what a layer's backward reads; returns its events without frees of those blocks."""
-        if program.checkpointed:
+        if program.keeps_input_alone:
             own[0] = self.stream.allocate(self.input_bytes)
-            return program.backward
+            return tuple(event for event in program.backward if event != -1)
         # One after the other: what the node at work and the two before it read is there at a time.
         largest = sorted(program.kept_once, key=lambda block: units[block])[-FETCHED_AT_ONCE:]
         self.stream.run(largest, units, own)
@@ -78,11 +78,11 @@ class OffloadReplay:
 
     def release(self, program: Program, own: Sequence[int]) -> None:
         """A layer is done: let go of what was brought back before it."""
-        if program.checkpointed:
+        if program.keeps_input_alone:
             self.end_backward()
             self._previous = [own[0]]
 
     @staticmethod
     def blocks_of(program: Program) -> tuple[int, ...]:
         """Blocks of a layer that leave the GPU: its checkpoint, or what one node alone has saved."""
-        return (0,) if program.checkpointed else program.kept_once
+        return (0,) if program.keeps_input_alone else program.kept_once

@@ -50,6 +50,11 @@ class Program:
     kept: tuple[int, ...]
     kept_once: tuple[int, ...]
 
+    @property
+    def keeps_input_alone(self) -> bool:
+        """Whether forward leaves nothing but its input: by a checkpoint, or one inside a compiled layer."""
+        return self.checkpointed or self.kept == (0,)
+
     def units(self, tokens: int, scores: int) -> list[int]:
         """Sizes of the blocks in the allocator's units."""
         return [block_units(int(a + b * tokens + c * scores)) for a, b, c in self.blocks]

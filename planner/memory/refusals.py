@@ -47,6 +47,12 @@ def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
         )
 
 
+def _whole_checkpoints(setup: TrainingSetup) -> bool:
+    """Whether every layer keeps its input alone."""
+    partly = setup.selective_checkpointing or setup.checkpointed_layers is not None
+    return setup.gradient_checkpointing and not partly
+
+
 def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
     """Refuse what compiled layers have not been measured with, naming the knob beside compile.
 
@@ -55,11 +61,12 @@ def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
     for name, measured in (
         ("kernels", "none"),
         ("use_dora", False),
-        ("activation_offloading", False),
         ("prepare_for_kbit_training", False),
     ):
         if getattr(setup, name) != measured:
             raise NotModelledError(f"compile=regional with {name}", getattr(setup, name))
+    if setup.activation_offloading and not _whole_checkpoints(setup):
+        raise NotModelledError("compile=regional, layers not checkpointed and activation_offloading", True)
     if setup.dtype == "float32":
         raise NotModelledError("compile=regional with dtype", setup.dtype)
     attention = attention_implementation(setup, model)

@@ -236,7 +236,7 @@ class StepReplay:
             hidden = own[program.output]
             casts += [own[cast] for cast in program.casts]
             slots.append(own)
-            if offload is not None and (index or not program.checkpointed):
+            if offload is not None and (index or not program.keeps_input_alone):
                 offload.keep([own[block] for block in offload.blocks_of(program)])
         if offload is not None:
             offload.mark()
@@ -252,7 +252,7 @@ class StepReplay:
         for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
             program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
             own[program.incoming] = gradient
-            fetches = offload is not None and (own is not slots[0] or not program.checkpointed)
+            fetches = offload is not None and (own is not slots[0] or not program.keeps_input_alone)
             if offload and fetches:
                 run(offload.fetch(program, units, own), units, own)
             elif program.checkpointed and not (leaf and own is slots[0]):

@@ -254,7 +254,9 @@ def _all_layers(parts: tuple[Segment, ...]) -> _AllLayers:
         forward = forward.plus(one.forward, count)
         recomputed = recomputed.plus(one.recomputed, count)
         backward = backward.plus(one.backward, count).plus(one.recomputed, count)
-        kept = kept.plus(inputs if part.checkpointed else one.kept, count)
+        # A compiled layer is offloaded only where its input is all that it keeps (memory/refusals.py).
+        alone = part.checkpointed or part.knobs.compiled
+        kept = kept.plus(inputs if alone else one.kept, count)
         liger += count * _liger_kernels(part.layer)
     found = _AllLayers(forward, recomputed, backward, kept, liger)
     if len(_ALL_LAYERS) >= _MOST_REMEMBERED:
