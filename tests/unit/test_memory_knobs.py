@@ -204,7 +204,10 @@ def test_fp32_needs_more_and_float16_what_fp32_adapters_add(model: str) -> None:
     [
         ("compile=regional with kernels", {"kernels": "liger"}),
         ("compile=regional with use_dora", {"use_dora": True}),
-        ("compile=regional with activation_offloading", {"activation_offloading": True}),
+        (
+            "compile=regional, layers not checkpointed and activation_offloading",
+            {"activation_offloading": True, "gradient_checkpointing": False},
+        ),
         ("compile=regional with prepare_for_kbit_training", {"prepare_for_kbit_training": True}),
         ("compile=regional with dtype", {"dtype": "float32"}),
         ("compile=regional with attn_implementation", {"attn_implementation": "eager"}),

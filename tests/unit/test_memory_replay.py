@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from planner.accuracy import shipped_records
 from planner.calibration import CAP_SHARE, usable_records
+from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.gpu_catalog import gpu_catalog
-from planner.memory import estimate_memory
+from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.activations import layer_replay, peak
 from planner.memory.adapter import trainables
-from planner.memory.allocator import MIB, CachingAllocator
+from planner.memory.allocator import MIB
 from planner.memory.breakdown import FITTED, REPLAYED
+from planner.memory.expandable import empty_allocator
 from planner.memory.program import layer_program
 from planner.memory.refusals import attention_implementation
 from planner.memory.segments import Segment, segments
@@ -98,7 +100,8 @@ def test_programs_hold_what_the_live_replay_counts(model: str, knobs: dict[str, 
         assert forward == pytest.approx(peak(moments, tokens, scores)[0], abs=1.01 * stream, rel=0.02)
 
 
-def test_a_program_frees_all_but_what_it_says() -> None:
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_a_program_frees_all_but_what_it_says(name: str) -> None:
     for model in MODELS:
         for knobs in KNOBS:
             for part in parts_of(setup_of(model, **knobs)):
@@ -109,7 +112,7 @@ def test_a_program_frees_all_but_what_it_says() -> None:
                     input_requires_grad=part.input_requires_grad,
                     accumulating=False,
                 )
-                allocator = CachingAllocator()
+                allocator = empty_allocator(name)
                 units = program.units(1024, 1024**2)
                 slots = [0] * len(units)
                 slots[0] = allocator.allocate(units[0])
@@ -128,13 +131,19 @@ def test_a_program_frees_all_but_what_it_says() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
-def test_replayed_parts_sum_and_lie_near_the_counted_ones(model: str, knobs: dict[str, object]) -> None:
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_replayed_parts_sum_and_lie_near_the_counted_ones(
+    model: str, knobs: dict[str, object], allocator: str
+) -> None:
     setup = setup_of(model, **knobs)
-    fitted = estimate_memory(setup, load_shipped(model), gpu=H100)
-    replayed = estimate_memory(setup, load_shipped(model), gpu=H100, replay=True)
+    fitted = estimate_memory(setup, load_shipped(model), gpu=H100, allocator=allocator)
+    replayed = estimate_memory(setup, load_shipped(model), gpu=H100, replay=True, allocator=allocator)
     assert sum(part.size_bytes for part in replayed.components) == replayed.process_bytes
     assert replayed.weights_bytes == fitted.weights_bytes
-    assert replayed.allocated_bytes == pytest.approx(fitted.allocated_bytes, rel=0.02, abs=32 * MIB)
+    # The count leaves out the default's unsplit rests, and what autocast and Adafactor hold beside the rest.
+    alike = allocator == EXPANDABLE and not knobs.keys() & {"dtype", "lora_dropout", "optim"}
+    near = pytest.approx(fitted.allocated_bytes, rel=0 if alike else 0.02, abs=MIB / 8 if alike else 32 * MIB)
+    assert replayed.allocated_bytes == near
     assert replayed.reserved_bytes >= replayed.allocated_bytes
     assert replayed.reserved_bytes % (2 * MIB) == 0
     assert replayed.process_upper_bytes > replayed.process_bytes
@@ -150,10 +159,11 @@ def test_replayed_parts_sum_and_lie_near_the_counted_ones(model: str, knobs: dic
     batch=st.integers(1, 4),
     rank=st.sampled_from((8, 16, 32)),
     knobs=st.sampled_from(({}, {"gradient_checkpointing": False}, {"method": "lora"})),
+    allocator=st.sampled_from(ALLOCATORS),
 )
 @settings(max_examples=15, deadline=None)
 def test_twice_the_batch_or_rank_never_allocates_less(
-    length: int, batch: int, rank: int, knobs: dict[str, object]
+    length: int, batch: int, rank: int, knobs: dict[str, object], allocator: str
 ) -> None:
     """Reserved memory may fall when sizes change (blocks fit better); what is handed out does not."""
     setup = setup_of("smollm2-135m", **knobs).replace(
@@ -162,48 +172,83 @@ def test_twice_the_batch_or_rank_never_allocates_less(
     model = load_shipped(setup.model)
 
     def allocated(changed: TrainingSetup) -> int:
-        return replay_steps(changed, model, gpu=H100, padded=False).step_allocated_bytes
+        found = replay_steps(changed, model, gpu=H100, padded=False, allocator=allocator)
+        return found.step_allocated_bytes
 
     assert allocated(setup) <= allocated(setup.replace(per_device_train_batch_size=2 * batch))
     assert allocated(setup) <= allocated(setup.replace(lora_r=2 * rank))
 
 
-def test_accumulating_more_than_twice_changes_nothing() -> None:
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_accumulating_more_than_twice_changes_nothing(allocator: str) -> None:
     model = load_shipped("smollm2-135m")
     for knobs in ({}, {"method": "full"}):
         twice = setup_of("smollm2-135m", gradient_accumulation_steps=2, **knobs)
         often = twice.replace(gradient_accumulation_steps=16)
-        assert replay_steps(twice, model, gpu=H100, padded=False) == replay_steps(
-            often, model, gpu=H100, padded=False
+        assert replay_steps(twice, model, gpu=H100, padded=False, allocator=allocator) == replay_steps(
+            often, model, gpu=H100, padded=False, allocator=allocator
         )
 
 
-def test_paged_state_stays_out_of_the_allocator() -> None:
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_expandable_segments_hand_out_no_more_than_the_default(knobs: dict[str, object]) -> None:
+    """The rest of a block is split off however small, so blocks in use come to the same or less."""
+    setup, model = setup_of("smollm2-135m", **knobs), load_shipped("smollm2-135m")
+    native, expandable = (
+        replay_steps(setup, model, gpu=H100, padded=False, allocator=name) for name in (NATIVE, EXPANDABLE)
+    )
+    assert expandable.load_allocated_bytes <= native.load_allocated_bytes
+    assert expandable.step_allocated_bytes < native.step_allocated_bytes
+    # A replay is remembered for its allocator.
+    assert replay_steps(setup, model, gpu=H100, padded=False, allocator=NATIVE) is native
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_paged_state_stays_out_of_the_allocator(allocator: str) -> None:
     model = load_shipped("llama-3.2-1b")
     setup = setup_of("llama-3.2-1b", method="full")
     found = [
-        replay_steps(setup.replace(optim=optim), model, gpu=H100, padded=False).step_reserved_bytes
+        replay_steps(
+            setup.replace(optim=optim), model, gpu=H100, padded=False, allocator=allocator
+        ).step_reserved_bytes
         for optim in ("sgd", "paged_adamw_32bit", "adamw_8bit", "adamw_torch")
     ]
     assert found[0] < found[2] < found[3]
     assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
+def estimated(record: RunRecord) -> MemoryBreakdown:
+    return estimate_memory(
+        record.setup,
+        load_shipped(record.setup.model),
+        gpu=H100,
+        padded=record.padded,
+        replay=True,
+        allocator=record.allocator,
+    )
+
+
 def held_out_errors(record: RunRecord) -> tuple[float, float]:
     """Errors of allocated and reserved: a replay rests on no record, so every model is held out."""
     step = record.phase("step")
     assert step is not None
-    found = estimate_memory(
-        record.setup, load_shipped(record.setup.model), gpu=H100, padded=record.padded, replay=True
-    )
+    found = estimated(record)
     return (
         found.allocated_bytes / step.allocated_bytes - 1,
         found.reserved_bytes / step.reserved_bytes - 1,
     )
 
 
-def test_replayed_memory_against_measured_runs() -> None:
-    records = usable_records(shipped_records(), H100, load_shipped)
+@pytest.mark.parametrize(
+    ("allocator", "middle", "nineteen_in_twenty", "most"),
+    # In expandable segments two runs of small models had a gap that the head's largest block fitted in, and
+    # the replay lacks it by a little.
+    [(NATIVE, 0.01, 0.06, 0.10), (EXPANDABLE, 0.002, 0.04, 0.20)],
+)
+def test_replayed_memory_against_measured_runs(
+    allocator: str, middle: float, nineteen_in_twenty: float, most: float
+) -> None:
+    records = usable_records(shipped_records(), H100, load_shipped, allocator=allocator)
     sample = random.Random(0).sample(records, min(200, len(records)))
     errors = [held_out_errors(record) for record in sample]
     allocated = sorted(abs(error) for error, _ in errors)
@@ -212,9 +257,9 @@ def test_replayed_memory_against_measured_runs() -> None:
     # Offloading without checkpointing: what comes back, and when, is the copies' own time.
     assert allocated[-1] < 0.03
     assert allocated[int(0.95 * len(allocated))] < 0.005
-    assert statistics.median(reserved) < 0.01
-    assert reserved[int(0.95 * len(reserved))] < 0.06
-    assert reserved[-1] < 0.10
+    assert statistics.median(reserved) < middle
+    assert reserved[int(0.95 * len(reserved))] < nineteen_in_twenty
+    assert reserved[-1] < most
 
 
 def below_their_cap() -> list[RunRecord]:
@@ -234,8 +279,6 @@ def test_plans_own_choices_reserved_no_more_than_the_upper_end() -> None:
     for record in below_their_cap():
         step = record.phase("step")
         assert step is not None
-        found = estimate_memory(
-            record.setup, load_shipped(record.setup.model), gpu=H100, padded=record.padded, replay=True
-        )
+        found = estimated(record)
         margin = found.process_upper_bytes - found.process_bytes
         assert step.reserved_bytes <= found.reserved_bytes + margin, record.id
