@@ -76,6 +76,7 @@ class Graph:
         constants = self._constants(part), self._constants(part)
         weight = self._weight(part)
         self.put(part.name)
+        self.tape.product()
         self.tape.free(*constants, weight)
 
     def adapter(self, part: Part) -> None:

@@ -72,6 +72,7 @@ def _base_forward(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: 
     narrow = tape.tokens(inputs * kind.compute_bytes) if x.width != kind.compute_bytes else None
     if not kind.quantized:
         result = tape.tokens(outputs * kind.compute_bytes)
+        tape.product()
         tape.free(narrow)
         return Value(result, x.requires_grad, kind.compute_bytes)
     constants = inputs * outputs / NF4_BLOCK * ABSMAX_BYTES
@@ -79,6 +80,7 @@ def _base_forward(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: 
     second = tape.fixed(constants) if kind.double_quant else None
     weight = tape.fixed(inputs * outputs * kind.weight_bytes)
     result = tape.tokens(outputs * kind.compute_bytes)
+    tape.product()
     tape.free(second, first, weight)
     if narrow is not None:
         wide = tape.tokens(outputs * x.width)

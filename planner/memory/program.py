@@ -33,7 +33,8 @@ class Program:
     else forward leaves is `kept` for backward, which frees it (`kept_once`: saved by one node alone). With
     `checkpointed` backward recomputes, and frees nothing of block 0; else one of the passes frees block 0
     after its last use: `keeps_input` says that it is backward. After the event of backward at `unpacked` the
-    last of what was recomputed is used, and the checkpoint lets go of the input.
+    last of what was recomputed is used, and the checkpoint lets go of the input. After `first_product` events
+    of forward the layer's first matrix product runs, its output there.
     """
 
     blocks: tuple[Coefficients, ...]
@@ -42,6 +43,7 @@ class Program:
     checkpointed: bool
     keeps_input: bool
     unpacked: int
+    first_product: int
     output: int
     incoming: int
     outgoing: int | None
@@ -82,6 +84,7 @@ class LoggingTape(Tape):
         self.selected: list[int] = []
         self.save_counts: Counter[int] = Counter()
         self.last_save_event = 0
+        self.first_product: int | None = None
 
     def given(self) -> _Block:
         """A block that is there already."""
@@ -121,6 +124,11 @@ class LoggingTape(Tape):
         self.last_save_event = len(self.events)
         self.save_counts[number(buffer)] += 1
         return buffer
+
+    def product(self) -> None:
+        """Note where the first matrix product runs."""
+        if self.first_product is None:
+            self.first_product = len(self.events)
 
     def select(self, *buffers: Buffer) -> None:
         """Name what selective checkpointing keeps."""
@@ -169,7 +177,7 @@ def _both_passes(tape: LoggingTape, hidden: Value, output: Value) -> Program:
     """Forward that keeps what backward needs, and that backward; the caller lets go of input and output."""
     keeps_input = hidden.buffer.holders > 1
     tape.free(hidden.buffer)
-    forward = tape.events
+    forward, product = tape.events, tape.first_product
     result = number(output.buffer)
     tape.events = []
     incoming = tape.given()
@@ -185,6 +193,7 @@ def _both_passes(tape: LoggingTape, hidden: Value, output: Value) -> Program:
         incoming=incoming.number,
         hidden=hidden,
         casts=(),
+        first_product=product,
     )
 
 
@@ -219,6 +228,7 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
         incoming=incoming.number,
         hidden=hidden,
         casts=tuple(first.casts),
+        first_product=first.first_product,
         recomputed=frozenset(event for event in recomputed if event >= 0),
     )
 
@@ -261,6 +271,7 @@ def _program(
     incoming: int,
     hidden: Value,
     casts: tuple[int, ...],
+    first_product: int | None,
     recomputed: frozenset[int] = frozenset(),
 ) -> Program:
     """A program without the blocks that have no bytes."""
@@ -269,6 +280,7 @@ def _program(
     passes = [
         tuple(e for e in events if (e if e >= 0 else -1 - e) not in empty) for events in (forward, backward)
     ]
+    before = (event if event >= 0 else -1 - event for event in forward[: first_product or 0])
     left = _left({0}, passes[0]) - {output, *casts}
     after = _left(left | {incoming} | ({0} if checkpointed else set()), passes[1])
     gradients = tuple(sorted(n for n in after if tape.slots[n] == 3 * GRADIENTS))
@@ -282,6 +294,7 @@ def _program(
         checkpointed=checkpointed,
         keeps_input=keeps_input,
         unpacked=used[-1] if used else len(passes[1]) - 1,
+        first_product=sum(block not in empty for block in before),
         output=output,
         incoming=incoming,
         outgoing=outgoing,

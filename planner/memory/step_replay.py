@@ -217,10 +217,8 @@ class StepReplay:
 
     def _micro_step(self, *, first: bool, later: bool) -> None:
         allocator, offload = self.allocator, self.offload
-        held = self._before_layers(first=first)
+        held = self._before_layers()
         hidden = held[0]
-        if first and self.biased:
-            self._take(CUBLASLT_WORKSPACE_BYTES)
         slots: list[list[int]] = []
         casts: list[int] = []
         run = allocator.run
@@ -229,9 +227,16 @@ class StepReplay:
             own = [0] * len(units)
             own[0] = hidden
             forward = program.forward
-            if not index and not program.keeps_input:
-                # The model's forward pass holds the embeddings in a variable.
-                forward = tuple(event for event in forward if event != -1)
+            if not index:
+                at_first, forward = forward[: program.first_product], forward[program.first_product :]
+                if not program.keeps_input:
+                    # The model's forward pass holds the embeddings in a variable.
+                    at_first, forward = (
+                        tuple(event for event in events if event != -1) for events in (at_first, forward)
+                    )
+                run(at_first, units, own)
+                if first:
+                    self._take_workspaces()
             run(forward, units, own)
             hidden = own[program.output]
             casts += [own[cast] for cast in program.casts]
@@ -277,7 +282,13 @@ class StepReplay:
         for block in held[1:]:
             allocator.free(block)
 
-    def _before_layers(self, *, first: bool) -> list[int]:
+    def _take_workspaces(self) -> None:
+        """What cuBLAS takes with the main thread's first matrix product, which is the first layer's."""
+        self._take(self.workspace_bytes)
+        if self.biased:
+            self._take(CUBLASLT_WORKSPACE_BYTES)
+
+    def _before_layers(self) -> list[int]:
         """Embeddings, then what stays until the micro-step ends: masks, rotary tables, raw embeddings."""
         allocator = self.allocator
         held = [self._take(self.stream)]
@@ -288,17 +299,11 @@ class StepReplay:
             allocator.free(held[0])
             held[0] = scaled
         held += [self._mask(windowed=window is not None) for window in self.masks]
-        if first and not self.model.rotary_tables:
-            self._take(self.workspace_bytes)
         layer = self.model.layers[0]
         table = self.shape.positions * (layer.rotary_dim or layer.head_dim)
         for _ in range(self.model.rotary_tables):
             # Angles, both halves of them, and cosine and sine in fp32, unscaled and scaled.
             wide = [self._take(table * FP32 // 2)]
-            if first:
-                # Angles are the main thread's first matrix product.
-                self._take(self.workspace_bytes)
-                first = False
             wide.append(self._take(table * FP32))
             for _ in range(2):
                 turned, scaled = self._take(table * FP32), self._take(table * FP32)

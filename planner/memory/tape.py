@@ -105,6 +105,9 @@ class Tape:
         self._rising = True
         return Buffer(constant, per_token, per_score, slot)
 
+    def product(self) -> None:
+        """A matrix product runs, its output there."""
+
     def free(self, *buffers: Buffer | None) -> None:
         """Let go of buffers; one is freed when its last holder does."""
         live = self._live
