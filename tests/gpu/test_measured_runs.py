@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.profile import Profile
 from planner.calibration import own_process_bytes
+from planner.cuda_allocator import EXPANDABLE, NATIVE, machine_allocator
 from planner.records import RunRecord
 
 from .measuring import measure, peak_bytes, profile
@@ -83,15 +85,32 @@ def test_out_of_memory_is_an_outcome_and_the_next_run_is_clean_or_refused(
         assert "NotCleanError" in measured.errors
 
 
-def test_batches_of_many_lengths_train_in_expandable_segments_and_others_are_refused_there(
+def test_torchs_default_allocator_is_measured_where_a_profile_asks_for_it(
+    shared: Mapping[str, RunRecord], tmp_path: Path
+) -> None:
+    measured = measure([replace(CHECKPOINTED, allocator=NATIVE)], tmp_path)
+    assert measured.code == 0, measured.errors
+    (record,) = measured.records
+    machines = shared["qlora checkpointed"]
+    assert (record.allocator, machines.allocator) == (NATIVE, machine_allocator())
+    allocated, reserved = peak_bytes(record)
+    # Expandable segments split off every rest.
+    assert peak_bytes(machines)[0] <= allocated
+    assert record.predicted is not None
+    assert record.predicted.allocated_bytes == pytest.approx(allocated, rel=ALLOCATED_ERROR)
+    assert record.predicted.reserved_bytes == pytest.approx(reserved, rel=RESERVED_ERROR)
+
+
+def test_batches_of_many_lengths_and_of_one_share_a_process_and_another_allocator_ends_it(
     tmp_path: Path,
 ) -> None:
     setup = profile(per_device_train_batch_size=4, train_sampling_strategy="group_by_length").setup
     padded = Profile(setup=setup, steps=10, lengths=LENGTHS)
-    assert padded.lengths_vary
-    measured = measure([padded, CHECKPOINTED], tmp_path)
-    (record,) = measured.records
-    assert record.outcome == "ok"
+    assert padded.mixes_lengths
+    other = NATIVE if machine_allocator() == EXPANDABLE else EXPANDABLE
+    measured = measure([padded, CHECKPOINTED, replace(CHECKPOINTED, allocator=other)], tmp_path)
+    record, full = measured.records
+    assert [(one.outcome, one.allocator) for one in (record, full)] == [("ok", machine_allocator())] * 2
     assert len(record.step_seconds) == 12
     assert record.useful_tokens_per_second is not None
     assert record.tokens_per_second is not None
@@ -100,6 +119,6 @@ def test_batches_of_many_lengths_train_in_expandable_segments_and_others_are_ref
     assert process is not None
     assert record.predicted is not None
     assert process <= record.predicted.process_upper_bytes
-    # A run of one shape is measured with torch's default segments, so not in this process.
+    # torch reads its setting once, so what asks for another is not measured in this process.
     assert measured.code != 0
     assert "NotCleanError" in measured.errors

@@ -13,6 +13,7 @@ import pytest
 from launcher.commands.demo import DEMO, SETTINGS
 from launcher.events import EndEvent, LogEvent, read_events
 from launcher.run_folder import RunFolder
+from planner.cuda_allocator import planned_allocator
 from planner.plan import Plan
 from planner.records import RunRecord
 
@@ -41,6 +42,7 @@ def test_the_demo_trains_within_the_memory_that_was_planned(tmp_path: Path) -> N
     plan = Plan.from_dict(json.loads(folder.plan.read_text(encoding="utf-8")))
     record = RunRecord.from_dict(json.loads(folder.record.read_text(encoding="utf-8")))
     assert (record.outcome, record.setup) == ("ok", plan.setup)
+    assert record.allocator == planned_allocator()
     assert len((own / "runs" / "train.jsonl").read_text(encoding="utf-8").splitlines()) == 1
     assert record.predicted is not None
     assert {"load", "step", "evaluation"} <= {phase.name for phase in record.phases}

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
+from planner.cuda_allocator import EXPANDABLE
 from planner.memory import attention as attention_replay
 from planner.memory import decoder_layer
 from planner.memory.activations import at
@@ -94,7 +95,8 @@ def expected_parts(family: str, setup: TrainingSetup) -> dict[str, int]:
     if not setup.uses_lora:
         del replays[ADAPTER]
     expected = {name: _kept_by_model(setup, knobs, part) for name, part in replays.items()}
-    frozen = weight_memory(setup, model).unquantized_bytes + upcast_bytes(setup, model)
+    weights = weight_memory(setup, model, EXPANDABLE)
+    frozen = weights.unquantized_bytes + upcast_bytes(setup, model)
     expected[PREPARATION] = frozen if setup.uses_lora else 0
     expected[ADAPTER_WEIGHTS] = trained.size_bytes
     if segment.checkpointed:

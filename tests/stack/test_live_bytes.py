@@ -27,6 +27,7 @@ import pytest
 
 pytest.importorskip("peft")
 
+from planner.cuda_allocator import EXPANDABLE
 from planner.memory.activations import at
 from planner.memory.estimate import _replayed
 from planner.memory.resident import INPUT_BYTES_PER_TOKEN, mask_windows
@@ -105,7 +106,9 @@ def make_setup(family: str, **knobs: Any) -> TrainingSetup:
 def predict(family: str, setup: TrainingSetup) -> tuple[StepTimeline, ModelSpec, int, int]:
     """The step's timeline, the spec, bytes of rotary tables, positions and masks, and of the masks alone."""
     spec = spec_of(family)
-    resident, timeline, _ = _replayed(setup, spec, None, coefficients_for(None), padded=False)
+    resident, timeline, _ = _replayed(
+        setup, spec, None, coefficients_for(None, EXPANDABLE), padded=False, allocator=EXPANDABLE
+    )
     masks = len(mask_windows(setup, spec, padded=False)) * timeline.shape.scores
     tables = resident.tables_bytes - INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step
     if family == "olmo2":

@@ -15,7 +15,9 @@ import pytest
 pytest.importorskip("transformers")
 
 from launcher.inspect_model import inspect_config
-from planner.memory.allocator import MIB, CachingAllocator
+from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.memory.allocator import LARGE_SEGMENT, MIB, CachingAllocator, rounded
+from planner.memory.expandable import empty_allocator
 from planner.memory.step_replay import StepReplay
 from planner.training_setup import TrainingSetup
 from tests.stack.attribution import live_bytes
@@ -43,17 +45,25 @@ OFFLOADING_TOLERANCE = {
     # nodes have saved, and four small layers have little else. The copies of so small tensors end sooner.
     "llama_off_nock": 0.26,
 }
-RESERVED_TOLERANCE_BYTES = 2 * MIB
-"""One segment of the small pool: vectors of a few bytes a token are left out."""
+RESERVED_TOLERANCE_BYTES = {NATIVE: 2 * MIB, EXPANDABLE: 4 * MIB}
+"""Segments or pages of the small pool: vectors of a few bytes a token are left out."""
+EXPANDABLE_RESERVED_TOLERANCE_BYTES = {
+    # Whether a block fits in before the end hangs on the order of requests, which is another than replayed in
+    # Gemma 3's layers with Liger and for a packed batch's mask.
+    "gemma3_liger_nock": 6 * LARGE_SEGMENT,
+    "qwen3_pack": LARGE_SEGMENT,
+}
+ROUNDING_BYTES = 2**13
+"""Above what the small vectors that are live at a step's peak are rounded up by."""
 
 
-def replay_of(name: str) -> tuple[StepReplay, list[int]]:
+def replay_of(name: str, allocator: str) -> tuple[StepReplay, list[int]]:
     content = json.loads(gzip.decompress((TRACES / f"{name}.json.gz").read_bytes()))
     values: dict[str, Any] = dict(content["setup"])
     config, padded = values.pop("config"), values.pop("padded")
     setup = TrainingSetup(model=name, **values)
     spec = inspect_config(config, model_id=name, hub_id=name)
-    return StepReplay(setup, spec, gpu=None, padded=padded), content["events"]
+    return StepReplay(setup, spec, gpu=None, padded=padded, allocator=allocator), content["events"]
 
 
 def requested(allocator: CachingAllocator, events: list[int]) -> None:
@@ -66,28 +76,52 @@ def requested(allocator: CachingAllocator, events: list[int]) -> None:
             allocator.free(addresses[-1 - event])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_expandable_segments_hand_out_what_a_trace_asks_for_and_no_more(name: str) -> None:
+    """Event for event, where the default's unsplit rests come on top."""
+    events: list[int] = json.loads(gzip.decompress((TRACES / f"{name}.json.gz").read_bytes()))["events"]
+    expandable, native = empty_allocator(EXPANDABLE), empty_allocator(NATIVE)
+    blocks: list[tuple[int, int, int]] = []
+    live = 0
+    for event in events:
+        if event >= 0:
+            blocks.append((rounded(event), expandable.allocate(event), native.allocate(event)))
+            live += blocks[-1][0]
+        else:
+            size, in_expandable, in_native = blocks[-1 - event]
+            live -= size
+            expandable.free(in_expandable)
+            native.free(in_native)
+        assert live == expandable.allocated_bytes <= expandable.reserved_bytes
+        assert live <= native.allocated_bytes
+    assert 0 <= expandable.peak_allocated_bytes - max(live_bytes(events)) < ROUNDING_BYTES
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OFFLOADING_TOLERANCE])
-def test_a_step_comes_to_the_peak_and_reserve_of_its_trace(name: str) -> None:
-    replay, events = replay_of(name)
+def test_a_step_comes_to_the_peak_and_reserve_of_its_trace(name: str, allocator: str) -> None:
+    replay, events = replay_of(name, allocator)
     replay.optimizer_step(first=True)
     between = replay.allocator.allocated_bytes
     traced = replay.allocator.copy()
-    for allocator in (traced, replay.allocator):
-        allocator.reset_peak()
+    for both in (traced, replay.allocator):
+        both.reset_peak()
     replay.optimizer_step(first=False)
     requested(traced, events)
     peak = traced.peak_allocated_bytes - between
     tolerance = PEAK_TOLERANCE.get(name, 0.0005)
     assert replay.allocator.peak_allocated_bytes - between == pytest.approx(peak, rel=tolerance, abs=MIB)
-    assert replay.allocator.reserved_bytes == pytest.approx(
-        traced.reserved_bytes, abs=RESERVED_TOLERANCE_BYTES
-    )
+    allowed = RESERVED_TOLERANCE_BYTES[allocator]
+    if allocator == EXPANDABLE:
+        allowed = EXPANDABLE_RESERVED_TOLERANCE_BYTES.get(name, allowed)
+    assert replay.allocator.reserved_bytes == pytest.approx(traced.reserved_bytes, abs=allowed)
 
 
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("name", OFFLOADING_TOLERANCE)
-def test_an_offloading_step_comes_to_no_less_than_its_trace(name: str) -> None:
+def test_an_offloading_step_comes_to_no_less_than_its_trace(name: str, allocator: str) -> None:
     """A trace does not say whose pool a block lies in, so reserved memory is not compared."""
-    replay, events = replay_of(name)
+    replay, events = replay_of(name, allocator)
     assert replay.offload is not None
     replay.optimizer_step(first=True)
     between = replay.allocator.allocated_bytes

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from launcher.inspect_model import inspect_config
+from planner.cuda_allocator import NATIVE
 from planner.memory.estimate import _replayed
 from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK
 from planner.memory.runtime import coefficients_for
@@ -132,7 +133,9 @@ def load(name: str) -> Trace:
     config, padded = values.pop("config"), values.pop("padded")
     setup = TrainingSetup(model=name, **values)
     spec = inspect_config(config, model_id=name, hub_id=name)
-    resident, timeline, step = _replayed(setup, spec, None, coefficients_for(None), padded=padded)
+    resident, timeline, step = _replayed(
+        setup, spec, None, coefficients_for(None, NATIVE), padded=padded, allocator=NATIVE
+    )
     return Trace(
         setup=setup,
         padded=padded,

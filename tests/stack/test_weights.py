@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ pytest.importorskip("bitsandbytes")
 
 import bitsandbytes as bnb
 
+from planner.cuda_allocator import EXPANDABLE, NATIVE
+from planner.memory.allocator import rounded
 from planner.memory.weights import weight_memory
 from planner.training_setup import TrainingSetup
 
@@ -37,7 +40,7 @@ def nbytes(tensors: list[object]) -> int:
 def test_quantised_model(family: str, knobs: dict[str, object], tmp_path: Path) -> None:
     setup = make_setup(family, **knobs)
     model = load_model(family, setup, tmp_path)
-    expected = weight_memory(setup, spec_of(family))
+    expected = weight_memory(setup, spec_of(family), EXPANDABLE)
     quantised = [p for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)]
     assert quantised
     assert expected.quantized_bytes == nbytes(quantised)
@@ -51,10 +54,28 @@ def test_quantised_model(family: str, knobs: dict[str, object], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_what_the_allocators_hand_out(family: str, method: str, tmp_path: Path) -> None:
+    """Every tensor rounded up in expandable segments; the default adds unsplit rests, and counts the same."""
+    setup = make_setup(family, method=method)
+    expandable, native = (weight_memory(setup, spec_of(family), name) for name in (EXPANDABLE, NATIVE))
+    tensors = []
+    for parameter in load_model(family, setup, tmp_path).parameters():
+        tensors.append(parameter)
+        if isinstance(parameter, bnb.nn.Params4bit):
+            tensors += constants_of(parameter.quant_state)
+    assert expandable.allocated_bytes == sum(rounded(nbytes([tensor])) for tensor in tensors)
+    assert expandable.allocated_bytes <= native.allocated_bytes
+    assert dataclasses.replace(native, allocated_bytes=0) == dataclasses.replace(
+        expandable, allocated_bytes=0
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_unquantised_model(family: str, method: str, tmp_path: Path) -> None:
     setup = make_setup(family, method=method)
-    expected = weight_memory(setup, spec_of(family))
+    expected = weight_memory(setup, spec_of(family), EXPANDABLE)
     assert expected.quantized_bytes == expected.constants_bytes == 0
     assert expected.unquantized_bytes == nbytes(list(load_model(family, setup, tmp_path).parameters()))
 

@@ -32,7 +32,7 @@ def setup_of(model: str, **knobs: Any) -> TrainingSetup:
 
 
 def estimated(model: str, **knobs: Any) -> MemoryBreakdown:
-    return estimate_memory(setup_of(model, **knobs), load_shipped(model))
+    return estimate_memory(setup_of(model, **knobs), load_shipped(model), allocator=EXPANDABLE)
 
 
 def parts_of(model: str, **knobs: Any) -> tuple[Segment, ...]:

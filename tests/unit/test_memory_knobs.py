@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from planner.cuda_allocator import ALLOCATORS, EXPANDABLE
 from planner.errors import InputError, NotModelledError
 from planner.gpu_catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory, segments
@@ -42,8 +43,12 @@ def make_setup(model: str, **knobs: Any) -> TrainingSetup:
     return TrainingSetup(**{**fixed, **knobs})
 
 
-def estimate(setup: TrainingSetup, *, replay: bool = False, padded: bool = False) -> MemoryBreakdown:
-    return estimate_memory(setup, load_shipped(setup.model), gpu=H100, replay=replay, padded=padded)
+def estimate(
+    setup: TrainingSetup, *, replay: bool = False, padded: bool = False, allocator: str = EXPANDABLE
+) -> MemoryBreakdown:
+    return estimate_memory(
+        setup, load_shipped(setup.model), gpu=H100, replay=replay, padded=padded, allocator=allocator
+    )
 
 
 def allocated(model: str, **knobs: Any) -> int:
@@ -52,9 +57,10 @@ def allocated(model: str, **knobs: Any) -> int:
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
 @pytest.mark.parametrize("replay", [False, True], ids=["counted", "replayed"])
-def test_parts_sum_to_totals(knobs: dict[str, Any], replay: bool) -> None:
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_parts_sum_to_totals(knobs: dict[str, Any], replay: bool, allocator: str) -> None:
     for model in ("llama-3.2-1b", "gemma-3-1b"):
-        found = estimate(make_setup(model, **knobs), replay=replay)
+        found = estimate(make_setup(model, **knobs), replay=replay, allocator=allocator)
         assert sum(part.size_bytes for part in found.components) == found.process_bytes
         assert all(part.size_bytes >= 0 for part in found.components)
         for phase in found.phases:
