@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planner import validate
+from planner import policy, validate
 from planner.errors import FieldError
 from planner.training_setup import FIELD_NAMES, TrainingSetup
 
@@ -73,7 +73,7 @@ class PlanRequest:
         Raises:
             InputError: the values contradict each other.
         """
-        values: dict[str, Any] = {**chosen, **self.fixed}
+        values: dict[str, Any] = {"optim": policy.OPTIM, **chosen, **self.fixed}
         if values.get("num_processes", 1) > 1:
             values.setdefault("distributed", "ddp")
         return TrainingSetup(model=self.model, **values)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from planner.gpu_target import GpuTarget
 from planner.methods import with_method
 from planner.model_spec import ModelSpec
-from planner.policy import DEFAULT_LENGTHS
+from planner.policy import DEFAULT_LENGTHS, OPTIM
 from planner.training_setup import TrainingSetup
 
 SMALL_RANK = 8
-MEMORY_SAVING_OPTIMIZERS = ("paged_adamw_8bit", "paged_lion_8bit")
+MEMORY_SAVING_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +111,10 @@ def _free_savings(setup: TrainingSetup, model: ModelSpec, target: GpuTarget) -> 
         )
     if setup.optim not in MEMORY_SAVING_OPTIMIZERS:
         yield Change(
-            title=f"paged_adamw_8bit instead of {setup.optim}",
-            flags="--optim paged_adamw_8bit",
-            effect="8-bit states in pageable memory",
-            setup=setup.replace(optim="paged_adamw_8bit"),
+            title=f"{OPTIM} instead of {setup.optim}",
+            flags=f"--optim {OPTIM}",
+            effect="states of 8 bits",
+            setup=setup.replace(optim=OPTIM),
         )
 
 
