@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from launcher.allocator import measuring_environment
 from launcher.profile import Profile, profile_line, read_profiles
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from launcher.profiler import NotCleanError, Profiler
+from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE, VARIABLES, machine_allocator
 from planner.errors import FieldError, InputError
 from planner.training_setup import TrainingSetup
 
@@ -56,6 +59,32 @@ def test_an_allocator_of_another_name_is_refused(allocator: str, tmp_path: Path)
     path.write_text(profile_line(Profile(setup=make_setup(), allocator=NATIVE)).replace(NATIVE, allocator))
     with pytest.raises(InputError, match=f"allocator.*{EXPANDABLE}"):
         read_profiles(path)
+
+
+class MeasuringError(Exception):
+    """Raised where a measurement would begin."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+@pytest.mark.parametrize("allocator", [None, *ALLOCATORS])
+@pytest.mark.parametrize("process", ALLOCATORS)
+def test_a_process_measures_only_with_its_own_allocator(
+    allocator: str | None, process: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(profiler: Profiler) -> int:
+        raise MeasuringError
+
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in measuring_environment({}, allocator=process).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Profiler, "__init__", lambda profiler: None)
+    monkeypatch.setattr(Profiler, "_patched", False, raising=False)
+    monkeypatch.setattr(Profiler, "reset", lambda profiler: None)
+    monkeypatch.setattr(Profiler, "_driver_bytes", begin)
+    fits = process == (allocator or machine_allocator())
+    with pytest.raises(MeasuringError if fits else NotCleanError):
+        Profiler().measure(Profile(setup=make_setup(), allocator=allocator))
 
 
 def test_batches_are_padded_where_examples_of_several_lengths_share_one() -> None:
