@@ -22,9 +22,7 @@ def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {VARIABLE: EXPANDABLE_SETTING}
 
 
-def measuring_environment(
-    environment: Mapping[str, str], *, allocator: str | None = None
-) -> dict[str, str]:
+def measuring_environment(environment: Mapping[str, str], *, allocator: str | None = None) -> dict[str, str]:
     """The environment of a measuring process: with the given allocator, else as the launcher would set it on
     this machine, whatever a person has set.
     """

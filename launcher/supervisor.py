@@ -87,7 +87,7 @@ def start(run_dir: Path) -> RunHandle:
         InputError: job.json is absent or not a training job.
     """
     folder = RunFolder(run_dir.resolve())
-    job = folder.read_job()
+    folder.read_job()
     allocator = allocator_environment(os.environ)
     with hold_lock(folder, "launcher"):
         now = status(folder.path)

@@ -10,12 +10,13 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from planner.cuda_allocator import ALLOCATORS
 from planner.data_files import PROFILES
 from planner.memory import estimate_memory
 from planner.memory.allocator import MIB
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord, read_records
-from tests.stack.test_replayed_traces import replay_of, requested
+from tests.stack.test_replayed_traces import step_of
 from tests.stack.test_traces import TRACES, load, moments
 
 NAMES = sorted(f"compiled/{path.name.removesuffix('.json.gz')}" for path in TRACES.glob("compiled/*.json.gz"))
@@ -48,7 +49,7 @@ def test_every_way_to_compile_has_a_trace() -> None:
 def test_peak_of_the_step(name: str) -> None:
     trace = load(name)
     tolerance = LOOSE.get(name, TOLERANCE)
-    assert trace.peak_bytes == pytest.approx(max(trace.live), rel=tolerance), trace.peak_moment
+    assert trace.peak_bytes == pytest.approx(max(trace.live), rel=tolerance), trace.step.name
 
 
 @pytest.mark.parametrize("name", WITH_TILES)
@@ -63,16 +64,10 @@ def test_what_forward_holds_and_keeps(name: str) -> None:
     assert moments(trace, prefix="output head, forward") == pytest.approx(measured, rel=tolerance)
 
 
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_replayed_step_comes_to_its_trace(name: str) -> None:
-    replay, events = replay_of(name)
-    replay.optimizer_step(first=True)
-    between = replay.allocator.allocated_bytes
-    traced = replay.allocator.copy()
-    for allocator in (traced, replay.allocator):
-        allocator.reset_peak()
-    replay.optimizer_step(first=False)
-    requested(traced, events)
+def test_a_replayed_step_comes_to_its_trace(name: str, allocator: str) -> None:
+    replay, traced, between = step_of(name, allocator)
     peak = traced.peak_allocated_bytes - between
     found = replay.allocator.peak_allocated_bytes - between
     assert found == pytest.approx(peak, rel=REPLAY_TOLERANCE, abs=MIB)
@@ -86,8 +81,16 @@ def test_measured_runs(run: RunRecord) -> None:
     """Whole models of up to 48 layers."""
     step = run.phase("step")
     assert step is not None
-    found = estimate_memory(run.setup, load_shipped(run.setup.model), padded=run.padded, replay=True)
-    counted = estimate_memory(run.setup, load_shipped(run.setup.model), padded=run.padded)
+    found, counted = (
+        estimate_memory(
+            run.setup,
+            load_shipped(run.setup.model),
+            padded=run.padded,
+            replay=replay,
+            allocator=run.allocator,
+        )
+        for replay in (True, False)
+    )
     assert found.allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001)
     assert counted.allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001)
     assert found.reserved_bytes == pytest.approx(step.reserved_bytes, rel=0.03)

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from launcher.inspect_model import inspect_config
 from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
-from planner.memory.allocator import LARGE_SEGMENT, MIB, CachingAllocator, rounded
+from planner.memory.allocator import MIB, CachingAllocator, rounded
 from planner.memory.expandable import empty_allocator
 from planner.memory.step_replay import StepReplay
 from planner.training_setup import TrainingSetup
@@ -47,14 +47,12 @@ OFFLOADING_TOLERANCE = {
 }
 RESERVED_TOLERANCE_BYTES = {NATIVE: 2 * MIB, EXPANDABLE: 4 * MIB}
 """Segments or pages of the small pool: vectors of a few bytes a token are left out."""
-EXPANDABLE_RESERVED_TOLERANCE_BYTES = {
-    # Whether a block fits in before the end hangs on the order of requests, which is another than replayed in
-    # Gemma 3's layers with Liger and for a packed batch's mask.
-    "gemma3_liger_nock": 6 * LARGE_SEGMENT,
-    "qwen3_pack": LARGE_SEGMENT,
-}
 ROUNDING_BYTES = 2**13
 """Above what the small vectors that are live at a step's peak are rounded up by."""
+
+
+MOST_IN_ANOTHER_ORDER = 5
+COUNTED = [name for name in NAMES if name not in OFFLOADING_TOLERANCE]
 
 
 def replay_of(name: str, allocator: str) -> tuple[StepReplay, list[int]]:
@@ -97,9 +95,10 @@ def test_expandable_segments_hand_out_what_a_trace_asks_for_and_no_more(name: st
     assert 0 <= expandable.peak_allocated_bytes - max(live_bytes(events)) < ROUNDING_BYTES
 
 
-@pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in OFFLOADING_TOLERANCE])
-def test_a_step_comes_to_the_peak_and_reserve_of_its_trace(name: str, allocator: str) -> None:
+def step_of(name: str, allocator: str) -> tuple[StepReplay, CachingAllocator, int]:
+    """A setup's replay after its second step, an allocator after the trace's from the same state, and the
+    bytes allocated between steps.
+    """
     replay, events = replay_of(name, allocator)
     replay.optimizer_step(first=True)
     between = replay.allocator.allocated_bytes
@@ -108,13 +107,31 @@ def test_a_step_comes_to_the_peak_and_reserve_of_its_trace(name: str, allocator:
         both.reset_peak()
     replay.optimizer_step(first=False)
     requested(traced, events)
+    return replay, traced, between
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_step_comes_to_the_peak_of_its_trace(name: str, allocator: str) -> None:
+    replay, traced, between = step_of(name, allocator)
     peak = traced.peak_allocated_bytes - between
     tolerance = PEAK_TOLERANCE.get(name, 0.0005)
     assert replay.allocator.peak_allocated_bytes - between == pytest.approx(peak, rel=tolerance, abs=MIB)
-    allowed = RESERVED_TOLERANCE_BYTES[allocator]
-    if allocator == EXPANDABLE:
-        allowed = EXPANDABLE_RESERVED_TOLERANCE_BYTES.get(name, allowed)
-    assert replay.allocator.reserved_bytes == pytest.approx(traced.reserved_bytes, abs=allowed)
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_steps_come_to_the_reserve_of_their_traces(allocator: str) -> None:
+    """All with the default. Where the one segment that grows ends hangs on the order of requests too: a few
+    traces ask in another than replayed, and reserve a block more or less.
+    """
+    others = []
+    for name in COUNTED:
+        replay, traced, _ = step_of(name, allocator)
+        error = abs(replay.allocator.reserved_bytes - traced.reserved_bytes)
+        if error > RESERVED_TOLERANCE_BYTES[allocator]:
+            others.append(name)
+            assert error <= replay._largest_block_bytes(), name
+    assert len(others) <= (MOST_IN_ANOTHER_ORDER if allocator == EXPANDABLE else 0), others
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
