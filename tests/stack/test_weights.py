@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,12 @@ from .live_bytes import constants_of
 from .small_models import FAMILIES, load_model, spec_of
 
 
-def make_setup(family: str, **knobs: object) -> TrainingSetup:
+def make_setup(family: str, **knobs: Any) -> TrainingSetup:
     return TrainingSetup(**{"model": family, "max_length": 64, **knobs})
 
 
-def nbytes(tensors: list[object]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def nbytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def nbytes(tensors: list[object]) -> int:
         ("llama", {"dtype": "float32"}),
     ],
 )
-def test_quantised_model(family: str, knobs: dict[str, object], tmp_path: Path) -> None:
+def test_quantised_model(family: str, knobs: dict[str, Any], tmp_path: Path) -> None:
     setup = make_setup(family, **knobs)
     model = load_model(family, setup, tmp_path)
     expected = weight_memory(setup, spec_of(family), EXPANDABLE)
