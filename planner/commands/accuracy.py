@@ -7,12 +7,18 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from planner.cuda_allocator import EXPANDABLE, NATIVE
 from planner.errors import ExitCode
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from planner.accuracy import Accuracy, SpeedAccuracy
+
+_ALLOCATORS = {
+    EXPANDABLE: "expandable segments, as the launcher starts runs",
+    NATIVE: "torch's default allocator: Windows and WSL, where expandable segments do not work",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         json.dump(values, sys.stdout, indent=2, allow_nan=False)
         print()
         return ExitCode.OK
-    for one in found:
+    for index, one in enumerate(found):
+        print("\n" * (index > 0), end="")
         _print(one)
     for one_speed in speed:
         _print_speed(one_speed)
@@ -67,11 +74,12 @@ def _print(found: Accuracy) -> None:
     from planner.render import WIDE, columns, show
 
     runs = sum(model.runs for model in found.models)
-    print(f"{found.gpu}: {runs} runs of {len(found.models)} models, each model held out of its fit")
-    print("Errors are (predicted / measured - 1) in percent.\n")
 
     def tables(out: Console) -> None:
         wide = out.width >= WIDE
+        out.print(f"{found.gpu}, {_ALLOCATORS[found.allocator]}")
+        out.print(f"{runs} runs of {len(found.models)} models, each model held out of its fit")
+        out.print("Errors are (predicted / measured - 1) in percent.\n")
         heads = [("figure", "name"), ("median", "number"), ("worst", "number")]
         rows = [[one.figure, _size(one.median), _percent(one.worst)] for one in found.overall]
         if wide:
