@@ -28,7 +28,7 @@ from planner.memory.runtime import coefficients_name
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord, all_records, read_records
 from planner.throughput.fit import SpeedFit, TooFewRunsError, fit_rates, start_for
-from planner.throughput.microbenchmarks import microbenchmarks_of, own_file
+from planner.throughput.microbenchmarks import forget_microbenchmarks, own_file
 from planner.training_setup import TrainingSetup
 
 FILL = 0.9
@@ -156,7 +156,7 @@ def rates_file(gpu: LocalGpu) -> Path:
 
 def fit_speed(gpu: LocalGpu) -> SpeedFit | None:
     """Fit this GPU's throughput rates to every record of it, and keep them; None with too few runs."""
-    microbenchmarks_of.cache_clear()
+    forget_microbenchmarks()
     try:
         found = fit_rates(all_records(), gpu.spec.id, load_shipped, start=start_for(gpu.spec))
     except TooFewRunsError:
@@ -207,7 +207,7 @@ def _measure_kernels(gpu: LocalGpu, seconds: float, report: Callable[[Progress],
         _follow_child(gpu, command, hear)
     except ChildError as error:
         report(Progress(ended=0, total=total, text=f"no microbenchmarks: {error}"))
-    microbenchmarks_of.cache_clear()
+    forget_microbenchmarks()
 
 
 def _json_object(line: str) -> dict[str, Any]:

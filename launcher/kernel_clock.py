@@ -66,6 +66,23 @@ CPU_SIZES = Sizes(
 )
 
 
+def eager_block(device: Any, dtype: Any) -> Callable[[], object]:
+    """Work whose time is the host's: four RMS norms with SiLU over one tiny row, forward and backward."""
+    import torch
+
+    weight = torch.randn(64, dtype=dtype, device=device).requires_grad_()
+    hidden = torch.randn(1, 64, dtype=dtype, device=device).requires_grad_()
+
+    def work() -> None:
+        out = hidden
+        for _ in range(4):
+            scale = torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + 1e-6)
+            out = torch.nn.functional.silu(out * scale * weight)
+        torch.autograd.grad(out.sum(), (hidden, weight))
+
+    return work
+
+
 class KernelClock:
     """Times work on one device: the median of repeated batches of calls, after a warm-up."""
 

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher.kernel_clock import CPU_SIZES, GPU_SIZES, KernelClock
+from launcher.kernel_clock import CPU_SIZES, GPU_SIZES, KernelClock, eager_block
 from planner.data_files import write_atomically
 from planner.hardware import local_gpus
 from planner.throughput.microbenchmarks import AttentionRate, MatrixRate, Microbenchmarks
@@ -46,7 +46,8 @@ class Bench:
         """Measure everything; shapes for which time or memory is short are left out."""
         self._warm()
         _say("launch latency and memory bandwidth")
-        kernel, block = self._kernel_launch(), self._eager_block()
+        kernel = self._kernel_launch()
+        block = self._clock.host_seconds(eager_block(self.device, self.dtype))
         copy, elementwise = self._bandwidth()
         host_copy = self._host_copy()
         _say("4-bit weights")
@@ -103,20 +104,6 @@ class Bench:
     def _kernel_launch(self) -> float:
         tiny = self._random(8)
         return self._clock.host_seconds(lambda: tiny.add_(1))
-
-    def _eager_block(self) -> float:
-        """Host time of eager PyTorch: four RMS norms with SiLU over one tiny row, forward and backward."""
-        weight = self._random(64).requires_grad_()
-        hidden = self._random(1, 64).requires_grad_()
-
-        def work() -> None:
-            out = hidden
-            for _ in range(4):
-                scale = self._torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + 1e-6)
-                out = self._torch.nn.functional.silu(out * scale * weight)
-            self._torch.autograd.grad(out.sum(), (hidden, weight))
-
-        return self._clock.host_seconds(work)
 
     def _bandwidth(self) -> tuple[float, float]:
         """Bytes read and written a second, by a copy and by the sum of two tensors."""

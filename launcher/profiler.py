@@ -21,9 +21,11 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from launcher.allocator import process_allocator
+from launcher.kernel_clock import GPU_SIZES, KernelClock, eager_block
 from launcher.measured_run import MeasuredRun
 from launcher.profile import Profile, read_profiles
 from planner.cuda_allocator import machine_allocator
@@ -75,16 +77,28 @@ class Profiler:
         allocator = process_allocator(os.environ)
         if allocator != (profile.allocator or machine_allocator()):
             raise NotCleanError("this process's allocator is not the one to measure with")
+        blocks = [self._host_block()]
         self._context_bytes = self._driver_bytes() - torch.cuda.memory_reserved()
         run = MeasuredRun(profile, self._device, self._driver_bytes)
         try:
             outcome = run.execute()
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        record = self._record(profile, run, outcome)
+        if outcome == "ok":
+            blocks.append(self._host_block())
+        record = self._record(profile, run, outcome, fmean(blocks))
         del run
         self._runs += 1
         return record
+
+    def _host_block(self) -> float:
+        """How fast the host is at this moment: others may be at work on it."""
+        import torch
+
+        clock = KernelClock(self._device, GPU_SIZES)
+        seconds = clock.host_seconds(eager_block(self._device, torch.float32))
+        torch.cuda.empty_cache()
+        return seconds
 
     def reset(self) -> None:
         """Free what earlier runs left: cached blocks, cuBLAS workspaces, compiled code, offloaded tensors,
@@ -172,7 +186,9 @@ class Profiler:
             versions=tuple(_versions()),
         )
 
-    def _record(self, profile: Profile, run: MeasuredRun, outcome: str) -> RunRecord:
+    def _record(
+        self, profile: Profile, run: MeasuredRun, outcome: str, host_block_seconds: float
+    ) -> RunRecord:
         setup = profile.setup
         model = resolve_model(setup.model)
         return RunRecord(
@@ -197,6 +213,7 @@ class Profiler:
             isolated=self._runs == 0,
             memory_cap_bytes=profile.memory_cap_bytes,
             allocator=process_allocator(os.environ),
+            host_block_seconds=round(host_block_seconds, 7),
         )
 
 

@@ -93,8 +93,8 @@ class _Sample:
 
 
 def clean_context_bytes(records: Sequence[RunRecord], gpu_id: str) -> int:
-    """What the driver shows beyond reserved memory on a GPU in a process whose runs have left nothing but their
-    kernels: the least at the end of a process's first run that had no managed memory (0 without one).
+    """What the driver shows beyond reserved memory on a GPU in a process whose runs have left nothing but
+    their kernels: the least at the end of a process's first run that had no managed memory (0 without one).
     """
     steps = (
         record.phase("step")
@@ -109,8 +109,8 @@ def own_process_bytes(record: RunRecord, clean_bytes: int = 0) -> int | None:
     """The driver's figure at the end of a step where it is the run's own; null where it is not, or not read.
 
     It is where the run was the first in its process. It is too where the context before it was a clean one
-    (`clean_context_bytes`: managed memory, streams and compiled kernels of earlier runs stay in a process) and
-    the driver showed no more after loading than that and reserved memory.
+    (`clean_context_bytes`: managed memory, streams and compiled kernels of earlier runs stay in a process)
+    and the driver showed no more after loading than that and reserved memory.
     """
     step, load = record.phase("step"), record.phase("load")
     if step is None or step.process_bytes is None or record.isolated:
@@ -125,7 +125,9 @@ def usable_records(
     records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, allocator: str
 ) -> list[RunRecord]:
     """Records of that GPU and allocator that ran to their end and whose setups are modelled."""
-    return [sample.record for sample in _samples(records, gpu, resolve) if sample.record.allocator == allocator]
+    return [
+        sample.record for sample in _samples(records, gpu, resolve) if sample.record.allocator == allocator
+    ]
 
 
 def calibrate(
@@ -205,7 +207,8 @@ def _held_out(
     own = [sample for sample in pool if sample.record.environment.gpu_id == gpu.id]
     for held_out in sorted({sample.record.setup.model for sample in own}):
         rest, others = (
-            left if len(left := _without(held_out, all_of)) >= MIN_RECORDS else all_of for all_of in (samples, pool)
+            left if len(left := _without(held_out, all_of)) >= MIN_RECORDS else all_of
+            for all_of in (samples, pool)
         )
         fitted = _fit(rest, others, gpu, name)
         for sample in own:

@@ -14,8 +14,8 @@ COVERAGE_PERCENT = 99.0
 LENGTH_STEP = 64
 
 OPTIM = "adamw_8bit"
-"""The states of paged_adamw_8bit, in torch's allocator, where the forecast is exact: paged ones lie in managed
-memory, which the driver holds in chunks of 128 MiB and Windows' Linux subsystem cannot page."""
+"""The states of paged_adamw_8bit, but in torch's allocator, where the forecast is exact: paged ones lie in
+managed memory, which the driver holds in chunks of 128 MiB and Windows' Linux subsystem cannot page."""
 
 # What fine-tuning guides use with LoRA: 2e-4 for 7B to 8B, 1e-4 from 14B; the line is drawn above 10B, so
 # that sizes in between get the lower rate. QLoRA's own runs used 2e-4 up to 13B and 1e-4 for 33B and 65B

@@ -84,7 +84,8 @@ class RunRecord:
     is the limit torch's allocator was given, null for none; `isolated` whether the run had a process alone.
     `lengths` are the (tokens, examples) of the data where a measured run had real lengths: then
     `tokens_per_second` counts padding too, and `useful_tokens_per_second` the examples' own tokens.
-    `allocator` is torch's, as planner/cuda_allocator.py names it.
+    `allocator` is torch's, as planner/cuda_allocator.py names it. `host_block_seconds` is how long the host
+    took, around the run, for what microbenchmarks call the eager block (null: not timed).
     """
 
     id: str
@@ -108,6 +109,7 @@ class RunRecord:
     lengths: tuple[tuple[int, int], ...] = ()
     useful_tokens_per_second: float | None = None
     allocator: str = NATIVE
+    host_block_seconds: float | None = None
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def __post_init__(self) -> None:

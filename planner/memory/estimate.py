@@ -57,9 +57,7 @@ def estimate_memory(
     replayed = None
     if replay:
         limit = None if limit_bytes is None else limit_bytes - measured.context_bytes
-        replayed = replay_steps(
-            setup, model, gpu=gpu, padded=padded, allocator=allocator, limit_bytes=limit
-        )
+        replayed = replay_steps(setup, model, gpu=gpu, padded=padded, allocator=allocator, limit_bytes=limit)
     distance = measured.distance(setup, model, gpu_name, padded=padded)
     kind = interval_kind(setup)
     found = phases(measured, resident, step, evaluation, terms, replayed, distance, kind=kind)

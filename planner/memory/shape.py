@@ -49,7 +49,9 @@ def stream_bytes(setup: TrainingSetup) -> int:
 
 def has_biased_linear(model: ModelSpec) -> bool:
     """Whether the decoder layers have a Linear with a bias, which torch computes by cuBLASLt."""
-    return any(p.module_class == "Linear" and p.kind == "bias" and p.in_decoder_layer for p in model.parameters)
+    return any(
+        p.module_class == "Linear" and p.kind == "bias" and p.in_decoder_layer for p in model.parameters
+    )
 
 
 def keeps_raw_embedding(setup: TrainingSetup, model: ModelSpec) -> bool:

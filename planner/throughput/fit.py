@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import InputError, NotModelledError
@@ -115,10 +115,13 @@ def fit_rates(
         raise TooFewRunsError(f"{gpu_id}: {len(pairs)} timed runs are too few for rates; {needed} are needed")
     begin = {name: START[name] if start is None else getattr(start, name) for name in START}
     timed = [record for record, _ in pairs]
+    block = _usual_block(timed)
     problem, residuals = min(
         (
             (problem, _held_out(problem, timed))
-            for problem in (_Problem(pairs, begin, held) for held in (FIRMNESS if start else FIRMNESS[:1]))
+            for problem in (
+                _Problem(pairs, begin, held, block) for held in (FIRMNESS if start else FIRMNESS[:1])
+            )
         ),
         key=lambda pair: fmean(abs(one.error) for one in pair[1]) if pair[1] else 0.0,
     )
@@ -130,9 +133,13 @@ def fit_rates(
         high=UNCALIBRATED[1],
         launch_low=UNCALIBRATED[0],
         launch_high=UNCALIBRATED[1],
+        host_block_seconds=block,
         record_ids=tuple(sorted(record.id for record, _ in pairs)),
     )
-    launches = [micro_step_time(rates, work).bound_by == "launches" for _, work in pairs]
+    launches = [
+        micro_step_time(rates, work, host_slower=_host_factor(record, block)).bound_by == "launches"
+        for record, work in pairs
+    ]
     for prefix, wanted in (("", False), ("launch_", True)):
         errors = [one.error for one, waits in zip(residuals, launches, strict=False) if waits is wanted]
         if len(errors) >= MIN_RUNS:
@@ -182,11 +189,26 @@ def forecast_errors(
     for record in filter(_timed, records):
         work = _work(record, resolve)
         if work is not None:
-            micro = micro_step_time(rates, work).seconds
-            step = micro * record.setup.gradient_accumulation_steps + rates.optimizer_seconds(work)
+            slower = _host_factor(record, rates.host_block_seconds)
+            micro = micro_step_time(rates, work, host_slower=slower).seconds
+            update = rates.optimizer_seconds(work, host_slower=slower)
+            step = micro * record.setup.gradient_accumulation_steps + update
             error = _step_seconds(record) / step - 1
             found.append(SpeedResidual(record_id=record.id, model=record.setup.model, error=error))
     return tuple(found)
+
+
+def _usual_block(records: Sequence[RunRecord]) -> float | None:
+    """The median time of an eager block on the runs' hosts; None where it was not timed."""
+    timed = [r.host_block_seconds for r in records if r.host_block_seconds is not None]
+    return median(timed) if timed else None
+
+
+def _host_factor(record: RunRecord, host_block_seconds: float | None) -> float:
+    """How many times as long as that the run's host took for an eager block; 1 where it was not timed."""
+    if record.host_block_seconds is None or host_block_seconds is None:
+        return 1.0
+    return record.host_block_seconds / host_block_seconds
 
 
 def _timed(record: RunRecord) -> bool:
@@ -202,11 +224,16 @@ def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | 
 
 class _Problem:
     """Runs as equations in the logarithms of rates, relative to where the fit starts, and in those
-    of what the GPU's rates, and the host's, have in common.
+    of what the GPU's rates, and the host's, have in common. Host rates are those of a host that takes so long
+    for an eager block.
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[RunRecord, StepWork]], begin: Mapping[str, float], firmness: float
+        self,
+        pairs: Sequence[tuple[RunRecord, StepWork]],
+        begin: Mapping[str, float],
+        firmness: float,
+        host_block_seconds: float | None,
     ) -> None:
         import numpy as np
 
@@ -220,6 +247,7 @@ class _Problem:
         ]
         ends = [(1.0, work.optimizer_bytes, work.optimizer_calls) for _, work in pairs]
         self._ends = np.array(ends) * start[GPU_TERMS + HOST_TERMS :]
+        self._host = np.array([_host_factor(record, host_block_seconds) for record, _ in pairs])
         self._accumulated = np.array([r.setup.gradient_accumulation_steps for r, _ in pairs], dtype=float)
         self.seconds = np.array([_step_seconds(record) for record, _ in pairs])
         of_host = np.array([name.endswith(HOST_RATES) for name in START])
@@ -237,12 +265,14 @@ class _Problem:
 
         rate = np.exp(self.factors(solution))
         micro_step, *update = GPU_TERMS + HOST_TERMS + np.arange(3)
-        micro = self._ends[runs, 0] * rate[micro_step]
+        slower = self._host[runs]
+        micro = self._ends[runs, 0] * rate[micro_step] * slower
         for terms in self._passes:
             gpu = terms[runs, :GPU_TERMS] @ rate[:GPU_TERMS]
-            host = terms[runs, GPU_TERMS:] @ rate[GPU_TERMS:micro_step]
+            host = terms[runs, GPU_TERMS:] @ rate[GPU_TERMS:micro_step] * slower
             micro = micro + (gpu**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
-        seconds: Array = micro * self._accumulated[runs] + self._ends[runs, 1:] @ rate[update]
+        moved, called = (self._ends[runs, 1 + k] * rate[update[k]] for k in range(2))
+        seconds: Array = micro * self._accumulated[runs] + moved + called * slower
         return seconds
 
     def _errors(self, solution: Array, runs: NDArray[np.int64]) -> Array:

@@ -166,16 +166,31 @@ def own_file(gpu_id: str) -> Path:
 
 
 @lru_cache(maxsize=64)
+def own_microbenchmarks_of(gpu_id: str) -> Microbenchmarks | None:
+    """What this machine measured of a GPU; None when it has not.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = own_file(gpu_id)
+    return read_microbenchmarks(path) if path.exists() else None
+
+
+@lru_cache(maxsize=64)
 def microbenchmarks_of(gpu_id: str) -> Microbenchmarks | None:
     """A GPU's microbenchmarks, this machine's own before the shipped ones; None when there are none.
 
     Raises:
         InputError: a file cannot be read.
     """
-    for path in (own_file(gpu_id), PROFILES / "calibration" / "microbenchmarks" / f"{gpu_id}.json"):
-        if path.exists():
-            return read_microbenchmarks(path)
-    return None
+    path = PROFILES / "calibration" / "microbenchmarks" / f"{gpu_id}.json"
+    return own_microbenchmarks_of(gpu_id) or (read_microbenchmarks(path) if path.exists() else None)
+
+
+def forget_microbenchmarks() -> None:
+    """Read files anew from now on."""
+    own_microbenchmarks_of.cache_clear()
+    microbenchmarks_of.cache_clear()
 
 
 def read_microbenchmarks(path: Path) -> Microbenchmarks:

@@ -35,7 +35,8 @@ class Rates:
     `compiled_layer`, `compiled_call`), a micro-step, and an optimizer's run of Python (`optimizer_call`).
     Between `low` and `high` times the forecast lie nine in ten runs of models that the fit had not seen,
     where the GPU decides; `launch_low` and `launch_high` where the host does. `record_ids` are the runs
-    behind it.
+    behind it. The host's rates are those of one that takes `host_block_seconds` for the eager block of
+    microbenchmarks (null: not known).
     """
 
     gpu: str
@@ -63,12 +64,14 @@ class Rates:
     launch_low: float
     launch_high: float
     record_ids: tuple[str, ...]
+    host_block_seconds: float | None = None
 
     def __post_init__(self) -> None:
         validate.text("rates gpu", self.gpu)
         for field in fields(self):
-            if field.name.endswith("_seconds"):
-                validate.number(field.name, getattr(self, field.name), minimum=0.0, maximum=10.0)
+            value = getattr(self, field.name)
+            if field.name.endswith("_seconds") and value is not None:
+                validate.number(field.name, value, minimum=0.0, maximum=10.0)
         for name in ("low", "launch_low"):
             validate.number(name, getattr(self, name), minimum=0.0, maximum=1.0)
         for name in ("high", "launch_high"):
@@ -102,10 +105,10 @@ class Rates:
             + work.compiled_calls * self.compiled_call_seconds
         )
 
-    def optimizer_seconds(self, work: StepWork) -> float:
+    def optimizer_seconds(self, work: StepWork, *, host_slower: float = 1.0) -> float:
         """Time of an optimizer step."""
         moved = work.optimizer_bytes * self.optimizer_byte_seconds
-        return moved + work.optimizer_calls * self.optimizer_call_seconds
+        return moved + work.optimizer_calls * self.optimizer_call_seconds * host_slower
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -139,19 +142,21 @@ class MicroStepTime(NamedTuple):
     bound_by: str
 
 
-def micro_step_time(rates: Rates, work: StepWork, *, slower: float = 1.0) -> MicroStepTime:
-    """Time of a micro-step; `slower` is a factor on matrix work.
+def micro_step_time(
+    rates: Rates, work: StepWork, *, slower: float = 1.0, host_slower: float = 1.0
+) -> MicroStepTime:
+    """Time of a micro-step; `slower` is a factor on matrix work, `host_slower` on the host's.
 
     The host waits for the GPU between forward and backward: TRL reads the loss's token accuracy there
     (trl/trainer/sft_trainer.py:1643-1644).
     """
-    seconds = rates.micro_step_seconds
+    seconds = rates.micro_step_seconds * host_slower
     matrix = moved = host = 0.0
     for part in (work.forward, work.backward):
         computed, written = rates.gpu_seconds(part, single=work.single)
         computed *= slower
         written += work.offloaded_bytes * rates.offloaded_byte_seconds
-        launched = rates.host_seconds(part)
+        launched = rates.host_seconds(part) * host_slower
         seconds += overlapped(computed + written, launched)
         matrix, moved, host = matrix + computed, moved + written, host + launched
     if host >= matrix + moved:
@@ -202,8 +207,8 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
     if matrix is None or traffic is None:
         return None
     found = slower or _NOTHING_MEASURED
-    launch = found.launch or 1.0
-    call = found.quantized_call or launch
+    launch = host_slower(gpu, rates) or found.launch or 1.0
+    call = launch if rates.host_block_seconds else found.quantized_call or launch
     factors = {
         "layer_flop_seconds": matrix,
         "attention_flop_seconds": found.attention or matrix,
@@ -226,9 +231,21 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
         "optimizer_call_seconds": launch,
     }
     values = rates.to_dict() | {"gpu": gpu.id}
+    if rates.host_block_seconds is not None:
+        values["host_block_seconds"] = launch * rates.host_block_seconds
     for name, factor in factors.items():
         values[name] *= factor
     return Rates.from_dict(values)
+
+
+def host_slower(gpu: GpuSpec, rates: Rates) -> float | None:
+    """How many times as long as the rates' host this GPU's takes, by the eager block of its microbenchmarks;
+    None where either is not known.
+    """
+    measured = microbenchmarks_of(gpu.id)
+    if measured is None or rates.host_block_seconds is None:
+        return None
+    return measured.eager_block_seconds / rates.host_block_seconds
 
 
 def measured_slowdown(gpu: GpuSpec, reference: GpuSpec) -> Slowdown | None:

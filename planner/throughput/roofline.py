@@ -9,7 +9,7 @@ from planner.errors import InputError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
-from planner.throughput.microbenchmarks import microbenchmarks_of
+from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
     UNCALIBRATED,
     Rates,
@@ -76,9 +76,10 @@ def estimate_step(
     rates, calibrated = known.rates, known.source == "runs"
     work = step_work(setup, model, padded=padded)
     slower = EMULATED_BFLOAT16 if setup.dtype != "float16" and not gpu.supports_bfloat16 else 1.0
-    time = micro_step_time(rates, work, slower=slower)
+    host = _own_host_slower(gpu, rates)
+    time = micro_step_time(rates, work, slower=slower, host_slower=host)
     micro = time.seconds
-    step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work)
+    step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work, host_slower=host)
     tokens = setup.tokens_per_micro_step * setup.num_processes
     roofline = tokens / max(work.total_flops / peak, weight_bytes(setup, model) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
@@ -142,6 +143,14 @@ def borrowed_rates(gpu: GpuSpec) -> KnownRates:
     if not found:
         raise NoForecastError(f"no throughput for {gpu.id}: no measured rates to scale to it")
     return min(found, key=lambda one: one.source != "microbenchmarks")
+
+
+def _own_host_slower(gpu: GpuSpec, rates: Rates) -> float:
+    """How many times as long as the rates' host this machine's takes; 1 where it was not measured here."""
+    own = own_microbenchmarks_of(gpu.id)
+    if own is None or rates.host_block_seconds is None:
+        return 1.0
+    return own.eager_block_seconds / rates.host_block_seconds
 
 
 def _limits(gpu: GpuSpec) -> tuple[float, float]:

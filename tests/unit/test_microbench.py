@@ -19,12 +19,12 @@ from planner.throughput.microbenchmarks import (
     AttentionRate,
     MatrixRate,
     Microbenchmarks,
-    microbenchmarks_of,
+    forget_microbenchmarks,
     own_file,
     read_microbenchmarks,
     slowdown,
 )
-from planner.throughput.rates import known_rates
+from planner.throughput.rates import known_rates, rates_for
 from planner.throughput.roofline import borrowed_rates, rates_of
 from planner.training_setup import TrainingSetup
 
@@ -70,10 +70,12 @@ def kernels(gpu: str, *, speed: float = 1.0, host: float = 1.0) -> Microbenchmar
 @pytest.fixture(autouse=True)
 def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path))
-    for cached in (microbenchmarks_of, rates_of, known_rates):
+    forget_microbenchmarks()
+    for cached in (rates_of, known_rates):
         cached.cache_clear()
     yield
-    for cached in (microbenchmarks_of, rates_of, known_rates):
+    forget_microbenchmarks()
+    for cached in (rates_of, known_rates):
         cached.cache_clear()
 
 
@@ -81,7 +83,7 @@ def keep(found: Microbenchmarks) -> None:
     path = own_file(found.gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found.to_dict()))
-    microbenchmarks_of.cache_clear()
+    forget_microbenchmarks()
     rates_of.cache_clear()
 
 
@@ -212,3 +214,19 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(InputError, match=r"h200\.json"):
         rate(LARGE, gpu_catalog().get("h200"))
+
+
+def test_the_host_that_was_measured_here_is_the_one_of_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of a GPU's runs hold for the host that they were measured on."""
+    card = gpu_catalog().get("h100-80gb")
+    own = rates_for(card)
+    assert own is not None
+    known = dataclasses.replace(own, host_block_seconds=1e-3)
+    monkeypatch.setattr("planner.throughput.roofline.rates_for", lambda gpu: known)
+    before = [rate(setup, card) for setup in (SMALL, LARGE)]
+    keep(kernels("h100-80gb"))
+    assert [rate(setup, card) for setup in (SMALL, LARGE)] == before
+    keep(kernels("h100-80gb", host=2.0))
+    after = [rate(setup, card) for setup in (SMALL, LARGE)]
+    assert after[0] < 0.6 * before[0]
+    assert after[1] > 0.8 * before[1]

@@ -151,3 +151,25 @@ def test_recomputing_is_the_backward_passs_work() -> None:
     assert with_.forward.layer_flops == without.forward.layer_flops
     assert with_.backward.layer_flops == without.backward.layer_flops + with_.forward.layer_flops
     assert with_.backward.launches > without.backward.launches
+
+
+def test_runs_on_a_slow_host_do_not_make_the_rates_slow() -> None:
+    """Half of the runs on a host that takes twice as long for an eager block and for all else it does."""
+    true = known(REFERENCE_GPU)
+    runs = []
+    for index, run in enumerate(RUNS):
+        work = step_work(run.setup, load_shipped(run.setup.model), padded=run.padded)
+        slower = 2.0 if index % 2 else 1.0
+        micro = micro_step_time(true, work, host_slower=slower).seconds
+        accumulated = run.setup.gradient_accumulation_steps
+        step = micro * accumulated + true.optimizer_seconds(work, host_slower=slower)
+        tokens = run.setup.tokens_per_micro_step * accumulated
+        timed = dataclasses.replace(
+            run, tokens_per_second=tokens / step, host_block_seconds=1e-3 * slower, update_seconds=()
+        )
+        runs.append(timed)
+    found = fit_rates(runs, REFERENCE_GPU, load_shipped)
+    assert max(abs(one.error) for one in found.residuals) < 0.06
+    blind = [dataclasses.replace(run, host_block_seconds=None) for run in runs]
+    errors = sorted(abs(one.error) for one in fit_rates(blind, REFERENCE_GPU, load_shipped).residuals)
+    assert errors[int(0.9 * len(errors))] > 0.15
