@@ -50,7 +50,13 @@ def search(
     base = start(base, evaluator, fixed)
     found: list[Tried] = []
     decided = any(name in fixed for name in LAYERS_KEEP)
-    keep = partial(levels, evaluator=evaluator, confirm=confirm, thorough=thorough)
+    keep = partial(
+        levels,
+        evaluator=evaluator,
+        confirm=confirm,
+        thorough=thorough,
+        offload="activation_offloading" not in fixed,
+    )
     for batching in batchings(base, evaluator, fixed):
         batched = base.replace(**dict(batching.knobs))
         asked_for = batching is AS_GIVEN or base.packing
@@ -66,7 +72,7 @@ def search(
                 )
                 found += level
                 # Memory rises with the micro-batch.
-                if not goes_on(level[0], evaluator, confirm=confirm):
+                if not any(goes_on(one, evaluator, confirm=confirm) for one in level):
                     break
     if confirm:
         return _confirm(found, evaluator, tokens)

@@ -13,6 +13,7 @@ from planner.training_setup import TrainingSetup
 CHECKPOINTED = "checkpointed"
 NOT_CHECKPOINTED = "not checkpointed"
 ATTENTION_KEPT = ", attention kept"
+OFFLOADED = ", inputs offloaded"
 BUDGETS = (0.1, 0.3)
 """Activation memory budgets that were measured between checkpointing and none (docs/throughput.md)."""
 MAX_SPENDING_REPLAYS = 4
@@ -35,17 +36,26 @@ def goes_on(one: Tried, evaluator: Evaluator, *, confirm: bool) -> bool:
 
 
 def levels(
-    setup: TrainingSetup, prefix: str, evaluator: Evaluator, *, confirm: bool, thorough: bool
+    setup: TrainingSetup, prefix: str, evaluator: Evaluator, *, confirm: bool, thorough: bool, offload: bool
 ) -> Iterator[Tried]:
     """All layers checkpointed comes first; then none, and what lies between where none does not fit.
 
-    What lies between is fewer layers and, where `thorough`, also attention kept and memory budgets.
+    What lies between is fewer layers and, where `thorough`, also attention kept and memory budgets. Where all
+    checkpointed is too much and `offload` allows it, what the checkpoints keep goes to the host.
     """
     most = tried(setup.replace(gradient_checkpointing=True), prefix + CHECKPOINTED, evaluator)
     yield most
+    if offload and not most.fits:
+        offloaded = _possible(
+            setup, prefix + CHECKPOINTED + OFFLOADED, evaluator, gradient_checkpointing=True, **_OFFLOADED
+        )
+        if offloaded is not None:
+            yield offloaded
     if not goes_on(most, evaluator, confirm=confirm):
         return
-    none = tried(setup.replace(gradient_checkpointing=False), prefix + NOT_CHECKPOINTED, evaluator)
+    none = _possible(setup, prefix + NOT_CHECKPOINTED, evaluator, gradient_checkpointing=False)
+    if none is None:
+        return
     yield none
     if none.fits:
         return
@@ -70,6 +80,7 @@ def _between(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterato
             return
 
 
+_OFFLOADED: dict[str, Any] = {"activation_offloading": True}
 _SELECTIVE: dict[str, Any] = {"gradient_checkpointing": True, "selective_checkpointing": True}
 
 

@@ -40,6 +40,7 @@ PLAIN: dict[str, Any] = {
     "checkpointed_layers": None,
     "selective_checkpointing": False,
     "activation_memory_budget": None,
+    "activation_offloading": False,
     "compile": "none",
 }
 """What a search starts from, whatever an earlier one had chosen."""

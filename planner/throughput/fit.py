@@ -16,7 +16,7 @@ from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
-from planner.throughput.rates import OVERLAP, UNCALIBRATED, Rates, micro_step_time
+from planner.throughput.rates import OVERLAP, UNCALIBRATED, Rates, beside_copies, micro_step_time
 from planner.throughput.roofline import NoForecastError, borrowed_rates
 from planner.throughput.work import PassWork, StepWork, step_work
 
@@ -51,6 +51,8 @@ START = {
 }
 """Where the reference's fit starts: roughly an H100 and its host."""
 GPU_TERMS, HOST_TERMS = 9, 7
+COPIED = GPU_TERMS - 1
+"""Where START has the GPU's copies to the host, which lie beside its work."""
 HOST_RATES = ("launch_seconds", "call_seconds", "compiled_layer_seconds", "micro_step_seconds")
 PRIOR, COMMON_PRIOR = 0.3, 0.2
 """How firmly a logarithm is held at its start, beside a run's weight of one, and how firmly a factor that all
@@ -268,7 +270,8 @@ class _Problem:
         slower = self._host[runs]
         micro = self._ends[runs, 0] * rate[micro_step] * slower
         for terms in self._passes:
-            gpu = terms[runs, :GPU_TERMS] @ rate[:GPU_TERMS]
+            work = terms[runs, :COPIED] @ rate[:COPIED]
+            gpu = beside_copies(work, terms[runs, COPIED] * rate[COPIED])
             host = terms[runs, GPU_TERMS:] @ rate[GPU_TERMS:micro_step] * slower
             micro = micro + (gpu**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
         moved, called = (self._ends[runs, 1 + k] * rate[update[k]] for k in range(2))

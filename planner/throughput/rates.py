@@ -20,6 +20,9 @@ from planner.throughput.work import PassWork, StepWork
 
 OVERLAP = 4.0
 """Power of the mean that joins GPU and host time: above the larger of two equal ones by 2^(1/4), 19%."""
+NOT_HIDDEN = 0.35
+"""Share of copies to the host, or of the GPU's work where that is less, that is not hidden behind the other: runs
+of checkpointed and of whole layers with activation_offloading (20261122-0cd48f03f4be, 20261122-18ef6e408250)."""
 UNCALIBRATED = (0.65, 1.5)
 """Interval of a forecast with another GPU's rates, as factors of it; runs beside it: docs/throughput.md."""
 
@@ -135,6 +138,13 @@ def overlapped(gpu_seconds: float, host_seconds: float) -> float:
     return float(larger * (1.0 + (smaller / larger) ** OVERLAP) ** (1.0 / OVERLAP))
 
 
+def beside_copies(gpu_seconds: Any, copy_seconds: Any) -> Any:
+    """Time of the GPU's work and of copies to the host beside it, of floats or of arrays of them."""
+    both, apart = gpu_seconds + copy_seconds, abs(gpu_seconds - copy_seconds)
+    larger, smaller = (both + apart) / 2, (both - apart) / 2
+    return larger + NOT_HIDDEN * smaller
+
+
 class MicroStepTime(NamedTuple):
     """Seconds of a micro-step, and what most of it waits for: "compute", "bandwidth" or "launches"."""
 
@@ -155,7 +165,8 @@ def micro_step_time(
     for part in (work.forward, work.backward):
         computed, written = rates.gpu_seconds(part, single=work.single)
         computed *= slower
-        written += work.offloaded_bytes * rates.offloaded_byte_seconds
+        copied = work.offloaded_bytes * rates.offloaded_byte_seconds
+        written += beside_copies(computed + written, copied) - (computed + written)
         launched = rates.host_seconds(part) * host_slower
         seconds += overlapped(computed + written, launched)
         matrix, moved, host = matrix + computed, moved + written, host + launched
