@@ -21,8 +21,8 @@ from planner.throughput.work import PassWork, StepWork
 OVERLAP = 4.0
 """Power of the mean that joins GPU and host time: above the larger of two equal ones by 2^(1/4), 19%."""
 NOT_HIDDEN = 0.35
-"""Share of copies to the host, or of the GPU's work where that is less, that is not hidden behind the other: runs
-of checkpointed and of whole layers with activation_offloading (20261122-0cd48f03f4be, 20261122-18ef6e408250)."""
+"""Share of copies to the host, or of the GPU's work where that is less, that is not hidden behind the other:
+of runs with activation_offloading, layers compiled (20261122-0cd48f03f4be, 20261122-18ef6e408250) and not."""
 UNCALIBRATED = (0.65, 1.5)
 """Interval of a forecast with another GPU's rates, as factors of it; runs beside it: docs/throughput.md."""
 

@@ -180,3 +180,29 @@ def test_without_forecasts_the_largest_batch_that_fits_is_taken() -> None:
 def test_no_layer_more_than_needed_is_checkpointed(layers: int) -> None:
     for needed in range(1, layers + 1):
         assert fewest_layers(layers, lambda some, needed=needed: some >= needed) == needed  # type: ignore[misc]
+
+
+def test_inputs_are_offloaded_where_nothing_else_fits() -> None:
+    evaluator = evaluator_for("qwen2.5-14b", "12GB")
+    base = TrainingSetup(model="qwen2.5-14b", max_length=2048, optim="adamw_8bit")
+    chosen = search(base, evaluator, effective_batch_size=16, fixed={}, confirm=True).chosen
+    assert chosen is not None
+    assert chosen.candidate.setup.activation_offloading
+    assert chosen.candidate.peak_upper_bytes <= evaluator.usable_bytes
+    without = {"activation_offloading": False}
+    assert search(base, evaluator, effective_batch_size=16, fixed=without, confirm=True).chosen is None
+    # A search that starts from that choice on a card with room goes back to what is faster.
+    roomy = evaluator_for("qwen2.5-14b", "24GB")
+    again = search(chosen.candidate.setup, roomy, effective_batch_size=16, fixed={}, confirm=True).chosen
+    assert again is not None
+    assert not again.candidate.setup.activation_offloading
+
+
+@pytest.mark.parametrize("wished", [True, False])
+def test_offloading_that_is_asked_for_is_kept(wished: bool) -> None:
+    evaluator = evaluator_for("llama-3.1-8b", "24GB")
+    fixed = {"activation_offloading": wished}
+    base = TrainingSetup(model="llama-3.1-8b", max_length=2048, **fixed)
+    result = search(base, evaluator, effective_batch_size=16, fixed=fixed, confirm=True)
+    assert result.chosen is not None
+    assert {one.candidate.setup.activation_offloading for one in result.tried} == {wished}

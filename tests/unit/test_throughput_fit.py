@@ -168,8 +168,10 @@ def test_runs_on_a_slow_host_do_not_make_the_rates_slow() -> None:
             run, tokens_per_second=tokens / step, host_block_seconds=1e-3 * slower, update_seconds=()
         )
         runs.append(timed)
-    found = fit_rates(runs, REFERENCE_GPU, load_shipped)
-    assert max(abs(one.error) for one in found.residuals) < 0.06
-    blind = [dataclasses.replace(run, host_block_seconds=None) for run in runs]
-    errors = sorted(abs(one.error) for one in fit_rates(blind, REFERENCE_GPU, load_shipped).residuals)
-    assert errors[int(0.9 * len(errors))] > 0.15
+
+    def percentile_90(records: Sequence[RunRecord]) -> float:
+        residuals = fit_rates(records, REFERENCE_GPU, load_shipped).residuals
+        return sorted(abs(one.error) for one in residuals)[int(0.9 * len(residuals))]
+
+    assert percentile_90(runs) < 0.02
+    assert percentile_90([dataclasses.replace(run, host_block_seconds=None) for run in runs]) > 0.15
