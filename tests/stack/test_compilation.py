@@ -164,6 +164,45 @@ def test_without_checkpointing_elementwise_results_are_recomputed(tmp_path: Path
         assert kept_bytes(kept) == TOKENS * (2 * widths + statistics)
 
 
+def through_hooks(model: Any) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Shapes of 16-bit tensors that TRL's offloading would take to the host, weights left out as there, and
+    the gradients when copies come back (trl/models/activation_offloading.py, OffloadActivations).
+    """
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() in own:
+            return tensor
+        if tensor.dtype == torch.bfloat16:
+            shapes.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    model.zero_grad(set_to_none=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model)
+    loss.backward()
+    return shapes, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_offloading_takes_a_compiled_checkpointed_layers_input_alone(tmp_path: Path) -> None:
+    """And its gradients are those of the uncompiled layers, whose checkpoints it takes."""
+    plain, compiled = make_model(tmp_path), make_model(tmp_path)
+    compile_model(compiled)
+    expected_shapes, expected = through_hooks(plain)
+    shapes, found = through_hooks(compiled)
+    layers = len(decoder_layers(compiled))
+    taken = [shape for shape in shapes if shape == (BATCH, LENGTH, HIDDEN)]
+    assert len(taken) == len([shape for shape in expected_shapes if shape == (BATCH, LENGTH, HIDDEN)])
+    assert len(taken) <= layers + 1  # the final norm's input beside them
+    # All else are the rotary tables of a position each.
+    head_dim = HIDDEN // HEADS
+    assert {shape for shape in shapes if shape not in taken} <= {(1, LENGTH, head_dim)}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False}, {"selective": True}])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_gradients_equal_the_uncompiled_ones(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
