@@ -1,7 +1,7 @@
 """How right and fast the two ways of telling reserved memory are: `python -m benchmarks.allocator_replay`.
 
-Every committed record of an uncapped run is predicted by the replay of torch's allocator and by the fitted
-reserve, each with its model held out of what is fitted. Writes benchmarks/results/allocator_replay.json.
+Every usable record is predicted by the replay of the allocator that it had and by the fitted reserve, each
+with its model held out of what is fitted. Writes benchmarks/results/allocator_replay.json.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 from benchmarks.results import write_result
 from planner.accuracy import shipped_records
 from planner.calibration import Residual, calibrate, usable_records
+from planner.cuda_allocator import ALLOCATORS
 from planner.gpu_catalog import gpu_catalog
+from planner.gpu_spec import GpuSpec
 from planner.memory import estimate_memory
 from planner.memory.step_replay import forget_replays
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord
 
+GPU = "h100-80gb"
 FIGURES: dict[str, Callable[[Residual], float | None]] = {
     "allocated": lambda residual: residual.allocated_error,
     "reserved": lambda residual: residual.reserved_error,
@@ -45,24 +48,29 @@ def errors(residuals: Sequence[Residual]) -> dict[str, Any]:
 
 
 def seconds(records: Sequence[RunRecord], *, replay: bool) -> list[float]:
-    """Time of each record's estimate, the model looked up and its layers' programs made before."""
-    gpu = gpu_catalog().get(records[0].environment.gpu_id)
+    """Time of each record's estimate, its layers' programs made before."""
     found = []
     for record in records:
-        model = load_shipped(record.setup.model)
-        estimate_memory(record.setup, model, gpu=gpu, padded=record.padded, replay=replay)
+        _estimate(record, replay=replay)
         forget_replays()
         begun = time.perf_counter()
-        estimate_memory(record.setup, model, gpu=gpu, padded=record.padded, replay=replay)
+        _estimate(record, replay=replay)
         found.append(time.perf_counter() - begun)
     return found
 
 
-def main() -> None:
+def _estimate(record: RunRecord, *, replay: bool) -> None:
+    gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
+    estimate_memory(
+        record.setup, model, gpu=gpu, padded=record.padded, replay=replay, allocator=record.allocator
+    )
+
+
+def compare(gpu: GpuSpec, allocator: str) -> dict[str, Any]:
+    """Errors and times of both ways, over the runs of a GPU with one of torch's allocators."""
     records = shipped_records()
-    gpu = gpu_catalog().get(records[0].environment.gpu_id)
-    found = calibrate(records, gpu, load_shipped, name=gpu.id)
-    usable = usable_records(records, gpu, load_shipped)
+    found = calibrate(records, gpu, load_shipped, name=gpu.id, allocator=allocator)
+    usable = usable_records(records, gpu, load_shipped, allocator=allocator)
     modes = {}
     for name, residuals, replay in (
         ("allocator replayed", found.residuals, True),
@@ -74,23 +82,25 @@ def main() -> None:
             "seconds_median": round(statistics.median(took), 6),
             "seconds_longest": round(max(took), 6),
         }
-        print(name, modes[name])
+        print(allocator, name, modes[name])
     fitted = {residual.record_id: residual for residual in found.fitted_residuals}
+    runs = [
+        {
+            "record": residual.record_id,
+            "model": residual.model,
+            "replayed_reserved_error": round(residual.reserved_error, 5),
+            "fitted_reserved_error": round(fitted[residual.record_id].reserved_error, 5),
+        }
+        for residual in found.residuals
+    ]
+    return {"modes": modes, "runs": runs}
+
+
+def main() -> None:
+    gpu = gpu_catalog().get(GPU)
     write_result(
         "allocator_replay",
-        {
-            "gpu": gpu.id,
-            "modes": modes,
-            "runs": [
-                {
-                    "record": residual.record_id,
-                    "model": residual.model,
-                    "replayed_reserved_error": round(residual.reserved_error, 5),
-                    "fitted_reserved_error": round(fitted[residual.record_id].reserved_error, 5),
-                }
-                for residual in found.residuals
-            ],
-        },
+        {"gpu": GPU, "allocators": {allocator: compare(gpu, allocator) for allocator in ALLOCATORS}},
     )
 
 

@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from launcher.profile import Profile, profile_line
+from planner.cuda_allocator import machine_allocator
 from planner.gpu_catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.model_catalog import load_shipped
@@ -47,9 +48,12 @@ PAIRS: tuple[tuple[str, str, tuple[tuple[str, object], ...]], ...] = (
 )
 
 
-def _estimate(setup: TrainingSetup) -> MemoryBreakdown:
+def _estimate(setup: TrainingSetup, allocator: str | None = None) -> MemoryBreakdown:
+    """Of a run with an allocator; null for the one that the profiles made here are measured with."""
     gpu = gpu_catalog().get(MEASURED_ON)
-    return estimate_memory(setup, load_shipped(setup.model), gpu=gpu, replay=True)
+    return estimate_memory(
+        setup, load_shipped(setup.model), gpu=gpu, replay=True, allocator=allocator or machine_allocator()
+    )
 
 
 def _capped(setup: TrainingSetup, usable_bytes: int) -> Profile:
@@ -102,7 +106,7 @@ def judge(path: Path) -> None:
     for record in read_records(path):
         if record.memory_cap_bytes is None:
             continue
-        found = _estimate(record.setup)
+        found = _estimate(record.setup, record.allocator)
         usable = record.memory_cap_bytes + found.process_bytes - found.reserved_bytes
         said = "fits" if found.process_upper_bytes <= usable else "over"
         said = said if said == "fits" or found.process_bytes >= OVER * usable else "unsure"

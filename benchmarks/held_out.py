@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from planner.accuracy import shipped_records
 from planner.calibration import Calibration, Residual, calibrate
+from planner.cuda_allocator import EXPANDABLE
 from planner.gpu_catalog import gpu_catalog
 from planner.memory.coverage import Value, model_values, setup_values
 from planner.model_catalog import load_shipped
@@ -85,15 +86,16 @@ class Compared:
 
 
 @functools.cache
-def calibration(gpu_id: str) -> Calibration:
-    """The fit to a GPU's committed records, with its held-out residuals."""
-    return calibrate(shipped_records(), gpu_catalog().get(gpu_id), load_shipped, name=gpu_id)
+def calibration(gpu_id: str, allocator: str = EXPANDABLE) -> Calibration:
+    """The fit to the committed records of a GPU and an allocator, with its held-out residuals."""
+    gpu = gpu_catalog().get(gpu_id)
+    return calibrate(shipped_records(), gpu, load_shipped, name=gpu_id, allocator=allocator)
 
 
 @functools.cache
-def compared(gpu_id: str) -> tuple[Compared, ...]:
-    """Every usable run of a GPU."""
-    found = calibration(gpu_id)
+def compared(gpu_id: str, allocator: str = EXPANDABLE) -> tuple[Compared, ...]:
+    """Every usable run of a GPU with an allocator."""
+    found = calibration(gpu_id, allocator)
     records = {record.id: record for record in shipped_records()}
     return tuple(
         Compared(

@@ -16,7 +16,9 @@ def size(share: float, digits: int) -> str:
 
 
 def median_and_worst(errors: Sequence[float], digits: int) -> str:
-    """The median's size and the worst error in percent; of a single run its error."""
+    """The median's size and the worst error in percent; of a single run its error, of none nothing."""
+    if not errors:
+        return ""
     worst = f"{100 * max(errors, key=abs):+.2f}"
     return worst if len(errors) == 1 else f"{size(statistics.median(map(abs, errors)), digits)}, {worst}"
 

@@ -13,11 +13,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.held_out import calibration, compared
+from benchmarks.held_out import Compared, calibration, compared
 from benchmarks.markdown import filled, median_and_bias, median_and_worst, size, wrapped
 from benchmarks.results import FOLDER
-from benchmarks.run_tables import capped, estimated, lengths
+from benchmarks.run_tables import ALLOCATOR_WORDS, allocators, capped, estimated, lengths
 from planner.accuracy import accuracy, shipped_records
+from planner.cuda_allocator import ALLOCATORS, NATIVE
 from planner.margins import HeldOutThing
 from planner.memory.runtime import interval_kind, managed_process_bytes
 from planner.records import RunRecord
@@ -39,14 +40,17 @@ _BLOCK = re.compile(r"(<!-- memory: ([\w ]+) -->\n)(.*?)(<!-- end of memory -->\
 
 
 def runs(_: str) -> str:
-    """How many runs there are, errors after loading, and errors of each figure on each GPU."""
+    """How many runs there are, errors after loading, and errors of each figure by GPU and allocator."""
     lines = [
-        "| GPU | figure | runs | median | 95th percentile | worst | bias |",
-        "|---|---|---|---|---|---|---|",
+        "| GPU | allocator | figure | runs | median | 95th percentile | worst | bias |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     counts = []
     for found in accuracy(shipped_records()):
-        counts.append(f"{found.overall[0].runs} runs of {len(found.models)} models on {found.gpu}")
+        words = ALLOCATOR_WORDS[found.allocator]
+        counts.append(
+            f"{found.overall[0].runs} runs of {len(found.models)} models on {found.gpu} with {words}"
+        )
         for one in found.overall:
             if one.median is None or one.percentile_95 is None or one.worst is None or one.bias is None:
                 continue
@@ -54,22 +58,27 @@ def runs(_: str) -> str:
                 f"{size(one.median, 3 if one.figure == 'allocated' else 2)}% | {size(one.percentile_95, 2)}%"
             )
             lines.append(
-                f"| {found.gpu} | {one.figure} | {one.runs} | {high} | {one.worst:+.2%} | {one.bias:+.2%} |"
+                f"| {found.gpu} | {words} | {one.figure} | {one.runs} | {high} | {one.worst:+.2%} "
+                f"| {one.bias:+.2%} |"
             )
     loaded = [
         estimated(run.record).weights_bytes / run.record.weights_bytes - 1
-        for gpu_id in GPUS
-        for run in compared(gpu_id)
+        for run in _of_all_gpus(*ALLOCATORS)
     ]
     middle = size(statistics.median(map(abs, loaded)), 3)
     text = f"{', '.join(counts)}. Weights after loading: median {middle}%, worst {max(loaded, key=abs):+.3%}."
     return wrapped(text) + "\n" + "\n".join([*lines, ""])
 
 
+def _of_all_gpus(*allocators: str) -> list[Compared]:
+    return [run for gpu_id in GPUS for allocator in allocators for run in compared(gpu_id, allocator)]
+
+
 def elsewhere(_: str) -> str:
     """Errors on GPUs other than the first."""
     parts = [
-        f"{found.overall[0].runs} runs of {len(found.models)} models on an {found.gpu.upper()}: at worst "
+        f"{found.overall[0].runs} runs of {len(found.models)} models on an {found.gpu.upper()} with "
+        f"{ALLOCATOR_WORDS[found.allocator]}: at worst "
         + ", ".join(f"{one.figure} {one.worst:+.1%}" for one in found.overall if one.worst is not None)
         for found in accuracy(shipped_records())
         if found.gpu != REFERENCE
@@ -78,44 +87,53 @@ def elsewhere(_: str) -> str:
 
 
 def knobs(old: str) -> str:
-    """Errors of the runs that have each knob."""
+    """Errors of the runs that have each knob, those with torch's default allocator last."""
 
     def cells(label: str) -> list[str]:
         own = [run.residual for run in compared(REFERENCE) if run.is_of(label)]
         process = [one.process_error for one in own if one.process_error is not None]
+        default = [run.residual for run in compared(REFERENCE, NATIVE) if run.is_of(label)]
         return [
             str(len(own)),
             median_and_worst([one.allocated_error for one in own], 3),
             median_and_worst([one.reserved_error for one in own], 2),
             f"{len(process)}: {median_and_worst(process, 2)}" if process else "",
+            str(len(default)),
+            median_and_worst([one.allocated_error for one in default], 3),
+            median_and_worst([one.reserved_error for one in default], 2),
         ]
 
     return filled(old, cells)
 
 
 def beyond(_: str) -> str:
-    """The runs whose driver's figure was above the expected one by more than BEYOND."""
-    own = [(run.residual.process_error, run) for run in compared(REFERENCE)]
-    errors = sorted((error, run.record.id, run) for error, run in own if error is not None)
-    above = [(error, run) for error, _, run in errors if error < -BEYOND]
-    named = ", ".join(f"{run.residual.model} ({run.knobs}) {error:+.2%}" for error, run in above)
-    count = f"{len(above)} of {len(errors)} runs"
+    """The runs whose driver's figure was above the expected one by more than BEYOND, by allocator."""
+    parts = []
+    for allocator in ALLOCATORS:
+        own = [(run.residual.process_error, run) for run in compared(REFERENCE, allocator)]
+        errors = sorted((error, run.record.id, run) for error, run in own if error is not None)
+        above = [(error, run) for error, _, run in errors if error < -BEYOND]
+        count = f"{len(above) or 'none'} of {len(errors)} runs with {ALLOCATOR_WORDS[allocator]}"
+        named = ", ".join(f"{run.residual.model}, {run.knobs}, {error:+.2%}" for error, run in above)
+        parts.append(f"{count} ({named or f'the lowest: {errors[0][0]:+.2%}'})")
     return wrapped(
-        f"The driver's figure is more than {BEYOND:.0%} above the expected one in {count}: {named}."
+        f"The driver's figure is more than {BEYOND:.0%} above the expected one in {' and '.join(parts)}."
     )
 
 
 def processes(_: str) -> str:
     """Errors of runs that were the first in their process, and of later ones."""
     lines = [
-        "| | runs | allocated: median, bias | reserved: median, bias | process: median, bias "
-        "| beyond reserved and managed memory, MiB |",
-        "|---|---|---|---|---|---|",
+        "| process | allocator | runs | allocated: median, bias | reserved: median, bias "
+        "| process: median, bias | beyond reserved and managed memory, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, first in (("first in their process", True), ("later, since managed memory is freed", False)):
+    groups = [(first, allocator) for first in (True, False) for allocator in ALLOCATORS]
+    for first, allocator in groups:
+        name = f"{'the first run' if first else 'later, in a clean process'} | {ALLOCATOR_WORDS[allocator]}"
         own = [
             run
-            for run in compared(REFERENCE)
+            for run in compared(REFERENCE, allocator)
             if run.record.isolated == first and run.residual.process_error is not None
         ]
         residuals = [run.residual for run in own]
@@ -141,8 +159,19 @@ def _beyond_reserved(record: RunRecord) -> int:
 
 def replay_and_fit(_: str) -> str:
     """Both ways of telling reserved memory; times are those of benchmarks/results/allocator_replay.json."""
-    timed = json.loads((FOLDER / "allocator_replay.json").read_text(encoding="utf-8"))["modes"]
-    own = compared(REFERENCE)
+    timed = json.loads((FOLDER / "allocator_replay.json").read_text(encoding="utf-8"))["allocators"]
+    lines = [
+        "| runs, each model held out | | allocated replay, fit | reserved replay, fit "
+        "| time of a setup replay, fit |",
+        "|---|---|---|---|---|",
+    ]
+    for allocator in ALLOCATORS:
+        lines += _both_ways(allocator, timed[allocator]["modes"])
+    return "\n".join([*lines, ""])
+
+
+def _both_ways(allocator: str, timed: dict[str, dict[str, float]]) -> list[str]:
+    own = compared(REFERENCE, allocator)
     both = [[run.residual for run in own], [run.fitted for run in own]]
     allocated = [sorted((one.allocated_error for one in found), key=abs) for found in both]
     reserved = [sorted((one.reserved_error for one in found), key=abs) for found in both]
@@ -151,7 +180,7 @@ def replay_and_fit(_: str) -> str:
         return ", ".join(f"{size(one, digits)}%" for one in figures)
 
     def times(name: str) -> str:
-        return ", ".join(f"{1000 * mode[name]:.2g} ms" for mode in timed.values())
+        return ", ".join(f"{float(f'{1000 * mode[name]:.2g}'):g} ms" for mode in timed.values())
 
     def worst(found: Sequence[Sequence[float]]) -> str:
         return ", ".join(f"{errors[-1]:+.2%}" for errors in found)
@@ -159,24 +188,21 @@ def replay_and_fit(_: str) -> str:
     at = min(len(own) - 1, int(0.95 * len(own)))
     middle = [[statistics.median(map(abs, errors)) for errors in found] for found in (allocated, reserved)]
     high = [[errors[at] for errors in found] for found in (allocated, reserved)]
-    lines = [
-        f"| {len(own)} runs, each model held out | allocated replay, fit | reserved replay, fit "
-        "| time of a setup replay, fit |",
-        "|---|---|---|---|",
-        f"| median | {pair(middle[0], 3)} | {pair(middle[1], 2)} | {times('seconds_median')} |",
-        f"| 95th percentile | {pair(high[0], 2)} | {pair(high[1], 1)} | |",
-        f"| worst | {worst(allocated)} | {worst(reserved)} | {times('seconds_longest')} |",
+    runs = f"{len(own)} with {ALLOCATOR_WORDS[allocator]}"
+    return [
+        f"| {runs} | median | {pair(middle[0], 3)} | {pair(middle[1], 2)} | {times('seconds_median')} |",
+        f"| | 95th percentile | {pair(high[0], 2)} | {pair(high[1], 1)} | |",
+        f"| | worst | {worst(allocated)} | {worst(reserved)} | {times('seconds_longest')} |",
     ]
-    return "\n".join([*lines, ""])
 
 
 def shares(old: str) -> str:
-    """The interval's terms, with replay and without: those of the reference, which all GPUs share."""
-    return filled(old, _terms)
+    """The interval's terms, with replay and without, by allocator: the reference's, which all GPUs share."""
+    return filled(old, lambda label: [cell for allocator in ALLOCATORS for cell in _terms(label, allocator)])
 
 
-def _terms(label: str) -> list[str]:
-    found = calibration(REFERENCE).coefficients
+def _terms(label: str, allocator: str) -> list[str]:
+    found = calibration(REFERENCE, allocator).coefficients
     match label:
         case "constant":
             return [f"{found.replay_margin_bytes // MIB} MiB", f"{found.margin_bytes // MIB} MiB"]
@@ -185,12 +211,14 @@ def _terms(label: str) -> list[str]:
         case "f":
             return [f"1 + {found.outside_factor - 1:.2f} n"] * 2
     one = next(one for one in found.kinds if one.kind == KINDS[label])
-    count = sum(interval_kind(run.record.setup) == one.kind for gpu_id in GPUS for run in compared(gpu_id))
+    count = sum(interval_kind(run.record.setup) == one.kind for run in _of_all_gpus(allocator))
     return [f"{one.replay_margin_blocks:.2f} ({count} runs)", f"{one.margin_fraction:.3f}"]
 
 
 def held_out(_: str) -> str:
-    """What the runs with one thing needed of the interval learned without them."""
+    """What the runs with one thing needed of the interval learned without them, and what needed more than all
+    of it with torch's default allocator.
+    """
     by_ratio: dict[str, list[HeldOutThing]] = {}
     for thing in calibration(REFERENCE).things:
         key = f"{thing.ratio:.2f}" if thing.ratio >= LISTED_RATIO else ""
@@ -202,12 +230,15 @@ def held_out(_: str) -> str:
         span = f"{low}" if low == high else f"{low} to {high}"
         most = f"at most {max(one.ratio for one in found):.2f}"
         lines.append(f"| {names if ratio else f'{len(found)} others'} | {span} | {ratio or most} |")
-    return "\n".join([*lines, ""])
+    above = [thing for thing in calibration(REFERENCE, NATIVE).things if thing.ratio > 1]
+    named = ", ".join(f"{one.thing} {one.ratio:.2f} ({one.runs} runs)" for one in above)
+    return "\n".join([*lines, "", wrapped(f"Above 1 with {ALLOCATOR_WORDS[NATIVE]}: {named or 'none'}.")])
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     "runs": runs,
     "elsewhere": elsewhere,
+    "allocators": allocators,
     "knobs": knobs,
     "beyond": beyond,
     "capped": capped,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from benchmarks.caps import OVER
+from benchmarks.held_out import compared
+from benchmarks.markdown import wrapped
 from planner.accuracy import shipped_records
+from planner.cuda_allocator import EXPANDABLE, NATIVE
 from planner.gpu_catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord
 
 GIB = 2**30
+GPU = "h100-80gb"
+ALLOCATOR_WORDS = {EXPANDABLE: "expandable segments", NATIVE: "torch's default"}
 TIGHT = 0.995
 """Share of a card from which an upper end was brought there on purpose (benchmarks.caps)."""
 
@@ -19,7 +25,9 @@ TIGHT = 0.995
 def estimated(record: RunRecord, *, replay: bool = False) -> MemoryBreakdown:
     """What the model says of a run."""
     gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
-    return estimate_memory(record.setup, model, gpu=gpu, padded=record.padded, replay=replay)
+    return estimate_memory(
+        record.setup, model, gpu=gpu, padded=record.padded, replay=replay, allocator=record.allocator
+    )
 
 
 def capped(_: str) -> str:
@@ -64,8 +72,8 @@ def _reserved_of_cap(records: Sequence[RunRecord]) -> str:
 def lengths(_: str) -> str:
     """Runs on batches of many lengths beside what is predicted for batches of the longest."""
     lines = [
-        "| run | batches | GPU | allocated, predicted, GiB | reserved, predicted, GiB |",
-        "|---|---|---|---|---|",
+        "| run | model | batches | GPU | allocator | allocated, predicted, GiB | reserved, predicted, GiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for record in shipped_records():
         step = record.phase("step")
@@ -81,5 +89,32 @@ def lengths(_: str) -> str:
                 (step.reserved_bytes, found.reserved_bytes),
             )
         ]
-        lines.append(f"| {record.id} | {batches} | {record.environment.gpu_id} | {' | '.join(figures)} |")
+        where = f"{record.environment.gpu_id} | {ALLOCATOR_WORDS[record.allocator]}"
+        lines.append(f"| {record.id} | {setup.model} | {batches} | {where} | {' | '.join(figures)} |")
     return "\n".join([*lines, ""])
+
+
+def allocators(_: str) -> str:
+    """What the reference reserved beyond allocated memory in the setups that ran with both allocators."""
+    measured = [
+        {(run.record.setup, run.record.padded): _beyond_allocated(run.record) for run in compared(GPU, one)}
+        for one in ALLOCATOR_WORDS
+    ]
+    both = sorted(measured[0].keys() & measured[1].keys(), key=str)
+    parts = [
+        f"{statistics.median(found):.1%} in the median and at most {max(found):.1%} with {words}"
+        for words, found in zip(
+            ALLOCATOR_WORDS.values(), ([one[key] for key in both] for one in measured), strict=True
+        )
+    ]
+    return wrapped(
+        f"{len(both)} setups were measured with both: reserved memory is above allocated by "
+        f"{', by '.join(parts)}."
+    )
+
+
+def _beyond_allocated(record: RunRecord) -> float:
+    step = record.phase("step")
+    if step is None:
+        raise ValueError(f"{record.id}: no step was measured")
+    return step.reserved_bytes / step.allocated_bytes - 1
