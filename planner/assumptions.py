@@ -6,10 +6,18 @@ from collections.abc import Iterator
 
 from planner import policy
 from planner.choosing import Chosen
+from planner.cuda_allocator import EXPANDABLE, EXPANDABLE_SETTING, NATIVE, VARIABLE, planned_allocator
 from planner.gpu_target import GpuTarget
 from planner.plan import DataSummary, Schedule
 from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
 from planner.training_setup import TrainingSetup
+
+_MEMORY_OF = {
+    EXPANDABLE: (
+        f"memory with torch's expandable segments, which the launcher sets: {VARIABLE}={EXPANDABLE_SETTING}"
+    ),
+    NATIVE: "memory with torch's default allocator, which a run started here has",
+}
 
 
 def assumptions(
@@ -36,6 +44,7 @@ def assumptions(
         found.append(f"float16, because {target.spec.name} only emulates bfloat16")
     if request.learning_rate is None:
         found.append(f"learning rate {schedule.learning_rate:g} by method and model size")
+    found.append(_MEMORY_OF[planned_allocator()])
     if data is None:
         found.append("every sequence is full; time is for one million tokens (--data for yours)")
         return tuple(found)

@@ -33,7 +33,7 @@ _KNOBS: dict[str, _Knob] = {
     "target_modules": _Knob("names", "all-linear, or module names: q_proj,v_proj (default: all-linear)"),
     "use_dora": _Knob("bool", "DoRA"),
     "use_rslora": _Knob("bool", "rank-stabilised scaling"),
-    "optim": _Knob("choice", "optimizer (default: paged_adamw_8bit)", names.OPTIMIZERS),
+    "optim": _Knob("choice", "optimizer (default: adamw_8bit)", names.OPTIMIZERS),
     "gradient_checkpointing": _Knob("bool", "keep layer inputs only and compute layers again"),
     "checkpointed_layers": _Knob("int", "checkpoint the first K decoder layers only"),
     "selective_checkpointing": _Knob("bool", "keep attention outputs when checkpointing"),
