@@ -17,7 +17,7 @@ from planner.errors import NotModelledError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.plan import CardAdvice, Duration, OtherCard
-from planner.search import Tried, fewest_layers, finish_seconds
+from planner.search import Tried, fastest, fewest_layers, finish_seconds
 from planner.training_setup import TrainingSetup
 
 LADDER = (
@@ -134,7 +134,9 @@ def _on(gpu: GpuSpec, question: Question, evaluator: Evaluator, duration: Durati
 
 
 def _longer(question: Question, evaluator: Evaluator, there: Evaluator) -> int | None:
-    """The best length beyond the plan's that fits there and not here, by the smallest of what was tried."""
+    """The best length beyond the plan's that fits there and not here, by the smallest of what was tried, and
+    here by what a plan for that length would try beside it.
+    """
     if not question.fits:
         return None
     smallest = min(question.tried, key=lambda one: one.candidate.peak_upper_bytes).candidate.setup
@@ -144,9 +146,18 @@ def _longer(question: Question, evaluator: Evaluator, there: Evaluator) -> int |
         wished = [2 * now]
     for length in wished:
         setup = smallest.replace(max_length=length)
-        if _fitting(evaluator, setup) is None and _fitting(there, setup) is not None:
+        here = any(_fitting(evaluator, one) for one in (setup, _leanest(setup, question.fixed)))
+        if not here and _fitting(there, setup) is not None:
             return length
     return None
+
+
+def _leanest(setup: TrainingSetup, fixed: frozenset[str]) -> TrainingSetup:
+    """The same with one sequence at a time, and what its checkpoints keep on the host."""
+    if not fixed & BATCH:
+        total = setup.per_device_train_batch_size * setup.gradient_accumulation_steps
+        setup = setup.replace(per_device_train_batch_size=1, gradient_accumulation_steps=total)
+    return setup if "activation_offloading" in fixed else setup.replace(activation_offloading=True)
 
 
 def _fastest(question: Question, there: Evaluator, length: int) -> Candidate | None:
@@ -159,7 +170,9 @@ def _fastest(question: Question, there: Evaluator, length: int) -> Candidate | N
         best = None if kind != "none" and not there.compiles else _first(question, there, length, kind)
         if best is not None:
             found += [best, *_spent(best, question.fixed, there)]
-    return min(found, key=lambda one: finish_seconds(one, question.tokens) or 0.0, default=None)
+    tried = [Tried(strategy=one.setup.compile, candidate=one, fits=True) for one in found]
+    winner = fastest(tried, question.tokens)
+    return None if winner is None else winner.candidate
 
 
 def _first(question: Question, there: Evaluator, length: int, kind: str) -> Candidate | None:

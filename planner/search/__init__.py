@@ -10,7 +10,7 @@ the fastest are replayed through the allocator, one after the other, until one f
 from __future__ import annotations
 
 from planner.search.batches import Batch, batches
-from planner.search.choice import SPEED_TIE, SearchResult, Tried, finish_seconds
+from planner.search.choice import SPEED_TIE, SearchResult, Tried, fastest, finish_seconds
 from planner.search.find import TOKENS, search
 from planner.search.levels import fewest_layers
 from planner.search.strategies import COMPILED, EAGER, Mode, modes
@@ -25,6 +25,7 @@ __all__ = [
     "SearchResult",
     "Tried",
     "batches",
+    "fastest",
     "fewest_layers",
     "finish_seconds",
     "modes",

@@ -171,11 +171,19 @@ def test_what_another_card_would_bring_is_what_a_plan_for_it_says(model: str, gp
 
 
 def test_the_longer_length_that_a_card_takes_fits_there_and_not_here() -> None:
-    plan = plan_of("qwen2.5-14b", "16GB")
+    plan = plan_of("qwen2.5-32b", "24GB")
     card = plan.other_cards[0]
     assert card.longer_length == 2 * plan.setup.max_length
-    assert not make_plan(make_request("qwen2.5-14b", gpu="16GB", knobs={"max_length": 8192})).fits
-    assert make_plan(make_request("qwen2.5-14b", gpu=card.gpu, knobs={"max_length": 8192})).fits
+    longer = {"max_length": card.longer_length}
+    assert not make_plan(make_request("qwen2.5-32b", gpu="24GB", knobs=longer)).fits
+    assert make_plan(make_request("qwen2.5-32b", gpu=card.gpu, knobs=longer)).fits
+
+
+def test_a_length_that_fits_here_with_offloading_is_not_named_of_another_card() -> None:
+    plan = plan_of("qwen2.5-14b", "16GB")
+    longer = {"max_length": 2 * plan.setup.max_length}
+    assert make_plan(make_request("qwen2.5-14b", gpu="16GB", knobs=longer)).setup.activation_offloading
+    assert [card.longer_length for card in plan.other_cards] == [None, None]
 
 
 def test_where_nothing_fits_the_smallest_card_is_named_with_its_speed() -> None:
