@@ -268,7 +268,7 @@ def build_trainer(
     """
     from transformers import PrinterCallback
 
-    from launcher.trainer_callback import LaunchedTrainer, PartialCheckpointing
+    from launcher.trainer_callback import LaunchedTrainer, PartialCheckpointing, QuietHeap
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
@@ -297,7 +297,7 @@ def build_trainer(
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=lora_config(setup),
-            callbacks=[*partial, *callbacks],
+            callbacks=[QuietHeap(), *partial, *callbacks],
         )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error

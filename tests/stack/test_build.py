@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl.data_utils import pack_dataset
 
 from launcher import build, dataset
@@ -249,9 +251,12 @@ def test_an_absent_model_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("poison", ["weight", "gradient"])
-def test_a_poisoned_step_ends_the_run_before_the_update(tmp_path: Path, poison: str) -> None:
-    trainer = make_trainer(make_setup(max_length=64), tmp_path)
+def test_a_poisoned_step_ends_the_run_before_the_update(
+    tmp_path: Path, poison: str, accumulated: int
+) -> None:
+    trainer = make_trainer(make_setup(max_length=64, gradient_accumulation_steps=accumulated), tmp_path)
     name, weight = next(iter(trainable(trainer).items()))
     if poison == "weight":
         trainer.model.get_input_embeddings().weight.data.fill_(float("nan"))
@@ -262,6 +267,28 @@ def test_a_poisoned_step_ends_the_run_before_the_update(tmp_path: Path, poison: 
         trainer.train()
     assert trainer.state.global_step == 0
     assert all(torch.equal(before[n], p) for n, p in trainable(trainer).items()), name
+
+
+def test_a_loss_that_was_broken_in_one_micro_step_alone_ends_the_run(tmp_path: Path) -> None:
+    """Whatever the gradient's norm says."""
+    trainer = make_trainer(make_setup(max_length=64, gradient_accumulation_steps=2), tmp_path)
+    trainer._losses = [torch.tensor(1.0), torch.tensor(float("inf"))]
+    with pytest.raises(DivergedError, match="the loss is inf in step 1"):
+        trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(1.0))
+
+
+def test_garbage_collection_passes_over_what_was_there_before_training(tmp_path: Path) -> None:
+    frozen = []
+
+    class Look(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            frozen.append(gc.get_freeze_count())
+
+    trainer = make_trainer(make_setup(max_length=64), tmp_path)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert min(frozen) > 100_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_missing_extras_name_the_package() -> None:
