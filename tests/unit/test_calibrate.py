@@ -15,6 +15,7 @@ from launcher import calibrate
 from launcher.commands.calibrate import _show_speed
 from launcher.profile import profile_line, read_profiles
 from planner.accuracy import shipped_records
+from planner.cuda_allocator import ALLOCATORS, machine_allocator
 from planner.errors import InputError, VramwiseError
 from planner.gpu_catalog import gpu_catalog
 from planner.hardware import LocalGpu
@@ -84,8 +85,11 @@ def test_what_was_measured_here_is_not_measured_again() -> None:
     card = gpu("h100-80gb")
     record = next(r for r in all_records() if r.environment.gpu_id == "h100-80gb")
     setup = calibrate.PAGED[1].setup
-    done = dataclasses.replace(record, setup=setup)
+    done = dataclasses.replace(record, setup=setup, allocator=machine_allocator())
+    (other,) = set(ALLOCATORS) - {machine_allocator()}
+    otherwise = dataclasses.replace(done, allocator=other)
     assert setup in [profile.setup for profile in calibrate.choose(card, ())[1]]
+    assert setup in [profile.setup for profile in calibrate.choose(card, (otherwise,))[1]]
     assert setup not in [profile.setup for profile in calibrate.choose(card, (done,))[1]]
 
 
@@ -169,7 +173,8 @@ def test_fitting_keeps_coefficients_that_planning_then_uses(own_data: Path) -> N
     kept = json.loads(calibrate.coefficients_file(card).read_text())
     assert kept["name"] == found.coefficients.name == "h100-80gb, calibrated here"
     assert calibrate.coefficients_file(card).is_relative_to(own_data)
-    assert len(found.residuals) == len(found.coefficients.record_ids)
+    assert found.coefficients.allocator == machine_allocator()
+    assert {one.record_id for one in found.residuals} < set(found.coefficients.record_ids)
 
 
 def test_a_card_never_measured_cannot_be_fitted() -> None:
