@@ -45,7 +45,7 @@ class LaunchedTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        # Looked at before the update: here the host would wait for the backward pass, and the GPU then for it.
+        # Looked at before the update: here the host would wait for the GPU, and the GPU then for the host.
         self._losses.append(loss.detach())
         return loss
 

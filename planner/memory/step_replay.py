@@ -16,21 +16,20 @@ from planner.memory.adapter import trainables
 from planner.memory.allocator import MIN_BLOCK
 from planner.memory.head import head_shape
 from planner.memory.head_replay import HeadReplay
+from planner.memory.inputs_replay import InputsReplay
 from planner.memory.loading_replay import loaded_allocator
 from planner.memory.offload_replay import OffloadReplay
 from planner.memory.optimizer_replay import OptimizerReplay
 from planner.memory.program import Program, layer_program, norm_program
 from planner.memory.refusals import attention_implementation
-from planner.memory.resident import mask_windows
 from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, workspace_block_bytes
 from planner.memory.segments import Segment, segments
 from planner.memory.shape import (
     embedding_scratch_bytes,
     has_biased_linear,
-    keeps_raw_embedding,
     micro_step,
 )
-from planner.memory.weights import DTYPE_BYTES, FP32
+from planner.memory.weights import DTYPE_BYTES
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -115,14 +114,13 @@ class StepReplay:
         self.width = DTYPE_BYTES[setup.dtype]
         self.shape = micro_step(setup)
         self.tokens, self.scores = self.shape.tokens, self.shape.scores
-        self.stream = self.tokens * model.hidden_size * self.shape.stream_bytes
         self.workspace_bytes = workspace_block_bytes(gpu)
         self.allocator, self.load_peak, self.load_reserved = loaded_allocator(
             setup, model, self.trained, allocator
         )
-        self.attention = attention_implementation(setup, model)
-        self.masks = mask_windows(setup, model, padded=padded)
-        parts, final_norm = segments(setup, model, self.trained, attention=self.attention, padded=padded)
+        self.inputs = InputsReplay(setup, model, padded=padded)
+        attention = attention_implementation(setup, model)
+        parts, final_norm = segments(setup, model, self.trained, attention=attention, padded=padded)
         self.layers = self._programs(parts)
         last = max(parts, key=lambda part: part.indices[-1])
         self.norm = norm_program(last.layer, replace(last.knobs, stream_bytes=last.replay.output_bytes))
@@ -130,13 +128,12 @@ class StepReplay:
         self.head = HeadReplay(head_shape(setup, model, final_norm.output_bytes))
         self.optimizer = OptimizerReplay(setup, model, self.trained)
         self.biased = has_biased_linear(model)
-        self.raw_embedding = keeps_raw_embedding(setup, model)
         self.offload = self._offload(final_norm) if setup.activation_offloading else None
         self.gradients: list[int] = []
 
     def _offload(self, final_norm: LayerReplay) -> OffloadReplay:
         saved = int(at(final_norm.saved, self.tokens, self.scores))
-        return OffloadReplay(self.allocator, input_bytes=self.stream, norm_bytes=saved)
+        return OffloadReplay(self.allocator, input_bytes=self.inputs.stream_bytes, norm_bytes=saved)
 
     def _programs(self, parts: Sequence[Segment]) -> list[_Layer]:
         accumulates = self.setup.gradient_accumulation_steps > 1
@@ -217,7 +214,7 @@ class StepReplay:
 
     def _micro_step(self, *, first: bool, later: bool) -> None:
         allocator, offload = self.allocator, self.offload
-        held = self._before_layers()
+        held = self.inputs.run(allocator)
         hidden = held[0]
         slots: list[list[int]] = []
         casts: list[int] = []
@@ -287,56 +284,6 @@ class StepReplay:
         self._take(self.workspace_bytes)
         if self.biased:
             self._take(CUBLASLT_WORKSPACE_BYTES)
-
-    def _before_layers(self) -> list[int]:
-        """Embeddings, then what stays until the micro-step ends: masks, rotary tables, raw embeddings."""
-        allocator = self.allocator
-        held = [self._take(self.stream)]
-        if self.raw_embedding:
-            held.append(self._take(self.stream))
-        elif self.model.embedding_multiplier:
-            scaled = self._take(self.stream)
-            allocator.free(held[0])
-            held[0] = scaled
-        held += [self._mask(windowed=window is not None) for window in self.masks]
-        layer = self.model.layers[0]
-        table = self.shape.positions * (layer.rotary_dim or layer.head_dim)
-        for _ in range(self.model.rotary_tables):
-            # Angles, both halves of them, and cosine and sine in fp32, unscaled and scaled.
-            wide = [self._take(table * FP32 // 2)]
-            wide.append(self._take(table * FP32))
-            for _ in range(2):
-                turned, scaled = self._take(table * FP32), self._take(table * FP32)
-                allocator.free(turned)
-                wide.append(scaled)
-            held += [self._take(table * self.shape.stream_bytes) for _ in range(2)]
-            for block in wide:
-                allocator.free(block)
-        return held
-
-    def _mask(self, *, windowed: bool) -> int:
-        """One attention mask (transformers masking_utils.py): conditions of all positions, and-ed one after
-        the other; then spread over the batch; then, for eager attention, made additive.
-        """
-        take, free = self._take, self.allocator.free
-        square = self.shape.positions**2
-        condition = take(square)
-        combined = take(square)
-        free(condition)
-        if windowed:
-            causal = take(square)
-            both = take(square)
-            free(causal)
-            free(combined)
-            combined = take(square)
-            free(both)
-        mask = take(self.scores)
-        free(combined)
-        if self.attention == "eager":
-            additive = take(self.scores * self.width)
-            free(mask)
-            mask = additive
-        return mask
 
     def _head(
         self, hidden: int, casts: Sequence[int], embeddings: int | None, *, first: bool, later: bool
