@@ -7,67 +7,29 @@ by its machine does not pull the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
-from planner.throughput.rates import OVERLAP, UNCALIBRATED, Rates, beside_copies, micro_step_time
+from planner.throughput.fit_problem import START, RatesProblem, host_factor, step_seconds
+from planner.throughput.rates import UNCALIBRATED, Rates, micro_step_time
 from planner.throughput.roofline import NoForecastError, borrowed_rates
-from planner.throughput.work import PassWork, StepWork, step_work
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float64]
+from planner.throughput.work import StepWork, step_work
 
 REFERENCE_GPU = "h100-80gb"
 """The GPU with most runs: its rates are fitted from START, other GPUs' from its own, scaled."""
-START = {
-    "layer_flop_seconds": 1 / 6e14,
-    "attention_flop_seconds": 1 / 4e14,
-    "masked_attention_flop_seconds": 1 / 2e14,
-    "head_flop_seconds": 1 / 5e14,
-    "adapter_flop_seconds": 1 / 6e14,
-    "single_flop_seconds": 1 / 5e13,
-    "written_byte_seconds": 1e-12,
-    "weight_byte_seconds": 1e-12,
-    "offloaded_byte_seconds": 2e-11,
-    "launch_seconds": 5e-5,
-    "quantized_call_seconds": 1.5e-4,
-    "lora_call_seconds": 3e-5,
-    "liger_call_seconds": 5e-5,
-    "selected_launch_seconds": 3e-5,
-    "compiled_layer_seconds": 1e-3,
-    "compiled_call_seconds": 5e-4,
-    "micro_step_seconds": 4e-3,
-    "optimizer_byte_seconds": 5e-13,
-    "optimizer_call_seconds": 1e-4,
-}
-"""Where the reference's fit starts: roughly an H100 and its host."""
-GPU_TERMS, HOST_TERMS = 9, 7
-COPIED = GPU_TERMS - 1
-"""Where START has the GPU's copies to the host, which lie beside its work."""
-HOST_RATES = ("launch_seconds", "call_seconds", "compiled_layer_seconds", "micro_step_seconds")
-PRIOR, COMMON_PRIOR = 0.3, 0.2
-"""How firmly a logarithm is held at its start, beside a run's weight of one, and how firmly a factor that all
-rates of the GPU or all of the host share. From starts off by 25% a rate, or twofold in all, these forecast
-the reference's other runs best, be it from 3 of them or from 15.
-"""
 FIRMNESS = (1.0, 5.0, 25.0, 125.0)
 """How many times as firmly rates may be held at another GPU's: as held-out models say, so that a few runs
 never make a forecast worse than the borrowed one was. The firmest all but keeps them.
 """
-SOFT = 0.1
 MIN_RUNS = 8
 MIN_RUNS_FROM_START = 3
 """Runs that are needed without another GPU's rates to start from, and with them."""
-ITERATIONS = 60
 QUANTILES = (0.05, 0.95)
 
 
@@ -122,7 +84,7 @@ def fit_rates(
         (
             (problem, _held_out(problem, timed))
             for problem in (
-                _Problem(pairs, begin, held, block) for held in (FIRMNESS if start else FIRMNESS[:1])
+                RatesProblem(pairs, begin, held, block) for held in (FIRMNESS if start else FIRMNESS[:1])
             )
         ),
         key=lambda pair: fmean(abs(one.error) for one in pair[1]) if pair[1] else 0.0,
@@ -139,7 +101,7 @@ def fit_rates(
         record_ids=tuple(sorted(record.id for record, _ in pairs)),
     )
     launches = [
-        micro_step_time(rates, work, host_slower=_host_factor(record, block)).bound_by == "launches"
+        micro_step_time(rates, work, host_slower=host_factor(record, block)).bound_by == "launches"
         for record, work in pairs
     ]
     for prefix, wanted in (("", False), ("launch_", True)):
@@ -154,7 +116,7 @@ def fit_rates(
     return SpeedFit(rates=rates, residuals=residuals)
 
 
-def _held_out(problem: _Problem, records: Sequence[RunRecord]) -> tuple[SpeedResidual, ...]:
+def _held_out(problem: RatesProblem, records: Sequence[RunRecord]) -> tuple[SpeedResidual, ...]:
     """Errors of each model's runs by a fit to the other models'; none where there is but one model."""
     import numpy as np
 
@@ -191,11 +153,11 @@ def forecast_errors(
     for record in filter(_timed, records):
         work = _work(record, resolve)
         if work is not None:
-            slower = _host_factor(record, rates.host_block_seconds)
+            slower = host_factor(record, rates.host_block_seconds)
             micro = micro_step_time(rates, work, host_slower=slower).seconds
             update = rates.optimizer_seconds(work, host_slower=slower)
             step = micro * record.setup.gradient_accumulation_steps + update
-            error = _step_seconds(record) / step - 1
+            error = step_seconds(record) / step - 1
             found.append(SpeedResidual(record_id=record.id, model=record.setup.model, error=error))
     return tuple(found)
 
@@ -204,13 +166,6 @@ def _usual_block(records: Sequence[RunRecord]) -> float | None:
     """The median time of an eager block on the runs' hosts; None where it was not timed."""
     timed = [r.host_block_seconds for r in records if r.host_block_seconds is not None]
     return median(timed) if timed else None
-
-
-def _host_factor(record: RunRecord, host_block_seconds: float | None) -> float:
-    """How many times as long as that the run's host took for an eager block; 1 where it was not timed."""
-    if record.host_block_seconds is None or host_block_seconds is None:
-        return 1.0
-    return record.host_block_seconds / host_block_seconds
 
 
 def _timed(record: RunRecord) -> bool:
@@ -222,122 +177,3 @@ def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | 
         return step_work(record.setup, resolve(record.setup.model), padded=record.padded)
     except NotModelledError:
         return None
-
-
-class _Problem:
-    """Runs as equations in the logarithms of rates, relative to where the fit starts, and in those
-    of what the GPU's rates, and the host's, have in common. Host rates are those of a host that takes so long
-    for an eager block.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[tuple[RunRecord, StepWork]],
-        begin: Mapping[str, float],
-        firmness: float,
-        host_block_seconds: float | None,
-    ) -> None:
-        import numpy as np
-
-        start = np.array(list(begin.values()))
-        self._passes = [
-            np.array([_pass_terms(work, part) for work, part in rows]) * start[: GPU_TERMS + HOST_TERMS]
-            for rows in (
-                [(work, work.forward) for _, work in pairs],
-                [(work, work.backward) for _, work in pairs],
-            )
-        ]
-        ends = [(1.0, work.optimizer_bytes, work.optimizer_calls) for _, work in pairs]
-        self._ends = np.array(ends) * start[GPU_TERMS + HOST_TERMS :]
-        self._host = np.array([_host_factor(record, host_block_seconds) for record, _ in pairs])
-        self._accumulated = np.array([r.setup.gradient_accumulation_steps for r, _ in pairs], dtype=float)
-        self.seconds = np.array([_step_seconds(record) for record, _ in pairs])
-        of_host = np.array([name.endswith(HOST_RATES) for name in START])
-        self._shared = np.stack([~of_host, of_host], axis=1).astype(float)
-        self._priors = firmness * np.array([PRIOR] * len(START) + [COMMON_PRIOR] * 2)
-
-    def factors(self, solution: Array) -> Array:
-        """Logarithms of each rate's whole factor."""
-        whole: Array = solution[: len(START)] + self._shared @ solution[len(START) :]
-        return whole
-
-    def predict(self, solution: Array, runs: NDArray[np.int64]) -> Array:
-        """Seconds of a step."""
-        import numpy as np
-
-        rate = np.exp(self.factors(solution))
-        micro_step, *update = GPU_TERMS + HOST_TERMS + np.arange(3)
-        slower = self._host[runs]
-        micro = self._ends[runs, 0] * rate[micro_step] * slower
-        for terms in self._passes:
-            work = terms[runs, :COPIED] @ rate[:COPIED]
-            gpu = beside_copies(work, terms[runs, COPIED] * rate[COPIED])
-            host = terms[runs, GPU_TERMS:] @ rate[GPU_TERMS:micro_step] * slower
-            micro = micro + (gpu**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
-        moved, called = (self._ends[runs, 1 + k] * rate[update[k]] for k in range(2))
-        seconds: Array = micro * self._accumulated[runs] + moved + called * slower
-        return seconds
-
-    def _errors(self, solution: Array, runs: NDArray[np.int64]) -> Array:
-        import numpy as np
-
-        off = np.log(self.predict(solution, runs) / self.seconds[runs])
-        soft: Array = np.concatenate([off / (1 + (off / SOFT) ** 2) ** 0.25, self._priors * solution])
-        return soft
-
-    def solve(self, runs: NDArray[np.int64]) -> Array:
-        """The logarithms that explain those runs best."""
-        import numpy as np
-
-        solution = np.zeros(len(self._priors))
-        damping, step = 1e-2, 1e-4
-        errors = self._errors(solution, runs)
-        for _ in range(ITERATIONS):
-            slopes = np.stack(
-                [
-                    (self._errors(solution + step * unit, runs) - errors) / step
-                    for unit in np.eye(len(solution))
-                ],
-                axis=1,
-            )
-            square = slopes.T @ slopes
-            move = np.linalg.solve(square + damping * np.diag(np.diag(square) + 1e-9), -slopes.T @ errors)
-            tried = solution + np.clip(move, -1, 1)
-            found = self._errors(tried, runs)
-            better = float(errors @ errors - found @ found)
-            if better <= 0:
-                damping *= 4
-                continue
-            solution, errors = tried, found
-            damping = max(damping / 3, 1e-6)
-            if better < 1e-7:
-                break
-        return solution
-
-
-def _pass_terms(work: StepWork, part: PassWork) -> tuple[float, ...]:
-    """A pass's work in the order of START."""
-    return (
-        0.0 if work.single else part.layer_flops,
-        part.attention_flops,
-        part.masked_attention_flops,
-        0.0 if work.single else part.head_flops,
-        part.adapter_flops,
-        part.layer_flops + part.head_flops if work.single else 0.0,
-        part.written_bytes,
-        part.weight_bytes,
-        work.offloaded_bytes,
-        part.launches,
-        part.quantized_calls,
-        part.lora_calls,
-        part.liger_calls,
-        part.selected_launches,
-        part.compiled_layers,
-        part.compiled_calls,
-    )
-
-
-def _step_seconds(record: RunRecord) -> float:
-    setup = record.setup
-    tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps
-    return tokens / (record.tokens_per_second or 1.0)
