@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from planner.cuda_allocator import EXPANDABLE
 from planner.errors import InputError
 from planner.gpu_catalog import gpu_catalog
 from planner.margins import (
@@ -32,6 +33,7 @@ def estimated(setup: TrainingSetup, gpu: str = "h100-80gb", **options: object) -
         load_shipped(setup.model),
         gpu=gpu_catalog().get(gpu),
         replay=True,
+        allocator=EXPANDABLE,
         **options,  # type: ignore[arg-type]
     )
 
@@ -42,7 +44,7 @@ def width(found: MemoryBreakdown) -> int:
 
 def without(knob: str, value: str) -> Coefficients:
     """The shipped calibration, as if no run had had that value."""
-    shipped = coefficients_for("h100-80gb")
+    shipped = coefficients_for("h100-80gb", EXPANDABLE)
     assert shipped.coverage is not None
     less = dataclasses.replace(shipped.coverage, values=shipped.coverage.values - {(knob, value)})
     return dataclasses.replace(shipped, coverage=less)
@@ -115,7 +117,7 @@ def test_each_thing_outside_widens_further() -> None:
 
 def test_a_model_that_no_run_had_is_named_but_not_widened() -> None:
     """The ordinary interval is learned from models that were held out."""
-    shipped = coefficients_for("h100-80gb")
+    shipped = coefficients_for("h100-80gb", EXPANDABLE)
     rest = tuple(one for one in shipped.model_ids if one != "llama-3.1-8b")
     found = estimated(PLAIN, coefficients=dataclasses.replace(shipped, model_ids=rest))
     assert found.basis.notes == ("no run of this model among the records",)
@@ -126,11 +128,11 @@ def test_a_model_that_no_run_had_is_named_but_not_widened() -> None:
 def test_another_gpu_widens_by_the_contexts_spread() -> None:
     here, there = estimated(PLAIN), estimated(PLAIN, gpu="a100-80gb")
     assert there.basis.notes == ("context measured on h100-80gb, not on this GPU",)
-    assert width(there) - width(here) == coefficients_for("h100-80gb").context_spread_bytes > 0
+    assert width(there) - width(here) == coefficients_for("h100-80gb", EXPANDABLE).context_spread_bytes > 0
 
 
 def test_a_calibration_without_coverage_says_so() -> None:
-    bare = dataclasses.replace(coefficients_for("h100-80gb"), coverage=None)
+    bare = dataclasses.replace(coefficients_for("h100-80gb", EXPANDABLE), coverage=None)
     found = estimated(PLAIN, coefficients=bare)
     assert "the calibration does not say what its records cover" in found.basis.notes
     assert width(found) > width(estimated(PLAIN))
