@@ -12,6 +12,7 @@ from benchmarks.measured import capped_target, environment, memory_cap_bytes, sa
 from benchmarks.rival_setups import device_seconds
 from launcher.profile import Profile, profile_line, read_profiles
 from planner.candidate import Evaluator
+from planner.cuda_allocator import ALLOCATORS, machine_allocator
 from planner.gpu_catalog import gpu_catalog
 from planner.model_catalog import load_shipped
 from planner.records import Environment, RunRecord, append_record
@@ -54,6 +55,7 @@ def record(
         useful_tokens_per_second=useful,
         predicted=None,
         memory_cap_bytes=profile.memory_cap_bytes,
+        allocator=profile.allocator or machine_allocator(),
     )
 
 
@@ -165,6 +167,9 @@ def test_measuring_goes_on_where_it_was(tmp_path: Path) -> None:
     append_record(output, record(one))
     assert measure.remaining(tmp_path / "profiles", output) == lines[1:]
     assert not same_run(one, record(Profile(setup=one.setup, memory_cap_bytes=2**30)))
+    for allocator in ALLOCATORS:
+        measured = record(Profile(setup=one.setup, allocator=allocator))
+        assert same_run(one, measured) == (allocator == machine_allocator())
 
 
 def test_records_of_two_environments_are_not_compared() -> None:
