@@ -21,6 +21,7 @@ from unittest import mock
 from benchmarks import external_runs, memory_tables
 from launcher import cli
 from planner.command_line import guarded
+from planner.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -34,7 +35,12 @@ _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this fi
 
 def output_of(arguments: Sequence[str]) -> str:
     """What `vramwise ARGUMENTS` prints in 80 columns on a machine of which nothing is known."""
-    quiet = {"COLUMNS": "80", "NO_COLOR": "1", "VRAMWISE_DATA_DIR": str(ROOT / "tests" / "no-such-folder")}
+    quiet = {
+        "COLUMNS": "80",
+        "NO_COLOR": "1",
+        "VRAMWISE_DATA_DIR": str(ROOT / "tests" / "no-such-folder"),
+        VARIABLE: EXPANDABLE_SETTING,
+    }
     with mock.patch.dict(os.environ, quiet), contextlib.redirect_stdout(io.StringIO()) as out:
         with contextlib.suppress(SystemExit):
             guarded("vramwise", lambda: cli.run(list(arguments)))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from planner.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
+
 OUTPUTS = Path(__file__).parent / "outputs"
 SETUPS = Path(__file__).parent / "setups.jsonl"
 DATA = Path(__file__).parents[2] / "profiles" / "demo" / "data" / "train.jsonl"
@@ -30,6 +32,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "compare-model": ("compare", "--model", "mistral-nemo-12b"),
     "compare-gpu": ("compare", "--gpu", "16GB"),
 }
+# As where the launcher starts runs with it, on whatever system the tests run.
+ALLOCATOR = {VARIABLE: EXPANDABLE_SETTING}
 # argparse words its help differently from Python 3.13 on.
 WORDED_BY_PYTHON = ("help", "plan-help")
 
@@ -38,7 +42,7 @@ def output_of(arguments: tuple[str, ...]) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
     done = subprocess.run(
         [sys.executable, "-m", "launcher.cli", *arguments],
-        env={**environment, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONUTF8": "1"},
+        env={**environment, **ALLOCATOR, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONUTF8": "1"},
         capture_output=True,
         timeout=120,
         check=False,
