@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks.results import write_result
 from planner.accuracy import shipped_records
-from planner.calibration import Residual, calibrate, usable_records
+from planner.calibration import Residual, calibrate
+from planner.calibration_samples import usable_records
 from planner.cuda_allocator import ALLOCATORS
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec

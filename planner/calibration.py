@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.errors import InputError, NotModelledError
+from planner.calibration_samples import MIB, Resolve, Sample, samples_of
+from planner.errors import InputError
 from planner.gpu_catalog import gpu_catalog
 from planner.gpu_spec import GpuSpec
 from planner.margins import HeldOutThing, Shortfall, held_out_things, margin_share, outside_factor
-from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.coverage import coverage_of, model_values, setup_values
-from planner.memory.estimate import estimate_memory, reserve_terms
+from planner.memory.estimate import estimate_memory
 from planner.memory.runtime import (
     INTERVAL_KINDS,
     Coefficients,
     KindShares,
-    coefficients_for,
     interval_kind,
     managed_process_bytes,
 )
 from planner.memory.step_replay import replay_steps
-from planner.model_spec import ModelSpec
 from planner.records import RunRecord
 from planner.reserve_fit import non_negative_fit
 
-MIB = 2**20
 MARGIN_BYTES = 256 * MIB
 """Constant part of the interval: about two of the allocator's larger cached blocks in the records."""
 REPLAY_MARGIN_BYTES = 64 * MIB
@@ -40,15 +37,8 @@ MARGIN_SLACK = 0.02
 """Added to the worst held-out shortfall (a share of the terms): the next run is not among the records."""
 REPLAY_MARGIN_SLACK = 0.1
 """The same where the allocator is replayed, in blocks of the largest size that a step asks for."""
-CAP_SHARE = 0.85
-"""Share of a memory cap below which a run never met it, so that its allocator gave no cached block back."""
-LEFT_OVER_BYTES = 2 * MIB
-"""What the driver's figure may move by while a model is loaded, beyond the allocator's segments."""
-LOADED_BYTES = 16 * MIB
-"""What kernels that only earlier runs in the process used may add to its context."""
 MIN_RECORDS = 3
 STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
-Resolve = Callable[[str], ModelSpec]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,56 +68,6 @@ class Calibration:
     residuals: tuple[Residual, ...]
     fitted_residuals: tuple[Residual, ...]
     things: tuple[HeldOutThing, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sample:
-    record: RunRecord
-    model: ModelSpec
-    terms: tuple[float, ...]
-    reserve_bytes: int
-    managed_bytes: int
-    workspace_bytes: int
-    own_process_bytes: int | None
-    met_cap: bool
-
-
-def clean_context_bytes(records: Sequence[RunRecord], gpu_id: str) -> int:
-    """What the driver shows beyond reserved memory on a GPU in a process whose runs have left nothing but
-    their kernels: the least at the end of a process's first run that had no managed memory (0 without one).
-    """
-    steps = (
-        record.phase("step")
-        for record in records
-        if record.environment.gpu_id == gpu_id and record.isolated and "paged" not in record.setup.optim
-    )
-    beyond = (step.process_bytes - step.reserved_bytes for step in steps if step and step.process_bytes)
-    return min(beyond, default=0)
-
-
-def own_process_bytes(record: RunRecord, clean_bytes: int = 0) -> int | None:
-    """The driver's figure at the end of a step where it is the run's own; null where it is not, or not read.
-
-    It is where the run was the first in its process. It is too where the context before it was a clean one
-    (`clean_context_bytes`: managed memory, streams and compiled kernels of earlier runs stay in a process)
-    and the driver showed no more after loading than that and reserved memory.
-    """
-    step, load = record.phase("step"), record.phase("load")
-    if step is None or step.process_bytes is None or record.isolated:
-        return None if step is None else step.process_bytes
-    if load is None or load.process_bytes is None or record.context_bytes > clean_bytes + LOADED_BYTES:
-        return None
-    left = load.process_bytes - load.reserved_bytes - record.context_bytes
-    return step.process_bytes if abs(left) <= LEFT_OVER_BYTES else None
-
-
-def usable_records(
-    records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, allocator: str
-) -> list[RunRecord]:
-    """Records of that GPU and allocator that ran to their end and whose setups are modelled."""
-    return [
-        sample.record for sample in _samples(records, gpu, resolve) if sample.record.allocator == allocator
-    ]
 
 
 def calibrate(
@@ -179,7 +119,7 @@ def held_out_residuals(
     return tuple(residuals[True])
 
 
-def _enough(samples: list[_Sample], what: str) -> list[_Sample]:
+def _enough(samples: list[Sample], what: str) -> list[Sample]:
     if len(samples) < MIN_RECORDS:
         raise InputError(
             f"{what}: {len(samples)} measured runs are too few to calibrate; {MIN_RECORDS} are needed"
@@ -187,17 +127,17 @@ def _enough(samples: list[_Sample], what: str) -> list[_Sample]:
     return samples
 
 
-def _by_gpu(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> dict[str, list[_Sample]]:
+def _by_gpu(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> dict[str, list[Sample]]:
     """Samples of a GPU, and of the catalog's other ones that have enough."""
     there = {record.environment.gpu_id for record in records} - {gpu.id}
-    others = ((one.id, _samples(records, one, resolve)) for one in gpu_catalog() if one.id in there)
-    return {gpu.id: _samples(records, gpu, resolve)} | {
+    others = ((one.id, samples_of(records, one, resolve)) for one in gpu_catalog() if one.id in there)
+    return {gpu.id: samples_of(records, gpu, resolve)} | {
         other: samples for other, samples in others if len(samples) >= MIN_RECORDS
     }
 
 
 def _held_out(
-    samples: Sequence[_Sample], pool: Sequence[_Sample], gpu: GpuSpec, name: str
+    samples: Sequence[Sample], pool: Sequence[Sample], gpu: GpuSpec, name: str
 ) -> tuple[dict[bool, list[Residual]], dict[bool, list[Shortfall]]]:
     """Residuals and shortfalls, with replay (true) and without, of a GPU's runs that are in the pool (of one
     allocator) by a fit without their model.
@@ -219,7 +159,7 @@ def _held_out(
     return residuals, shortfalls
 
 
-def _without(model: str, samples: Sequence[_Sample]) -> Sequence[_Sample]:
+def _without(model: str, samples: Sequence[Sample]) -> Sequence[Sample]:
     return [sample for sample in samples if sample.record.setup.model != model]
 
 
@@ -258,59 +198,17 @@ def _rounded(share: float) -> float:
     return round(share + 5e-5, 4)
 
 
-def _samples(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[_Sample]:
-    found = []
-    clean = clean_context_bytes(records, gpu.id)
-    for record in records:
-        step = record.phase("step")
-        if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
-            continue
-        if not record.fills_its_length:
-            continue
-        model, allocator = resolve(record.setup.model), record.allocator
-        bare = dataclasses.replace(coefficients_for(gpu.id, allocator), gpu=gpu.id, workspace_bytes=0)
-        try:
-            breakdown = estimate_memory(
-                record.setup, model, gpu=gpu, padded=record.padded, allocator=allocator
-            )
-        except NotModelledError:
-            continue
-        without_workspace = estimate_memory(
-            record.setup, model, gpu=gpu, padded=record.padded, coefficients=bare, allocator=allocator
-        )
-        terms = reserve_terms(record.setup, model, gpu=gpu, padded=record.padded, allocator=allocator)
-        found.append(
-            _Sample(
-                record=record,
-                model=model,
-                terms=tuple(float(value) for value in terms.as_tuple()),
-                reserve_bytes=step.reserved_bytes - step.allocated_bytes,
-                managed_bytes=_managed(breakdown),
-                workspace_bytes=step.allocated_bytes - without_workspace.allocated_bytes,
-                own_process_bytes=own_process_bytes(record, clean),
-                met_cap=step.reserved_bytes > CAP_SHARE * (record.memory_cap_bytes or 2**60),
-            )
-        )
-    return found
-
-
-def _managed(breakdown: MemoryBreakdown) -> int:
-    """Managed memory in an estimate: what is outside reserved memory and is not the context."""
-    context = next(c.size_bytes for c in breakdown.components if c.name == "context")
-    return breakdown.process_bytes - breakdown.reserved_bytes - context
-
-
-def _fit(samples: Sequence[_Sample], pool: Sequence[_Sample], gpu: GpuSpec, name: str) -> Coefficients:
+def _fit(samples: Sequence[Sample], pool: Sequence[Sample], gpu: GpuSpec, name: str) -> Coefficients:
     """Coefficients of a GPU from its own samples; the reserve's from the pool's, which have one allocator."""
     # At its cap an allocator gives cached blocks back.
     uncapped = [sample for sample in pool if not sample.met_cap] or pool
     constant, *slopes = non_negative_fit(
         [sample.terms for sample in uncapped],
         [sample.reserve_bytes for sample in uncapped],
-        [_reserved(sample) for sample in uncapped],
+        [sample.reserved_bytes for sample in uncapped],
     )
     contexts = [
-        (own - _reserved(sample) - managed_process_bytes(sample.managed_bytes), sample.record.isolated)
+        (own - sample.reserved_bytes - managed_process_bytes(sample.managed_bytes), sample.record.isolated)
         for sample in samples
         if (own := sample.own_process_bytes) is not None
     ]
@@ -343,15 +241,8 @@ def _fit(samples: Sequence[_Sample], pool: Sequence[_Sample], gpu: GpuSpec, name
     )
 
 
-def _reserved(sample: _Sample) -> int:
-    step = sample.record.phase("step")
-    if step is None:
-        raise InputError(f"{sample.record.id}: no step was measured")
-    return step.reserved_bytes
-
-
 def _residual(
-    sample: _Sample, fitted: Coefficients, gpu: GpuSpec, *, replay: bool
+    sample: Sample, fitted: Coefficients, gpu: GpuSpec, *, replay: bool
 ) -> tuple[Residual, Shortfall]:
     """Errors of a held-out record, and what it needed beyond its expected figure."""
     record, setup, model = sample.record, sample.record.setup, sample.model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.profile import Profile
-from planner.calibration import own_process_bytes
+from planner.calibration_samples import own_process_bytes
 from planner.cuda_allocator import EXPANDABLE, NATIVE, machine_allocator
 from planner.records import RunRecord
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from planner.accuracy import shipped_records
-from planner.calibration import (
+from planner.calibration_samples import (
     LEFT_OVER_BYTES,
     LOADED_BYTES,
     clean_context_bytes,

@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 
 from planner.accuracy import shipped_records
-from planner.calibration import (
-    MARGIN_BYTES,
-    REPLAY_MARGIN_BYTES,
-    calibrate,
-    clean_context_bytes,
-    own_process_bytes,
-    usable_records,
-)
+from planner.calibration import MARGIN_BYTES, REPLAY_MARGIN_BYTES, calibrate
+from planner.calibration_samples import clean_context_bytes, own_process_bytes, usable_records
 from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.data_files import PROFILES
 from planner.errors import FieldError, InputError

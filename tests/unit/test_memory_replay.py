@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.accuracy import shipped_records
-from planner.calibration import CAP_SHARE, usable_records
+from planner.calibration_samples import CAP_SHARE, usable_records
 from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.gpu_catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
