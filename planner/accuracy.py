@@ -78,11 +78,14 @@ class ModelSpeed:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedAccuracy:
     """Errors of tokens a second on one GPU: `held_out` by its own runs of other models, all together and by
-    model (None: too few runs), and `borrowed` by another GPU's rates, scaled (None for the reference).
+    model (None: too few runs), of which `gpu_bound` and `host_bound` are those whose time the one or the other
+    decides; and `borrowed` by another GPU's rates, scaled (None for the reference).
     """
 
     gpu: str
     held_out: SpeedSummary | None
+    gpu_bound: SpeedSummary | None
+    host_bound: SpeedSummary | None
     models: tuple[ModelSpeed, ...]
     borrowed: SpeedSummary | None
 
@@ -173,6 +176,8 @@ def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
     return SpeedAccuracy(
         gpu=gpu_id,
         held_out=_speed_summary(residuals),
+        gpu_bound=_speed_summary([one for one in residuals if not one.launches]),
+        host_bound=_speed_summary([one for one in residuals if one.launches]),
         models=tuple(models),
         borrowed=_speed_summary(borrowed),
     )

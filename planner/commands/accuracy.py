@@ -110,7 +110,12 @@ def _speed_table(found: SpeedAccuracy, *, wide: bool) -> tuple[list[tuple[str, s
     if wide:
         heads += [("bias", "number"), ("runs", "number")]
     rows = []
-    for name, one in (("held out", found.held_out), ("borrowed", found.borrowed)):
+    for name, one in (
+        ("held out", found.held_out),
+        ("  GPU-bound", found.gpu_bound),
+        ("  host-bound", found.host_bound),
+        ("borrowed", found.borrowed),
+    ):
         if one is not None:
             rows.append([name, _tenths(one.median), _tenths(one.percentile_90), _signed(one.worst)])
             rows[-1] += [_signed(one.bias), str(one.runs)] if wide else []

@@ -39,11 +39,15 @@ class TooFewRunsError(InputError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedResidual:
-    """A run beside its forecast from a fit that has not seen its model: predicted / measured - 1."""
+    """A run beside its forecast from a fit that has not seen its model: predicted / measured - 1.
+
+    `launches` says that the run waits for its host, which launches kernels, rather than for the GPU.
+    """
 
     record_id: str
     model: str
     error: float
+    launches: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,12 +104,14 @@ def fit_rates(
         host_block_seconds=block,
         record_ids=tuple(sorted(record.id for record, _ in pairs)),
     )
-    launches = [
-        micro_step_time(rates, work, host_slower=host_factor(record, block)).bound_by == "launches"
+    launches = {
+        record.id
         for record, work in pairs
-    ]
+        if micro_step_time(rates, work, host_slower=host_factor(record, block)).bound_by == "launches"
+    }
+    residuals = tuple(replace(one, launches=one.record_id in launches) for one in residuals)
     for prefix, wanted in (("", False), ("launch_", True)):
-        errors = [one.error for one, waits in zip(residuals, launches, strict=False) if waits is wanted]
+        errors = [one.error for one in residuals if one.launches is wanted]
         if len(errors) >= MIN_RUNS:
             low, high = np.quantile([1 / (1 + error) for error in errors], QUANTILES)
             edges: dict[str, Any] = {
@@ -154,11 +160,17 @@ def forecast_errors(
         work = _work(record, resolve)
         if work is not None:
             slower = host_factor(record, rates.host_block_seconds)
-            micro = micro_step_time(rates, work, host_slower=slower).seconds
+            micro = micro_step_time(rates, work, host_slower=slower)
             update = rates.optimizer_seconds(work, host_slower=slower)
-            step = micro * record.setup.gradient_accumulation_steps + update
-            error = step_seconds(record) / step - 1
-            found.append(SpeedResidual(record_id=record.id, model=record.setup.model, error=error))
+            step = micro.seconds * record.setup.gradient_accumulation_steps + update
+            found.append(
+                SpeedResidual(
+                    record_id=record.id,
+                    model=record.setup.model,
+                    error=step_seconds(record) / step - 1,
+                    launches=micro.bound_by == "launches",
+                )
+            )
     return tuple(found)
 
 
