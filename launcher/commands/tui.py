@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from launcher.tui.inspection import inspector
     from launcher.tui.pauses import shorten_pauses
     from planner.model_catalog import resolve_model
-    from planner.policy import DEFAULT_LENGTHS
+    from planner.policy import DEFAULT_LENGTHS, OPTIM
     from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE
     from planner.training_setup import TrainingSetup
 
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         max_length=min(DEFAULT_LENGTHS[0], model.max_position_embeddings),
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
         dtype=card.spec.dtype,
+        optim=OPTIM,
     )
     app = VramwiseApp(
         model=model,

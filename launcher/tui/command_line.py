@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from launcher.tui.sizing import Sizing
+from planner import policy
 from planner.training_setup import TrainingSetup
 
 _CHOSEN_OTHERWISE = (
@@ -21,7 +22,7 @@ _CHOSEN_OTHERWISE = (
 
 
 def plan_command(sizing: Sizing) -> str:
-    """`plan` with the model, the card and every knob that differs from the contract's default."""
+    """`plan` with the model, the card and every knob that differs from what `plan` takes by itself."""
     return shlex.join(["vramwise", "plan", *flags(sizing)])
 
 
@@ -36,7 +37,7 @@ def flags(sizing: Sizing) -> Sequence[str]:
     words = ["--model", setup.model]
     if sizing.card.argument is not None:
         words += ["--gpu", sizing.card.argument]
-    default = TrainingSetup(model=setup.model, max_length=setup.max_length)
+    default = TrainingSetup(model=setup.model, max_length=setup.max_length, optim=policy.OPTIM)
     for name, value in setup.to_dict().items():
         if name in ("model", "num_processes", "distributed"):
             continue

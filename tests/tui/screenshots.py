@@ -22,6 +22,7 @@ from launcher.tui import cards
 from launcher.tui.app import VramwiseApp
 from launcher.tui.inspection import inspector
 from launcher.tui.screens.run import RunScreen
+from planner import policy
 from planner.data_files import PROFILES
 from planner.model_catalog import resolve_model
 from planner.training_setup import TrainingSetup
@@ -48,7 +49,9 @@ async def _sizing() -> None:
     app = VramwiseApp(
         model=resolve_model("qwen2.5-14b"),
         card=cards.card_from_text("16GB"),
-        setup=TrainingSetup(model="qwen2.5-14b", max_length=4096, gradient_accumulation_steps=16),
+        setup=TrainingSetup(
+            model="qwen2.5-14b", max_length=4096, gradient_accumulation_steps=16, optim=policy.OPTIM
+        ),
         runs_root=Path("runs"),
     )
     async with app.run_test(size=SIZE) as pilot:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shlex
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from textual.pilot import Pilot
@@ -23,8 +24,7 @@ from planner.commands.knobs import given_knobs
 from planner.errors import MissingExtraError
 from planner.memory import estimate_memory
 from planner.planning import make_plan
-from planner.request import make_request
-from planner.training_setup import TrainingSetup
+from planner.request import PlanRequest, make_request
 
 from .conftest import MakeApp, settle
 
@@ -358,8 +358,14 @@ async def test_the_command_line_is_copied(make_app: MakeApp) -> None:
         assert "--lora-r 32" in copied
 
 
-async def test_the_copied_command_means_the_same_setup(make_app: MakeApp) -> None:
-    knobs = {"lora_r": 32, "lora_dropout": 0.05, "target_modules": ("q_proj", "v_proj"), "use_rslora": True}
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"lora_r": 32, "lora_dropout": 0.05, "target_modules": ("q_proj", "v_proj"), "use_rslora": True},
+        {"optim": "paged_adamw_8bit"},
+    ],
+)
+async def test_the_copied_command_means_the_same_setup(make_app: MakeApp, knobs: dict[str, Any]) -> None:
     async with make_app(**knobs).run_test(size=SIZE) as pilot:
         await pilot.press("c")
         await pilot.pause()
@@ -370,7 +376,7 @@ async def test_the_copied_command_means_the_same_setup(make_app: MakeApp) -> Non
         assert words[:2] == ["vramwise", "plan"]
         args = parser.parse_args(words[2:])
         assert sizing is not None
-        assert TrainingSetup(model=args.model, **dict(given_knobs(args))) == sizing.setup
+        assert PlanRequest(model=args.model, knobs=given_knobs(args)).setup() == sizing.setup
 
 
 async def test_training_without_the_training_stack_says_what_to_install(
