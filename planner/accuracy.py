@@ -78,8 +78,8 @@ class ModelSpeed:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedAccuracy:
     """Errors of tokens a second on one GPU: `held_out` by its own runs of other models, all together and by
-    model (None: too few runs), of which `gpu_bound` and `host_bound` are those whose time the one or the other
-    decides; and `borrowed` by another GPU's rates, scaled (None for the reference).
+    model (None: too few runs), of which `gpu_bound` and `host_bound` are those whose time the one or the
+    other decides; and `borrowed` by another GPU's rates, scaled (None for the reference).
     """
 
     gpu: str
