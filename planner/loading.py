@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from planner.memory.breakdown import MemoryBreakdown
+from planner.memory.shape import micro_step
 from planner.model_spec import ModelSpec
 from planner.plan import LoadNeeds, Note
+from planner.throughput.work import step_work
 from planner.training_setup import TrainingSetup
 
 # Allowance for the training process itself, not measured on a GPU: the imports of torch, transformers, TRL,
@@ -19,16 +21,31 @@ TENSORS_AT_ONCE = 2
 SAVED_COPIES = 3
 
 
-def load_needs(model: ModelSpec, memory: MemoryBreakdown) -> LoadNeeds:
-    """Download, disk and host memory to load the model and save the result."""
+def load_needs(model: ModelSpec, setup: TrainingSetup, memory: MemoryBreakdown) -> LoadNeeds:
+    """Download, disk and host memory to load the model, train and save the result."""
     largest = max(p.elements for p in model.parameters) * PUBLISHED_BYTES_PER_PARAMETER
     trained = sum(c.size_bytes for c in memory.components if c.name == "adapter")
     download = model.download_bytes
     return LoadNeeds(
         download_bytes=download,
         disk_bytes=None if download is None else download + SAVED_COPIES * trained,
-        host_memory_bytes=HOST_PROCESS_BYTES + TENSORS_AT_ONCE * largest,
+        host_memory_bytes=HOST_PROCESS_BYTES + max(TENSORS_AT_ONCE * largest, offloaded_bytes(setup, model)),
     )
+
+
+def offloaded_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
+    """Pinned host memory for what activation offloading takes off the GPU, at most.
+
+    torch rounds pinned blocks up to a power of two (aten/src/ATen/core/CachingHostAllocator.h, allocate).
+    Where every layer is checkpointed each leaves its input; else what layers keep is taken at twice its size.
+    """
+    if not setup.activation_offloading:
+        return 0
+    if setup.gradient_checkpointing and setup.checkpointed_layers is None:
+        shape = micro_step(setup)
+        block = shape.tokens * model.hidden_size * shape.stream_bytes
+        return model.num_hidden_layers * 2 ** (block - 1).bit_length()
+    return 2 * int(step_work(setup, model).offloaded_bytes)
 
 
 def model_notes(

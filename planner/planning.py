@@ -80,7 +80,7 @@ def make_plan(
         memory=best.memory,
         speed=best.speed,
         duration=duration,
-        loading=load_needs(model, best.memory),
+        loading=load_needs(model, setup, best.memory),
         data=data,
         methods=_methods(evaluator, best, fits=chosen.fits),
         alternatives=_alternatives(chosen, evaluator),

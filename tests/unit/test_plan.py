@@ -317,3 +317,15 @@ def test_a_request_without_its_own_gpu_asks_this_machine(monkeypatch: pytest.Mon
     assert (plan.gpu.index, plan.gpu.position) == (1, 1)
     assert plan.gpu.usable_bytes == spec.usable_bytes - 2 * GIB
     assert plan.gpu.held_bytes == 2 * GIB
+
+
+def test_offloaded_activations_need_host_memory() -> None:
+    """A layer's input each, in pinned blocks of a power of two: 48 x 84 MB become 48 x 128 MiB."""
+    knobs = {"max_length": 4096, "per_device_train_batch_size": 2}
+    with_it, without = (
+        make_plan(make_request("qwen2.5-14b", gpu="24GB", knobs={**knobs, "activation_offloading": wished}))
+        for wished in (True, False)
+    )
+    assert with_it.setup.activation_offloading
+    assert with_it.loading.host_memory_bytes == 3_000_000_000 + 48 * 128 * 2**20
+    assert without.loading.host_memory_bytes < with_it.loading.host_memory_bytes
