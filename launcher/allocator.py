@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Mapping, MutableMapping
 
 from planner.cuda_allocator import (
     EXPANDABLE,
@@ -13,6 +14,10 @@ from planner.cuda_allocator import (
     asked_allocator,
     machine_allocator,
 )
+
+_DRIVER = "libcuda.so.1"
+_VIRTUAL_MEMORY = 102
+"""CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED (cuda.h)."""
 
 
 def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -35,3 +40,30 @@ def measuring_environment(environment: Mapping[str, str], *, allocator: str | No
 def process_allocator(environment: Mapping[str, str]) -> str:
     """The allocator of a process with this environment."""
     return asked_allocator(environment) or NATIVE
+
+
+def driver_maps_memory() -> bool:
+    """Whether the first visible GPU's driver can map memory, which expandable segments need; those of some
+    virtual GPUs cannot. Where the driver does not say, it is taken to.
+    """
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return True
+    device, supported = ctypes.c_int(), ctypes.c_int(1)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return True
+    if driver.cuDeviceGetAttribute(ctypes.byref(supported), _VIRTUAL_MEMORY, device):
+        return True
+    return bool(supported.value)
+
+
+def fall_back(environment: MutableMapping[str, str]) -> str | None:
+    """Before torch is imported: leave expandable segments where the driver cannot have them; returns a
+    sentence that says so.
+    """
+    if process_allocator(environment) == NATIVE or driver_maps_memory():
+        return None
+    for name in VARIABLES:
+        environment.pop(name, None)
+    return "this GPU's driver cannot map memory: torch's default allocator reserves more than the plan says"

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from launcher.allocator import process_allocator
+from launcher.allocator import fall_back, process_allocator
 from launcher.events import EndEvent, EventWriter, WarningEvent, read_events
 from launcher.run_folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, hold_lock
 from launcher.supervisor import write_identity
@@ -138,6 +138,9 @@ def main(arguments: list[str]) -> int:
 def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopRequest, end: RunEnd) -> None:
     gpu = _choose_gpu(job)
     _set_environment(job)
+    fallen_back = fall_back(os.environ)
+    if fallen_back is not None:
+        _warn(writer, fallen_back)
 
     import torch
 

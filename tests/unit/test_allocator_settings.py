@@ -8,11 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher import allocator, supervisor
-from launcher.allocator import allocator_environment, measuring_environment, process_allocator
+from launcher.allocator import (
+    allocator_environment,
+    fall_back,
+    measuring_environment,
+    process_allocator,
+)
 from launcher.run_folder import RunFolder, TrainingJob, create_run_folder
 from planner.cuda_allocator import (
     ALLOCATORS,
@@ -180,3 +186,48 @@ def test_torch_reads_the_variable_that_we_read(on_machine: pytest.MonkeyPatch) -
     )
     read = [json.loads(line) for line in child.stdout.splitlines()]
     assert read == [next(env[name] for name in VARIABLES if name in env) for env in environments]
+
+
+class FakeDriver:
+    """libcuda; `supported` is what it says of virtual memory, `broken` the call that fails."""
+
+    def __init__(self, supported: int, broken: str = "") -> None:
+        self.supported, self.broken = supported, broken
+
+    def cuInit(self, flags: int) -> int:
+        return int(self.broken == "cuInit")
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        return int(self.broken == "cuDeviceGet")
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        assert attribute == 102
+        value._obj.value = self.supported
+        return int(self.broken == "cuDeviceGetAttribute")
+
+
+@pytest.mark.parametrize(
+    ("driver", "kept"),
+    [
+        (FakeDriver(1), True),
+        (FakeDriver(0), False),
+        (FakeDriver(0, "cuInit"), True),
+        (FakeDriver(0, "cuDeviceGet"), True),
+        (FakeDriver(0, "cuDeviceGetAttribute"), True),
+        (None, True),
+    ],
+)
+def test_a_driver_that_cannot_map_memory_has_torchs_default(
+    driver: FakeDriver | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> FakeDriver:
+        if driver is None:
+            raise OSError(name)
+        return driver
+
+    monkeypatch.setattr("launcher.allocator.ctypes.CDLL", load)
+    environment = {"HOME": "/h", **SETTING}
+    said = fall_back(environment)
+    assert (said is None) is kept
+    assert environment == ({"HOME": "/h", **SETTING} if kept else {"HOME": "/h"})
+    assert fall_back({"HOME": "/h"}) is None
