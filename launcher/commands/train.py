@@ -104,7 +104,11 @@ def _request(args: argparse.Namespace, on_gpu: bool) -> PlanRequest:
 
 def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:
     """What a plan may not choose for a run on the CPU, where the launcher refuses it."""
-    return {"compile": "none", "attn_implementation": model.default_attn_implementation}
+    return {
+        "compile": "none",
+        "attn_implementation": model.default_attn_implementation,
+        "activation_offloading": False,
+    }
 
 
 def _plan(args: argparse.Namespace, request: PlanRequest) -> Plan:

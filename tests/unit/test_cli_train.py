@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from launcher.commands.train import _for_the_cpu
 from launcher.events import EndEvent, LogEvent, read_events
 from launcher.run_folder import RunFolder
 from planner.data_files import PROFILES
+from planner.model_catalog import resolve_model
 from planner.plan import Plan
+from planner.planning import make_plan
+from planner.request import make_request
 
 pytestmark = pytest.mark.slow
 DEMO = (
@@ -81,8 +85,16 @@ def test_ctrl_c_stops_after_the_step_and_saves(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
-    child = start(tmp_path, "--gpu", "6GB", "--per-device-train-batch-size", "4096", "--max-length", "4096")
+    child = start(tmp_path, "--gpu", "6GB", "--per-device-train-batch-size", "8192", "--max-length", "4096")
     out, talk = child.communicate(timeout=120)
     assert child.returncode == 3, talk
     assert out.startswith("DOES NOT FIT")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_for_the_cpu_chooses_nothing_that_the_launcher_refuses_there() -> None:
+    build = pytest.importorskip("launcher.build", exc_type=ImportError)
+    model = resolve_model("qwen2.5-14b")
+    assert make_plan(make_request(model.id, gpu="16GB")).setup.activation_offloading
+    plan = make_plan(make_request(model.id, gpu="16GB", knobs=_for_the_cpu(model)))
+    build.refuse_unsupported(plan.setup, on_gpu=False)

@@ -81,7 +81,7 @@ def test_a_process_measures_only_with_its_own_allocator(
     monkeypatch.setattr(Profiler, "__init__", lambda profiler: None)
     monkeypatch.setattr(Profiler, "_patched", False, raising=False)
     monkeypatch.setattr(Profiler, "reset", lambda profiler: None)
-    monkeypatch.setattr(Profiler, "_driver_bytes", begin)
+    monkeypatch.setattr(Profiler, "_host_block", begin)
     fits = process == (allocator or machine_allocator())
     with pytest.raises(MeasuringError if fits else NotCleanError):
         Profiler().measure(Profile(setup=make_setup(), allocator=allocator))
