@@ -44,7 +44,7 @@ def offloaded_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
     if setup.gradient_checkpointing and setup.checkpointed_layers is None:
         shape = micro_step(setup)
         block = shape.tokens * model.hidden_size * shape.stream_bytes
-        return model.num_hidden_layers * 2 ** (block - 1).bit_length()
+        return model.num_hidden_layers * (1 << (block - 1).bit_length())
     return 2 * int(step_work(setup, model).offloaded_bytes)
 
 
