@@ -177,9 +177,14 @@ def _faster(evaluator: Evaluator, sizing: Sizing) -> Change | None:
     if best.tokens_per_second < now * (1 + _LEAST_GAIN):
         return None
     setup = best.setup
-    checkpointing = "checkpointing" if setup.gradient_checkpointing else "no checkpointing"
+    ways = [
+        *["compiled"] * (setup.compile != "none"),
+        "checkpointing" if setup.gradient_checkpointing else "no checkpointing",
+        *["offloading"] * setup.activation_offloading,
+        f"{setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps}",
+    ]
     return Change(
-        title=f"{checkpointing}, {setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps}",
+        title=", ".join(ways),
         effect="the automatic choice",
         peak_upper_bytes=best.peak_upper_bytes,
         fits=True,

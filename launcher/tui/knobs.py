@@ -131,6 +131,12 @@ KNOBS: tuple[Knob, ...] = (
         needs=(("gradient_checkpointing", (ON,)),),
     ),
     Knob(
+        field="activation_offloading",
+        label="offloading",
+        help="activation_offloading: what layers keep for the backward pass waits in the host's memory",
+        choices=(OFF, ON),
+    ),
+    Knob(
         field="compile",
         label="compile",
         help="compile: regional compiles each decoder layer; that takes a minute, then saves time and memory",

@@ -49,7 +49,9 @@ def finish_seconds(candidate: Candidate, tokens: int) -> float | None:
 
 
 def fastest(fitting: list[Tried], tokens: int) -> Tried | None:
-    """The first to be done; within a tie the least memory. Without forecasts, the largest micro-batch."""
+    """The first to be done; within a tie one that offloads nothing, of the least memory. Without forecasts,
+    the largest micro-batch.
+    """
     if not fitting:
         return None
     times = [finish_seconds(one.candidate, tokens) for one in fitting]
@@ -58,4 +60,6 @@ def fastest(fitting: list[Tried], tokens: int) -> Tried | None:
         return max(fitting, key=lambda one: one.candidate.setup.per_device_train_batch_size)
     best = min(known)
     tied = [one for one, seconds in zip(fitting, known, strict=True) if seconds <= best * (1 + SPEED_TIE)]
-    return min(tied, key=lambda one: one.candidate.peak_upper_bytes)
+    return min(
+        tied, key=lambda one: (one.candidate.setup.activation_offloading, one.candidate.peak_upper_bytes)
+    )

@@ -209,11 +209,13 @@ async def test_a_point_of_the_frontier_is_taken_with_enter(make_app: MakeApp) ->
         points = screen_of(pilot).query_one("#frontier-list", OptionList)
         assert points.option_count > 2
         points.focus()
-        await pilot.press("home", "down", "enter")
+        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
+        chosen = next(index for index, point in enumerate(plan.frontier) if point.chosen)
+        assert chosen > 0
+        await pilot.press("home", *["down"] * chosen, "enter")
         await settle(pilot)
         sizing = screen_of(pilot).sizing
         assert sizing is not None
-        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
         assert sizing.setup == plan.setup
         assert sizing.memory == plan.memory
 
