@@ -95,6 +95,7 @@ def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
 def test_a_plan_for_the_cpu_chooses_nothing_that_the_launcher_refuses_there() -> None:
     build = pytest.importorskip("launcher.build", exc_type=ImportError)
     model = resolve_model("qwen2.5-14b")
-    assert make_plan(make_request(model.id, gpu="16GB")).setup.activation_offloading
-    plan = make_plan(make_request(model.id, gpu="16GB", knobs=_for_the_cpu(model)))
+    length = {"max_length": 2048}
+    assert make_plan(make_request(model.id, gpu="12GB", knobs=length)).setup.activation_offloading
+    plan = make_plan(make_request(model.id, gpu="12GB", knobs={**length, **_for_the_cpu(model)}))
     build.refuse_unsupported(plan.setup, on_gpu=False)
