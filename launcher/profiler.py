@@ -109,6 +109,8 @@ class Profiler:
         """
         import torch
 
+        # A run that ended by an error has left what it froze out of collection's reach.
+        gc.unfreeze()
         torch._dynamo.reset()
         self._drop_offloaded()
         gc.collect()
