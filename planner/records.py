@@ -85,7 +85,8 @@ class RunRecord:
     `lengths` are the (tokens, examples) of the data where a measured run had real lengths: then
     `tokens_per_second` counts padding too, and `useful_tokens_per_second` the examples' own tokens.
     `allocator` is torch's, as planner/cuda_allocator.py names it. `host_block_seconds` is how long the host
-    took, around the run, for what microbenchmarks call the eager block (null: not timed).
+    took, around the run, for what microbenchmarks call the eager block (null: not timed). `tf32` says that
+    products in float32 could use it, as the launcher lets them.
     """
 
     id: str
@@ -110,6 +111,7 @@ class RunRecord:
     useful_tokens_per_second: float | None = None
     allocator: str = NATIVE
     host_block_seconds: float | None = None
+    tf32: bool = True
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -181,7 +181,10 @@ def _usual_block(records: Sequence[RunRecord]) -> float | None:
 
 
 def _timed(record: RunRecord) -> bool:
-    return record.outcome == "ok" and record.tokens_per_second is not None and record.fills_its_length
+    """Whether the run tells how fast such a run is when it is launched."""
+    as_launched = record.tf32 or record.setup.dtype != "float32"
+    timed = record.outcome == "ok" and record.tokens_per_second is not None
+    return timed and record.fills_its_length and as_launched
 
 
 def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | None:

@@ -21,7 +21,8 @@ START = {
     "masked_attention_flop_seconds": 1 / 2e14,
     "head_flop_seconds": 1 / 5e14,
     "adapter_flop_seconds": 1 / 6e14,
-    "single_flop_seconds": 1 / 5e13,
+    # TF32: half the rate of 16 bits.
+    "single_flop_seconds": 1 / 3e14,
     "written_byte_seconds": 1e-12,
     "weight_byte_seconds": 1e-12,
     "offloaded_byte_seconds": 2e-11,

@@ -32,7 +32,7 @@ class Rates:
     """Seconds for each unit of work on one GPU (`gpu`, its catalog id) and its host.
 
     Of the GPU, a floating-point operation (`layer`, `head`, `adapter`, `attention`, `masked_attention`;
-    `single` in fp32 without tensor cores) and a byte (`written`: tensors that grow with the batch; `weight`:
+    `single` in fp32, by TF32 where the GPU has it) and a byte (`written`: tensors that grow with the batch; `weight`:
     those that do not; `offloaded`: to the host or back; `optimizer`: an optimizer step's). Of the host, what
     PassWork counts (`launch`, `quantized_call`, `lora_call`, `liger_call`, `selected_launch`,
     `compiled_layer`, `compiled_call`), a micro-step, and an optimizer's run of Python (`optimizer_call`).

@@ -93,7 +93,7 @@ class PassWork(NamedTuple):
 class StepWork:
     """Work of one micro-step, and of one optimizer step.
 
-    `total_flops` has eager attention's too. `single` says that matrices run in fp32 without tensor cores.
+    `total_flops` has eager attention's too. `single` says that matrices are in fp32.
     `offloaded_bytes` leave for the host in the forward pass and come back in the backward pass.
     """
 
