@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launcher.build import allow_tf32
 from launcher.kernel_clock import CPU_SIZES, GPU_SIZES, KernelClock, eager_block
 from planner.data_files import write_atomically
 from planner.hardware import local_gpus
@@ -53,7 +54,7 @@ class Bench:
         _say("4-bit weights")
         dequantized, call = self._dequantized(), self._quantized_call()
         _say("matrix products of a layer")
-        single = self._single()
+        single, tf32 = self._single(), self._tf32()
         matrix = tuple(self._matrix())
         _say("LoRA's products")
         adapter = tuple(self._adapter())
@@ -76,6 +77,7 @@ class Bench:
             kernel_launch_seconds=kernel,
             eager_block_seconds=block,
             quantized_call_seconds=call,
+            tf32_flops_per_second=tf32,
         )
 
     def _has_time(self, share: float) -> bool:
@@ -174,6 +176,16 @@ class Bench:
             return None
         left, out = (self._random(size, size, dtype=self._torch.float32) for _ in range(2))
         return 2 * size**3 / self._clock.device_seconds(lambda: self._torch.mm(left, left.t(), out=out))
+
+    def _tf32(self) -> float | None:
+        """The same rate as training has it: by tensor cores where the GPU has them for float32."""
+        precision = self._torch.get_float32_matmul_precision()
+        if self.device.type == "cuda":
+            allow_tf32()
+        try:
+            return self._single()
+        finally:
+            self._torch.set_float32_matmul_precision(precision)
 
     def _matrix(self) -> Iterator[MatrixRate]:
         for tokens in self.sizes.tokens:

@@ -53,7 +53,8 @@ class Microbenchmarks:
     """Rates of one GPU (`gpu`, its catalog id; `gpu_name`, the driver's) in its training `dtype`.
 
     `matrix` are products of the size of a layer's, `adapter` pairs of products through a LoRA rank of 16
-    (inputs to rank to outputs), `single` in float32 without tensor cores. Bytes are those read and written
+    (inputs to rank to outputs), `single` in float32 without tensor cores, `tf32` as the launcher lets it
+    run (null in files from before it was timed). Bytes are those read and written
     (`copy`, `elementwise`), written (`dequantized`, from NF4 with double quantisation) or moved between the
     host's pinned memory and the GPU (`host_copy`). Of the host: a tiny kernel (`kernel_launch`), four RMS
     norms with SiLU forward and backward (`eager_block`), and a pass through a 4-bit layer with LoRA
@@ -77,6 +78,7 @@ class Microbenchmarks:
     kernel_launch_seconds: float
     eager_block_seconds: float
     quantized_call_seconds: float | None
+    tf32_flops_per_second: float | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -132,7 +134,7 @@ def slowdown(gpu: Microbenchmarks, reference: Microbenchmarks) -> Slowdown:
         matrix=_by_shape(gpu.matrix, reference.matrix),
         adapter=_by_shape(gpu.adapter, reference.adapter),
         attention=_by_shape(gpu.attention, reference.attention),
-        single=_ratio(reference.single_flops_per_second, gpu.single_flops_per_second),
+        single=_ratio(reference.tf32_flops_per_second, gpu.tf32_flops_per_second),
         elementwise=_ratio(reference.elementwise_bytes_per_second, gpu.elementwise_bytes_per_second),
         dequantized=_ratio(reference.dequantized_bytes_per_second, gpu.dequantized_bytes_per_second),
         host_copy=_ratio(reference.host_copy_bytes_per_second, gpu.host_copy_bytes_per_second),

@@ -58,6 +58,8 @@ def test_rates_of_products_and_attention_are_below_the_published_one(
     # Without tensor cores: GeForce cards reach half of their rate with them.
     assert found.single_flops_per_second is not None
     assert found.single_flops_per_second <= ABOVE_PUBLISHED * published
+    assert found.tf32_flops_per_second is not None
+    assert found.tf32_flops_per_second <= ABOVE_PUBLISHED * published
 
 
 def test_memory_is_no_faster_than_its_bus(measured: tuple[Microbenchmarks, float]) -> None:

@@ -57,6 +57,7 @@ def kernels(gpu: str, *, speed: float = 1.0, host: float = 1.0) -> Microbenchmar
         adapter=(matrix(3e13 * speed),),
         attention=(AttentionRate(head_dim=128, length=4096, flops_per_second=4e14 * speed),),
         single_flops_per_second=5e13 * speed,
+        tf32_flops_per_second=3e14 * speed,
         copy_bytes_per_second=2.8e12 * speed,
         elementwise_bytes_per_second=2.7e12 * speed,
         dequantized_bytes_per_second=1.5e12 * speed,
