@@ -116,6 +116,7 @@ def _space(chosen: TrainingSetup, evaluator: Evaluator) -> Iterator[tuple[Way, T
 
 def _levels(setup: TrainingSetup, evaluator: Evaluator) -> Iterator[tuple[str, TrainingSetup]]:
     yield "all", setup
+    yield "offloaded", setup.replace(activation_offloading=True)
     yield "selective", setup.replace(selective_checkpointing=True)
     bare = setup.replace(gradient_checkpointing=False)
     yield "none", bare
