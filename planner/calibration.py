@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.calibration_samples import MIB, Resolve, Sample, samples_of
@@ -84,7 +84,7 @@ def calibrate(
     by_gpu = _by_gpu(records, gpu, resolve)
     samples = _enough(by_gpu[gpu.id], gpu.id)
     measured = [sample for there in by_gpu.values() for sample in there]
-    pool = _enough([one for one in measured if one.record.allocator == allocator], allocator)
+    pool = _pool(by_gpu, allocator)
     residuals, shortfalls = _held_out(samples, pool, gpu, name)
     for other, there in by_gpu.items():
         if other != gpu.id:
@@ -113,10 +113,15 @@ def held_out_residuals(
         InputError: too few records of it.
     """
     by_gpu = _by_gpu(records, gpu, resolve)
-    samples = [sample for there in by_gpu.values() for sample in there]
-    pool = _enough([one for one in samples if one.record.allocator == allocator], allocator)
-    residuals, _ = _held_out(_enough(by_gpu[gpu.id], gpu.id), pool, gpu, gpu.id)
+    samples = _enough(by_gpu[gpu.id], gpu.id)
+    residuals, _ = _held_out(samples, _pool(by_gpu, allocator), gpu, gpu.id)
     return tuple(residuals[True])
+
+
+def _pool(by_gpu: Mapping[str, Sequence[Sample]], allocator: str) -> list[Sample]:
+    """An allocator's samples on all GPUs."""
+    every = (sample for there in by_gpu.values() for sample in there)
+    return _enough([sample for sample in every if sample.record.allocator == allocator], allocator)
 
 
 def _enough(samples: list[Sample], what: str) -> list[Sample]:

@@ -46,9 +46,9 @@ def levels(
     most = tried(setup.replace(gradient_checkpointing=True), prefix + CHECKPOINTED, evaluator)
     yield most
     if offload and not most.fits:
-        offloaded = _possible(
-            setup, prefix + CHECKPOINTED + OFFLOADED, evaluator, gradient_checkpointing=True, **_OFFLOADED
-        )
+        strategy = prefix + CHECKPOINTED + OFFLOADED
+        knobs = {"gradient_checkpointing": True, "activation_offloading": True}
+        offloaded = _possible(setup, strategy, evaluator, **knobs)
         if offloaded is not None:
             yield offloaded
     if not goes_on(most, evaluator, confirm=confirm):
@@ -80,7 +80,6 @@ def _between(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterato
             return
 
 
-_OFFLOADED: dict[str, Any] = {"activation_offloading": True}
 _SELECTIVE: dict[str, Any] = {"gradient_checkpointing": True, "selective_checkpointing": True}
 
 

@@ -15,7 +15,7 @@ from planner import validate
 from planner.data_files import PROFILES, user_data_dir
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
-from planner.throughput.microbenchmarks import Slowdown, microbenchmarks_of, slowdown
+from planner.throughput.microbenchmarks import Microbenchmarks, Slowdown, microbenchmarks_of, slowdown
 from planner.throughput.work import PassWork, StepWork
 
 OVERLAP = 4.0
@@ -218,7 +218,7 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
     if matrix is None or traffic is None:
         return None
     found = slower or _NOTHING_MEASURED
-    launch = host_slower(gpu, rates) or found.launch or 1.0
+    launch = host_slower(microbenchmarks_of(gpu.id), rates) or found.launch or 1.0
     call = launch if rates.host_block_seconds else found.quantized_call or launch
     factors = {
         "layer_flop_seconds": matrix,
@@ -249,11 +249,10 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
     return Rates.from_dict(values)
 
 
-def host_slower(gpu: GpuSpec, rates: Rates) -> float | None:
-    """How many times as long as the rates' host this GPU's takes, by the eager block of its microbenchmarks;
-    None where either is not known.
+def host_slower(measured: Microbenchmarks | None, rates: Rates) -> float | None:
+    """How many times as long as the rates' host the measured one takes for the eager block of
+    microbenchmarks; None where either is not known.
     """
-    measured = microbenchmarks_of(gpu.id)
     if measured is None or rates.host_block_seconds is None:
         return None
     return measured.eager_block_seconds / rates.host_block_seconds

@@ -13,6 +13,7 @@ from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenc
 from planner.throughput.rates import (
     UNCALIBRATED,
     Rates,
+    host_slower,
     known_rates,
     measured_slowdown,
     micro_step_time,
@@ -76,7 +77,8 @@ def estimate_step(
     rates, calibrated = known.rates, known.source == "runs"
     work = step_work(setup, model, padded=padded)
     slower = EMULATED_BFLOAT16 if setup.dtype != "float16" and not gpu.supports_bfloat16 else 1.0
-    host = _own_host_slower(gpu, rates)
+    # Rates of runs hold for their host; this machine may have measured its own.
+    host = host_slower(own_microbenchmarks_of(gpu.id), rates) or 1.0
     time = micro_step_time(rates, work, slower=slower, host_slower=host)
     micro = time.seconds
     step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work, host_slower=host)
@@ -143,14 +145,6 @@ def borrowed_rates(gpu: GpuSpec) -> KnownRates:
     if not found:
         raise NoForecastError(f"no throughput for {gpu.id}: no measured rates to scale to it")
     return min(found, key=lambda one: one.source != "microbenchmarks")
-
-
-def _own_host_slower(gpu: GpuSpec, rates: Rates) -> float:
-    """How many times as long as the rates' host this machine's takes; 1 where it was not measured here."""
-    own = own_microbenchmarks_of(gpu.id)
-    if own is None or rates.host_block_seconds is None:
-        return 1.0
-    return own.eager_block_seconds / rates.host_block_seconds
 
 
 def _limits(gpu: GpuSpec) -> tuple[float, float]:
