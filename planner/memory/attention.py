@@ -187,7 +187,7 @@ def _masked_attention(
     statistics = tape.tokens(heads * FP32)
     tape.select(result.buffer, statistics)
     saved = [tape.save(b) for b in (query.buffer, *repeated, additive, result.buffer, statistics)]
-    tape.free(*repeated, additive, statistics)
+    tape.free(statistics, additive, *repeated)
     if layer.rotary_concatenated:
         # As without a mask: the output follows the queries' order (padded phi-4 among the records).
         result.buffer = transposed(tape, result.buffer, whole)

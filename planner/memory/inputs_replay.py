@@ -19,6 +19,7 @@ class InputsReplay:
         self.shape = micro_step(setup)
         self.width = DTYPE_BYTES[setup.dtype]
         self.stream_bytes = self.shape.tokens * model.hidden_size * self.shape.stream_bytes
+        self.packing = setup.packing
         self.eager = attention_implementation(setup, model) == "eager"
         self.masks = mask_windows(setup, model, padded=padded)
         self.raw_embedding = keeps_raw_embedding(setup, model)
@@ -51,24 +52,32 @@ class InputsReplay:
 
     def _mask(self, allocator: CachingAllocator, *, windowed: bool) -> int:
         """One attention mask (transformers masking_utils.py): conditions of all positions, and-ed one after
-        the other; then spread over the batch; then, for eager attention, made additive.
+        the other, then with the padding of each row; for eager attention made additive.
         """
         take, free = allocator.allocate, allocator.free
         square = self.shape.positions**2
+        # Of packed rows "the same example" comes first, and nothing is spread: they are one row.
+        packed = self._and(allocator, None, take(square)) if self.packing else None
         condition = take(square)
-        combined = take(square)
-        free(condition)
         if windowed:
-            causal = take(square)
-            both = take(square)
-            free(causal)
+            window = self._and(allocator, None, condition)
+            condition = self._and(allocator, window, take(square))
+        if packed is not None:
+            mask = self._and(allocator, packed, condition)
+        else:
+            combined = self._and(allocator, None, condition)
+            mask = take(self.shape.scores)
             free(combined)
-            combined = take(square)
-            free(both)
-        mask = take(self.shape.scores)
-        free(combined)
         if self.eager:
             additive = take(self.shape.scores * self.width)
             free(mask)
             mask = additive
         return mask
+
+    def _and(self, allocator: CachingAllocator, result: int | None, condition: int) -> int:
+        """The next result of and_masks: a new square, then condition and last result (a scalar at first) go."""
+        combined = allocator.allocate(self.shape.positions**2)
+        allocator.free(condition)
+        if result is not None:
+            allocator.free(result)
+        return combined
