@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from launcher.measured_run import WARM_UP_STEPS
 from launcher.profile import Profile
 from planner.cuda_allocator import machine_allocator
 from planner.gpu_catalog import gpu_catalog
@@ -16,8 +17,6 @@ from planner.records import RunRecord
 from planner.training_setup import TrainingSetup
 
 MEASURED_ON = "h100-80gb"
-WARM_UP_STEPS = 2
-"""As launcher/measured_run.py: optimizer state is born and kernels are compiled in them."""
 
 
 def capped_target(card: str) -> GpuTarget:

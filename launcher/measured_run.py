@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 WARM_UP_STEPS = 2
 """Optimizer state is born in the first step, kernels are compiled in it; the second settles the allocator."""
+STEADY_SECONDS, MOST_STEPS = 2.5, 10
+"""Short steps are repeated for so long, at most so often: they wait for the host, whose pace changes from one
+to the next: 0.49 and 0.61 s (run 20261122-7e3203c71714), 0.52 and 0.41 (20261122-18f7a01e5f30).
+"""
 
 
 def load_config(model_id: str) -> PretrainedConfig:
@@ -56,7 +60,7 @@ class MeasuredRun:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens a second over the steps after warm-up, padding included where the data has real lengths."""
-        steady = self.step_seconds[WARM_UP_STEPS:]
+        steady = self._steady
         if not steady:
             return None
         if self.profile.lengths:
@@ -68,7 +72,7 @@ class MeasuredRun:
     @property
     def useful_tokens_per_second(self) -> float | None:
         """The examples' own tokens a second over the same steps; None without the profile's lengths."""
-        steady = self.step_seconds[WARM_UP_STEPS:]
+        steady = self._steady
         return self._useful_tokens / sum(steady) if steady and self.profile.lengths else None
 
     def _count(self, counter: TokenCounter) -> None:
@@ -108,7 +112,9 @@ class MeasuredRun:
         torch.cuda.synchronize()
         self.weights_bytes = torch.cuda.memory_allocated()
         self._close("load")
-        steps = WARM_UP_STEPS + self.profile.steps
+        # Runs on the lengths of real data count the tokens of the steps they ask for.
+        most = self.profile.steps if self.profile.lengths else max(self.profile.steps, MOST_STEPS)
+        steps = WARM_UP_STEPS + most
         rows = random_rows(self.profile, steps, config.vocab_size)
         data, eval_data = token_dataset(rows), token_dataset(rows[: 2 * setup.per_device_train_batch_size])
         trainer = build.build_trainer(
@@ -120,7 +126,7 @@ class MeasuredRun:
             eval_dataset=eval_data if self.profile.evaluates else None,
             output_dir=folder,
             on_gpu=True,
-            callbacks=[_step_clock(self.step_seconds, self.update_seconds, self.micro_steps)],
+            callbacks=[self._step_clock()],
         )
         trainer.args.eval_strategy = "no"
         if self.profile.padded:
@@ -138,6 +144,54 @@ class MeasuredRun:
             trainer.save_model(str(folder / "saved"))
             self._close("save")
 
+    @property
+    def _steady(self) -> list[float]:
+        return self.step_seconds[WARM_UP_STEPS:]
+
+    def steady_enough(self) -> bool:
+        """Whether the steps after warm-up are as many as the profile asks for, and took long enough."""
+        return len(self._steady) >= self.profile.steps and sum(self._steady) >= STEADY_SECONDS
+
+    def _step_clock(self) -> Any:
+        """A callback that times steps and their updates, the GPU's work included, counts the micro-steps of
+        each, starts peaks anew after warm-up and ends training when the steady steps are enough. The trainer
+        has read the gradient's norm just before an update: nothing is waited for twice.
+        """
+        import torch
+        from transformers import TrainerCallback
+
+        seconds, updates, micro_steps = self.step_seconds, self.update_seconds, self.micro_steps
+        enough = self.steady_enough
+
+        class StepClock(TrainerCallback):  # type: ignore[misc]
+            started = updating = 0.0
+            passed = 0
+
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                torch.cuda.synchronize()
+                if len(seconds) == WARM_UP_STEPS:
+                    torch.cuda.reset_peak_memory_stats()
+                self.passed = 0
+                self.started = time.perf_counter()
+
+            def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+                self.passed += 1
+
+            def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                torch.cuda.synchronize()
+                self.updating = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                torch.cuda.synchronize()
+                now = time.perf_counter()
+                seconds.append(now - self.started)
+                updates.append(now - self.updating)
+                micro_steps.append(self.passed + 1)
+                if enough():
+                    control.should_training_stop = True
+
+        return StepClock()
+
     def _close(self, name: str) -> None:
         import torch
 
@@ -150,42 +204,6 @@ class MeasuredRun:
             )
         )
         torch.cuda.reset_peak_memory_stats()
-
-
-def _step_clock(seconds: list[float], updates: list[float], micro_steps: list[int]) -> Any:
-    """A callback that times steps and their updates, the GPU's work included, counts the micro-steps of each,
-    and starts peaks anew after warm-up. The trainer has read the gradient's norm just before an update:
-    nothing is waited for twice.
-    """
-    import torch
-    from transformers import TrainerCallback
-
-    class StepClock(TrainerCallback):  # type: ignore[misc]
-        started = updating = 0.0
-        passed = 0
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            torch.cuda.synchronize()
-            if len(seconds) == WARM_UP_STEPS:
-                torch.cuda.reset_peak_memory_stats()
-            self.passed = 0
-            self.started = time.perf_counter()
-
-        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
-            self.passed += 1
-
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            torch.cuda.synchronize()
-            self.updating = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            torch.cuda.synchronize()
-            now = time.perf_counter()
-            seconds.append(now - self.started)
-            updates.append(now - self.updating)
-            micro_steps.append(self.passed + 1)
-
-    return StepClock()
 
 
 def _tokenizer() -> Any:
