@@ -19,6 +19,7 @@ from planner.throughput.fit import (
     fit_rates,
     forecast_errors,
     start_for,
+    telling,
 )
 
 
@@ -79,13 +80,15 @@ class ModelSpeed:
 class SpeedAccuracy:
     """Errors of tokens a second on one GPU: `held_out` by its own runs of other models, all together and by
     model (None: too few runs), of which `gpu_bound` and `host_bound` are those whose time the one or the
-    other decides; and `borrowed` by another GPU's rates, scaled (None for the reference).
+    other decides; and `borrowed` by another GPU's rates, scaled (None for the reference). They are of runs as
+    launched today where there are enough; `earlier` are the others' (None: there are none).
     """
 
     gpu: str
     held_out: SpeedSummary | None
     gpu_bound: SpeedSummary | None
     host_bound: SpeedSummary | None
+    earlier: SpeedSummary | None
     models: tuple[ModelSpeed, ...]
     borrowed: SpeedSummary | None
 
@@ -164,6 +167,7 @@ def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
     residuals: tuple[SpeedResidual, ...] = ()
     with contextlib.suppress(TooFewRunsError):
         residuals = fit_rates(records, gpu_id, load_shipped, start=start).residuals
+    everything, residuals = residuals, telling(residuals)
     by_model: dict[str, list[SpeedResidual]] = {}
     for residual in residuals:
         by_model.setdefault(residual.model, []).append(residual)
@@ -178,8 +182,9 @@ def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
         held_out=_speed_summary(residuals),
         gpu_bound=_speed_summary([one for one in residuals if not one.launches]),
         host_bound=_speed_summary([one for one in residuals if one.launches]),
+        earlier=_speed_summary([one for one in everything if one not in residuals]),
         models=tuple(models),
-        borrowed=_speed_summary(borrowed),
+        borrowed=_speed_summary(telling(borrowed)),
     )
 
 

@@ -114,6 +114,7 @@ def _speed_table(found: SpeedAccuracy, *, wide: bool) -> tuple[list[tuple[str, s
         ("held out", found.held_out),
         ("  GPU-bound", found.gpu_bound),
         ("  host-bound", found.host_bound),
+        ("earlier runs", found.earlier),
         ("borrowed", found.borrowed),
     ):
         if one is not None:

@@ -75,7 +75,7 @@ class InputsReplay:
         return mask
 
     def _and(self, allocator: CachingAllocator, result: int | None, condition: int) -> int:
-        """The next result of and_masks: a new square, then condition and last result (a scalar at first) go."""
+        """The next result of and_masks: a new square, then condition and last result go (first a scalar)."""
         combined = allocator.allocate(self.shape.positions**2)
         allocator.free(condition)
         if result is not None:

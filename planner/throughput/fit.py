@@ -16,7 +16,7 @@ from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
-from planner.throughput.fit_problem import START, RatesProblem, host_factor, step_seconds
+from planner.throughput.fit_problem import START, RatesProblem, as_launched, host_factor, step_seconds
 from planner.throughput.rates import UNCALIBRATED, Rates, micro_step_time
 from planner.throughput.roofline import NoForecastError, borrowed_rates
 from planner.throughput.work import StepWork, step_work
@@ -41,13 +41,15 @@ class TooFewRunsError(InputError):
 class SpeedResidual:
     """A run beside its forecast from a fit that has not seen its model: predicted / measured - 1.
 
-    `launches` says that the run waits for its host, which launches kernels, rather than for the GPU.
+    `launches` says that the run waits for its host, which launches kernels, rather than for the GPU;
+    `as_launched` that its trainer was today's.
     """
 
     record_id: str
     model: str
     error: float
     launches: bool = False
+    as_launched: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +93,7 @@ def fit_rates(
                 RatesProblem(pairs, begin, held, block) for held in (FIRMNESS if start else FIRMNESS[:1])
             )
         ),
-        key=lambda pair: fmean(abs(one.error) for one in pair[1]) if pair[1] else 0.0,
+        key=lambda pair: fmean(abs(one.error) for one in telling(pair[1])) if pair[1] else 0.0,
     )
     solution = np.exp(problem.factors(problem.solve(np.arange(len(pairs)))))
     rates = Rates(
@@ -111,7 +113,7 @@ def fit_rates(
     }
     residuals = tuple(replace(one, launches=one.record_id in launches) for one in residuals)
     for prefix, wanted in (("", False), ("launch_", True)):
-        errors = [one.error for one in residuals if one.launches is wanted]
+        errors = [one.error for one in telling(residuals) if one.launches is wanted]
         if len(errors) >= MIN_RUNS:
             low, high = np.quantile([1 / (1 + error) for error in errors], QUANTILES)
             edges: dict[str, Any] = {
@@ -120,6 +122,12 @@ def fit_rates(
             }
             rates = replace(rates, **edges)
     return SpeedFit(rates=rates, residuals=residuals)
+
+
+def telling(residuals: Sequence[SpeedResidual]) -> tuple[SpeedResidual, ...]:
+    """Those of runs as they are launched today, where there are enough of them; else all."""
+    found = tuple(one for one in residuals if one.as_launched)
+    return found if len(found) >= MIN_RUNS else tuple(residuals)
 
 
 def _held_out(problem: RatesProblem, records: Sequence[RunRecord]) -> tuple[SpeedResidual, ...]:
@@ -136,7 +144,12 @@ def _held_out(problem: RatesProblem, records: Sequence[RunRecord]) -> tuple[Spee
         solution = problem.solve(everything[~held])
         errors[held] = problem.seconds[held] / problem.predict(solution, everything[held]) - 1
     return tuple(
-        SpeedResidual(record_id=record.id, model=record.setup.model, error=float(error))
+        SpeedResidual(
+            record_id=record.id,
+            model=record.setup.model,
+            error=float(error),
+            as_launched=as_launched(record),
+        )
         for record, error in zip(records, errors, strict=True)
     )
 
@@ -169,15 +182,16 @@ def forecast_errors(
                     model=record.setup.model,
                     error=step_seconds(record) / step - 1,
                     launches=micro.bound_by == "launches",
+                    as_launched=as_launched(record),
                 )
             )
     return tuple(found)
 
 
 def _usual_block(records: Sequence[RunRecord]) -> float | None:
-    """The median time of an eager block on the runs' hosts; None where it was not timed."""
+    """The median time of an eager block on the runs' hosts; None where too few were timed."""
     timed = [r.host_block_seconds for r in records if r.host_block_seconds is not None]
-    return median(timed) if timed else None
+    return median(timed) if len(timed) >= MIN_RUNS_FROM_START else None
 
 
 def _timed(record: RunRecord) -> bool:

@@ -33,13 +33,13 @@ def test_each_model_is_judged_by_a_fit_without_it(found: tuple) -> None:
 
 
 BARS = {
-    EXPANDABLE: ((0.001, 0.005, 0.03), (0.002, 0.02, 0.04), (0.002, 0.01, 0.02)),
+    EXPANDABLE: ((0.001, 0.005, 0.03), (0.002, 0.02, 0.06), (0.002, 0.02, 0.02)),
     NATIVE: ((0.001, 0.005, 0.03), (0.005, 0.04, 0.08), (0.01, 0.04, 0.05)),
 }
 """Median, 95th percentile and worst of allocated, reserved and process."""
 
 
-@pytest.mark.parametrize(("allocator", "runs", "driver"), [(EXPANDABLE, 120, 40), (NATIVE, 150, 20)])
+@pytest.mark.parametrize(("allocator", "runs", "driver"), [(EXPANDABLE, 200, 75), (NATIVE, 150, 20)])
 def test_memory_is_as_right_as_the_readme_says(allocator: str, runs: int, driver: int, found: tuple) -> None:
     """Each model held out."""
     one = next(one for one in found if (one.gpu, one.allocator) == ("h100-80gb", allocator))
@@ -53,11 +53,11 @@ def test_memory_is_as_right_as_the_readme_says(allocator: str, runs: int, driver
 
 
 def test_no_run_as_launched_shows_much_more_than_was_said(found: tuple) -> None:
-    """At most 2% above what was said without its model, by the driver's figure and by the reserve."""
+    """At most 2% above what was said without its model by the driver's figure, 2.5% by the reserve."""
     for gpu_id in {one.gpu for one in found if one.allocator == EXPANDABLE}:
         gpu = gpu_catalog().get(gpu_id)
         for one in held_out_residuals(shipped_records(), gpu, load_shipped, allocator=EXPANDABLE):
-            assert one.reserved_error > -0.02, one
+            assert one.reserved_error > -0.025, one
             assert one.process_error is None or one.process_error > -0.02, one
 
 
@@ -82,17 +82,21 @@ def test_json_holds_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
 def test_speed_is_as_right_as_the_documentation_says() -> None:
     reference, *others = sorted(speed_accuracy(shipped_records()), key=lambda one: one.gpu != "h100-80gb")
     assert reference.held_out is not None
-    assert reference.held_out.runs >= 150
-    assert reference.held_out.median < 0.05
-    assert reference.held_out.percentile_90 < 0.18
+    assert reference.held_out.runs >= 75
+    assert reference.held_out.median < 0.04
+    assert reference.held_out.percentile_90 < 0.13
     assert reference.gpu_bound is not None
     assert reference.host_bound is not None
+    assert reference.earlier is not None
     assert reference.gpu_bound.runs + reference.host_bound.runs == reference.held_out.runs
     assert reference.gpu_bound.median < 0.03
     assert reference.gpu_bound.percentile_90 < 0.10
     # Hosts differ from run to run.
-    assert reference.host_bound.percentile_90 < 0.25
+    assert reference.host_bound.percentile_90 < 0.20
     assert abs(reference.held_out.bias) < 0.03
+    # Their trainer waited more often.
+    assert reference.earlier.runs > 300
+    assert reference.earlier.bias > reference.held_out.bias
     # Rates fitted elsewhere have not seen any run here; the reference borrows from nobody.
     assert reference.borrowed is None
     assert all(one.borrowed is not None for one in others)
@@ -113,7 +117,7 @@ def test_each_table_says_in_words_which_allocator_its_runs_had(
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["accuracy"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("h100-80gb, expandable segments, as the launcher starts runs 1")
+    assert text.startswith("h100-80gb, expandable segments, as the launcher starts runs 2")
     default = "torch's default allocator: Windows and WSL, where expandable segments do not work"
     assert f"h100-80gb, {default}" in text
 
