@@ -89,7 +89,7 @@ def _run_attention(graph: Graph) -> None:
     repeat(graph)
     if "k_all" in graph:
         graph.drop("k_rot", "v")
-    graph.put("ctx", "lse")
+    graph.put("ctx", "lse", foreign=graph.kernel_is_foreign)
     if layer.output_norms and layer.input_norms:
         # Gemma 3 alone keeps the kernel's output beside the one in the projection's order.
         graph.put("ctx_flat", size=graph.sizes["ctx"])
@@ -210,11 +210,11 @@ def _attention_backward(graph: Graph) -> None:
     repeat(graph)
     shared = layer.num_key_value_heads != layer.num_attention_heads
     repeated = "k_all" in graph
-    graph.put("q_g", size=graph.sizes["q_rot"])
+    graph.put("q_g", size=graph.sizes["q_rot"], foreign=graph.kernel_is_foreign)
     names = ("k_all_g", "v_all_g") if repeated else ("k_g", "v_g")
-    graph.put(*names, size=graph.sizes["q_rot" if repeated else "k_rot"])
+    graph.put(*names, size=graph.sizes["q_rot" if repeated else "k_rot"], foreign=graph.kernel_is_foreign)
     wide = 8 if shared and graph.knobs.attention == "fused" else 4
-    graph.put("scratch", size=layer.num_attention_heads * (wide * layer.head_dim + FP32))
+    graph.put_inner("scratch", layer.num_attention_heads * (wide * layer.head_dim + FP32))
     graph.drop("scratch", "q_rot", "k_rot", "v", "lse", "ctx_g", "ctx_flat", "k_all", "v_all", "mask")
     if not graph.knobs.default.trained:
         graph.drop("ctx")

@@ -2,12 +2,12 @@
 
 torch's inductor frees a buffer after its last use and writes all outputs of a fused kernel before it frees
 what the kernel reads. A buffer that a later kernel takes over counts as freed and allocated here, which is
-the same wherever live bytes are at their most.
+the same wherever live bytes are at their most; where it lies is planner/memory/compiled_reuse.py's.
 """
 
 from __future__ import annotations
 
-from planner.memory.compiled_kept import Part, kept_sizes
+from planner.memory.compiled_kept import Part, kept_sizes, order_is_known
 from planner.memory.layer_knobs import LayerKnobs
 from planner.memory.linear import ABSMAX_BYTES, NF4_BLOCK, LinearKind
 from planner.memory.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape
@@ -25,11 +25,19 @@ class Graph:
         self._passing: list[Buffer] = []
         self._spare: list[Buffer] = []
 
+    @property
+    def kernel_is_foreign(self) -> bool:
+        """Whether attention is an operator of torch's; inductor generates flex attention itself."""
+        return self.knobs.attention in ("fused", "masked")
+
     def __contains__(self, name: str) -> bool:
         return name in self.buffers
 
-    def put(self, *names: str, size: float | None = None) -> None:
-        """Allocate buffers of so many bytes a token (by default their own); not what is there already."""
+    def put(self, *names: str, size: float | None = None, foreign: bool = False) -> None:
+        """Allocate buffers of so many bytes a token (by default their own); not what is there already.
+
+        A `foreign` one is allocated by an operator that inductor does not generate.
+        """
         for name in names:
             if name in self.buffers:
                 continue
@@ -40,6 +48,17 @@ class Graph:
                 self.buffers[name] = fitting[-1]
             else:
                 self.buffers[name] = self.tape.tokens(wanted)
+            if foreign:
+                self.tape.by_operator(self.buffers[name], inner=False)
+
+    def _by_operator(self, buffer: Buffer | None, *, inner: bool) -> None:
+        if buffer is not None:
+            self.tape.by_operator(buffer, inner=inner)
+
+    def put_inner(self, name: str, size: float) -> None:
+        """Allocate what an operator that inductor does not generate needs in between."""
+        self.put(name, size=size)
+        self._by_operator(self.buffers[name], inner=True)
 
     def put_scores(self, name: str, per_score: float) -> None:
         """Allocate a buffer of so many bytes an attention score."""
@@ -55,6 +74,10 @@ class Graph:
 
     def spare(self, *names: str) -> None:
         """Leave buffers to later kernels that write as much; they are freed when the graph ends."""
+        if self.tape.logs and order_is_known(self.layer):
+            # What is left to whom follows from the program (planner/memory/compiled_reuse.py).
+            self.drop(*names)
+            return
         self._spare += [self.buffers.pop(name) for name in names if name in self.buffers]
 
     def keep_only(self, names: frozenset[str]) -> None:
@@ -73,11 +96,12 @@ class Graph:
         """A base layer's product in a forward pass; an NF4 weight is dequantised for it."""
         if part.name in self.buffers:
             return
-        constants = self._constants(part), self._constants(part)
-        weight = self._weight(part)
-        self.put(part.name)
+        inner = self._constants(part), self._constants(part), self._weight(part)
+        for buffer in inner:
+            self._by_operator(buffer, inner=True)
+        self.put(part.name, foreign=self.kind(part).quantized)
         self.tape.product()
-        self.tape.free(*constants, weight)
+        self.tape.free(*inner)
 
     def adapter(self, part: Part) -> None:
         """Both products of a linear layer's adapter."""
@@ -88,6 +112,8 @@ class Graph:
         """The gradient of a base layer's input, under a name."""
         constants = self._constants(part)
         weight = self._weight(part)
+        self._by_operator(constants, inner=True)
+        self._by_operator(weight, inner=False)
         self.tape.free(constants)
         self.put(name, size=part.inputs * self.width)
         self.tape.free(weight)

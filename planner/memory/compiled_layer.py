@@ -75,7 +75,7 @@ def _attention(graph: Graph, kept: frozenset[str]) -> None:
     _read(graph, attention_inputs(layer), "n1", kept)
     _rotate(graph, kept)
     repeat(graph)
-    graph.put("ctx", "lse")
+    graph.put("ctx", "lse", foreign=graph.kernel_is_foreign)
     _let_go(graph, kept, "q_rot", "k_rot", "v", "qkv", "k_all", "v_all", "mask", "lse")
     output = output_projection(layer)
     if "ctx_copy" in kept:

@@ -6,7 +6,6 @@ that logs. A program has no sizes of its own: bytes are linear in tokens and att
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,12 +14,10 @@ from planner.memory.activations import gradients_before
 from planner.memory.allocator import block_units
 from planner.memory.decoder_layer import replay
 from planner.memory.layer_knobs import LayerKnobs
+from planner.memory.logging_tape import Coefficients, LoggedBlock, LoggingTape, number
 from planner.memory.norms import norm
-from planner.memory.tape import GRADIENTS, Buffer, Tape, Value
+from planner.memory.tape import GRADIENTS, Value
 from planner.model_spec import LayerSpec
-
-Coefficients = tuple[float, float, float]
-"""Bytes of a block: constant, per token, per score element."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +31,8 @@ class Program:
     `checkpointed` backward recomputes, and frees nothing of block 0; else one of the passes frees block 0
     after its last use: `keeps_input` says that it is backward. After the event of backward at `unpacked` the
     last of what was recomputed is used, and the checkpoint lets go of the input. After `first_product` events
-    of forward the layer's first matrix product runs, its output there.
+    of forward the layer's first matrix product runs, its output there. Of a compiled layer `foreign` blocks
+    are outputs of operators that inductor does not generate, and `inner` ones what those need in between.
     """
 
     blocks: tuple[Coefficients, ...]
@@ -51,6 +49,8 @@ class Program:
     casts: tuple[int, ...]
     kept: tuple[int, ...]
     kept_once: tuple[int, ...]
+    foreign: frozenset[int] = frozenset()
+    inner: frozenset[int] = frozenset()
 
     @property
     def keeps_input_alone(self) -> bool:
@@ -60,94 +60,6 @@ class Program:
     def units(self, tokens: int, scores: int) -> list[int]:
         """Sizes of the blocks in the allocator's units."""
         return [block_units(int(a + b * tokens + c * scores)) for a, b, c in self.blocks]
-
-
-class _Block(Buffer):
-    """A buffer that knows its number."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, coefficients: Coefficients, slot: int, number: int) -> None:
-        super().__init__(*coefficients, slot)
-        self.number = number
-
-
-class LoggingTape(Tape):
-    """A tape that writes down every allocation and free, in order; it counts no live bytes."""
-
-    def __init__(self, *, saves: bool) -> None:
-        super().__init__(saves=saves)
-        self.blocks: list[Coefficients] = []
-        self.slots: list[int] = []
-        self.events: list[int] = []
-        self.casts: list[int] = []
-        self.selected: list[int] = []
-        self.save_counts: Counter[int] = Counter()
-        self.last_save_event = 0
-        self.first_product: int | None = None
-
-    def given(self) -> _Block:
-        """A block that is there already."""
-        block = self._new(0.0, 0.0, 0.0, 0)
-        self.events.pop()
-        return block
-
-    def _new(self, constant: float, per_token: float, per_score: float, slot: int) -> _Block:
-        number = len(self.blocks)
-        self.blocks.append((constant, per_token, per_score))
-        self.slots.append(slot)
-        self.events.append(number)
-        return _Block((constant, per_token, per_score), slot, number)
-
-    def _take(self, constant: float, per_token: float, per_score: float, slot: int) -> Buffer:
-        return self._new(constant, per_token, per_score, slot)
-
-    def tokens(self, per_token: float, category: int = 0) -> Buffer:
-        """Allocate a buffer of so many bytes a token."""
-        return self._new(0.0, per_token, 0.0, 3 * category)
-
-    def free(self, *buffers: Buffer | None) -> None:
-        """Let go of buffers; one is freed when its last holder does."""
-        for buffer in buffers:
-            if buffer is None:
-                continue
-            if buffer.holders > 1:
-                buffer.holders -= 1
-            else:
-                self.events.append(-1 - number(buffer))
-
-    def save(self, buffer: Buffer) -> Buffer | None:
-        """Hold a buffer for backward, when this replay saves at all."""
-        if not self.saves:
-            return None
-        buffer.holders += 1
-        self.last_save_event = len(self.events)
-        self.save_counts[number(buffer)] += 1
-        return buffer
-
-    def product(self) -> None:
-        """Note where the first matrix product runs."""
-        if self.first_product is None:
-            self.first_product = len(self.events)
-
-    def select(self, *buffers: Buffer) -> None:
-        """Name what selective checkpointing keeps."""
-        self.selected += [number(buffer) for buffer in buffers]
-
-    def cast_weights(self, *sizes_bytes: float) -> tuple[Buffer, ...]:
-        """Copies that autocast holds until the forward pass ends, unless backward frees them."""
-        copies = tuple(self.fixed(size) for size in sizes_bytes)
-        if self.saves:
-            return copies
-        self.casts += [number(copy) for copy in copies]
-        return ()
-
-
-def number(buffer: Buffer) -> int:
-    """Number of a buffer that a logging tape made."""
-    if not isinstance(buffer, _Block):
-        raise TypeError("the buffer is not of a logging tape")
-    return buffer.number
 
 
 @lru_cache(maxsize=1024)
@@ -202,7 +114,7 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     result = number(replay(first, layer, knobs, Value(first.given(), True)).buffer)
     tape = LoggingTape(saves=True)
     tape.blocks, tape.slots = first.blocks.copy(), first.slots.copy()
-    hidden = Value(_Block((0.0, 0.0, 0.0), 0, 0), True)
+    hidden = Value(LoggedBlock((0.0, 0.0, 0.0), 0, 0), True)
     output = replay(tape, layer, knobs, hidden)
     tape.free(output.buffer)
     recomputed = _stopped_early(tape.events, tape.last_save_event)
@@ -211,12 +123,12 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
         # Forward keeps these; recomputation takes them as they are.
         known = dict(zip(tape.selected, first.selected, strict=True))
         first.events = [event for event in first.events if -1 - event not in first.selected]
-        recomputed = _renamed([event for event in recomputed if event not in known], known)
+        recomputed = renamed([event for event in recomputed if event not in known], known)
     tape.events = []
     incoming = tape.given()
     output.grad = incoming
     tape.backward()
-    tape.events = _renamed(tape.events, known)
+    tape.events = renamed(tape.events, known)
     before, after = _split(tape.events, len(gradients_before(layer, knobs)) - 1, recomputed)
     return _program(
         tape,
@@ -233,9 +145,11 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     )
 
 
-def _renamed(events: Sequence[int], names: dict[int, int]) -> list[int]:
+def renamed(events: Sequence[int], names: dict[int, int]) -> list[int]:
     """Events on blocks under other numbers."""
-    return [-1 - names[-1 - event] if -1 - event in names else event for event in events]
+    return [
+        names.get(event, event) if event >= 0 else -1 - names.get(-1 - event, -1 - event) for event in events
+    ]
 
 
 def _stopped_early(events: Sequence[int], last_save: int) -> list[int]:
@@ -302,6 +216,8 @@ def _program(
         casts=casts,
         kept=tuple(sorted(left)),
         kept_once=tuple(sorted(block for block in left if tape.save_counts[block] == 1)),
+        foreign=frozenset(tape.foreign),
+        inner=frozenset(tape.inner),
     )
 
 

@@ -14,6 +14,8 @@ from planner.gpu_spec import GpuSpec
 from planner.memory.activations import LayerReplay, at
 from planner.memory.adapter import trainables
 from planner.memory.allocator import MIN_BLOCK
+from planner.memory.compiled_kept import order_is_known
+from planner.memory.compiled_reuse import placed
 from planner.memory.head import head_shape
 from planner.memory.head_replay import HeadReplay
 from planner.memory.inputs_replay import InputsReplay
@@ -149,6 +151,8 @@ class StepReplay:
                 )
                 for accumulating in (False, accumulates)
             )
+            if part.knobs.compiled and order_is_known(part.layer):
+                first, later = (placed(program, self.tokens, self.scores) for program in (first, later))
             layer = _Layer(
                 first=first,
                 later=later,

@@ -72,6 +72,9 @@ class Tape:
     A moment is noted where a free follows an allocation: only there can live memory have been at its most.
     """
 
+    logs = False
+    """Whether the tape writes down events for the allocator's replay."""
+
     def __init__(self, *, saves: bool) -> None:
         self.saves = saves
         self.nodes: list[Callable[[], None]] = []
@@ -107,6 +110,11 @@ class Tape:
 
     def product(self) -> None:
         """A matrix product runs, its output there."""
+
+    def by_operator(self, buffer: Buffer, *, inner: bool) -> None:
+        """A buffer of a compiled graph that an operator allocates which inductor does not generate: its
+        output, or an `inner` one.
+        """
 
     def free(self, *buffers: Buffer | None) -> None:
         """Let go of buffers; one is freed when its last holder does."""

@@ -76,6 +76,17 @@ def test_a_replayed_step_comes_to_its_trace(name: str, allocator: str) -> None:
     assert replay.allocator.reserved_bytes == pytest.approx(traced.reserved_bytes, abs=block + 2 * MIB)
 
 
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_most_steps_reserve_what_their_traces_do(allocator: str) -> None:
+    """Where buffers of one graph take each other's places (planner/memory/compiled_reuse.py)."""
+    others = []
+    for name in NAMES:
+        replay, traced, _ = step_of(name, allocator)
+        if abs(replay.allocator.reserved_bytes - traced.reserved_bytes) > 2 * MIB:
+            others.append(name)
+    assert len(others) <= 10, others
+
+
 @pytest.mark.parametrize("run", RUNS, ids=[f"{run.setup.model}-{run.id}" for run in RUNS])
 def test_measured_runs(run: RunRecord) -> None:
     """Whole models of up to 48 layers."""
