@@ -76,7 +76,7 @@ def _recompute(graph: Graph, readers: list[Part] | tuple[Part, ...], *, keeps_dr
     for part in readers:
         kind = graph.kind(part)
         if kind.rank and kind.dropout:
-            graph.put(f"{part.name}_u", size=part.inputs * FP32)
+            graph.put_single(f"{part.name}_u", part.inputs)
             if keeps_dropped:
                 graph.put(f"{part.name}_d")
     for part in readers:
@@ -183,10 +183,10 @@ def _input_gradients(graph: Graph, part: Part) -> None:
 def _middle_backward(graph: Graph) -> None:
     """The norms between attention and MLP: from the MLP's inputs to what the attention block returned."""
     layer = graph.layer
+    graph.put_single("wide", layer.hidden_size)
+    graph.put("mid_g", size=graph.sizes["x"])
     if layer.input_norms:
         graph.put("n2")
-    graph.put("wide", size=layer.hidden_size * FP32)
-    graph.put("mid_g", size=graph.sizes["x"])
     graph.spare(*(f"{part.name}{end}" for part in mlp_inputs(layer) for end in ("_xa", "_x")), "wide")
     graph.drop("mid", "root2", "o", "o_l", "o_root", "out_g", "down_root")
     if not graph.knobs.default.trained:
@@ -243,7 +243,7 @@ def _finish(graph: Graph, hidden: Value) -> None:
     layer, tape = graph.layer, graph.tape
     if hidden.requires_grad:
         if layer.input_norms:
-            graph.put("wide", size=layer.hidden_size * FP32)
+            graph.put_single("wide", layer.hidden_size)
         graph.put("x_g", size=graph.sizes["x"])
         tape.add_grad(hidden, graph.take("x_g"))
     inputs = attention_inputs(layer)

@@ -8,7 +8,7 @@ the same wherever live bytes are at their most; where it lies is planner/memory/
 from __future__ import annotations
 
 from planner.memory.compiled_kept import Part, kept_sizes, order_is_known
-from planner.memory.layer_knobs import LayerKnobs
+from planner.memory.layer_knobs import FP32, LayerKnobs
 from planner.memory.linear import ABSMAX_BYTES, NF4_BLOCK, LinearKind
 from planner.memory.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape
 from planner.model_spec import LayerSpec
@@ -54,6 +54,12 @@ class Graph:
     def _by_operator(self, buffer: Buffer | None, *, inner: bool) -> None:
         if buffer is not None:
             self.tape.by_operator(buffer, inner=inner)
+
+    def put_single(self, name: str, values: int) -> None:
+        """Allocate a buffer of so many fp32 values a token."""
+        if name not in self.buffers:
+            self.put(name, size=values * FP32)
+            self.tape.in_single(self.buffers[name])
 
     def put_inner(self, name: str, size: float) -> None:
         """Allocate what an operator that inductor does not generate needs in between."""

@@ -1,7 +1,7 @@
 """Which freed buffers of a compiled graph later ones take over, so that their memory stays where it is.
 
-torch's inductor frees a buffer only if no later kernel of the graph writes one of the same size: that kernel
-takes the last one freed, where the buffer in between does not raise the graph's peak (torch/_inductor/
+torch's inductor frees a buffer only if no later kernel of the graph writes one of its size and dtype: that
+kernel takes the last one freed, where the buffer in between does not raise the graph's peak (torch/_inductor/
 codegen/wrapper.py: AllocateLine.plan, should_reuse_buffer). Operators from outside (4-bit linear layers,
 attention kernels) allocate their own outputs, which later kernels may take over.
 """
@@ -57,23 +57,24 @@ def reuse(events: Sequence[int], units: Sequence[int], program: Program) -> Reus
     sizes = [0 if number in program.inner else size for number, size in enumerate(units)]
     live = _live(events, sizes)
     peak = max(live, default=0)
-    freed: dict[int, list[int]] = {}
+    freed: dict[tuple[int, bool], list[int]] = {}
     made: set[int] = set()
     places: dict[int, int] = {}
     gone: set[int] = set()
     for at, event in enumerate(events):
         number = event if event >= 0 else -1 - event
         size = sizes[number]
+        kind = size, number in program.single
         if event < 0:
             if size and number in made:
-                freed.setdefault(size, []).append(at)
+                freed.setdefault(kind, []).append(at)
             continue
         made.add(number)
-        if number in program.foreign or not freed.get(size):
+        if number in program.foreign or not freed.get(kind):
             continue
-        since = freed[size][-1]
+        since = freed[kind][-1]
         if size + max(live[since:at]) <= peak:
-            freed[size].pop()
+            freed[kind].pop()
             taken = -1 - events[since]
             places[number] = places.get(taken, taken)
             gone |= {since, at}

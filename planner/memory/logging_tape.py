@@ -34,6 +34,7 @@ class LoggingTape(Tape):
         self.selected: list[int] = []
         self.foreign: set[int] = set()
         self.inner: set[int] = set()
+        self.single: set[int] = set()
         self.save_counts: Counter[int] = Counter()
         self.last_save_event = 0
         self.first_product: int | None = None
@@ -85,6 +86,10 @@ class LoggingTape(Tape):
     def by_operator(self, buffer: Buffer, *, inner: bool) -> None:
         """Note which blocks inductor does not allocate itself, and which it does not know."""
         (self.inner if inner else self.foreign).add(number(buffer))
+
+    def in_single(self, buffer: Buffer) -> None:
+        """Note which blocks are in fp32."""
+        self.single.add(number(buffer))
 
     def select(self, *buffers: Buffer) -> None:
         """Name what selective checkpointing keeps."""

@@ -32,7 +32,8 @@ class Program:
     after its last use: `keeps_input` says that it is backward. After the event of backward at `unpacked` the
     last of what was recomputed is used, and the checkpoint lets go of the input. After `first_product` events
     of forward the layer's first matrix product runs, its output there. Of a compiled layer `foreign` blocks
-    are outputs of operators that inductor does not generate, and `inner` ones what those need in between.
+    are outputs of operators that inductor does not generate, `inner` ones what those need in between, and
+    `single` ones in fp32 rather than the compute dtype.
     """
 
     blocks: tuple[Coefficients, ...]
@@ -51,6 +52,7 @@ class Program:
     kept_once: tuple[int, ...]
     foreign: frozenset[int] = frozenset()
     inner: frozenset[int] = frozenset()
+    single: frozenset[int] = frozenset()
 
     @property
     def keeps_input_alone(self) -> bool:
@@ -218,6 +220,7 @@ def _program(
         kept_once=tuple(sorted(block for block in left if tape.save_counts[block] == 1)),
         foreign=frozenset(tape.foreign),
         inner=frozenset(tape.inner),
+        single=frozenset(tape.single),
     )
 
 

@@ -116,6 +116,9 @@ class Tape:
         output, or an `inner` one.
         """
 
+    def in_single(self, buffer: Buffer) -> None:
+        """A buffer of a compiled graph is in fp32 rather than the compute dtype."""
+
     def free(self, *buffers: Buffer | None) -> None:
         """Let go of buffers; one is freed when its last holder does."""
         live = self._live

@@ -57,12 +57,13 @@ def test_a_later_kernel_takes_the_last_buffer_of_its_size_that_was_freed() -> No
     assert [found.left[count] for count in (0, 3, 6, 8)] == [0, 3, 4, 6]
 
 
-def test_another_size_or_an_operators_own_output_takes_nothing() -> None:
+def test_another_size_or_dtype_or_an_operators_own_output_takes_nothing() -> None:
     events = [0, free(0), 1, free(1)]
     for found in (
         reuse(events, [8, 16], program()),
         reuse(events, [8, 8], program(foreign=frozenset({1}))),
         reuse(events, [8, 8], program(inner=frozenset({0}))),
+        reuse(events, [8, 8], program(single=frozenset({0}))),
     ):
         assert found.places == {}
         assert found.events == tuple(events)
