@@ -162,7 +162,7 @@ def test_what_another_card_would_bring_is_what_a_plan_for_it_says(model: str, gp
         there = plan_of(model, card.gpu)
         assert there.speed is not None
         # The plan for it searches more and replays, so it may be faster, but never much.
-        assert 0.85 <= card.tokens_per_second / there.speed.tokens_per_second <= 1.01
+        assert 0.85 <= card.tokens_per_second / there.speed.tokens_per_second <= 1.02
         assert there.duration is not None
         assert plan.duration is not None
         assert card.speedup == pytest.approx(plan.duration.hours / card.hours)
