@@ -71,10 +71,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_speed(speed: SpeedFit | None) -> None:
+    from planner.throughput.fit import telling
+
     if speed is None:
         print("speed: too few timed runs to fit rates; forecasts use those of another GPU, scaled")
         return
-    runs, errors = len(speed.rates.record_ids), sorted(abs(residual.error) for residual in speed.residuals)
+    runs = len(speed.rates.record_ids)
+    errors = sorted(abs(residual.error) for residual in telling(speed.residuals))
     told = f"median error {100 * errors[len(errors) // 2]:.1f}% on models left out" if errors else "one model"
     print(f"speed: rates fitted to {runs} runs; {told}")
 

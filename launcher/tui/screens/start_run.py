@@ -54,7 +54,7 @@ class StartRun(ModalScreen[RunWish | None]):
     def compose(self) -> ComposeResult:
         """One field a line."""
         fields = (
-            ("data", "data", "a JSONL file: messages, prompt/completion, instruction or text"),
+            ("data", "data", "a JSONL file of chats, prompts with answers, or text"),
             ("model", "model", "folder with safetensors, or a Hub id that is in the cache"),
             ("runs", "run folders", "where the run's own folder is made"),
             ("epochs", "epochs", ""),
