@@ -114,6 +114,7 @@ def _gpu(id_: str, table: dict[str, Any]) -> GpuSpec:
         matrix_flops_per_second=_scaled(table.get("matrix_tflops"), 1e12),
         measured_matrix_flops_per_second=_scaled(table.get("measured_matrix_tflops"), 1e12),
         sm_count=table.get("sm_count"),
+        l2_cache_bytes=None if "l2_cache_mib" not in table else int(table["l2_cache_mib"] * MIB),
         price_usd_per_hour=table.get("price_usd_per_hour"),
         aliases=tuple(table.get("aliases", ())),
     )

@@ -33,7 +33,8 @@ class GpuSpec:
     `reserved_bytes_upper_bound`. `bandwidth_bytes_per_second` and `matrix_flops_per_second` (dense,
     16-bit inputs, fp32 accumulation; GeForce cards run this at half their advertised rate) are published
     figures, `measured_matrix_flops_per_second` what a large matmul reached. `supports_bfloat16` is hardware
-    support: below compute capability 8.0 it is emulated. None stands for unknown.
+    support: below compute capability 8.0 it is emulated. `l2_cache_bytes` is the level-2
+    cache. None stands for unknown.
 
     Raises:
         FieldError: a figure is outside what is possible.
@@ -49,6 +50,7 @@ class GpuSpec:
     matrix_flops_per_second: float | None
     measured_matrix_flops_per_second: float | None = None
     sm_count: int | None = None
+    l2_cache_bytes: int | None = None
     price_usd_per_hour: float | None = None
     usable_is_measured: bool = False
     aliases: tuple[str, ...] = ()
@@ -68,6 +70,8 @@ class GpuSpec:
             value = getattr(self, field)
             if value is not None and validate.number(field, value, minimum=0.0, maximum=1e18) == 0.0:
                 raise FieldError(field, value, "a positive number")
+        if self.l2_cache_bytes is not None:
+            validate.integer("l2_cache_bytes", self.l2_cache_bytes, minimum=2**18, maximum=2**32)
         if self.price_usd_per_hour is not None:
             validate.number("price_usd_per_hour", self.price_usd_per_hour, minimum=0.0, maximum=1e6)
 

@@ -1,4 +1,4 @@
-"""Which freed buffers of a compiled graph later ones take over, so that their memory stays where it is.
+"""What inductor's code allocates beyond its tensors' lifetimes: buffers taken over, and kernels being timed.
 
 torch's inductor frees a buffer only if no later kernel of the graph writes one of its size and dtype: that
 kernel takes the last one freed, where the buffer in between does not raise the graph's peak (torch/_inductor/
@@ -36,6 +36,9 @@ def placed(program: Program, tokens: int, scores: int) -> Program:
     def after(numbers: Sequence[int], places: dict[int, int]) -> tuple[int, ...]:
         return tuple(sorted(places.get(number, number) for number in numbers))
 
+    outgoing = program.outgoing
+    if outgoing is not None:
+        outgoing = backward.places.get(outgoing, outgoing)
     return replace(
         program,
         forward=forward.events,
@@ -43,9 +46,7 @@ def placed(program: Program, tokens: int, scores: int) -> Program:
         first_product=forward.left[program.first_product],
         unpacked=len(backward.events) - 1,
         output=forward.places.get(program.output, program.output),
-        outgoing=backward.places.get(program.outgoing, program.outgoing)
-        if program.outgoing is not None
-        else None,
+        outgoing=outgoing,
         gradients=after(program.gradients, backward.places),
         kept=after(program.kept, forward.places),
         kept_once=after(program.kept_once, forward.places),
@@ -94,3 +95,32 @@ def _live(events: Sequence[int], sizes: Sequence[int]) -> list[int]:
         now += sizes[event] if event >= 0 else -sizes[-1 - event]
         found.append(now)
     return found
+
+
+def tuned(program: Program, buffer_bytes: int, *, forward: bool, backward: bool) -> Program:
+    """A program whose kernels of a pass or both are timed as they first run: with its outputs there, a buffer
+    as large as the GPU's level-2 cache is taken to flush it (torch/_inductor/runtime/benchmarking.py,
+    benchmark_gpu; in the trace of a first step of Llama-3.1-8B with every fused kernel).
+    """
+    extra = len(program.blocks)
+    before = _with_buffer(program.forward[: program.first_product], extra, program)
+    after = _with_buffer(program.forward[program.first_product :], extra, program)
+    last = _with_buffer(program.backward, extra, program)
+    return replace(
+        program,
+        blocks=(*program.blocks, (float(buffer_bytes), 0.0, 0.0)),
+        forward=(*before, *after) if forward else program.forward,
+        first_product=len(before) if forward else program.first_product,
+        backward=last if backward else program.backward,
+        unpacked=len(last) - 1 if backward else program.unpacked,
+    )
+
+
+def _with_buffer(events: Sequence[int], extra: int, program: Program) -> tuple[int, ...]:
+    """Events with the buffer taken and freed after the last output of each kernel that inductor generates."""
+    found: list[int] = []
+    for event, following in zip(events, (*events[1:], -1), strict=True):
+        found.append(event)
+        if event >= 0 > following and event not in program.foreign and event not in program.inner:
+            found += [extra, -1 - extra]
+    return tuple(found)

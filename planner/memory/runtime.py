@@ -25,6 +25,8 @@ MIB = 2**20
 CUBLAS_WORKSPACE_BYTES = 4096 * 2 * 1024 + 16 * 8 * 1024
 """Default cuBLAS workspace before Hopper: 2 blocks of 4,096 KiB and 8 of 16 KiB (torch
 aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
+TUNING_BUFFER_BYTES = 50 * 2**20
+"""The H100's level-2 cache (torch/_inductor/runtime/benchmarking.py, get_device_cache_size)."""
 CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
 CUBLASLT_WORKSPACE_BYTES = MIB
 """What cuBLASLt, which computes a Linear with a bias, holds for each thread that has run one (torch
@@ -276,6 +278,12 @@ def workspace_block_bytes(gpu: GpuSpec | None) -> int:
     """torch's default for one handle's workspace (unknown GPU: the larger)."""
     before_hopper = gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < (9, 0)
     return CUBLAS_WORKSPACE_BYTES if before_hopper else CUBLAS_WORKSPACE_HOPPER_BYTES
+
+
+def tuning_buffer_bytes(gpu: GpuSpec | None) -> int:
+    """What inductor takes to time a new kernel: the level-2 cache's size (unknown GPU: the H100's)."""
+    known = None if gpu is None else gpu.l2_cache_bytes
+    return TUNING_BUFFER_BYTES if known is None else known
 
 
 def basis_of(

@@ -14,18 +14,17 @@ from planner.gpu_spec import GpuSpec
 from planner.memory.activations import LayerReplay, at
 from planner.memory.adapter import trainables
 from planner.memory.allocator import MIN_BLOCK
-from planner.memory.compiled_kept import order_is_known
-from planner.memory.compiled_reuse import placed
 from planner.memory.head import head_shape
 from planner.memory.head_replay import HeadReplay
 from planner.memory.inputs_replay import InputsReplay
 from planner.memory.loading_replay import loaded_allocator
 from planner.memory.offload_replay import OffloadReplay
 from planner.memory.optimizer_replay import OptimizerReplay
-from planner.memory.program import Program, layer_program, norm_program
+from planner.memory.program import norm_program
 from planner.memory.refusals import attention_implementation
-from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, workspace_block_bytes
-from planner.memory.segments import Segment, segments
+from planner.memory.replayed_layers import replayed_layers
+from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, tuning_buffer_bytes, workspace_block_bytes
+from planner.memory.segments import segments
 from planner.memory.shape import (
     embedding_scratch_bytes,
     has_biased_linear,
@@ -60,16 +59,6 @@ class ReplayedMemory:
     largest_block_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Layer:
-    """A decoder layer's program for the first micro-step and for later ones, with sizes in units."""
-
-    first: Program
-    later: Program
-    first_units: Sequence[int]
-    later_units: Sequence[int]
-
-
 _KNOWN: dict[tuple[object, ...], ReplayedMemory] = {}
 
 
@@ -89,7 +78,8 @@ def replay_steps(
     Raises:
         InputError: target_modules that the model does not have.
     """
-    key = (setup, model.id, model.parameter_count, workspace_block_bytes(gpu), padded, allocator)
+    sizes = workspace_block_bytes(gpu), tuning_buffer_bytes(gpu)
+    key = (setup, model.id, model.parameter_count, sizes, padded, allocator)
     known = _KNOWN.get(key)
     if known is None:
         if len(_KNOWN) >= MAX_KNOWN:
@@ -123,7 +113,13 @@ class StepReplay:
         self.inputs = InputsReplay(setup, model, padded=padded)
         attention = attention_implementation(setup, model)
         parts, final_norm = segments(setup, model, self.trained, attention=attention, padded=padded)
-        self.layers = self._programs(parts)
+        self.layers = replayed_layers(
+            parts,
+            tokens=self.tokens,
+            scores=self.scores,
+            accumulates=setup.gradient_accumulation_steps > 1,
+            tuning_bytes=tuning_buffer_bytes(gpu),
+        )
         last = max(parts, key=lambda part: part.indices[-1])
         self.norm = norm_program(last.layer, replace(last.knobs, stream_bytes=last.replay.output_bytes))
         self.norm_units = self.norm.units(self.tokens, self.scores)
@@ -136,31 +132,6 @@ class StepReplay:
     def _offload(self, final_norm: LayerReplay) -> OffloadReplay:
         saved = int(at(final_norm.saved, self.tokens, self.scores))
         return OffloadReplay(self.allocator, input_bytes=self.inputs.stream_bytes, norm_bytes=saved)
-
-    def _programs(self, parts: Sequence[Segment]) -> list[_Layer]:
-        accumulates = self.setup.gradient_accumulation_steps > 1
-        found: dict[int, _Layer] = {}
-        for part in parts:
-            first, later = (
-                layer_program(
-                    part.layer,
-                    part.knobs,
-                    checkpointed=part.checkpointed,
-                    input_requires_grad=part.input_requires_grad,
-                    accumulating=accumulating,
-                )
-                for accumulating in (False, accumulates)
-            )
-            if part.knobs.compiled and order_is_known(part.layer):
-                first, later = (placed(program, self.tokens, self.scores) for program in (first, later))
-            layer = _Layer(
-                first=first,
-                later=later,
-                first_units=first.units(self.tokens, self.scores),
-                later_units=later.units(self.tokens, self.scores),
-            )
-            found |= dict.fromkeys(part.indices, layer)
-        return [found[index] for index in sorted(found)]
 
     def run(self, limit_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
@@ -209,7 +180,7 @@ class StepReplay:
         self.gradients = []
 
     def _largest_block_bytes(self) -> int:
-        lists = [self.norm_units, *(layer.first_units for layer in self.layers)]
+        lists = [self.norm_units, *(layer.first.units for layer in self.layers)]
         units = max(max(sizes) for sizes in lists)
         return max(units * MIN_BLOCK, self.head.largest_bytes, self.optimizer.largest_bytes)
 
@@ -224,7 +195,8 @@ class StepReplay:
         casts: list[int] = []
         run = allocator.run
         for index, layer in enumerate(self.layers):
-            program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
+            sized = layer.of(new=first, later=later)
+            program, units = sized.program, sized.units
             own = [0] * len(units)
             own[0] = hidden
             forward = program.forward
@@ -247,7 +219,7 @@ class StepReplay:
         if offload is not None:
             offload.mark()
             offload.end_forward()
-        embeddings_free = not self.layers[0].first.keeps_input
+        embeddings_free = not self.layers[0].first.program.keeps_input
         gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
         if offload is not None:
             offload.mark()
@@ -256,7 +228,8 @@ class StepReplay:
         # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
         leaf = self.setup.uses_lora or offload is not None
         for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
-            program, units = (layer.later, layer.later_units) if later else (layer.first, layer.first_units)
+            sized = layer.of(new=first, later=later)
+            program, units = sized.program, sized.units
             own[program.incoming] = gradient
             fetches = offload is not None and (own is not slots[0] or not program.keeps_input_alone)
             if offload and fetches:
@@ -275,10 +248,10 @@ class StepReplay:
                 gradient = own[program.outgoing]
         if offload is not None:
             offload.end_backward()
-        if self.layers[0].first.outgoing is not None:
+        if self.layers[0].first.program.outgoing is not None:
             self._embedding_backward(gradient, later=later)
             allocator.free(gradient)
-        if self.layers[0].first.checkpointed and leaf:
+        if self.layers[0].first.program.checkpointed and leaf:
             allocator.free(slots[0][0])
         for block in held[1:]:
             allocator.free(block)

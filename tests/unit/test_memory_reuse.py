@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.cuda_allocator import EXPANDABLE
+from planner.memory.allocator import MIB
 from planner.memory.compiled_kept import order_is_known
-from planner.memory.compiled_reuse import placed, reuse
+from planner.memory.compiled_reuse import placed, reuse, tuned
 from planner.memory.program import Program, layer_program
-from tests.unit.test_memory_replay import parts_of, setup_of
+from planner.memory.step_replay import replay_steps
+from planner.model_catalog import load_shipped
+from tests.unit.test_memory_replay import H100, parts_of, setup_of
 
 EMPTY = Program(
     blocks=(),
@@ -88,6 +92,42 @@ def test_what_was_taken_can_be_taken_again() -> None:
     found = reuse([0, free(0), 1, free(1), 2, free(2)], [8, 8, 8], program())
     assert found.places == {1: 0, 2: 0}
     assert found.events == (0, free(0))
+
+
+def test_a_new_kernel_is_timed_with_its_outputs_there() -> None:
+    """Blocks 2 and 4 are an operator's own, and what that needs in between."""
+    made = program(
+        blocks=((0.0, 1.0, 0.0),) * 5,
+        forward=(1, 4, 2, free(4), 3, free(1), free(3)),
+        backward=(1, free(1)),
+        first_product=3,
+        unpacked=1,
+        foreign=frozenset({2}),
+        inner=frozenset({4}),
+    )
+    found = tuned(made, 100, forward=True, backward=False)
+    buffer = len(made.blocks)
+    assert found.blocks[buffer] == (100.0, 0.0, 0.0)
+    assert found.forward == (1, 4, 2, free(4), 3, buffer, free(buffer), free(1), free(3))
+    assert (found.backward, found.unpacked, found.first_product) == (made.backward, 1, 3)
+    found = tuned(made, 100, forward=False, backward=True)
+    assert found.forward == made.forward
+    assert (found.backward, found.unpacked) == ((1, buffer, free(buffer), free(1)), 3)
+
+
+def test_only_the_first_step_times_kernels_and_a_larger_cache_reserves_more() -> None:
+    setup = setup_of(
+        "llama-3.2-1b", compile="regional", gradient_checkpointing=False, per_device_train_batch_size=4
+    )
+    reserved = []
+    for cache in (2**20, 128 * 2**20):
+        gpu = dataclasses.replace(H100, l2_cache_bytes=cache)
+        found = replay_steps(setup, load_shipped(setup.model), gpu=gpu, padded=False, allocator=EXPANDABLE)
+        reserved.append((found.step_allocated_bytes, found.step_reserved_bytes))
+    (small, few), (large, many) = reserved
+    # The peak of a step is that of steady state; what the first one reserved stays.
+    assert small == large
+    assert 40 * MIB <= many - few <= 140 * MIB
 
 
 @st.composite
