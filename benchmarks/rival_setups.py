@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measured import MEASURED_ON
-from launcher.measured_run import MOST_STEPS, STEADY_SECONDS, WARM_UP_STEPS
+from launcher.measured_run import WARM_UP_STEPS, steady_steps
 from launcher.profile import Profile
 from planner.candidate import Candidate, Evaluator
 from planner.gpu_catalog import gpu_catalog
@@ -200,8 +199,7 @@ def _run_seconds(profile: Profile) -> float:
     seconds += FIRST_STEP_SECONDS[setup.kernels]
     step = estimate_step(setup, model, gpu_catalog().get(MEASURED_ON))
     one = step.seconds_per_optimizer_step
-    steady = min(max(profile.steps, math.ceil(STEADY_SECONDS / one)), max(profile.steps, MOST_STEPS))
-    return seconds + (WARM_UP_STEPS + steady) * one
+    return seconds + (WARM_UP_STEPS + steady_steps(profile, one)) * one
 
 
 def _graphs(setup: TrainingSetup) -> tuple[tuple[object, ...], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 import time
 import warnings
@@ -27,6 +28,16 @@ STEADY_SECONDS, MOST_STEPS = 2.5, 10
 """Short steps are repeated for so long, at most so often: they wait for the host, whose pace changes from one
 to the next: 0.49 and 0.61 s (run 20261122-7e3203c71714), 0.52 and 0.41 (20261122-18f7a01e5f30).
 """
+
+
+def most_steps(profile: Profile) -> int:
+    """Steps after warm-up, at most; runs on lengths of real data count the tokens of those they ask for."""
+    return profile.steps if profile.lengths else max(profile.steps, MOST_STEPS)
+
+
+def steady_steps(profile: Profile, seconds: float) -> int:
+    """Steps after warm-up, where each takes so long."""
+    return min(max(profile.steps, math.ceil(STEADY_SECONDS / seconds)), most_steps(profile))
 
 
 def load_config(model_id: str) -> PretrainedConfig:
@@ -112,9 +123,7 @@ class MeasuredRun:
         torch.cuda.synchronize()
         self.weights_bytes = torch.cuda.memory_allocated()
         self._close("load")
-        # Runs on the lengths of real data count the tokens of the steps they ask for.
-        most = self.profile.steps if self.profile.lengths else max(self.profile.steps, MOST_STEPS)
-        steps = WARM_UP_STEPS + most
+        steps = WARM_UP_STEPS + most_steps(self.profile)
         rows = random_rows(self.profile, steps, config.vocab_size)
         data, eval_data = token_dataset(rows), token_dataset(rows[: 2 * setup.per_device_train_batch_size])
         trainer = build.build_trainer(

@@ -168,6 +168,7 @@ def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
     with contextlib.suppress(TooFewRunsError):
         residuals = fit_rates(records, gpu_id, load_shipped, start=start).residuals
     everything, residuals = residuals, telling(residuals)
+    shown = {residual.record_id for residual in residuals}
     by_model: dict[str, list[SpeedResidual]] = {}
     for residual in residuals:
         by_model.setdefault(residual.model, []).append(residual)
@@ -182,7 +183,7 @@ def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
         held_out=_speed_summary(residuals),
         gpu_bound=_speed_summary([one for one in residuals if not one.launches]),
         host_bound=_speed_summary([one for one in residuals if one.launches]),
-        earlier=_speed_summary([one for one in everything if one not in residuals]),
+        earlier=_speed_summary([one for one in everything if one.record_id not in shown]),
         models=tuple(models),
         borrowed=_speed_summary(telling(borrowed)),
     )

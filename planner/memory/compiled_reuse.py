@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 
 from planner.memory.program import Program, renamed
 
@@ -56,7 +57,8 @@ def placed(program: Program, tokens: int, scores: int) -> Program:
 def reuse(events: Sequence[int], units: Sequence[int], program: Program) -> Reused:
     """One graph's reuse: its events, and the sizes of the program's blocks."""
     sizes = [0 if number in program.inner else size for number, size in enumerate(units)]
-    live = _live(events, sizes)
+    # After each event, beside what was there before.
+    live = list(accumulate(sizes[event] if event >= 0 else -sizes[-1 - event] for event in events))
     peak = max(live, default=0)
     freed: dict[tuple[int, bool], list[int]] = {}
     made: set[int] = set()
@@ -81,20 +83,9 @@ def reuse(events: Sequence[int], units: Sequence[int], program: Program) -> Reus
             gone |= {since, at}
             for index in range(since, at):
                 live[index] += size
-    left = [0]
-    for at in range(len(events)):
-        left.append(left[-1] + (at not in gone))
     kept = [event for at, event in enumerate(events) if at not in gone]
+    left = accumulate((int(at not in gone) for at in range(len(events))), initial=0)
     return Reused(events=tuple(renamed(kept, places)), left=tuple(left), places=places)
-
-
-def _live(events: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """What is live after each event, beside what was there before."""
-    found, now = [], 0
-    for event in events:
-        now += sizes[event] if event >= 0 else -sizes[-1 - event]
-        found.append(now)
-    return found
 
 
 def tuned(program: Program, buffer_bytes: int, *, forward: bool, backward: bool) -> Program:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from planner.memory.compiled_kept import order_is_known
 from planner.memory.compiled_reuse import placed, tuned
@@ -16,12 +16,7 @@ class SizedProgram:
     """A layer's program with the sizes of its blocks in the allocator's units."""
 
     program: Program
-    tokens: int
-    scores: int
-    units: Sequence[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "units", self.program.units(self.tokens, self.scores))
+    units: Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,32 +40,32 @@ def replayed_layers(
     `tuning_bytes` is what inductor takes to time a kernel that is new: those of a part's forward pass are new
     in its first layer, those of backward in its last.
     """
+
+    def sized(program: Program) -> SizedProgram:
+        return SizedProgram(program=program, units=program.units(tokens, scores))
+
     found: dict[int, ReplayedLayer] = {}
     for part in parts:
-        first, later = (
-            SizedProgram(program=program, tokens=tokens, scores=scores)
-            for program in _programs(part, tokens, scores, accumulates=accumulates)
-        )
+        programs = [part_program(part, accumulating=accumulating) for accumulating in (False, accumulates)]
+        if part.knobs.compiled and order_is_known(part.layer):
+            programs = [placed(program, tokens, scores) for program in programs]
+        first, later = map(sized, programs)
         layer = ReplayedLayer(new=first, first=first, later=later)
         found |= dict.fromkeys(part.indices, layer)
         if part.knobs.compiled:
             begins, ends = min(part.indices), max(part.indices)
             for index in {begins, ends}:
                 program = tuned(first.program, tuning_bytes, forward=index == begins, backward=index == ends)
-                new = SizedProgram(program=program, tokens=tokens, scores=scores)
-                found[index] = replace(layer, new=new)
+                found[index] = replace(layer, new=sized(program))
     return [found[index] for index in sorted(found)]
 
 
-def _programs(part: Segment, tokens: int, scores: int, *, accumulates: bool) -> Iterator[Program]:
-    """The part's program without earlier gradients, and that of later micro-steps."""
-    for accumulating in (False, accumulates):
-        program = layer_program(
-            part.layer,
-            part.knobs,
-            checkpointed=part.checkpointed,
-            input_requires_grad=part.input_requires_grad,
-            accumulating=accumulating,
-        )
-        known = part.knobs.compiled and order_is_known(part.layer)
-        yield placed(program, tokens, scores) if known else program
+def part_program(part: Segment, *, accumulating: bool) -> Program:
+    """The program of one of a part's layers."""
+    return layer_program(
+        part.layer,
+        part.knobs,
+        checkpointed=part.checkpointed,
+        input_requires_grad=part.input_requires_grad,
+        accumulating=accumulating,
+    )

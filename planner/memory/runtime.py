@@ -25,13 +25,13 @@ MIB = 2**20
 CUBLAS_WORKSPACE_BYTES = 4096 * 2 * 1024 + 16 * 8 * 1024
 """Default cuBLAS workspace before Hopper: 2 blocks of 4,096 KiB and 8 of 16 KiB (torch
 aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
-TUNING_BUFFER_BYTES = 50 * 2**20
-"""The H100's level-2 cache (torch/_inductor/runtime/benchmarking.py, get_device_cache_size)."""
 CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
 CUBLASLT_WORKSPACE_BYTES = MIB
 """What cuBLASLt, which computes a Linear with a bias, holds for each thread that has run one (torch
 aten/src/ATen/cuda/CUDABlas.cpp, _parseChosenWorkspaceSize: 1,024 KiB; runs 20261122-f5218e78a4e2 and
 20261122-e53f3ebb89d1 hold two, 20261122-fc2d4f1e2d32 without checkpointing one)."""
+TUNING_BUFFER_BYTES = 50 * MIB
+"""The H100's level-2 cache (torch/_inductor/runtime/benchmarking.py, get_device_cache_size)."""
 CUBLAS_HANDLES = 2
 """The main thread's handle and the autograd thread's: 64 MiB appear in the first step on an H100."""
 UNKNOWN_REPLAY_MARGIN_BLOCKS = 1.5

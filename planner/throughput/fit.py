@@ -112,8 +112,15 @@ def fit_rates(
         if micro_step_time(rates, work, host_slower=host_factor(record, block)).bound_by == "launches"
     }
     residuals = tuple(replace(one, launches=one.record_id in launches) for one in residuals)
+    return SpeedFit(rates=_with_intervals(rates, telling(residuals)), residuals=residuals)
+
+
+def _with_intervals(rates: Rates, residuals: Sequence[SpeedResidual]) -> Rates:
+    """The rates with the intervals that held-out runs tell, by what they wait for, where enough do."""
+    import numpy as np
+
     for prefix, wanted in (("", False), ("launch_", True)):
-        errors = [one.error for one in telling(residuals) if one.launches is wanted]
+        errors = [one.error for one in residuals if one.launches is wanted]
         if len(errors) >= MIN_RUNS:
             low, high = np.quantile([1 / (1 + error) for error in errors], QUANTILES)
             edges: dict[str, Any] = {
@@ -121,7 +128,7 @@ def fit_rates(
                 f"{prefix}high": max(1.0, round(float(high), 3)),
             }
             rates = replace(rates, **edges)
-    return SpeedFit(rates=rates, residuals=residuals)
+    return rates
 
 
 def telling(residuals: Sequence[SpeedResidual]) -> tuple[SpeedResidual, ...]:
@@ -196,9 +203,9 @@ def _usual_block(records: Sequence[RunRecord]) -> float | None:
 
 def _timed(record: RunRecord) -> bool:
     """Whether the run tells how fast such a run is when it is launched."""
-    as_launched = record.tf32 or record.setup.dtype != "float32"
+    by_tf32 = record.tf32 or record.setup.dtype != "float32"
     timed = record.outcome == "ok" and record.tokens_per_second is not None
-    return timed and record.fills_its_length and as_launched
+    return timed and record.fills_its_length and by_tf32
 
 
 def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | None:

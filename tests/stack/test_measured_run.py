@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launcher import measured_run
-from launcher.measured_run import MOST_STEPS, WARM_UP_STEPS, MeasuredRun
+from launcher.measured_run import MOST_STEPS, WARM_UP_STEPS, MeasuredRun, most_steps
 from launcher.profile import Profile
 from tests.stack.test_build import make_setup, make_trainer
 
@@ -23,8 +23,9 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trained(folder: Path, *, asked: int) -> MeasuredRun:
     setup = make_setup(max_length=64, gradient_accumulation_steps=2, per_device_train_batch_size=1)
-    run = MeasuredRun(Profile(setup=setup, steps=asked), torch.device("cpu"), None)
-    trainer = make_trainer(setup, folder, max_steps=WARM_UP_STEPS + max(asked, MOST_STEPS))
+    profile = Profile(setup=setup, steps=asked)
+    run = MeasuredRun(profile, torch.device("cpu"), None)
+    trainer = make_trainer(setup, folder, max_steps=WARM_UP_STEPS + most_steps(profile))
     trainer.add_callback(run._step_clock())
     trainer.train()
     return run

@@ -33,7 +33,7 @@ def test_each_model_is_judged_by_a_fit_without_it(found: tuple) -> None:
 
 
 BARS = {
-    EXPANDABLE: ((0.001, 0.005, 0.03), (0.002, 0.02, 0.06), (0.002, 0.02, 0.02)),
+    EXPANDABLE: ((0.001, 0.005, 0.03), (0.002, 0.02, 0.06), (0.002, 0.01, 0.02)),
     NATIVE: ((0.001, 0.005, 0.03), (0.005, 0.04, 0.08), (0.01, 0.04, 0.05)),
 }
 """Median, 95th percentile and worst of allocated, reserved and process."""
@@ -53,11 +53,11 @@ def test_memory_is_as_right_as_the_readme_says(allocator: str, runs: int, driver
 
 
 def test_no_run_as_launched_shows_much_more_than_was_said(found: tuple) -> None:
-    """At most 2% above what was said without its model by the driver's figure, 2.5% by the reserve."""
+    """At most 2% above what was said without its model by the driver's figure and by the reserve."""
     for gpu_id in {one.gpu for one in found if one.allocator == EXPANDABLE}:
         gpu = gpu_catalog().get(gpu_id)
         for one in held_out_residuals(shipped_records(), gpu, load_shipped, allocator=EXPANDABLE):
-            assert one.reserved_error > -0.025, one
+            assert one.reserved_error > -0.02, one
             assert one.process_error is None or one.process_error > -0.02, one
 
 

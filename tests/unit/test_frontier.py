@@ -161,7 +161,8 @@ def test_what_another_card_would_bring_is_what_a_plan_for_it_says(model: str, gp
         assert card.usable_bytes > plan.gpu.usable_bytes
         there = plan_of(model, card.gpu)
         assert there.speed is not None
-        # The plan for it searches more and replays, so it may be faster, but never much.
+        # The plan for it searches more and replays, so it may be faster, but never much; of setups within a
+        # tie (1%) each takes the one that needs less memory by its own figures.
         assert 0.85 <= card.tokens_per_second / there.speed.tokens_per_second <= 1.02
         assert there.duration is not None
         assert plan.duration is not None

@@ -27,6 +27,7 @@ from planner.memory.runtime import (
     cublas_workspace_bytes,
     managed_process_bytes,
 )
+from planner.memory.step_replay import replay_steps
 from planner.model_catalog import load_shipped
 from planner.records import (
     MeasuredPhase,
@@ -285,6 +286,23 @@ def test_allocated_memory_against_measured_runs(allocator: str) -> None:
     assert len(errors) > 120
     assert sorted(map(abs, errors))[len(errors) // 2] < 0.0001
     assert abs(sum(errors) / len(errors)) < 0.001
+
+
+def test_packed_rows_with_a_mask_reserve_what_their_replay_does() -> None:
+    """The mask's conditions lie where later blocks go, so their order shows in the reserve."""
+    packed = [
+        run
+        for run in (*usable(EXPANDABLE), *usable(NATIVE))
+        if run.setup.packing and run.setup.attn_implementation in (None, "sdpa")
+    ]
+    assert len(packed) >= 5
+    for run in packed:
+        step = run.phase("step")
+        assert step is not None
+        found = replay_steps(
+            run.setup, load_shipped(run.setup.model), gpu=H100, padded=False, allocator=run.allocator
+        )
+        assert abs(found.step_reserved_bytes - step.reserved_bytes) <= 2 * MIB, run.id
 
 
 def test_what_cannot_calibrate_is_left_out_or_refused() -> None:

@@ -19,8 +19,8 @@ from planner.memory.adapter import trainables
 from planner.memory.allocator import MIB
 from planner.memory.breakdown import FITTED, REPLAYED
 from planner.memory.expandable import empty_allocator
-from planner.memory.program import layer_program
 from planner.memory.refusals import attention_implementation
+from planner.memory.replayed_layers import part_program
 from planner.memory.segments import Segment, segments
 from planner.memory.step_replay import replay_steps
 from planner.model_catalog import load_shipped
@@ -59,13 +59,7 @@ def parts_of(setup: TrainingSetup) -> tuple[Segment, ...]:
 
 def live_peaks(part: Segment, tokens: int, scores: int) -> tuple[float, float]:
     """The most a program holds in forward and in backward, its input and the gradient given left out."""
-    program = layer_program(
-        part.layer,
-        part.knobs,
-        checkpointed=part.checkpointed,
-        input_requires_grad=part.input_requires_grad,
-        accumulating=part.knobs.default.accumulating,
-    )
+    program = part_program(part, accumulating=part.knobs.default.accumulating)
     sizes = [a + b * tokens + c * scores for a, b, c in program.blocks]
     peaks, live = [], 0.0
     for events in (program.forward, program.backward):
@@ -105,13 +99,7 @@ def test_a_program_frees_all_but_what_it_says(name: str) -> None:
     for model in MODELS:
         for knobs in KNOBS:
             for part in parts_of(setup_of(model, **knobs)):
-                program = layer_program(
-                    part.layer,
-                    part.knobs,
-                    checkpointed=part.checkpointed,
-                    input_requires_grad=part.input_requires_grad,
-                    accumulating=False,
-                )
+                program = part_program(part, accumulating=False)
                 allocator = empty_allocator(name)
                 units = program.units(1024, 1024**2)
                 slots = [0] * len(units)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,8 @@ from planner.cuda_allocator import EXPANDABLE
 from planner.memory.allocator import MIB
 from planner.memory.compiled_kept import order_is_known
 from planner.memory.compiled_reuse import placed, reuse, tuned
-from planner.memory.program import Program, layer_program
+from planner.memory.program import Program
+from planner.memory.replayed_layers import part_program
 from planner.memory.step_replay import replay_steps
 from planner.model_catalog import load_shipped
 from tests.unit.test_memory_replay import H100, parts_of, setup_of
@@ -146,16 +148,22 @@ def graphs(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return events, sizes
 
 
-def live_bytes(events: tuple[int, ...] | list[int], sizes: list[int]) -> list[int]:
-    found, held = [0], set[int]()
+def holdings(events: Iterable[int], held: Iterable[int] = ()) -> list[set[int]]:
+    """The blocks that are held at first and after each event."""
+    found = [set(held)]
     for event in events:
+        before = found[-1]
         if event >= 0:
-            assert event not in held
-            held.add(event)
+            assert event not in before
+            found.append(before | {event})
         else:
-            held.remove(-1 - event)
-        found.append(sum(sizes[block] for block in held))
+            assert -1 - event in before
+            found.append(before - {-1 - event})
     return found
+
+
+def live_bytes(events: Iterable[int], sizes: list[int]) -> list[int]:
+    return [sum(sizes[block] for block in held) for held in holdings(events)]
 
 
 @given(graphs())
@@ -172,13 +180,7 @@ def test_reuse_leaves_peak_and_end_as_they_were(graph: tuple[list[int], list[int
 @pytest.mark.parametrize("knobs", COMPILED, ids=str)
 def test_a_placed_program_holds_and_leaves_as_much(model: str, knobs: dict[str, object]) -> None:
     for part in parts_of(setup_of(model, compile="regional", **knobs)):
-        plain = layer_program(
-            part.layer,
-            part.knobs,
-            checkpointed=part.checkpointed,
-            input_requires_grad=part.input_requires_grad,
-            accumulating=part.knobs.default.accumulating,
-        )
+        plain = part_program(part, accumulating=part.knobs.default.accumulating)
         tokens, scores = 2048, 1024**2
         found = placed(plain, tokens, scores)
         units = plain.units(tokens, scores)
@@ -187,22 +189,10 @@ def test_a_placed_program_holds_and_leaves_as_much(model: str, knobs: dict[str, 
         assert units[found.output] == units[plain.output]
         assert (found.outgoing is None) == (plain.outgoing is None)
         # Every pass starts from and ends at the same blocks, as the allocator's replay wants it.
-        held = {0}
-        held = run(found.forward, held) - {found.output, *found.casts}
+        held = holdings(found.forward, {0})[-1] - {found.output, *found.casts}
         assert held == set(found.kept)
-        held = run(found.backward, held | {found.incoming})
+        held = holdings(found.backward, held | {found.incoming})[-1]
         left = {*found.gradients} | ({found.outgoing} if found.outgoing is not None else set())
         assert held == left
         if order_is_known(part.layer) and not part.knobs.default.trained:
             assert len(found.forward) + len(found.backward) < len(plain.forward) + len(plain.backward)
-
-
-def run(events: tuple[int, ...], held: set[int]) -> set[int]:
-    held = set(held)
-    for event in events:
-        if event >= 0:
-            assert event not in held
-            held.add(event)
-        else:
-            held.remove(-1 - event)
-    return held
