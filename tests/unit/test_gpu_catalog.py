@@ -127,3 +127,10 @@ def test_only_the_card_without_published_rates_has_none() -> None:
     unknown = [gpu.id for gpu in CATALOG if gpu.peak_matrix_flops_per_second is None]
     assert unknown == ["gh200-96gb"]
     assert all(math.isfinite(gpu.bandwidth_bytes_per_second or 1.0) for gpu in CATALOG)
+
+
+def test_level_2_caches_are_those_that_torch_reports() -> None:
+    """In bytes, from MiB; inductor takes a buffer as large (planner/memory/compiled_reuse.py)."""
+    known = {name: CATALOG.get(name).l2_cache_bytes for name in ("h100-80gb", "rtx-4090", "rtx-2080-ti")}
+    assert known == {"h100-80gb": 50 * 2**20, "rtx-4090": 72 * 2**20, "rtx-2080-ti": 11 * 2**19}
+    assert [gpu.id for gpu in CATALOG if gpu.l2_cache_bytes is None] == ["gh200-96gb"]
