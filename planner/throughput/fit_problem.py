@@ -26,11 +26,12 @@ START = {
     "written_byte_seconds": 1e-12,
     "weight_byte_seconds": 1e-12,
     "offloaded_byte_seconds": 2e-11,
-    "launch_seconds": 5e-5,
+    "launch_seconds": 3e-5,
     "quantized_call_seconds": 1.5e-4,
     "lora_call_seconds": 3e-5,
-    "liger_call_seconds": 5e-5,
+    "liger_call_seconds": 1e-4,
     "selected_launch_seconds": 3e-5,
+    "eager_layer_seconds": 1e-3,
     "compiled_layer_seconds": 1e-3,
     "compiled_call_seconds": 5e-4,
     "micro_step_seconds": 4e-3,
@@ -38,10 +39,10 @@ START = {
     "optimizer_call_seconds": 1e-4,
 }
 """Where the reference's fit starts: roughly an H100 and its host."""
-GPU_TERMS, HOST_TERMS = 9, 7
+GPU_TERMS, HOST_TERMS = 9, 8
 COPIED = GPU_TERMS - 1
 """Where START has the GPU's copies to the host, which lie beside its work."""
-HOST_RATES = ("launch_seconds", "call_seconds", "compiled_layer_seconds", "micro_step_seconds")
+HOST_RATES = ("launch_seconds", "call_seconds", "_layer_seconds", "micro_step_seconds")
 PRIOR, COMMON_PRIOR = 0.3, 0.2
 """How firmly a logarithm is held at its start, beside a run's weight of one, and how firmly a factor that all
 rates of the GPU or all of the host share. From starts off by 25% a rate, or twofold in all, these forecast
@@ -166,6 +167,7 @@ def _pass_terms(work: StepWork, part: PassWork) -> tuple[float, ...]:
         part.lora_calls,
         part.liger_calls,
         part.selected_launches,
+        part.eager_layers,
         part.compiled_layers,
         part.compiled_calls,
     )

@@ -58,6 +58,7 @@ class Rates:
     lora_call_seconds: float
     liger_call_seconds: float
     selected_launch_seconds: float
+    eager_layer_seconds: float
     compiled_layer_seconds: float
     compiled_call_seconds: float
     micro_step_seconds: float
@@ -104,6 +105,7 @@ class Rates:
             + work.lora_calls * self.lora_call_seconds
             + work.liger_calls * self.liger_call_seconds
             + work.selected_launches * self.selected_launch_seconds
+            + work.eager_layers * self.eager_layer_seconds
             + work.compiled_layers * self.compiled_layer_seconds
             + work.compiled_calls * self.compiled_call_seconds
         )
@@ -236,6 +238,7 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
         "lora_call_seconds": call,
         "liger_call_seconds": launch,
         "selected_launch_seconds": launch,
+        "eager_layer_seconds": launch,
         "compiled_layer_seconds": launch,
         "compiled_call_seconds": call,
         "micro_step_seconds": launch,

@@ -85,6 +85,7 @@ class PassWork(NamedTuple):
     lora_calls: float
     liger_calls: float
     selected_launches: float
+    eager_layers: float
     compiled_layers: float
     compiled_calls: float
 
@@ -198,6 +199,7 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             quantized_calls=python.quantized * runs,
             lora_calls=python.lora * runs,
             liger_calls=python.liger * nodes,
+            eager_layers=python.eager_layers * runs,
             compiled_layers=python.compiled_layers,
             compiled_calls=python.compiled * nodes,
         )
@@ -273,18 +275,20 @@ class _PythonRuns(NamedTuple):
     liger: int
     compiled: int
     compiled_layers: int
+    eager_layers: int
 
 
 def _python_runs(setup: TrainingSetup, model: ModelSpec, wrapped: int, liger: int) -> _PythonRuns:
     if setup.compile != "none":
         quantized = wrapped if setup.method == "qlora" else 0
-        return _PythonRuns(0, 0, 0, quantized, model.num_hidden_layers)
+        return _PythonRuns(0, 0, 0, quantized, model.num_hidden_layers, 0)
     return _PythonRuns(
         wrapped if setup.method == "qlora" else 0,
         wrapped if setup.method == "lora" else 0,
         liger if setup.kernels == "liger" else 0,
         0,
         0,
+        model.num_hidden_layers,
     )
 
 
