@@ -15,22 +15,38 @@ from planner.memory.timeline import OFFLOAD_STASH
 
 FETCHED_AT_ONCE = 3
 """Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
+WAITING = 5
+"""Checkpoints' inputs whose memory waits for the GPU beside the two that it works on, with Liger's kernels:
+their norm saves a view of the input, so TRL hands it to record_stream (activation_offloading.py:500-501), and
+the host runs ahead by as many layers as fill the GPU's queue. 5 in Llama and Qwen 3, 2 in Gemma 3
+(20261122-96ee85ceb8ff, 20261122-772f3a48686c, 20261122-a9555c5a664b, 20261122-be0f508d32ce); none where the GPU
+waits for the host.
+"""
 
 
 class OffloadReplay:
     """Which blocks of a setup's micro-steps are on the GPU; those that come back have their own allocator.
 
-    `input_bytes` is the size of a layer's input, `norm_bytes` of what the final norm saves. What was brought
-    back for a node is let go after the next one.
+    `input_bytes` is the size of a layer's input, `norm_bytes` of what the final norm saves; `waits` says that
+    inputs that came back stay in their stream's pool until the GPU is through with them. What was brought back
+    for a node is let go after the next one.
     """
 
-    def __init__(self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int) -> None:
+    def __init__(
+        self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int, waits: bool
+    ) -> None:
         self.compute = allocator
         self.stream = type(allocator)()
         self.input_bytes, self.norm_bytes = input_bytes, norm_bytes
+        self._waiting = WAITING if waits else 0
         self.peak_bytes = 0
         self._previous: list[int] = []
         self._stash: deque[int] = deque()
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of the pool that saved tensors come back to."""
+        return self.stream.reserved_bytes + self._waiting * self.input_bytes
 
     def reset_peak(self) -> None:
         """Begin a step: forget the peak so far."""
@@ -76,8 +92,14 @@ class OffloadReplay:
         fetched = set(program.kept_once)
         return tuple(event for event in program.backward if -1 - event not in fetched)
 
+    def recomputed(self) -> None:
+        """A layer's first node has run, which recomputed it: let go of what was brought back before."""
+        self.mark()
+        self.end_backward()
+        self.stream.reset_peak()
+
     def release(self, program: Program, own: Sequence[int]) -> None:
-        """A layer is done: let go of what was brought back before it."""
+        """A layer is done: its input is let go once the next one's first node has run."""
         if program.keeps_input_alone:
             self.end_backward()
             self._previous = [own[0]]

@@ -29,8 +29,9 @@ class Program:
     (of trained weights) by backward. `casts` are left by forward until the whole forward pass ends. Whatever
     else forward leaves is `kept` for backward, which frees it (`kept_once`: saved by one node alone). With
     `checkpointed` backward recomputes, and frees nothing of block 0; else one of the passes frees block 0
-    after its last use: `keeps_input` says that it is backward. After the event of backward at `unpacked` the
-    last of what was recomputed is used, and the checkpoint lets go of the input. After `first_product` events
+    after its last use: `keeps_input` says that it is backward. After `recomputed` events of backward all that
+    it recomputes is there (0: nothing is); after the one at `unpacked` the last of it is used, and the
+    checkpoint lets go of the input. After `first_product` events
     of forward the layer's first matrix product runs, its output there. Of a compiled layer `foreign` blocks
     are outputs of operators that inductor does not generate, `inner` ones what those need in between, and
     `single` ones in fp32 rather than the compute dtype.
@@ -41,6 +42,7 @@ class Program:
     backward: tuple[int, ...]
     checkpointed: bool
     keeps_input: bool
+    recomputed: int
     unpacked: int
     first_product: int
     output: int
@@ -202,6 +204,7 @@ def _program(
     gradients = tuple(sorted(n for n in after if tape.slots[n] == 3 * GRADIENTS))
     if after - {*gradients, outgoing} - ({0} if checkpointed else set()):
         raise AssertionError("a layer's backward pass leaves blocks behind")
+    made = [at for at, event in enumerate(passes[1]) if event in recomputed]
     used = [at for at, event in enumerate(passes[1]) if event < 0 and -1 - event in recomputed]
     return Program(
         blocks=tuple(tape.blocks),
@@ -209,6 +212,7 @@ def _program(
         backward=passes[1],
         checkpointed=checkpointed,
         keeps_input=keeps_input,
+        recomputed=made[-1] + 1 if made else 0,
         unpacked=used[-1] if used else len(passes[1]) - 1,
         first_product=sum(block not in empty for block in before),
         output=output,

@@ -41,7 +41,7 @@ shortfalls is one block of the largest size."""
 UNKNOWN_OUTSIDE_FACTOR = 2.0
 """How much the interval widens for something outside the records where a calibration file does not say: held
 out, the shipped records that had something the others had not needed up to 1.9 of the others' interval."""
-INTERVAL_KINDS = ("checkpointed", "kept", "full")
+INTERVAL_KINDS = ("checkpointed", "kept", "compiled", "full")
 MANAGED_CHUNK_BYTES = 128 * MIB
 """The driver's figure grows by multiples of this with a paged optimizer's state (seen on an H100)."""
 
@@ -216,11 +216,13 @@ class Coefficients:
 
 def interval_kind(setup: TrainingSetup) -> str:
     """What the interval goes by: "full" where all weights are trained, whose gradients and state leave holes
-    of every size; "kept" for adapters whose layers keep more than their inputs, or move them; else
-    "checkpointed".
+    of every size; of adapters, "compiled" where torch's inductor plans the buffers, "kept" where layers keep
+    more than their inputs, or move them; else "checkpointed".
     """
     if not setup.uses_lora:
         return "full"
+    if setup.compile != "none":
+        return "compiled"
     whole = setup.gradient_checkpointing and setup.checkpointed_layers is None
     moved = setup.selective_checkpointing or setup.activation_offloading
     return "checkpointed" if whole and not moved else "kept"

@@ -131,7 +131,12 @@ class StepReplay:
 
     def _offload(self, final_norm: LayerReplay) -> OffloadReplay:
         saved = int(at(final_norm.saved, self.tokens, self.scores))
-        return OffloadReplay(self.allocator, input_bytes=self.inputs.stream_bytes, norm_bytes=saved)
+        return OffloadReplay(
+            self.allocator,
+            input_bytes=self.inputs.stream_bytes,
+            norm_bytes=saved,
+            waits=self.setup.kernels == "liger",
+        )
 
     def run(self, limit_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
@@ -155,7 +160,7 @@ class StepReplay:
         peak, fetched = allocator.peak_allocated_bytes, 0
         if self.offload is not None:
             self.offload.mark()
-            peak, fetched = self.offload.peak_bytes, self.offload.stream.reserved_bytes
+            peak, fetched = self.offload.peak_bytes, self.offload.fetched_bytes
         return ReplayedMemory(
             load_allocated_bytes=self.load_peak,
             load_reserved_bytes=self.load_reserved,
@@ -233,7 +238,11 @@ class StepReplay:
             own[program.incoming] = gradient
             fetches = offload is not None and (own is not slots[0] or not program.keeps_input_alone)
             if offload and fetches:
-                run(offload.fetch(program, units, own), units, own)
+                events = offload.fetch(program, units, own)
+                run(events[: program.recomputed], units, own)
+                if program.recomputed:
+                    offload.recomputed()
+                run(events[program.recomputed :], units, own)
             elif program.checkpointed and not (leaf and own is slots[0]):
                 run(program.backward[: program.unpacked + 1], units, own)
                 allocator.free(own[0])

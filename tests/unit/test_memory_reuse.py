@@ -25,6 +25,7 @@ EMPTY = Program(
     backward=(),
     checkpointed=False,
     keeps_input=False,
+    recomputed=0,
     unpacked=0,
     first_product=0,
     output=0,
