@@ -101,7 +101,6 @@ def _add_residual(graph: Graph, kept: frozenset[str]) -> None:
             _let_go(graph, kept, "o")
     elif "mid" in kept or not graph.kind(output_projection(layer)).quantized:
         graph.rename("o", "mid")
-        graph.drop("o_l")
 
 
 def _rotate(graph: Graph, kept: frozenset[str]) -> None:
@@ -121,9 +120,15 @@ def _mlp(graph: Graph, kept: frozenset[str]) -> None:
         _let_go(graph, kept, "root2")
     elif "n2" in kept:
         graph.put("n2")
+    if "mid" in graph:
+        # One kernel adds up and normalises.
+        graph.drop("o_l")
     inputs, down = mlp_inputs(layer), down_projection(layer)
     _read(graph, inputs, "n2", kept)
     if inputs[0].name in kept or layer.fused_gate_up:
+        if inputs[0].name in kept and layer.fused_gate_up:
+            # The sum is as wide as both halves, the product as one: two kernels.
+            graph.drop(f"{inputs[0].name}_l")
         graph.put("product")
     else:
         graph.rename("gate", "product")
