@@ -92,7 +92,7 @@ def _run_attention(graph: Graph) -> None:
     graph.put("ctx", "lse", foreign=graph.kernel_is_foreign)
     if layer.output_norms and layer.input_norms:
         # Gemma 3 alone keeps the kernel's output beside the one in the projection's order.
-        graph.put("ctx_flat", size=graph.sizes["ctx"])
+        graph.put("ctx_flat", "ctx_read", size=graph.sizes["ctx"])
 
 
 def repeat(graph: Graph) -> None:
@@ -109,6 +109,7 @@ def _recompute_mlp(graph: Graph) -> None:
     layer = graph.layer
     if "mid" not in graph:
         _recompute(graph, [output_projection(layer)], keeps_dropped=False)
+        graph.drop("ctx_read")
     if layer.output_norms:
         # Gemma's kernel leaves the sum in fp32, for the norm that follows.
         graph.put("o_root")
@@ -126,6 +127,9 @@ def _recompute_mlp(graph: Graph) -> None:
         graph.product(down)
         graph.adapter(down)
         graph.put("down_root")
+        if layer.input_norms:
+            graph.put("down_g", "down_s", size=graph.sizes["x"])
+            graph.drop("down", "down_s")
         graph.drop("down_l")
 
 
@@ -147,7 +151,7 @@ def _mlp_backward(graph: Graph, *, recomputes: bool) -> None:
     graph.input_gradient(down, "product_g")
     if kind.rank:
         graph.put("through_adapter", size=graph.sizes["product"])
-    graph.drop("down")
+    graph.drop("down", "down_g")
     if reads and not early:
         graph.put("product")
     if recomputes and layer.output_norms and not layer.input_norms:
@@ -165,6 +169,9 @@ def _mlp_backward(graph: Graph, *, recomputes: bool) -> None:
         graph.drop("product", "down_m")
     for part in reversed(inputs):
         _input_gradients(graph, part)
+        if layer.output_norms and layer.input_norms and part is not inputs[0]:
+            # The norm's kernels add up gradients as they come.
+            graph.drop(f"{part.name}_xa")
 
 
 def _input_gradients(graph: Graph, part: Part) -> None:
@@ -185,6 +192,8 @@ def _middle_backward(graph: Graph) -> None:
     layer = graph.layer
     graph.put_single("wide", layer.hidden_size)
     graph.put("mid_g", size=graph.sizes["x"])
+    if layer.output_norms and layer.input_norms:
+        graph.put("o_g", "o_s", size=graph.sizes["x"])
     if layer.input_norms:
         graph.put("n2")
     graph.spare(*(f"{part.name}{end}" for part in mlp_inputs(layer) for end in ("_xa", "_x")), "wide")
@@ -196,12 +205,13 @@ def _middle_backward(graph: Graph) -> None:
 def _output_projection_backward(graph: Graph) -> None:
     part = output_projection(graph.layer)
     if graph.kind(part).rank:
-        graph.put("o_s", size=graph.sizes["x"])
+        if "o_s" not in graph:
+            graph.put("o_s", size=graph.sizes["x"])
         graph.adapter_gradients(part)
-        graph.drop("o_s")
+        graph.drop("o_s", "ctx_flat")
         graph.put("o_xa", size=graph.sizes["ctx"])
     graph.input_gradient(part, "ctx_g")
-    graph.drop("o_xa", "o_m", "o_u", "ctx_copy")
+    graph.drop("o_xa", "o_m", "o_u", "ctx_copy", "o_g", "o_s")
 
 
 def _attention_backward(graph: Graph) -> None:
@@ -225,6 +235,9 @@ def _attention_backward(graph: Graph) -> None:
 def _inputs_backward(graph: Graph, hidden: Value) -> None:
     layer = graph.layer
     inputs = attention_inputs(layer)
+    if layer.qk_norm != "none" and layer.output_norms:
+        graph.put_single("q_wide", layer.query_size)
+        graph.drop("q", "q_l", "q_wide", "k", "k_l", "q_root", "k_root")
     if layer.fused_qkv:
         graph.put("qkv_g", "qkv_s", size=graph.sizes["qkv"])
         graph.drop("qkv", "q_g", "k_g", "v_g")

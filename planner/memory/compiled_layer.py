@@ -56,6 +56,9 @@ def _read(graph: Graph, readers: tuple[Part, ...], source: str, kept: frozenset[
         if part == readers[-1] and graph.kind(part).quantized:
             # Every product that reads the source is made: what is left reads those.
             _let_go(graph, kept, source)
+        if part.name == "v" and graph.layer.output_norms:
+            # Gemma 3 norms queries and keys before the last adapter's product.
+            _norm_heads(graph, kept)
         graph.adapter(part)
         _let_go(graph, kept, f"{part.name}_r")
     _let_go(graph, kept, source)
@@ -91,7 +94,6 @@ def _add_residual(graph: Graph, kept: frozenset[str]) -> None:
     """
     layer = graph.layer
     if layer.output_norms:
-        graph.drop("o_l")
         graph.put("o_root")
         _let_go(graph, kept, "o_root")
         if layer.input_norms and "o" not in kept:
@@ -105,12 +107,18 @@ def _add_residual(graph: Graph, kept: frozenset[str]) -> None:
 
 def _rotate(graph: Graph, kept: frozenset[str]) -> None:
     """Norms of queries and keys, their rotation, and the sums with the adapters' outputs."""
-    layer = graph.layer
-    if layer.qk_norm != "none":
-        graph.put("q_root", "k_root")
+    if "q_root" not in graph:
+        _norm_heads(graph, kept)
     graph.drop("v_l", "qkv_l")
     graph.put("q_rot", "k_rot")
     _let_go(graph, kept, "q", "k", "q_l", "k_l", "q_root", "k_root")
+
+
+def _norm_heads(graph: Graph, kept: frozenset[str]) -> None:
+    """A kernel of its own adds up what is normed; the rotation is the next one's."""
+    if graph.layer.qk_norm != "none":
+        graph.put("q_root", "k_root")
+        _let_go(graph, kept, "q_l", "k_l")
 
 
 def _mlp(graph: Graph, kept: frozenset[str]) -> None:
@@ -120,7 +128,7 @@ def _mlp(graph: Graph, kept: frozenset[str]) -> None:
         _let_go(graph, kept, "root2")
     elif "n2" in kept:
         graph.put("n2")
-    if "mid" in graph:
+    if "mid" in graph or layer.output_norms:
         # One kernel adds up and normalises.
         graph.drop("o_l")
     inputs, down = mlp_inputs(layer), down_projection(layer)
@@ -134,13 +142,14 @@ def _mlp(graph: Graph, kept: frozenset[str]) -> None:
         graph.rename("gate", "product")
     _let_go(graph, kept, *(f"{part.name}_l" for part in inputs), *(part.name for part in inputs))
     _read(graph, (down,), "product", kept)
-    graph.drop("down_l")
     if layer.output_norms:
         graph.put("down_root")
+    else:
+        graph.drop("down_l")
     # The output is written over what it is a sum of, if that is not kept.
     over = [name for name in ("mid", "o", "down") if name in graph and name not in kept]
     if over:
         graph.rename(over[0], "out")
     else:
         graph.put("out", size=graph.sizes["x"])
-    _let_go(graph, kept, "mid", "o", "o_l", "down")
+    _let_go(graph, kept, "mid", "o", "o_l", "down", "down_l")
