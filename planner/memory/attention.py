@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.memory.attention_products import batched_eager_attention, eager_attention, math_attention
-from planner.memory.elementwise import cast, copy, hold, split
+from planner.memory.elementwise import again, cast, copy, hold, split
 from planner.memory.heads import hand_back, sum_heads, transposed
 from planner.memory.layer_knobs import FP32, LayerKnobs
 from planner.memory.linear import linear
@@ -36,6 +36,10 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
         layer = replace(layer, rotary_concatenated=False)
         if layer.fused_qkv:
             query, key = copy(tape, query, query_size), copy(tape, key, kv_size)
+        elif _norms_late(layer):
+            heads = query.buffer, key.buffer
+            query, key = copy(tape, again(query), query_size), copy(tape, again(key), kv_size)
+            tape.free(*heads)
     elif layer.rotary:
         query, key = rotate(tape, layer, query, key)
     width = knobs.default.compute_bytes
@@ -50,7 +54,7 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
 
 def _projections(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> tuple[Value, Value, Value]:
     """Queries, keys and values, with norms over heads where the model has them: Gemma 3's come last."""
-    late = layer.input_norms and layer.output_norms and not knobs.liger
+    late = _norms_late(layer)
     found = {}
     for name, size in (("q", layer.query_size), ("k", layer.key_value_size), ("v", layer.key_value_size)):
         part = linear(tape, knobs.kind(f"{name}_proj"), x, layer.hidden_size, size)
@@ -60,6 +64,11 @@ def _projections(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> t
         found["q"] = _qk_norm(tape, layer, knobs, found["q"], layer.query_size)
         found["k"] = _qk_norm(tape, layer, knobs, found["k"], layer.key_value_size)
     return found["q"], found["k"], found["v"]
+
+
+def _norms_late(layer: LayerSpec) -> bool:
+    """Whether queries and keys are normed last, each as its heads see it: Gemma 3's."""
+    return layer.input_norms and layer.output_norms and layer.qk_norm != "none"
 
 
 def _by_heads(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, name: str, x: Value) -> Value:
@@ -91,8 +100,12 @@ def _qk_norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: in
     if layer.qk_norm == "full":
         # Liger leaves OLMo 2's norms over all heads as they are (transformers/monkey_patch.py).
         knobs = replace(knobs, liger=False)
-    normed = norm(tape, layer, knobs, x, size, groups=groups)
-    tape.free(x.buffer)
+    read = x
+    if knobs.liger and _norms_late(layer):
+        # Its kernel wants rows that lie together.
+        read = copy(tape, again(x), size)
+    normed = norm(tape, layer, knobs, read, size, groups=groups)
+    tape.free(*{id(part): part.buffer for part in (read, x)}.values())
     return normed
 
 

@@ -36,7 +36,7 @@ def backward(graph: Graph, hidden: Value, result: Value) -> None:
     if recomputes:
         _recompute_mlp(graph)
     _mlp_backward(graph, recomputes=recomputes)
-    _middle_backward(graph)
+    _middle_backward(graph, recomputes=recomputes)
     _output_projection_backward(graph)
     recompute_attention(graph)
     _attention_backward(graph)
@@ -138,6 +138,9 @@ def _mlp_backward(graph: Graph, *, recomputes: bool) -> None:
     inputs, down = mlp_inputs(layer), down_projection(layer)
     kind = graph.kind(down)
     reads = kind.rank > 0 or kind.trained
+    if layer.output_norms and layer.input_norms and not recomputes:
+        graph.put("down_g", size=graph.sizes["x"])
+        graph.drop("down")
     if layer.fused_gate_up and reads:
         graph.put("product")
         graph.drop("out_g")
@@ -167,18 +170,24 @@ def _mlp_backward(graph: Graph, *, recomputes: bool) -> None:
     graph.adapter_gradients(down)
     if not kind.trained:
         graph.drop("product", "down_m")
+    # One gradient of the last adapter waits for the norm's kernels.
+    waits = not recomputes and layer.input_norms and len(inputs) > 1 and kind.quantized
     for part in reversed(inputs):
-        _input_gradients(graph, part)
-        if layer.output_norms and layer.input_norms and part is not inputs[0]:
+        late = waits and part is inputs[0]
+        _input_gradients(graph, part, keeps=f"{part.name}_s" if late else "")
+        if recomputes and layer.output_norms and layer.input_norms and part is not inputs[0]:
             # The norm's kernels add up gradients as they come.
             graph.drop(f"{part.name}_xa")
 
 
-def _input_gradients(graph: Graph, part: Part) -> None:
-    """Gradients of one linear layer's adapter and input; that of its output ends here."""
+def _input_gradients(graph: Graph, part: Part, keeps: str = "") -> None:
+    """Gradients of one linear layer's adapter and input; that of its output ends here.
+
+    `keeps` names what a kernel that comes later still reads.
+    """
     kind = graph.kind(part)
     graph.adapter_gradients(part)
-    graph.drop(f"{part.name}_s", f"{part.name}_d")
+    graph.drop(*(name for name in (f"{part.name}_s", f"{part.name}_d") if name != keeps))
     if kind.rank:
         graph.put(f"{part.name}_xa", size=part.inputs * graph.width)
     graph.input_gradient(part, f"{part.name}_x")
@@ -187,7 +196,7 @@ def _input_gradients(graph: Graph, part: Part) -> None:
         graph.drop(f"{part.name}_g")
 
 
-def _middle_backward(graph: Graph) -> None:
+def _middle_backward(graph: Graph, *, recomputes: bool) -> None:
     """The norms between attention and MLP: from the MLP's inputs to what the attention block returned."""
     layer = graph.layer
     graph.put_single("wide", layer.hidden_size)
@@ -196,8 +205,12 @@ def _middle_backward(graph: Graph) -> None:
         graph.put("o_g", "o_s", size=graph.sizes["x"])
     if layer.input_norms:
         graph.put("n2")
+    output = graph.kind(output_projection(layer))
+    if not recomputes and not layer.output_norms and output.rank and output.quantized:
+        graph.put("o_s", size=graph.sizes["x"])
     graph.spare(*(f"{part.name}{end}" for part in mlp_inputs(layer) for end in ("_xa", "_x")), "wide")
     graph.drop("mid", "root2", "o", "o_l", "o_root", "out_g", "down_root")
+    graph.drop(f"{mlp_inputs(layer)[0].name}_s")
     if not graph.knobs.default.trained:
         graph.drop("n2")
 

@@ -7,7 +7,7 @@ the same wherever live bytes are at their most; where it lies is planner/memory/
 
 from __future__ import annotations
 
-from planner.memory.compiled_kept import Part, kept_sizes, order_is_known
+from planner.memory.compiled_kept import Part, kept_sizes
 from planner.memory.layer_knobs import FP32, LayerKnobs
 from planner.memory.linear import ABSMAX_BYTES, NF4_BLOCK, LinearKind
 from planner.memory.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape
@@ -80,7 +80,7 @@ class Graph:
 
     def spare(self, *names: str) -> None:
         """Leave buffers to later kernels that write as much; they are freed when the graph ends."""
-        if self.tape.logs and order_is_known(self.layer):
+        if self.tape.logs:
             # What is left to whom follows from the program (planner/memory/compiled_reuse.py).
             self.drop(*names)
             return

@@ -32,14 +32,6 @@ class Part:
     outputs: int
 
 
-def order_is_known(layer: LayerSpec) -> bool:
-    """Whether kernels are replayed in the order of their traces, so that it can be said which buffer takes
-    which place. With norms after attention and MLP (Gemma, OLMo 2) they are not: Gemma 3 reserves would
-    be 1.8 to 2.7% too small, and are 0.6% without (20261122-3ac8e89aa19f, 20261122-1321c5be4667).
-    """
-    return not layer.output_norms
-
-
 def attention_inputs(layer: LayerSpec) -> tuple[Part, ...]:
     """The projections that read attention's normed input."""
     hidden, query, key = layer.hidden_size, layer.query_size, layer.key_value_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from planner.memory.compiled_kept import order_is_known
 from planner.memory.compiled_reuse import placed, tuned
 from planner.memory.program import Program, layer_program
 from planner.memory.segments import Segment
@@ -47,7 +46,7 @@ def replayed_layers(
     found: dict[int, ReplayedLayer] = {}
     for part in parts:
         programs = [part_program(part, accumulating=accumulating) for accumulating in (False, accumulates)]
-        if part.knobs.compiled and order_is_known(part.layer):
+        if part.knobs.compiled:
             programs = [placed(program, tokens, scores) for program in programs]
         first, later = map(sized, programs)
         layer = ReplayedLayer(new=first, first=first, later=later)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from planner.cuda_allocator import EXPANDABLE
 from planner.memory.allocator import MIB
-from planner.memory.compiled_kept import order_is_known
 from planner.memory.compiled_reuse import placed, reuse, tuned
 from planner.memory.program import Program
 from planner.memory.replayed_layers import part_program
@@ -195,5 +194,5 @@ def test_a_placed_program_holds_and_leaves_as_much(model: str, knobs: dict[str, 
         held = holdings(found.backward, held | {found.incoming})[-1]
         left = {*found.gradients} | ({found.outgoing} if found.outgoing is not None else set())
         assert held == left
-        if order_is_known(part.layer) and not part.knobs.default.trained:
+        if not part.knobs.default.trained:
             assert len(found.forward) + len(found.backward) < len(plain.forward) + len(plain.backward)
