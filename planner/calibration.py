@@ -23,7 +23,6 @@ from planner.memory.runtime import (
     Coefficients,
     KindShares,
     interval_kind,
-    managed_process_bytes,
 )
 from planner.memory.step_replay import replay_steps
 from planner.records import RunRecord
@@ -213,7 +212,7 @@ def _fit(samples: Sequence[Sample], pool: Sequence[Sample], gpu: GpuSpec, name: 
         [sample.reserved_bytes for sample in uncapped],
     )
     contexts = [
-        (own - sample.reserved_bytes - managed_process_bytes(sample.managed_bytes), sample.record.isolated)
+        (own - sample.reserved_bytes - sample.beside_bytes, sample.record.isolated)
         for sample in samples
         if (own := sample.own_process_bytes) is not None
     ]

@@ -10,7 +10,7 @@ from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.estimate import estimate_memory, reserve_terms
-from planner.memory.runtime import coefficients_for
+from planner.memory.runtime import coefficients_for, managed_process_bytes, offloading_context_bytes
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
 
@@ -38,6 +38,11 @@ class Sample:
     workspace_bytes: int
     own_process_bytes: int | None
     met_cap: bool
+
+    @property
+    def beside_bytes(self) -> int:
+        """What the driver shows beside reserved memory and the context of every run."""
+        return managed_process_bytes(self.managed_bytes) + offloading_context_bytes(self.record.setup)
 
     @property
     def reserved_bytes(self) -> int:

@@ -55,12 +55,15 @@ def estimate_memory(
     evaluation = timeline.forward_only(_head(setup, model, timeline.final_norm.output_bytes, evaluating=True))
     terms = _reserve_terms(resident, timeline)
     replayed = None
+    context = measured.context_of(setup)
     if replay:
-        limit = None if limit_bytes is None else limit_bytes - measured.context_bytes
+        limit = None if limit_bytes is None else limit_bytes - context
         replayed = replay_steps(setup, model, gpu=gpu, padded=padded, allocator=allocator, limit_bytes=limit)
     distance = measured.distance(setup, model, gpu_name, padded=padded)
     kind = interval_kind(setup)
-    found = phases(measured, resident, step, evaluation, terms, replayed, distance, kind=kind)
+    found = phases(
+        measured, resident, step, evaluation, terms, replayed, distance, kind=kind, context_bytes=context
+    )
     step_phase = found[1]
     return MemoryBreakdown(
         weights_bytes=resident.weights.allocated_bytes,

@@ -21,12 +21,14 @@ def phases(
     distance: Distance,
     *,
     kind: str,
+    context_bytes: int,
 ) -> tuple[PhaseMemory, ...]:
     """Peaks of load, step, evaluation and save; what the allocator has reserved by then it keeps.
 
-    Load and step are those of the allocator's replay where there is one. `kind` is the interval's.
+    Load and step are those of the allocator's replay where there is one. `kind` is the interval's,
+    `context_bytes` the context once a step has run.
     """
-    outside = measured.context_bytes + managed_process_bytes(resident.optimizer.managed_bytes)
+    outside = context_bytes + managed_process_bytes(resident.optimizer.managed_bytes)
     if replayed is None:
         step_allocated = resident.allocated_bytes + step.total_bytes
         step_reserved = step_allocated + measured.reserve_bytes(terms)
@@ -142,7 +144,7 @@ def components(
         (
             "context",
             "CUDA context",
-            measured.context_bytes,
+            measured.context_of(setup),
             f"context, kernels and libraries (measured: {measured.name})",
         ),
     )

@@ -44,6 +44,10 @@ out, the shipped records that had something the others had not needed up to 1.9 
 INTERVAL_KINDS = ("checkpointed", "kept", "compiled", "full")
 MANAGED_CHUNK_BYTES = 128 * MIB
 """The driver's figure grows by multiples of this with a paged optimizer's state (seen on an H100)."""
+OFFLOADING_CONTEXT_BYTES = 74 * MIB
+"""What a process's first step with activation offloading adds to the context: the copies' stream and pinned
+memory (70 to 76 MiB: 20261122-b0e74eb4f158, 20261122-89fd0ba862eb, 20261122-96ee85ceb8ff,
+20261122-01e4e7e6d103)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +188,10 @@ class Coefficients:
             extra_bytes=0 if gpu_name == self.gpu else self.context_spread_bytes,
         )
 
+    def context_of(self, setup: TrainingSetup) -> int:
+        """Bytes of the context once a step of the setup has run."""
+        return self.context_bytes + offloading_context_bytes(setup)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         covered = None if self.coverage is None else self.coverage.to_dict()
@@ -212,6 +220,11 @@ class Coefficients:
             )
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"not calibration coefficients: {error}") from error
+
+
+def offloading_context_bytes(setup: TrainingSetup) -> int:
+    """What a setup's offloading adds to the context."""
+    return OFFLOADING_CONTEXT_BYTES if setup.activation_offloading else 0
 
 
 def interval_kind(setup: TrainingSetup) -> str:
