@@ -17,7 +17,7 @@ from planner.calibration import MIN_RECORDS, calibrate
 from planner.cuda_allocator import ALLOCATORS
 from planner.data_files import PROFILES, write_atomically
 from planner.gpu_catalog import gpu_catalog
-from planner.memory.runtime import coefficients_name
+from planner.memory.coefficients_files import coefficients_name
 from planner.model_catalog import load_shipped
 
 

@@ -33,6 +33,7 @@ LISTED_RATIO = 0.6
 KINDS = {
     "share: adapters, every layer checkpointed": "checkpointed",
     "share: adapters, layers that keep more or move it": "kept",
+    "share: adapters, compiled layers": "compiled",
     "share: full fine-tuning": "full",
 }
 """Rows of the interval's table by kind (runtime.interval_kind)."""

@@ -24,7 +24,7 @@ from planner.data_files import user_data_dir, write_atomically
 from planner.errors import InputError, VramwiseError
 from planner.hardware import LocalGpu
 from planner.memory import estimate_memory
-from planner.memory.runtime import coefficients_name
+from planner.memory.coefficients_files import coefficients_name
 from planner.model_catalog import load_shipped
 from planner.records import RunRecord, all_records, read_records
 from planner.throughput.fit import SpeedFit, TooFewRunsError, fit_rates, start_for

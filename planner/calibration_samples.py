@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
+from planner.memory.coefficients_files import coefficients_for
 from planner.memory.estimate import estimate_memory, reserve_terms
-from planner.memory.runtime import coefficients_for, managed_process_bytes, offloading_context_bytes
+from planner.memory.runtime import managed_process_bytes, offloading_context_bytes
 from planner.model_spec import ModelSpec
 from planner.records import RunRecord
 

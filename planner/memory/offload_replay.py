@@ -18,9 +18,9 @@ FETCHED_AT_ONCE = 3
 WAITING = 5
 """Checkpoints' inputs whose memory waits for the GPU beside the two that it works on, with Liger's kernels:
 their norm saves a view of the input, so TRL hands it to record_stream (activation_offloading.py:500-501), and
-the host runs ahead by as many layers as fill the GPU's queue. 5 in Llama and Qwen 3, 2 in Gemma 3
-(20261122-96ee85ceb8ff, 20261122-772f3a48686c, 20261122-a9555c5a664b, 20261122-be0f508d32ce); none where the GPU
-waits for the host.
+the host runs ahead by as many layers as fill the GPU's queue. 5 in Llama and Qwen 3, 3 in Gemma 3
+(20261122-96ee85ceb8ff, 20261122-772f3a48686c, 20261122-a9555c5a664b, 20261122-be0f508d32ce); none where the
+GPU waits for the host.
 """
 
 
@@ -28,8 +28,8 @@ class OffloadReplay:
     """Which blocks of a setup's micro-steps are on the GPU; those that come back have their own allocator.
 
     `input_bytes` is the size of a layer's input, `norm_bytes` of what the final norm saves; `waits` says that
-    inputs that came back stay in their stream's pool until the GPU is through with them. What was brought back
-    for a node is let go after the next one.
+    inputs that came back stay in their stream's pool until the GPU is through with them. What was brought
+    back for a node is let go after the next one.
     """
 
     def __init__(

@@ -5,15 +5,11 @@ Coefficients lie in profiles/calibration (shipped) or the user's data folder; `v
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from planner import validate
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
-from planner.data_files import PROFILES, user_data_dir
+from planner.cuda_allocator import ALLOCATORS, NATIVE
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import FITTED, REPLAYED, Basis
@@ -244,42 +240,6 @@ def interval_kind(setup: TrainingSetup) -> str:
 def managed_process_bytes(managed_bytes: int) -> int:
     """What the driver shows for managed memory of that size: it is held in chunks."""
     return -(-managed_bytes // MANAGED_CHUNK_BYTES) * MANAGED_CHUNK_BYTES
-
-
-def calibration_files() -> tuple[Path, ...]:
-    """Calibration files: the user's own first, then the shipped ones."""
-    folders = (user_data_dir() / "calibration", PROFILES / "calibration")
-    return tuple(path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.json")))
-
-
-def coefficients_name(gpu_name: str, allocator: str) -> str:
-    """Name of the file with a GPU's coefficients for an allocator."""
-    return f"{gpu_name}.json" if allocator == EXPANDABLE else f"{gpu_name}-{allocator}.json"
-
-
-@lru_cache(maxsize=16)
-def coefficients_for(gpu_name: str | None, allocator: str) -> Coefficients:
-    """The coefficients whose environment matches best: this GPU's own, the user's before the shipped, and
-    only those of runs with the same allocator.
-
-    Raises:
-        InputError: a calibration file cannot be read, or there is none.
-    """
-    fallback: Coefficients | None = None
-    for path in calibration_files():
-        try:
-            found = Coefficients.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: {error}") from error
-        if found.allocator != allocator:
-            continue
-        if gpu_name is not None and found.gpu == gpu_name:
-            return found
-        if path.is_relative_to(PROFILES):
-            fallback = fallback or found
-    if fallback is None:
-        raise InputError(f"no calibration file for {allocator} under {PROFILES / 'calibration'}")
-    return fallback
 
 
 def cublas_workspace_bytes(gpu: GpuSpec | None, measured: Coefficients) -> int:

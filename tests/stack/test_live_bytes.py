@@ -29,9 +29,9 @@ pytest.importorskip("peft")
 
 from planner.cuda_allocator import EXPANDABLE
 from planner.memory.activations import at
+from planner.memory.coefficients_files import coefficients_for
 from planner.memory.estimate import _replayed
 from planner.memory.resident import INPUT_BYTES_PER_TOKEN, mask_windows
-from planner.memory.runtime import coefficients_for
 from planner.memory.timeline import StepTimeline
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup

@@ -20,9 +20,9 @@ pytest.importorskip("transformers")
 
 from launcher.inspect_model import inspect_config
 from planner.cuda_allocator import NATIVE
+from planner.memory.coefficients_files import coefficients_for
 from planner.memory.estimate import _replayed
 from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK
-from planner.memory.runtime import coefficients_for
 from planner.memory.timeline import StepMoment, StepTimeline
 from planner.memory.weights import DTYPE_BYTES
 from planner.training_setup import TrainingSetup

@@ -18,8 +18,9 @@ from planner.margins import (
     outside_factor,
 )
 from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory.coefficients_files import coefficients_for
 from planner.memory.coverage import Coverage, coverage_of
-from planner.memory.runtime import Coefficients, coefficients_for
+from planner.memory.runtime import Coefficients
 from planner.model_catalog import load_shipped
 from planner.training_setup import TrainingSetup
 

@@ -270,7 +270,7 @@ def test_few_tokens_on_a_fast_gpu_wait_for_the_host() -> None:
     many = estimate_step(setup(per_device_train_batch_size=4), LLAMA_8B, gpu_catalog().get("h100"))
     assert few.bound_by == "launches" != many.bound_by
     twice = estimate_step(setup(max_length=4096), LLAMA_8B, gpu_catalog().get("h100"))
-    assert twice.seconds_per_micro_step < 1.25 * few.seconds_per_micro_step
+    assert twice.seconds_per_micro_step < 1.35 * few.seconds_per_micro_step
 
 
 def test_emulated_bfloat16_is_far_slower_than_float16() -> None:

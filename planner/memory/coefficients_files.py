@@ -1,0 +1,48 @@
+"""Files of coefficients: the user's own, then those that are shipped."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from planner.cuda_allocator import EXPANDABLE
+from planner.data_files import PROFILES, user_data_dir
+from planner.errors import InputError
+from planner.memory.runtime import Coefficients
+
+
+def calibration_files() -> tuple[Path, ...]:
+    """Calibration files: the user's own first, then the shipped ones."""
+    folders = (user_data_dir() / "calibration", PROFILES / "calibration")
+    return tuple(path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.json")))
+
+
+def coefficients_name(gpu_name: str, allocator: str) -> str:
+    """Name of the file with a GPU's coefficients for an allocator."""
+    return f"{gpu_name}.json" if allocator == EXPANDABLE else f"{gpu_name}-{allocator}.json"
+
+
+@lru_cache(maxsize=16)
+def coefficients_for(gpu_name: str | None, allocator: str) -> Coefficients:
+    """The coefficients whose environment matches best: this GPU's own, the user's before the shipped, and
+    only those of runs with the same allocator.
+
+    Raises:
+        InputError: a calibration file cannot be read, or there is none.
+    """
+    fallback: Coefficients | None = None
+    for path in calibration_files():
+        try:
+            found = Coefficients.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: {error}") from error
+        if found.allocator != allocator:
+            continue
+        if gpu_name is not None and found.gpu == gpu_name:
+            return found
+        if path.is_relative_to(PROFILES):
+            fallback = fallback or found
+    if fallback is None:
+        raise InputError(f"no calibration file for {allocator} under {PROFILES / 'calibration'}")
+    return fallback
