@@ -17,13 +17,12 @@ from planner.data_files import PROFILES
 from planner.errors import FieldError, InputError
 from planner.gpu_catalog import gpu_catalog
 from planner.memory import estimate_memory
-from planner.memory.coefficients_files import coefficients_for
+from planner.memory.coefficients_files import coefficients_for, coefficients_name
 from planner.memory.runtime import (
     UNKNOWN_REPLAY_MARGIN_BYTES,
     Coefficients,
     KindShares,
     ReserveTerms,
-    coefficients_name,
     cublas_workspace_bytes,
     managed_process_bytes,
 )
