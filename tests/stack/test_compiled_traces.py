@@ -84,7 +84,7 @@ def test_most_steps_reserve_what_their_traces_do(allocator: str) -> None:
         replay, traced, _ = step_of(name, allocator)
         if abs(replay.allocator.reserved_bytes - traced.reserved_bytes) > 2 * MIB:
             others.append(name)
-    assert len(others) <= 10, others
+    assert len(others) <= 3, others
 
 
 @pytest.mark.parametrize("run", RUNS, ids=[f"{run.setup.model}-{run.id}" for run in RUNS])
@@ -104,5 +104,4 @@ def test_measured_runs(run: RunRecord) -> None:
     )
     assert found.allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001)
     assert counted.allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001)
-    # Phi-3.5 is +3.03%: the buffer that times new kernels, which its run does not show.
-    assert found.reserved_bytes == pytest.approx(step.reserved_bytes, rel=0.035)
+    assert found.reserved_bytes == pytest.approx(step.reserved_bytes, rel=0.018)

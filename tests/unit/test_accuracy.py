@@ -33,13 +33,13 @@ def test_each_model_is_judged_by_a_fit_without_it(found: tuple) -> None:
 
 
 BARS = {
-    EXPANDABLE: ((0.001, 0.005, 0.03), (0.002, 0.02, 0.06), (0.002, 0.01, 0.02)),
+    EXPANDABLE: ((0.0001, 0.001, 0.03), (0.0005, 0.01, 0.06), (0.001, 0.01, 0.02)),
     NATIVE: ((0.001, 0.005, 0.03), (0.005, 0.04, 0.08), (0.01, 0.04, 0.05)),
 }
 """Median, 95th percentile and worst of allocated, reserved and process."""
 
 
-@pytest.mark.parametrize(("allocator", "runs", "driver"), [(EXPANDABLE, 200, 75), (NATIVE, 150, 20)])
+@pytest.mark.parametrize(("allocator", "runs", "driver"), [(EXPANDABLE, 270, 100), (NATIVE, 150, 20)])
 def test_memory_is_as_right_as_the_readme_says(allocator: str, runs: int, driver: int, found: tuple) -> None:
     """Each model held out."""
     one = next(one for one in found if (one.gpu, one.allocator) == ("h100-80gb", allocator))
@@ -82,9 +82,9 @@ def test_json_holds_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
 def test_speed_is_as_right_as_the_documentation_says() -> None:
     reference, *others = sorted(speed_accuracy(shipped_records()), key=lambda one: one.gpu != "h100-80gb")
     assert reference.held_out is not None
-    assert reference.held_out.runs >= 75
+    assert reference.held_out.runs >= 140
     assert reference.held_out.median < 0.04
-    assert reference.held_out.percentile_90 < 0.13
+    assert reference.held_out.percentile_90 < 0.12
     assert reference.gpu_bound is not None
     assert reference.host_bound is not None
     assert reference.earlier is not None
@@ -99,7 +99,11 @@ def test_speed_is_as_right_as_the_documentation_says() -> None:
     assert reference.earlier.bias > reference.held_out.bias
     # Rates fitted elsewhere have not seen any run here; the reference borrows from nobody.
     assert reference.borrowed is None
-    assert all(one.borrowed is not None for one in others)
+    for one in others:
+        assert one.borrowed is not None
+        assert one.borrowed.runs >= 20
+        assert one.borrowed.median < 0.06
+        assert one.borrowed.percentile_90 < 0.12
 
 
 def test_a_gpu_with_few_runs_is_judged_by_borrowed_rates() -> None:

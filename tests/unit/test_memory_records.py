@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from planner.accuracy import shipped_records
-from planner.calibration import MARGIN_BYTES, REPLAY_MARGIN_BYTES, calibrate
+from planner.calibration import MARGIN_BYTES, REPLAY_MARGIN_BYTES, calibrate, held_out_residuals
 from planner.calibration_samples import clean_context_bytes, own_process_bytes, usable_records
 from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.data_files import PROFILES
@@ -262,7 +262,8 @@ def test_a_shared_process_gives_the_figures_of_a_process_alone() -> None:
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_allocated_memory_against_measured_runs(allocator: str) -> None:
     """Largest error and bias, separately, over every run that was measured; offloading's end hangs on the
-    clock, and what a budget of 0.1 keeps of Gemma 3's layers is taken to be more than it is.
+    clock where layers are not checkpointed, and what a budget of 0.1 keeps of Gemma 3's layers is taken to be
+    more than it is.
     """
     errors = []
     for record in usable(allocator):
@@ -278,13 +279,60 @@ def test_allocated_memory_against_measured_runs(allocator: str) -> None:
         )
         error = found.allocated_bytes / step.allocated_bytes - 1
         setup = record.setup
-        bound = 0.025 if setup.activation_offloading else 0.01 if setup.activation_memory_budget else 0.003
+        clocked = setup.activation_offloading and not setup.gradient_checkpointing
+        bound = 0.025 if clocked else 0.01 if setup.activation_memory_budget else 0.003
         assert abs(error) < bound, record.id
         errors.append(error)
         assert found.weights_bytes == pytest.approx(record.weights_bytes, rel=1e-4)
     assert len(errors) > 120
     assert sorted(map(abs, errors))[len(errors) // 2] < 0.0001
     assert abs(sum(errors) / len(errors)) < 0.001
+
+
+def test_most_runs_as_launched_reserve_what_was_said() -> None:
+    """Each model held out: what is left are requests that find room where the replay has none, or not."""
+    errors = []
+    for gpu in (H100, gpu_catalog().get("h200")):
+        found = held_out_residuals(shipped_records(), gpu, load_shipped, allocator=EXPANDABLE)
+        errors += [abs(one.reserved_error) for one in found]
+    assert len(errors) >= 295
+    assert sum(error < 0.0005 for error in errors) > 0.7 * len(errors)
+    assert sum(error < 0.005 for error in errors) > 0.9 * len(errors)
+
+
+@pytest.mark.parametrize("kernels", ["none", "liger"])
+def test_checkpoints_that_were_offloaded_come_back_as_the_runs_show(kernels: str) -> None:
+    """To 0.1% of what is allocated; with Liger's kernels more of them wait for the GPU than without."""
+    runs = [
+        run
+        for run in usable(EXPANDABLE)
+        if run.setup.activation_offloading
+        and run.setup.gradient_checkpointing
+        and (run.setup.kernels, run.setup.compile) == (kernels, "none")
+    ]
+    assert len(runs) >= 6
+    for run in runs:
+        step = run.phase("step")
+        assert step is not None
+        found = replay_steps(
+            run.setup, load_shipped(run.setup.model), gpu=H100, padded=run.padded, allocator=EXPANDABLE
+        )
+        assert found.step_allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001), run.id
+        assert found.step_reserved_bytes > 0.99 * step.reserved_bytes, run.id
+
+
+def test_offloading_adds_to_the_context_once_a_step_has_run() -> None:
+    setup = TrainingSetup(model="llama-3.1-8b", max_length=2048)
+    plain, offloaded = (
+        estimate_memory(one, load_shipped(one.model), gpu=H100)
+        for one in (setup, setup.replace(activation_offloading=True))
+    )
+    beside = [one.process_bytes - one.reserved_bytes for one in (plain, offloaded)]
+    assert beside[1] - beside[0] == 74 * MIB
+    assert [
+        phase.process_bytes - phase.reserved_bytes for phase in (plain.phases[0], offloaded.phases[0])
+    ] == [KNOWN.context_bytes] * 2
+    assert sum(one.size_bytes for one in offloaded.components) == offloaded.process_bytes
 
 
 def test_packed_rows_with_a_mask_reserve_what_their_replay_does() -> None:
