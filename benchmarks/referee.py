@@ -1,6 +1,6 @@
 """Brute force as referee: is the plan's choice the fastest of many setups that fit?
 
-    python -m benchmarks.referee make FOLDER [--pairs N] [--model ID --card CARD]
+    python -m benchmarks.referee make FOLDER [RECORDS] [--pairs N] [--model ID --card CARD]
     python -m benchmarks.measure FOLDER/plain.jsonl FOLDER/liger.jsonl FOLDER/doubtful.jsonl --output RECORDS
     python -m benchmarks.referee finals FOLDER RECORDS
     python -m benchmarks.measure FOLDER/finals.jsonl --output FINALS
@@ -8,10 +8,12 @@
 
 `make` plans each pair of model and memory, at one length and effective batch, for the measured GPU with no
 more memory than the smaller card leaves, and picks rivals from all setups that may fit
-(benchmarks/rival_setups.py). Runs are cut to one or two micro-batches a step; the rate that is compared is
-that at the real accumulation: the update after the last backward pass is timed apart and counted once
-(benchmarks/measured.py). `finals` lists the choice and the rivals near it once more, with more steps,
-since the best of many noisy figures is too high. `judge` writes benchmarks/results/referee.json.
+(benchmarks/rival_setups.py). Where RECORDS of earlier choices are given, what was measured under nearly the
+same cap stays a rival, and only the choice and the rivals that are forecast nearest to it are new. Runs are
+cut to one or two micro-batches a step; the rate that is compared is that at the real accumulation: the update
+after the last backward pass is timed apart and counted once (benchmarks/measured.py). `finals` lists the
+choice and the rivals near it once more, with more steps, since the best of many noisy figures is too high.
+`judge` writes benchmarks/results/referee.json.
 """
 
 from __future__ import annotations
@@ -47,6 +49,11 @@ FINAL_STEPS = 6
 FINALISTS = 2
 FINAL_SHARE = 0.95
 """Rivals this near to the choice are measured again."""
+SAME_CAP_SHARE = 0.02
+"""Caps that are this near are of one card: what lies outside the allocator is foretold anew each time."""
+NEW_RIVALS = 4
+"""Rivals of a pair that are measured beside earlier ones, or more until there are LEAST_RIVALS."""
+LEAST_RIVALS = 21
 PAIRS = (
     ("llama-3.1-8b", "16GB"),
     ("llama-3.2-3b", "12GB"),
@@ -68,8 +75,8 @@ class Result:
     tokens_per_second: float | None
 
 
-def make(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
-    """Write the profiles, and pairs.json that says which the plan chose."""
+def make(folder: Path, pairs: Sequence[tuple[str, str]], records: Sequence[RunRecord] = ()) -> None:
+    """Write the profiles that are to be measured, and pairs.json: the plan's choice and all its rivals."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"plain": [], "liger": [], "doubtful": []}
     described, total = [], 0.0
@@ -86,14 +93,27 @@ def make(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
             print(f"{model} does not fit on {card}")
             continue
         choice = Rival(setup=plan.setup, sure=True, contender=True)
-        profiles = {
+        cap = memory_cap_bytes(plan.setup, target.usable_bytes)
+        wanted = {
             one: profile_of(one, memory_cap_bytes(one.setup, target.usable_bytes))
             for one in (choice, *rivals(plan.setup, target))
         }
-        seconds = device_seconds(tuple(profiles.values()))
+        known = measured_profiles(model, cap, records)
+        wanted = {one: profile for one, profile in wanted.items() if profile.setup not in known}
+        if known:
+            sure = [one for one in wanted if one.sure]
+            sure.sort(key=lambda one: (one != choice, not one.contender, one.setup.compile == "none"))
+            count = max(NEW_RIVALS, LEAST_RIVALS - len(known)) + (choice in sure)
+            wanted = {one: wanted[one] for one in sure[:count]}
+        chosen = profile_of(choice, cap)
+        first = known.pop(chosen.setup, chosen)
+        profiles = [first, *(one for one in wanted.values() if one != first), *known.values()]
+        seconds = device_seconds(tuple(wanted.values()))
         total += seconds
-        print(f"{model} {card}: {plan.strategy}, {len(profiles) - 1} rivals, about {seconds:.0f} s")
-        for one, profile in profiles.items():
+        print(
+            f"{model} {card}: {plan.strategy}, {len(profiles) - 1} rivals, about {seconds:.0f} s to measure"
+        )
+        for one, profile in wanted.items():
             print("  ", describe(one.setup), "" if one.sure else DOUBTFUL)
             kind = "plain" if one.setup.kernels == "none" else "liger"
             lines[kind if one.sure else "doubtful"].append(profile_line(profile))
@@ -104,13 +124,25 @@ def make(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
                 "card": card,
                 "usable_bytes": target.usable_bytes,
                 "forecast_tokens_per_second": None if speed is None else speed.tokens_per_second,
-                "profiles": [json.loads(profile_line(profile)) for profile in profiles.values()],
+                "profiles": [json.loads(profile_line(profile)) for profile in profiles],
             }
         )
     for kind, found_lines in lines.items():
         (folder / f"{kind}.jsonl").write_text("".join(line + "\n" for line in found_lines), encoding="utf-8")
     (folder / "pairs.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(f"about {total:.0f} s in all, and three process starts")
+
+
+def measured_profiles(
+    model: str, memory_cap_bytes: int, records: Sequence[RunRecord]
+) -> dict[TrainingSetup, Profile]:
+    """Profiles of a model that records have under nearly that cap, one for each setup."""
+    return {
+        record.setup: Profile(setup=record.setup, memory_cap_bytes=record.memory_cap_bytes)
+        for record in records
+        if record.setup.model == model
+        and abs((record.memory_cap_bytes or 0) / memory_cap_bytes - 1) < SAME_CAP_SHARE
+    }
 
 
 def describe(setup: TrainingSetup) -> str:
@@ -264,12 +296,12 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--card")
     arguments = parser.parse_args()
-    if arguments.what == "make":
-        one = ((arguments.model, arguments.card),)
-        make(arguments.folder, one if arguments.model else PAIRS[: arguments.pairs])
-        return
     first, last = [*arguments.records, None, None][:2]
     records = tuple(read_records(first)) if first else ()
+    if arguments.what == "make":
+        one = ((arguments.model, arguments.card),)
+        make(arguments.folder, one if arguments.model else PAIRS[: arguments.pairs], records)
+        return
     again = tuple(read_records(last)) if last else ()
     finals(arguments.folder, records) if arguments.what == "finals" else judge(
         arguments.folder, records, again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -87,6 +88,24 @@ def test_rivals_are_spread_over_executions_micro_batches_and_checkpointing(made:
     assert any(setup.checkpointed_layers for setup in rivals_)
     assert any(setup.selective_checkpointing for setup in rivals_)
     assert any(setup.activation_memory_budget is not None for setup in rivals_)
+
+
+def test_rivals_that_were_measured_for_an_earlier_choice_stay(made: Path, tmp_path: Path) -> None:
+    ((_, profiles),) = referee.read_pairs(made)
+    before = [profile for profile in profiles if profile.setup.kernels == "liger"]
+    near = [dataclasses.replace(one, memory_cap_bytes=one.memory_cap_bytes - 2**26) for one in before]
+    far = [dataclasses.replace(profiles[1], memory_cap_bytes=2**33)]
+    records = [record(one) for one in (*near, *far)]
+    referee.make(tmp_path, (PAIR,), records)
+    ((_, again),) = referee.read_pairs(tmp_path)
+    assert again[0] == profiles[0]
+    assert {(one.setup, one.memory_cap_bytes) for one in near} < {
+        (one.setup, one.memory_cap_bytes) for one in again
+    }
+    assert len(again) == len({one.setup for one in again}) > 20
+    to_measure = read_profiles(tmp_path / "plain.jsonl")
+    assert to_measure[0] == profiles[0]
+    assert not {one.setup for one in to_measure} & {one.setup for one in near}
 
 
 def test_profiles_with_liger_and_those_that_may_not_fit_have_files_of_their_own(made: Path) -> None:
