@@ -8,8 +8,8 @@ linear layers, 2,048 tokens, effective batch 16, under the same memory cap, each
 the cap leaves of the card is held by an allocation outside torch's: libraries that ask the driver how much is
 free see no more than on the smaller card. Rates are wall time between the ends of optimizer steps after
 warm-up. Unsloth runs in its own stack (`--unsloth-site`: a folder for PYTHONPATH with the wheels that
-README.md lists) with what its notebooks set, at micro-batches 1, 2, 4 and 8 until memory runs out; the best
-counts. `--padding-choice` is its UNSLOTH_PADDING_CHOICE: padded compiles whole layers. Started again with the
+README.md lists) with what its notebooks set, at the micro-batches of `--micro-batches` until memory runs out;
+the best counts. `--padding-choice` is its UNSLOTH_PADDING_CHOICE: padded compiles whole layers. Started again with the
 same file, `run` goes on where it was. `judge` writes benchmarks/results/rivals.json.
 """
 
@@ -40,7 +40,7 @@ MAX_LENGTH = 2048
 EFFECTIVE_BATCH = 16
 WARM_UP_STEPS = 1
 TIMED_STEPS = 2
-MICRO_BATCHES = (1, 2, 4, 8)
+MICRO_BATCHES = (1, 2, 4, 8, 16)
 EXPECTED_SECONDS = {"trl": 55, "vramwise": 70, "unsloth": 180, "checkpoint": 40}
 """No child is started with less time left."""
 CHILD_SECONDS = {"trl": 120, "vramwise": 180, "unsloth": 400, "checkpoint": 120}
@@ -59,7 +59,12 @@ OFFLINE = {
 
 
 def tasks(
-    caps: Sequence[str], *, checkpoint: Path, device: str = "cuda", padding_choice: str = "auto"
+    caps: Sequence[str],
+    *,
+    checkpoint: Path,
+    device: str = "cuda",
+    padding_choice: str = "auto",
+    micro_batches: Sequence[int] = MICRO_BATCHES,
 ) -> Iterator[dict[str, Any]]:
     """What is to run for each cap: the contenders in turn, the plan's setup and cap in each."""
     for card in caps:
@@ -87,7 +92,7 @@ def tasks(
             **shared,
             "kind": "unsloth",
             "checkpoint": str(checkpoint),
-            "micro_batches": list(MICRO_BATCHES),
+            "micro_batches": list(micro_batches),
             "padding_choice": padding_choice,
         }
         yield {**shared, "kind": "trl"}
@@ -258,6 +263,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--only", choices=CONTENDERS)
     parser.add_argument("--padding-choice", choices=("auto", "padded", "padding_free"), default="auto")
+    parser.add_argument("--micro-batches", nargs="+", type=int, choices=MICRO_BATCHES, default=MICRO_BATCHES)
     arguments = parser.parse_args()
     if arguments.what == "judge":
         judge(arguments.results)
@@ -265,7 +271,10 @@ def main() -> None:
     asked = [
         task
         for task in tasks(
-            arguments.caps, checkpoint=arguments.checkpoint, padding_choice=arguments.padding_choice
+            arguments.caps,
+            checkpoint=arguments.checkpoint,
+            padding_choice=arguments.padding_choice,
+            micro_batches=arguments.micro_batches,
         )
         if arguments.only in (None, task["kind"])
     ]
