@@ -9,8 +9,8 @@ the cap leaves of the card is held by an allocation outside torch's: libraries t
 free see no more than on the smaller card. Rates are wall time between the ends of optimizer steps after
 warm-up. Unsloth runs in its own stack (`--unsloth-site`: a folder for PYTHONPATH with the wheels that
 README.md lists) with what its notebooks set, at the micro-batches of `--micro-batches` until memory runs out;
-the best counts. `--padding-choice` is its UNSLOTH_PADDING_CHOICE: padded compiles whole layers. Started again with the
-same file, `run` goes on where it was. `judge` writes benchmarks/results/rivals.json.
+the best counts. `--padding-choice` is its UNSLOTH_PADDING_CHOICE: padded compiles whole layers. Started again
+with the same file, `run` goes on where it was. `judge` writes benchmarks/results/rivals.json.
 """
 
 from __future__ import annotations

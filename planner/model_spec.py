@@ -142,6 +142,11 @@ class LayerSpec:
         return len(self.indices)
 
     @property
+    def normed_around(self) -> bool:
+        """Whether attention and MLP have a norm before and one after them (Gemma 2 and 3)."""
+        return self.input_norms and self.output_norms
+
+    @property
     def query_size(self) -> int:
         """Width of all queries of a token."""
         return self.num_attention_heads * self.head_dim

@@ -68,7 +68,7 @@ def _projections(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> t
 
 def _norms_late(layer: LayerSpec) -> bool:
     """Whether queries and keys are normed last, each as its heads see it: Gemma 3's."""
-    return layer.input_norms and layer.output_norms and layer.qk_norm != "none"
+    return layer.normed_around and layer.qk_norm != "none"
 
 
 def _by_heads(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, name: str, x: Value) -> Value:

@@ -90,7 +90,7 @@ def _run_attention(graph: Graph) -> None:
     if "k_all" in graph:
         graph.drop("k_rot", "v")
     graph.put("ctx", "lse", foreign=graph.kernel_is_foreign)
-    if layer.output_norms and layer.input_norms:
+    if layer.normed_around:
         # Gemma 3 alone keeps the kernel's output beside the one in the projection's order.
         graph.put("ctx_flat", "ctx_read", size=graph.sizes["ctx"])
 
@@ -138,7 +138,7 @@ def _mlp_backward(graph: Graph, *, recomputes: bool) -> None:
     inputs, down = mlp_inputs(layer), down_projection(layer)
     kind = graph.kind(down)
     reads = kind.rank > 0 or kind.trained
-    if layer.output_norms and layer.input_norms and not recomputes:
+    if layer.normed_around and not recomputes:
         graph.put("down_g", size=graph.sizes["x"])
         graph.drop("down")
     if layer.fused_gate_up and reads:
@@ -175,7 +175,7 @@ def _mlp_backward(graph: Graph, *, recomputes: bool) -> None:
     for part in reversed(inputs):
         late = waits and part is inputs[0]
         _input_gradients(graph, part, keeps=f"{part.name}_s" if late else "")
-        if recomputes and layer.output_norms and layer.input_norms and part is not inputs[0]:
+        if recomputes and layer.normed_around and part is not inputs[0]:
             # The norm's kernels add up gradients as they come.
             graph.drop(f"{part.name}_xa")
 
@@ -201,7 +201,7 @@ def _middle_backward(graph: Graph, *, recomputes: bool) -> None:
     layer = graph.layer
     graph.put_single("wide", layer.hidden_size)
     graph.put("mid_g", size=graph.sizes["x"])
-    if layer.output_norms and layer.input_norms:
+    if layer.normed_around:
         graph.put("o_g", "o_s", size=graph.sizes["x"])
     if layer.input_norms:
         graph.put("n2")
