@@ -10,6 +10,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input, OptionList, Static
 
 from launcher.tui import starting
+from launcher.tui.advice import work_out
 from launcher.tui.screens import sizing as sizing_screen
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.sizing import SizingScreen
@@ -210,7 +211,10 @@ async def test_a_point_of_the_frontier_is_taken_with_enter(make_app: MakeApp) ->
         assert points.option_count > 2
         points.focus()
         plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
-        chosen = next(index for index, point in enumerate(plan.frontier) if point.chosen)
+        # Beside the plan's own points the list has what the screen shows now.
+        shown = work_out(screen_of(pilot).sizing).points  # type: ignore[arg-type]
+        assert {point.setup for point in plan.frontier} < {point.setup for point in shown}
+        chosen = next(index for index, point in enumerate(shown) if point.chosen)
         assert chosen > 0
         await pilot.press("home", *["down"] * chosen, "enter")
         await settle(pilot)
