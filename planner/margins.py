@@ -7,15 +7,17 @@ one thing are held out together, and the factor is the worst of what they needed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 SIZES = ("length", "tokens", "rank", "parameters")
 MIN_RUNS = 3
 """Runs from which a margin of their own is learned."""
-LEAST_OUTSIDE_FACTOR = 1.25
-"""What nothing was measured of never has the ordinary interval, however well the held-out runs did."""
+LEAST_OUTSIDE_FACTOR = 2.0
+"""What nothing was measured of never has the ordinary interval, however well the held-out runs did: the model
+was mended with them at hand.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +56,11 @@ class HeldOutThing:
 
 
 def held_out_things(
-    shortfalls: Sequence[Shortfall], *, constant_bytes: int, slack: float
+    shortfalls: Sequence[Shortfall], *, constant_bytes: int, slack: Mapping[str, float]
 ) -> tuple[HeldOutThing, ...]:
     """Every thing that at most half of the runs had, held out; the worst first.
 
-    Sizes are held out too: the runs above the median length, tokens, rank and parameter count.
+    `slack` is that of each kind. Sizes are held out too: the runs above the median length, tokens, rank and parameter count.
     """
     found = []
     for name, has in _things(shortfalls):
@@ -71,7 +73,7 @@ def held_out_things(
             if sum(other.kind == one.kind for other in rest) < MIN_RUNS:
                 # Nothing of the kind is left: any margin would be another kind's.
                 continue
-            share = margin_share(rest, kind=one.kind, constant_bytes=constant_bytes, slack=slack)
+            share = margin_share(rest, kind=one.kind, constant_bytes=constant_bytes, slack=slack[one.kind])
             worst = max(worst, one.beyond_bytes / (share * one.scale_bytes + constant_bytes))
         found.append(HeldOutThing(thing=name, runs=len(held), ratio=worst))
     return tuple(sorted(found, key=lambda thing: -thing.ratio))

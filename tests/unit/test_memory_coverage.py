@@ -179,7 +179,7 @@ def test_a_margin_covers_the_worst_held_out_run_of_its_kind() -> None:
 
 def test_the_factor_is_what_a_held_out_thing_needed_of_the_others_interval() -> None:
     runs = [shortfall(10) for _ in range(4)] + [shortfall(44, thing="b")]
-    things = held_out_things(runs, constant_bytes=0, slack=0.1)
+    things = held_out_things(runs, constant_bytes=0, slack={"checkpointed": 0.1})
     assert things[0].thing == "knob=b"
     assert things[0].ratio == pytest.approx(44 / 20)
     assert outside_factor(things) == pytest.approx(2.2)
