@@ -60,7 +60,8 @@ def held_out_things(
 ) -> tuple[HeldOutThing, ...]:
     """Every thing that at most half of the runs had, held out; the worst first.
 
-    `slack` is that of each kind. Sizes are held out too: the runs above the median length, tokens, rank and parameter count.
+    `slack` is that of each kind. Sizes are held out too: the runs above the median length, tokens, rank and
+    parameter count.
     """
     found = []
     for name, has in _things(shortfalls):
