@@ -79,7 +79,22 @@ class OffloadReplay:
             self.stream.free(block)
         self._previous = []
 
-    def fetch(self, program: Program, units: Sequence[int], own: list[int]) -> tuple[int, ...]:
+    def run_backward(self, program: Program, units: Sequence[int], own: list[int]) -> None:
+        """Run a layer's backward pass, with what it reads brought back."""
+        events = self._fetch(program, units, own)
+        self.compute.run(events[: program.recomputed], units, own)
+        if program.recomputed:
+            # The layer's first node has run, which recomputed it: TRL lets go of what it brought back before.
+            self.mark()
+            self.end_backward()
+            self.stream.reset_peak()
+        self.compute.run(events[program.recomputed :], units, own)
+        if program.keeps_input_alone:
+            self.end_backward()
+            self._previous = [own[0]]
+        self.mark()
+
+    def _fetch(self, program: Program, units: Sequence[int], own: list[int]) -> tuple[int, ...]:
         """Bring back what a layer's backward reads; returns its events without frees of those blocks."""
         if program.keeps_input_alone:
             own[0] = self.stream.allocate(self.input_bytes)
@@ -91,18 +106,6 @@ class OffloadReplay:
         self._previous = [own[block] for block in largest]
         fetched = set(program.kept_once)
         return tuple(event for event in program.backward if -1 - event not in fetched)
-
-    def recomputed(self) -> None:
-        """A layer's first node has run, which recomputed it: let go of what was brought back before."""
-        self.mark()
-        self.end_backward()
-        self.stream.reset_peak()
-
-    def release(self, program: Program, own: Sequence[int]) -> None:
-        """A layer is done: its input is let go once the next one's first node has run."""
-        if program.keeps_input_alone:
-            self.end_backward()
-            self._previous = [own[0]]
 
     @staticmethod
     def blocks_of(program: Program) -> tuple[int, ...]:

@@ -25,11 +25,7 @@ from planner.memory.refusals import attention_implementation
 from planner.memory.replayed_layers import replayed_layers
 from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, tuning_buffer_bytes, workspace_block_bytes
 from planner.memory.segments import segments
-from planner.memory.shape import (
-    embedding_scratch_bytes,
-    has_biased_linear,
-    micro_step,
-)
+from planner.memory.shape import embedding_scratch_bytes, has_biased_linear, micro_step
 from planner.memory.weights import DTYPE_BYTES
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
@@ -238,11 +234,7 @@ class StepReplay:
             own[program.incoming] = gradient
             fetches = offload is not None and (own is not slots[0] or not program.keeps_input_alone)
             if offload and fetches:
-                events = offload.fetch(program, units, own)
-                run(events[: program.recomputed], units, own)
-                if program.recomputed:
-                    offload.recomputed()
-                run(events[program.recomputed :], units, own)
+                offload.run_backward(program, units, own)
             elif program.checkpointed and not (leaf and own is slots[0]):
                 run(program.backward[: program.unpacked + 1], units, own)
                 allocator.free(own[0])
@@ -250,9 +242,6 @@ class StepReplay:
             else:
                 run(program.backward, units, own)
             self.gradients += [own[block] for block in program.gradients]
-            if offload and fetches:
-                offload.release(program, own)
-                offload.mark()
             if program.outgoing is not None:
                 gradient = own[program.outgoing]
         if offload is not None:
