@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from planner.candidate import Evaluator
+from planner.policy import OPTIM
 from planner.search.choice import SPEED_TIE, SearchResult, Tried, fastest, finish_seconds, replayed
 from planner.search.levels import goes_on, levels, spend, tried
 from planner.search.strategies import (
@@ -94,9 +95,12 @@ def search(
 def _with_faster_optimizer(
     chosen: Tried, evaluator: Evaluator, tokens: int, *, confirm: bool
 ) -> Tried | None:
-    """The chosen setup with the optimizer that is done sooner, where that is more than a tie and fits."""
+    """The chosen setup with the optimizer that is done sooner, where that is more than a tie and fits.
+
+    Only for the one that is taken where none was asked for: another one is a person's choice.
+    """
     setup = chosen.candidate.setup
-    if not setup.uses_lora or setup.optim == FASTER_OPTIM:
+    if not setup.uses_lora or setup.optim != OPTIM:
         return None
     faster = tried(setup.replace(optim=FASTER_OPTIM), f"{chosen.strategy}, {FASTER_OPTIM}", evaluator)
     sooner, now = (finish_seconds(one.candidate, tokens) for one in (faster, chosen))

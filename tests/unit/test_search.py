@@ -123,10 +123,12 @@ def test_the_fused_optimizer_is_taken_where_updates_are_a_part_of_the_time() -> 
     base = TrainingSetup(model="qwen2.5-0.5b", max_length=512, optim="adamw_8bit")
     fast, slow = (evaluator_for("qwen2.5-0.5b", gpu) for gpu in ("h100-80gb", "rtx-3060-12gb"))
     full = TrainingSetup(model="qwen2.5-0.5b", max_length=512, optim="adamw_8bit", method="full")
+    lion = base.replace(optim="lion_8bit")
     for evaluator, start, effective, fixed, wanted in (
         (fast, base, 4, {}, "adamw_torch_fused"),
         (fast, base, 4, {"optim": "adamw_8bit"}, "adamw_8bit"),
         (fast, full, 4, {}, "adamw_8bit"),
+        (fast, lion, 4, {}, "lion_8bit"),
         (slow, base, 256, {}, "adamw_8bit"),
     ):
         for confirm in (True, False):
@@ -134,7 +136,7 @@ def test_the_fused_optimizer_is_taken_where_updates_are_a_part_of_the_time() -> 
             assert result.chosen is not None
             assert result.chosen in result.tried
             assert result.chosen.candidate.setup.optim == wanted
-            assert result.chosen.strategy.endswith(wanted) == (wanted != "adamw_8bit")
+            assert result.chosen.strategy.endswith(wanted) == (wanted == "adamw_torch_fused")
 
 
 def test_checkpointing_is_left_alone_when_a_knob_decides_it() -> None:
