@@ -36,6 +36,7 @@ from benchmarks.measured import (
 from benchmarks.results import write_result
 from benchmarks.rival_setups import DOUBTFUL, Rival, device_seconds, profile_of, rivals
 from launcher.profile import Profile, profile_line, read_profiles
+from planner.gpu_target import GpuTarget
 from planner.model_catalog import load_shipped
 from planner.planning import make_plan
 from planner.records import RunRecord, read_records
@@ -92,22 +93,7 @@ def make(folder: Path, pairs: Sequence[tuple[str, str]], records: Sequence[RunRe
         if not plan.fits:
             print(f"{model} does not fit on {card}")
             continue
-        choice = Rival(setup=plan.setup, sure=True, contender=True)
-        cap = memory_cap_bytes(plan.setup, target.usable_bytes)
-        wanted = {
-            one: profile_of(one, memory_cap_bytes(one.setup, target.usable_bytes))
-            for one in (choice, *rivals(plan.setup, target))
-        }
-        known = measured_profiles(model, cap, records)
-        wanted = {one: profile for one, profile in wanted.items() if profile.setup not in known}
-        if known:
-            sure = [one for one in wanted if one.sure]
-            sure.sort(key=lambda one: (one != choice, not one.contender, one.setup.compile == "none"))
-            count = max(NEW_RIVALS, LEAST_RIVALS - len(known)) + (choice in sure)
-            wanted = {one: wanted[one] for one in sure[:count]}
-        chosen = profile_of(choice, cap)
-        first = known.pop(chosen.setup, chosen)
-        profiles = [first, *(one for one in wanted.values() if one != first), *known.values()]
+        profiles, wanted = pool(plan.setup, target, records)
         seconds = device_seconds(tuple(wanted.values()))
         total += seconds
         print(
@@ -131,6 +117,26 @@ def make(folder: Path, pairs: Sequence[tuple[str, str]], records: Sequence[RunRe
         (folder / f"{kind}.jsonl").write_text("".join(line + "\n" for line in found_lines), encoding="utf-8")
     (folder / "pairs.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(f"about {total:.0f} s in all, and three process starts")
+
+
+def pool(
+    chosen: TrainingSetup, target: GpuTarget, records: Sequence[RunRecord]
+) -> tuple[list[Profile], dict[Rival, Profile]]:
+    """Profiles of the choice, first, and of all its rivals; and those that are still to be measured."""
+    choice = Rival(setup=chosen, sure=True, contender=True)
+    every = {
+        one: profile_of(one, memory_cap_bytes(one.setup, target.usable_bytes))
+        for one in (choice, *rivals(chosen, target))
+    }
+    known = measured_profiles(chosen.model, memory_cap_bytes(chosen, target.usable_bytes), records)
+    wanted = {one: profile for one, profile in every.items() if profile.setup not in known}
+    if known:
+        sure = [one for one in wanted if one.sure]
+        sure.sort(key=lambda one: (one != choice, not one.contender, one.setup.compile == "none"))
+        count = max(NEW_RIVALS, LEAST_RIVALS - len(known)) + (choice in sure)
+        wanted = {one: wanted[one] for one in sure[:count]}
+    first = known.pop(every[choice].setup, every[choice])
+    return [first, *(one for one in wanted.values() if one != first), *known.values()], wanted
 
 
 def measured_profiles(

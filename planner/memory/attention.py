@@ -100,12 +100,12 @@ def _qk_norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: in
     if layer.qk_norm == "full":
         # Liger leaves OLMo 2's norms over all heads as they are (transformers/monkey_patch.py).
         knobs = replace(knobs, liger=False)
-    read = x
+    read = again(x)
     if knobs.liger and _norms_late(layer):
         # Its kernel wants rows that lie together.
-        read = copy(tape, again(x), size)
+        read = copy(tape, read, size)
     normed = norm(tape, layer, knobs, read, size, groups=groups)
-    tape.free(*{id(part): part.buffer for part in (read, x)}.values())
+    tape.free(read.buffer, x.buffer)
     return normed
 
 

@@ -57,7 +57,7 @@ def _read(graph: Graph, readers: tuple[Part, ...], source: str, kept: frozenset[
             # Every product that reads the source is made: what is left reads those.
             _let_go(graph, kept, source)
         if part.name == "v" and graph.layer.output_norms:
-            # Gemma 3 norms queries and keys before the last adapter's product.
+            # Gemma 3 and OLMo 2 norm queries and keys before the last adapter's product.
             _norm_heads(graph, kept)
         graph.adapter(part)
         _let_go(graph, kept, f"{part.name}_r")
