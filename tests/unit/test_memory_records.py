@@ -321,6 +321,25 @@ def test_checkpoints_that_were_offloaded_come_back_as_the_runs_show(kernels: str
         assert found.step_reserved_bytes > 0.99 * step.reserved_bytes, run.id
 
 
+def test_gemma_3_with_ligers_kernels_reserves_what_its_replay_does() -> None:
+    """Norms of queries and keys come last there, on copies, and the layers' order shows in the reserve."""
+    runs = [
+        run
+        for run in usable(EXPANDABLE)
+        if run.setup.model == "gemma-3-4b"
+        and run.setup.kernels == "liger"
+        and not run.setup.activation_offloading
+    ]
+    assert len(runs) >= 5
+    for run in runs:
+        step = run.phase("step")
+        assert step is not None
+        found = replay_steps(
+            run.setup, load_shipped(run.setup.model), gpu=H100, padded=run.padded, allocator=EXPANDABLE
+        )
+        assert abs(found.step_reserved_bytes - step.reserved_bytes) <= 2 * MIB, run.id
+
+
 def test_offloading_adds_to_the_context_once_a_step_has_run() -> None:
     setup = TrainingSetup(model="llama-3.1-8b", max_length=2048)
     plain, offloaded = (
