@@ -46,7 +46,7 @@ from planner.training_setup import TrainingSetup
 LENGTH = 2048
 EFFECTIVE_BATCH = 16
 BAR = 0.97
-FINAL_STEPS = 6
+FINAL_STEPS = 16
 FINALISTS = 2
 FINAL_SHARE = 0.95
 """Rivals this near to the choice are measured again."""
