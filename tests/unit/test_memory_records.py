@@ -243,20 +243,20 @@ def test_the_shipped_calibration_is_that_of_the_shipped_records(allocator: str) 
 
 def test_a_shared_process_gives_the_figures_of_a_process_alone() -> None:
     """Setups that were measured more than once: allocated to two of the smallest blocks, reserved to a small
-    segment.
+    segment; with compiled layers, whose compilation allocates as well, to one page of a large one.
     """
     by_setup: dict[tuple[TrainingSetup, bool, str], list[MeasuredPhase]] = {}
     for record in (*usable(EXPANDABLE), *usable(NATIVE)):
         step = record.phase("step")
         assert step is not None
         by_setup.setdefault((record.setup, record.padded, record.allocator), []).append(step)
-    repeated = [steps for steps in by_setup.values() if len(steps) > 1]
+    repeated = [(setup, steps) for (setup, *_), steps in by_setup.items() if len(steps) > 1]
     assert len(repeated) >= 5
-    for steps in repeated:
+    for setup, steps in repeated:
         allocated = [step.allocated_bytes for step in steps]
         assert max(allocated) - min(allocated) <= 2 * 512
         reserved = [step.reserved_bytes for step in steps]
-        assert max(reserved) - min(reserved) <= 2 * MIB
+        assert max(reserved) - min(reserved) <= (2 if setup.compile == "none" else 20) * MIB
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
