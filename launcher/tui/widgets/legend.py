@@ -21,8 +21,8 @@ class Legend(Widget):
     memory: reactive[MemoryBreakdown | None] = reactive(None)
 
     def watch_memory(self, old: MemoryBreakdown | None, new: MemoryBreakdown | None) -> None:
-        """Lay out anew only where the number of lines changes: that takes longer than all the rest."""
-        if _shown(old) != _shown(new):
+        """Lay out anew only where there are more lines: that takes longer than all the rest."""
+        if new is not None and (old is None or _lines(new) > self.content_size.height):
             self.refresh(layout=True)
 
     def render(self) -> Text:
@@ -33,8 +33,8 @@ class Legend(Widget):
         return legend(self.memory, max(30, self.content_size.width), muted=muted)
 
 
-def _shown(memory: MemoryBreakdown | None) -> int:
-    return 0 if memory is None else sum(component.size_bytes > 0 for component in memory.components)
+def _lines(memory: MemoryBreakdown) -> int:
+    return 1 + sum(component.size_bytes > 0 for component in memory.components)
 
 
 def legend(memory: MemoryBreakdown, width: int, *, muted: str) -> Text:

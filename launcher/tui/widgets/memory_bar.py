@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.style import Style
 from rich.text import Text
@@ -63,21 +64,27 @@ class MemoryBar(Widget):
 
 
 def bar_row(data: BarData, width: int, *, uncertain: str, free: str, mark: str) -> Text:
-    """One row, two colours a cell: each half cell takes the colour of the bytes at its middle."""
-    halves = [_colour_at(data, (i + 0.5) / (2 * width) * data.scale_bytes) for i in range(2 * width)]
+    """One row, two colours a cell: each half cell takes the colour of the bytes at its middle.
+
+    Equal cells are one stretch of text: a stretch for each cell took three times as long to paint.
+    """
+    halves = _half_cells(data, width)
     limit = limit_cell(data, width)
+    held = max(data.upper_bytes, data.total_bytes)
     row = Text(no_wrap=True, end="")
-    for cell in range(width):
+
+    def drawn(cell: int) -> tuple[str, Style]:
         left, right = halves[2 * cell], halves[2 * cell + 1]
-        middle = (cell + 0.5) / width * data.scale_bytes
         if cell == limit and data.usable_bytes < data.scale_bytes:
-            row.append("┃", Style(color=mark, bgcolor=left or free, bold=True))
-        elif left is None and right is None and middle <= max(data.upper_bytes, data.total_bytes):
-            row.append("▒", Style(color=uncertain, bgcolor=free))
-        elif left == right:
-            row.append(" ", Style(bgcolor=left or free))
-        else:
-            row.append("▌", Style(color=left or free, bgcolor=right or free))
+            return "┃", Style(color=mark, bgcolor=left or free, bold=True)
+        if left is None and right is None and (cell + 0.5) / width * data.scale_bytes <= held:
+            return "▒", Style(color=uncertain, bgcolor=free)
+        if left == right:
+            return " ", Style(bgcolor=left or free)
+        return "▌", Style(color=left or free, bgcolor=right or free)
+
+    for (character, style), cells in groupby(drawn(cell) for cell in range(width)):
+        row.append(character * len(list(cells)), style)
     return row
 
 
@@ -104,10 +111,13 @@ def scale_row(data: BarData, width: int, *, muted: str, beyond: str) -> Text:
     return row
 
 
-def _colour_at(data: BarData, position_bytes: float) -> str | None:
-    start = 0
+def _half_cells(data: BarData, width: int) -> list[str | None]:
+    """The colour of each half cell; None beyond the last segment."""
+    found: list[str | None] = []
+    end = 0
     for segment in data.segments:
-        start += segment.size_bytes
-        if position_bytes < start:
-            return segment.colour
-    return None
+        end += segment.size_bytes
+        # Whole numbers: half cells whose middle, (i + 1/2) / (2 width) of the scale, lies before the end.
+        reached = -((data.scale_bytes - 4 * width * end) // (2 * data.scale_bytes))
+        found += [segment.colour] * (reached - len(found))
+    return found + [None] * (2 * width - len(found))

@@ -20,8 +20,8 @@ class PhaseTable(Widget):
     memory: reactive[MemoryBreakdown | None] = reactive(None)
 
     def watch_memory(self, old: MemoryBreakdown | None, new: MemoryBreakdown | None) -> None:
-        """Lay out anew only where the number of lines can change."""
-        if _moment(old) != _moment(new):
+        """Lay out anew only where the number of lines changes."""
+        if _phase_count(old) != _phase_count(new):
             self.refresh(layout=True)
 
     def render(self) -> Text:
@@ -34,14 +34,13 @@ class PhaseTable(Widget):
         )
 
 
-def _moment(memory: MemoryBreakdown | None) -> str:
-    """What may wrap: the rest is of one height."""
-    return "" if memory is None else memory.peak_phase.peak_moment
+def _phase_count(memory: MemoryBreakdown | None) -> int:
+    return 0 if memory is None else len(memory.phases)
 
 
 def phases(memory: MemoryBreakdown, width: int, *, muted: str, strong: str) -> Text:
     """The table of phases, then where the peak lies, then allocated, reserved and the driver's figure."""
-    text = Text()
+    text = Text(no_wrap=True, overflow="ellipsis")
     peak = memory.peak_phase
     largest = max(1, memory.peak_bytes)
     bar = min(_BAR, max(0, width - 26))
@@ -53,7 +52,8 @@ def phases(memory: MemoryBreakdown, width: int, *, muted: str, strong: str) -> T
         filled = round(phase.process_bytes / largest * bar)
         text.append("━" * filled, strong if is_peak else muted)
         text.append("\n")
-    text.append(f"peak: {plain(peak.name)}, {plain(peak.peak_moment)}", muted)
+    # One line, whatever it says: the table keeps its height, and nothing is laid out anew.
+    text.append(f"peak: {plain(peak.peak_moment)}", muted)
     for name, figure in (
         ("allocated", memory.allocated_bytes),
         ("reserved", memory.reserved_bytes),
