@@ -75,7 +75,7 @@ def changes(sizing: Sizing, evaluator: Evaluator) -> tuple[Change, ...]:
         return tuple(_change(one, apply_flags(sizing.setup, one.flags)) for one in found)
     request = PlanRequest(model=sizing.setup.model)
     found = use_what_is_left(evaluator, sizing.setup, request)
-    searched = [(one, _fastest(evaluator, apply_flags(sizing.setup, one.flags))) for one in found]
+    searched = [(one, _fastest(evaluator, apply_flags(sizing.searched_from, one.flags))) for one in found]
     rest = tuple(_change(one, best.setup) for one, best in searched if best is not None)
     faster = _faster(evaluator, sizing)
     return rest if faster is None else (faster, *rest)
@@ -83,8 +83,8 @@ def changes(sizing: Sizing, evaluator: Evaluator) -> tuple[Change, ...]:
 
 def points(sizing: Sizing, evaluator: Evaluator) -> tuple[FrontierPoint, ...]:
     """The frontier of what the planner would try in place of the setup, around what it would choose."""
-    setup = sizing.setup
-    result = search(setup, evaluator, effective_batch_size=setup.effective_batch_size, fixed={}, confirm=True)
+    setup, base = sizing.setup, sizing.searched_from
+    result = search(base, evaluator, effective_batch_size=base.effective_batch_size, fixed={}, confirm=True)
     tried = [
         replace(one, candidate=evaluator.confirm(setup)) if _is(one, setup) else one for one in result.tried
     ]
@@ -100,7 +100,7 @@ def _is(one: Tried, setup: TrainingSetup) -> bool:
 def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str, str]) -> Choice:
     """The fastest setup that fits, at the knobs' length, method, adapter and effective batch.
 
-    The dtype is what the card computes in.
+    The dtype is what the card computes in; the optimizer in `texts` is the one that was asked for.
 
     Raises:
         InputError: a knob is not valid, or nothing fits.
@@ -170,7 +170,7 @@ def _change(advice: Advice, setup: TrainingSetup | None) -> Change:
 
 
 def _faster(evaluator: Evaluator, sizing: Sizing) -> Change | None:
-    best = _fastest(evaluator, sizing.setup)
+    best = _fastest(evaluator, sizing.searched_from)
     now = None if sizing.step is None else sizing.step.tokens_per_second
     if best is None or now is None or best.tokens_per_second is None:
         return None

@@ -25,7 +25,8 @@ class Verdict(Enum):
 class Sizing:
     """The answer to one question, by the fitted estimate or, once refined, by the allocator's replay.
 
-    `step` is None where no time can be told; `no_step` then says why.
+    `step` is None where no time can be told; `no_step` then says why. `asked_optim` is the optimizer that a
+    search starts from: the setup's, or the one that a search has put the setup's in the place of.
     """
 
     setup: TrainingSetup
@@ -33,12 +34,18 @@ class Sizing:
     card: Card
     memory: MemoryBreakdown
     step: StepEstimate | None
+    asked_optim: str
     no_step: str = ""
 
     @property
     def refined(self) -> bool:
         """Whether the figures are those of `plan`: of torch's allocator, replayed."""
         return self.memory.basis.reserve == REPLAYED
+
+    @property
+    def searched_from(self) -> TrainingSetup:
+        """The setup as a search starts from it."""
+        return self.setup.replace(optim=self.asked_optim)
 
     @property
     def verdict(self) -> Verdict:
@@ -58,19 +65,30 @@ def verdict(memory: MemoryBreakdown, usable_bytes: int) -> Verdict:
     return Verdict.TIGHT if memory.peak_bytes <= usable_bytes else Verdict.DOES_NOT_FIT
 
 
-def size_up(setup: TrainingSetup, model: ModelSpec, card: Card) -> Sizing:
+def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: str | None = None) -> Sizing:
     """Answer for each card of the target, within milliseconds; several hold one process each.
+
+    `asked_optim` is the sizing's, null for the setup's own.
 
     Raises:
         InputError: the setup is not possible for the model, or its memory is not modelled.
     """
     setup = on_all_cards(setup, card)
     memory = estimate_memory(setup, model, gpu=card.spec)
+    step, no_step = None, ""
     try:
         step = estimate_step(setup, model, card.spec)
     except NoForecastError as error:
-        return Sizing(setup=setup, model=model, card=card, memory=memory, step=None, no_step=str(error))
-    return Sizing(setup=setup, model=model, card=card, memory=memory, step=step)
+        no_step = str(error)
+    return Sizing(
+        setup=setup,
+        model=model,
+        card=card,
+        memory=memory,
+        step=step,
+        asked_optim=asked_optim or setup.optim,
+        no_step=no_step,
+    )
 
 
 def refine(sizing: Sizing) -> Sizing:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from planner.candidate import Evaluator
-from planner.policy import OPTIM
+from planner.policy import FASTER_OPTIM, OPTIM
 from planner.search.choice import SPEED_TIE, SearchResult, Tried, fastest, finish_seconds, replayed
 from planner.search.levels import goes_on, levels, spend, tried
 from planner.search.strategies import (
@@ -26,11 +26,6 @@ TOKENS = 10_000_000
 MAX_DOUBTFUL_REPLAYS = 8
 """Replays after which only what fits by the fitted estimate's wide interval is still considered."""
 ALL_AS_GIVEN = "as given"
-FASTER_OPTIM = "adamw_torch_fused"
-"""Updates all adapters with a few kernels where adamw_8bit launches one for each tensor: on the H100 9 ms
-instead of 27 for Llama-3.1-8B (20261122-44d45cd4170f, 20261122-5145ff451a63). Its states have the adapters'
-dtype.
-"""
 
 
 def search(

@@ -342,6 +342,39 @@ async def test_the_automatic_choice_is_applied_and_fits(make_app: MakeApp) -> No
         assert knob.value == str(after.setup.per_device_train_batch_size)
 
 
+@pytest.mark.parametrize(("picked", "ends_with"), [(None, "adamw_8bit"), ("adamw_torch_fused", None)])
+async def test_an_optimizer_that_a_search_took_is_no_wish_and_a_picked_one_is(
+    make_app: MakeApp, picked: str | None, ends_with: str | None
+) -> None:
+    """On a roomy card the search takes a faster optimizer; on a small one it may take the default again."""
+    async with make_app(model="qwen2.5-1.5b", gpu="80GB").run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        await pilot.press("a")
+        await settle(pilot)
+        screen = screen_of(pilot)
+        assert screen.sizing is not None
+        assert screen.sizing.setup.optim == "adamw_torch_fused"
+        if picked is not None:
+            knob = screen.query_one("#knob-optim", ChoiceKnob)
+            for value in ("adamw_8bit", picked):
+                knob.value = value
+                await settle(pilot)
+        await pilot.press("g")
+        await pilot.press(*"8GB", "enter")
+        await settle(pilot)
+        shown = work_out(screen.sizing).points
+        await pilot.press("a")
+        await settle(pilot)
+        plan = make_plan(
+            make_request(
+                "qwen2.5-1.5b", gpu="8GB", knobs={"max_length": 4096, **({"optim": picked} if picked else {})}
+            )
+        )
+        assert screen.sizing.setup == plan.setup
+        assert screen.sizing.setup.optim == (ends_with or picked)
+        assert plan.setup in {point.setup for point in shown}
+
+
 async def test_advice_is_applied_with_enter(make_app: MakeApp) -> None:
     async with make_app(max_length=32768).run_test(size=SIZE) as pilot:
         await settle(pilot)

@@ -17,7 +17,7 @@ from textual.widgets import Input
 from launcher.tui import advice, run_follower, sizing
 from launcher.tui.app import VramwiseApp
 from launcher.tui.screens import run as run_screen
-from launcher.tui.screens import sizing as sizing_screen
+from launcher.tui.screens import sizing_pickers
 from planner.memory import Basis, Component, MemoryBreakdown, PhaseMemory
 from planner.memory.breakdown import REPLAYED
 from planner.plan import FrontierPoint
@@ -138,8 +138,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run_follower, "estimate_memory", fixed_memory)
     monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
     monkeypatch.setattr(run_screen, "POLL_SECONDS", 3600.0)
-    models = sizing_screen.list_models()[:8]
-    monkeypatch.setattr(sizing_screen, "list_models", lambda: models)
+    models = sizing_pickers.list_models()[:8]
+    monkeypatch.setattr(sizing_pickers, "list_models", lambda: models)
     monkeypatch.chdir(tmp_path)
 
 

@@ -20,8 +20,8 @@ from launcher.tui import advice, cards, knobs
 from launcher.tui.command_line import plan_command
 from launcher.tui.inspection import inspector
 from launcher.tui.screens import sizing_parts as parts
-from launcher.tui.screens.picker import Picker, Remark, Row
 from launcher.tui.screens.sizing_messages import Advised, Chosen, Refined, Resolved
+from launcher.tui.screens.sizing_pickers import gpu_picker, model_picker
 from launcher.tui.sizing import Sizing, refine, size_up
 from launcher.tui.text import plain
 from launcher.tui.widgets.advice_panel import AdvicePanel
@@ -34,8 +34,9 @@ from launcher.tui.widgets.pick_button import PickButton
 from launcher.tui.widgets.setup_list import SetupList
 from launcher.tui.widgets.speed_panel import SpeedPanel
 from launcher.tui.widgets.verdict_line import VerdictLine
+from planner import policy
 from planner.errors import FieldError, InputError, NotModelledError, VramwiseError
-from planner.model_catalog import list_models, resolve_model
+from planner.model_catalog import resolve_model
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
@@ -67,6 +68,7 @@ class SizingScreen(Screen[None]):
         self._card = card
         self._others: dict[str, Any] = knobs.other_fields(setup)
         self._initial = knobs.to_texts(setup)
+        self._asked_optim = self._shown_optim = setup.optim
         self._question: Text | None = None
         self.sizing: Sizing | None = None
 
@@ -108,6 +110,8 @@ class SizingScreen(Screen[None]):
         event.stop()
         if event.texts["gradient_checkpointing"] == knobs.OFF:
             self._others.pop("checkpointed_layers", None)
+        if event.texts["optim"] != self._shown_optim:
+            self._asked_optim = event.texts["optim"]
         self._answer(event.texts)
 
     @on(PickButton.Pressed)
@@ -120,10 +124,11 @@ class SizingScreen(Screen[None]):
 
     def _answer(self, texts: Mapping[str, str]) -> None:
         """Recompute and show; on a value that is not accepted say so and keep the last answer, greyed."""
+        self._shown_optim = texts["optim"]
         self.form.show_picks(model=self._model_name, gpu=self._card.title)
         try:
             setup = knobs.to_setup(self._model_name, texts, self._others)
-            sizing = size_up(setup, self._model, self._card)
+            sizing = size_up(setup, self._model, self._card, asked_optim=self._asked_optim)
         except InputError as error:
             field = (
                 error.field
@@ -187,24 +192,8 @@ class SizingScreen(Screen[None]):
 
     def action_pick_model(self) -> None:
         """Pick a model; each is shown with what it needs at the present knobs."""
-        texts, others, card = self.form.texts, dict(self._others), self._card
-
-        def remark(row: Row) -> Remark:
-            try:
-                sized = size_up(knobs.to_setup(row.key, texts, others), resolve_model(row.key), card)
-            except InputError:
-                return Remark("not possible", "muted")
-            return parts.remark(sized)
-
         self.app.push_screen(
-            Picker(
-                f"Model · needs on {plain(card.title, 30)}",
-                parts.model_rows(list_models()),
-                current=self._model.id,
-                prompt="name, Hub id, or folder with config.json",
-                remark=remark,
-            ),
-            self._model_picked,
+            model_picker(self._model, self._card, self.form.texts, dict(self._others)), self._model_picked
         )
 
     def _model_picked(self, name: str | None) -> None:
@@ -231,13 +220,6 @@ class SizingScreen(Screen[None]):
     def action_pick_gpu(self) -> None:
         """Pick a card; each is shown with the verdict on the present setup."""
         known = {str(index): card for index, card in enumerate(cards.offered())}
-        texts, others, model, name = self.form.texts, dict(self._others), self._model, self._model_name
-
-        def remark(row: Row) -> Remark:
-            try:
-                return parts.remark(size_up(knobs.to_setup(name, texts, others), model, known[row.key]))
-            except InputError:
-                return Remark("not possible", "muted")
 
         def picked(key: str | None) -> None:
             if key is None:
@@ -249,22 +231,15 @@ class SizingScreen(Screen[None]):
                 return
             self._answer(self.form.texts)
 
-        current = next((key for key, card in known.items() if card.argument == self._card.argument), "")
-        title = f"GPU · for {plain(name, 30)} at the present knobs"
+        texts, others = self.form.texts, dict(self._others)
         self.app.push_screen(
-            Picker(
-                title,
-                parts.card_rows(known),
-                current=current,
-                prompt="name or size: 4090, 24GB",
-                remark=remark,
-            ),
-            picked,
+            gpu_picker(known, self._card, self._model, self._model_name, texts, others), picked
         )
 
     def action_choose(self) -> None:
         """Ask the planner for the fastest setup that fits at this length."""
-        self._choose(self._model, self._model_name, self._card, self.form.texts)
+        asked = {**self.form.texts, "optim": self._asked_optim}
+        self._choose(self._model, self._model_name, self._card, asked)
 
     @work(thread=True, exclusive=True, group="choice")
     def _choose(self, model: ModelSpec, name: str, card: cards.Card, texts: Mapping[str, str]) -> None:
@@ -288,6 +263,8 @@ class SizingScreen(Screen[None]):
             self._model, self._model_name = resolve_model(setup.model), setup.model
         one = setup.replace(num_processes=1, distributed=None)
         self._others = knobs.other_fields(one)
+        if (self._asked_optim, one.optim) != (policy.OPTIM, policy.FASTER_OPTIM):
+            self._asked_optim = one.optim
         texts = knobs.to_texts(one)
         self.form.set_texts(texts)
         self._answer(texts)
