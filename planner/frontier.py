@@ -71,11 +71,14 @@ def around_the_chosen(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, .
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunnerUp:
-    """A setup that lost: by how much it is faster (negative: slower), and the bytes that it lacks."""
+    """A setup that lost (in an Alternative's words), by how much it is faster (negative: slower), and what it
+    lacks.
+    """
 
     strategy: str
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    lost: str
     faster: float
     lacking_bytes: int
 
@@ -101,6 +104,7 @@ def runners_up(
                     strategy=point.strategy,
                     per_device_train_batch_size=setup.per_device_train_batch_size,
                     gradient_accumulation_steps=setup.gradient_accumulation_steps,
+                    lost="too large",
                     faster=now / point.hours - 1,
                     lacking_bytes=point.peak_upper_bytes - usable_bytes,
                 )
@@ -113,7 +117,7 @@ def runners_up(
 
 
 def _given_up(one: Alternative) -> float:
-    return one.amount if one.lost == "slower" else 0.0
+    return one.amount if one.lost in ("slower", "offloads") else 0.0
 
 
 def _lost(one: Alternative, faster: float, lacking_bytes: int) -> RunnerUp:
@@ -121,6 +125,7 @@ def _lost(one: Alternative, faster: float, lacking_bytes: int) -> RunnerUp:
         strategy=one.strategy,
         per_device_train_batch_size=one.per_device_train_batch_size,
         gradient_accumulation_steps=one.gradient_accumulation_steps,
+        lost=one.lost,
         faster=faster,
         lacking_bytes=lacking_bytes,
     )

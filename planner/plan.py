@@ -122,9 +122,11 @@ class MethodFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alternative:
-    """Another setup that was tried, and why it lost: "too large", "slower" or "tie" (as fast, but larger).
+    """Another setup that was tried, and why it lost: "too large", "slower", "tie" (as fast, but larger) or
+    "offloads" (as fast, but it moves inputs to the host).
 
-    `amount` is the bytes it lacks ("too large") or the share of speed it gives up ("slower").
+    `amount` is the bytes it lacks ("too large"), those it needs more ("tie"), or the share of speed it gives up
+    ("slower", "offloads").
     """
 
     strategy: str

@@ -162,13 +162,16 @@ def _alternatives(chosen: Chosen, evaluator: Evaluator) -> tuple[Alternative, ..
             continue
         candidate = one.candidate
         seconds = finish_seconds(candidate, chosen.tokens)
+        given_up = 0.0 if seconds is None or least is None else max(0.0, 1 - least / seconds)
+        larger = candidate.peak_upper_bytes - best.peak_upper_bytes
+        lost, amount = "slower", given_up
         if not one.fits:
             lost, amount = "too large", float(candidate.peak_upper_bytes - evaluator.usable_bytes)
-        elif seconds is not None and least is not None and seconds > least * (1 + SPEED_TIE):
-            lost, amount = "slower", 1.0 - least / seconds
-        else:
-            fitted = [evaluator.evaluate(each.setup).peak_upper_bytes for each in (candidate, best)]
-            lost, amount = "tie", float(fitted[0] - fitted[1])
+        elif seconds is None or least is None or seconds <= least * (1 + SPEED_TIE):
+            if candidate.setup.activation_offloading and not best.setup.activation_offloading:
+                lost = "offloads"
+            elif larger > 0:
+                lost, amount = "tie", float(larger)
         found.append(
             Alternative(
                 strategy=one.strategy,

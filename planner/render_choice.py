@@ -127,4 +127,6 @@ def _lost(one: RunnerUp) -> str:
     if one.lacking_bytes:
         text = f"{gib(one.lacking_bytes)} too large"
         return f"{one.faster:.1%} faster, but {text}" if one.faster > 0 else text
-    return f"fits, but {-one.faster:.1%} slower" if one.faster < 0 else "fits, as fast, but larger"
+    if one.lost == "slower":
+        return f"fits, but {-one.faster:.1%} slower"
+    return f"fits, as fast, but {'offloads' if one.lost == 'offloads' else 'larger'}"

@@ -239,12 +239,29 @@ def test_experts_and_embeddings_are_told() -> None:
 
 
 def test_alternatives_say_why_they_lost() -> None:
-    plan = plan_for("llama-3.1-8b", "24GB")
-    assert {one.lost for one in plan.alternatives} <= {"too large", "slower", "tie"}
-    for one in plan.alternatives:
-        assert one.fits == (one.lost != "too large")
-        if one.lost == "too large":
-            assert one.amount == one.peak_upper_bytes - plan.gpu.usable_bytes > 0
+    reasons = set()
+    for model, card in (
+        ("llama-3.1-8b", "24GB"),
+        ("qwen2.5-14b", "16GB"),
+        ("gemma-3-4b", "16GB"),
+        ("phi-4", "24GB"),
+    ):
+        plan = plan_for(model, card)
+        rate = plan.speed.tokens_per_second if plan.speed else 0.0
+        for one in plan.alternatives:
+            reasons.add(one.lost)
+            assert one.fits == (one.lost != "too large")
+            if one.lost == "too large":
+                assert one.amount == one.peak_upper_bytes - plan.gpu.usable_bytes > 0
+            elif one.lost == "tie":
+                assert one.amount == one.peak_upper_bytes - plan.memory.peak_upper_bytes > 0
+            elif one.lost == "offloads":
+                assert "offloaded" in one.strategy
+                assert "offloaded" not in plan.strategy
+                assert one.tokens_per_second == pytest.approx(rate, rel=0.02)
+            else:
+                assert 0 < one.amount < 1
+    assert reasons == {"too large", "slower", "tie", "offloads"}
 
 
 def test_data_decides_length_time_and_steps(tmp_path: Path) -> None:
