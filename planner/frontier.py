@@ -71,9 +71,7 @@ def around_the_chosen(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, .
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunnerUp:
-    """A setup that lost (in an Alternative's words), by how much it is faster (negative: slower), and what it
-    lacks.
-    """
+    """A setup that lost (in Alternative's words), how much faster it is (negative: slower), what it lacks."""
 
     strategy: str
     per_device_train_batch_size: int

@@ -125,7 +125,7 @@ class Alternative:
     """Another setup that was tried, and why it lost: "too large", "slower", "tie" (as fast, but larger) or
     "offloads" (as fast, but it moves inputs to the host).
 
-    `amount` is the bytes it lacks ("too large"), those it needs more ("tie"), or the share of speed it gives up
+    `amount` is the bytes it lacks ("too large") or needs more ("tie"), or the share of speed it gives up
     ("slower", "offloads").
     """
 
