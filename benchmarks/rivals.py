@@ -41,8 +41,9 @@ EFFECTIVE_BATCH = 16
 WARM_UP_STEPS = 1
 TIMED_STEPS = 2
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-EXPECTED_SECONDS = {"trl": 55, "vramwise": 70, "unsloth": 180, "checkpoint": 40}
-"""No child is started with less time left."""
+EXPECTED_SECONDS = {"trl": 55, "vramwise": 60, "unsloth": 40, "checkpoint": 40}
+SECONDS_A_MICRO_BATCH = 28
+"""No child is started with less time left: 45 s for vramwise's with compilation, Unsloth's by micro-batch."""
 CHILD_SECONDS = {"trl": 120, "vramwise": 180, "unsloth": 400, "checkpoint": 120}
 """After which a child is ended."""
 BARS = {
@@ -121,7 +122,7 @@ def run(output: Path, asked: Sequence[dict[str, Any]], *, unsloth_site: Path | N
         kind, card = task["kind"], task["card"]
         if left is None or (kind == "unsloth" and unsloth_site is None):
             continue
-        needed = EXPECTED_SECONDS[kind]
+        needed = EXPECTED_SECONDS[kind] + SECONDS_A_MICRO_BATCH * len(left.get("micro_batches", ()))
         if kind == "unsloth" and not Path(task["checkpoint"]).is_dir():
             needed += EXPECTED_SECONDS["checkpoint"]
         if time.monotonic() + needed > end:
