@@ -33,16 +33,20 @@ _KNOBS: dict[str, _Knob] = {
     "target_modules": _Knob("names", "all-linear, or module names: q_proj,v_proj (default: all-linear)"),
     "use_dora": _Knob("bool", "DoRA"),
     "use_rslora": _Knob("bool", "rank-stabilised scaling"),
-    "optim": _Knob("choice", "optimizer (default: adamw_8bit)", names.OPTIMIZERS),
+    "optim": _Knob(
+        "choice", "optimizer (default: adamw_8bit; adamw_torch_fused if faster)", names.OPTIMIZERS
+    ),
     "gradient_checkpointing": _Knob("bool", "keep layer inputs only and compute layers again"),
     "checkpointed_layers": _Knob("int", "checkpoint the first K decoder layers only"),
     "selective_checkpointing": _Knob("bool", "keep attention outputs when checkpointing"),
     "activation_offloading": _Knob("bool", "move activations to host memory"),
     "attn_implementation": _Knob(
-        "choice", "attention (default: the model's)", names.ATTENTION_IMPLEMENTATIONS
+        "choice",
+        "attention (default: the model's, or flex_attention for packed examples if faster)",
+        names.ATTENTION_IMPLEMENTATIONS,
     ),
     "kernels": _Knob("choice", "replacement kernels (default: none)", names.KERNELS),
-    "compile": _Knob("choice", "compile each decoder layer (default: none)", names.COMPILE),
+    "compile": _Knob("choice", "compile each decoder layer (default: if faster)", names.COMPILE),
     "activation_memory_budget": _Knob("float", "0 to 1, with --compile and --no-gradient-checkpointing"),
     "prepare_for_kbit_training": _Knob("bool", "PEFT's upcast of everything unquantised to float32"),
     "packing": _Knob("bool", "several examples a sequence"),
