@@ -32,6 +32,32 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         super().__init__(**options)
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse, and say of an option that there is none of which one may be meant.
+
+        Raises:
+            InputError: an argument is not accepted, or there is no such option.
+        """
+        found, unknown = self.parse_known_args(args, namespace)
+        option = next((one for one in unknown if one.startswith("-")), None)
+        if option is not None:
+            self._refuse(option.partition("=")[0])
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
+    def _refuse(self, option: str) -> NoReturn:
+        from planner.errors import UnknownNameError
+
+        known = [
+            name for name in self._option_string_actions if not name.startswith(("--no-", "--help", "-h"))
+        ]
+        words = option.strip("-").lower()
+        parts = [name for name in known if len(words) > 1 and words in name]
+        raise UnknownNameError("option", option, known, f"(see {self.prog} --help)", parts[:3])
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         raise InputError(message)

@@ -6,7 +6,7 @@ A command turns one of these into a single line on stderr and the exit code; oth
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 
@@ -51,11 +51,16 @@ class NotModelledError(InputError):
 
 
 class UnknownNameError(InputError):
-    """A model or GPU name that is in no catalog."""
+    """A name that is not known: of a model, GPU, command or option.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str) -> None:
+    `meant` are those that may be meant by it; without them those of `known` that are written nearly so.
+    """
+
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], hint: str, meant: Sequence[str] = ()
+    ) -> None:
         self.name = name
-        close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.6)
+        close = meant or difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.6)
         suggestion = f"; did you mean {', '.join(close)}?" if close else ""
         super().__init__(f"unknown {kind} {shorten(name)}{suggestion} {hint}".rstrip())
 

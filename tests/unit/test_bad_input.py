@@ -308,3 +308,21 @@ def test_the_program_itself_says_it_in_one_line(name: str, tmp_path: Path) -> No
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--batch-size", "--per-device-train-batch-size"),
+        ("--price", "--price-per-hour"),
+        ("--max-seq-length=4096", "--max-length"),
+        ("--gpus", "--gpu"),
+    ],
+)
+def test_an_option_that_there_is_none_of_names_the_one_that_may_be_meant(
+    cli: Cli, option: str, meant: str
+) -> None:
+    finished = cli(*PLAN, option, "4096")
+    assert (finished.code, finished.out) == (2, "")
+    assert f"unknown option '{option.partition('=')[0]}'; did you mean" in finished.err
+    assert meant in finished.err.partition("mean")[2]
