@@ -75,8 +75,7 @@ def changes(sizing: Sizing, evaluator: Evaluator) -> tuple[Change, ...]:
         return tuple(_change(one, apply_flags(sizing.setup, one.flags)) for one in found)
     request = PlanRequest(model=sizing.setup.model)
     found = use_what_is_left(evaluator, sizing.setup, request)
-    searched = [(one, _fastest(evaluator, apply_flags(sizing.searched_from, one.flags))) for one in found]
-    rest = tuple(_change(one, best.setup) for one, best in searched if best is not None)
+    rest = tuple(change for one in found if (change := _searched(evaluator, sizing, one)) is not None)
     faster = _faster(evaluator, sizing)
     return rest if faster is None else (faster, *rest)
 
@@ -169,6 +168,16 @@ def _change(advice: Advice, setup: TrainingSetup | None) -> Change:
     )
 
 
+def _searched(evaluator: Evaluator, sizing: Sizing, one: Advice) -> Change | None:
+    """A change with the fastest way to run it, which is told where it is another one than now."""
+    best = _fastest(evaluator, apply_flags(sizing.searched_from, one.flags))
+    if best is None:
+        return None
+    told = _change(one, best.setup)
+    as_now = best.setup == apply_flags(sizing.setup, one.flags)
+    return told if as_now else replace(told, effect=_ways(best.setup))
+
+
 def _faster(evaluator: Evaluator, sizing: Sizing) -> Change | None:
     best = _fastest(evaluator, sizing.searched_from)
     now = None if sizing.step is None else sizing.step.tokens_per_second
@@ -176,21 +185,25 @@ def _faster(evaluator: Evaluator, sizing: Sizing) -> Change | None:
         return None
     if best.tokens_per_second < now * (1 + _LEAST_GAIN):
         return None
-    setup = best.setup
+    return Change(
+        title=_ways(best.setup),
+        effect="the automatic choice",
+        peak_upper_bytes=best.peak_upper_bytes,
+        fits=True,
+        tokens_per_second=best.tokens_per_second,
+        setup=best.setup,
+    )
+
+
+def _ways(setup: TrainingSetup) -> str:
+    """How layers are run, in the words of the knobs, and the batch."""
     ways = [
         *["compiled"] * (setup.compile != "none"),
         "checkpointing" if setup.gradient_checkpointing else "no checkpointing",
         *["offloading"] * setup.activation_offloading,
         f"{setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps}",
     ]
-    return Change(
-        title=", ".join(ways),
-        effect="the automatic choice",
-        peak_upper_bytes=best.peak_upper_bytes,
-        fits=True,
-        tokens_per_second=best.tokens_per_second,
-        setup=setup,
-    )
+    return ", ".join(ways)
 
 
 def _fastest(evaluator: Evaluator, base: TrainingSetup | None) -> Candidate | None:

@@ -375,6 +375,18 @@ async def test_an_optimizer_that_a_search_took_is_no_wish_and_a_picked_one_is(
         assert plan.setup in {point.setup for point in shown}
 
 
+async def test_a_change_that_runs_in_another_way_says_in_which(make_app: MakeApp) -> None:
+    """Uncompiled, a higher rank is not faster: what makes it so is told."""
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        (line,) = [line for line in shown_text(pilot).splitlines() if "rank 64 (" in line]
+        assert "rank 64 (compiled, " in line
+        await pilot.press("a")
+        await settle(pilot)
+        (line,) = [line for line in shown_text(pilot).splitlines() if "rank 64" in line]
+        assert "+" not in line
+
+
 async def test_advice_is_applied_with_enter(make_app: MakeApp) -> None:
     async with make_app(max_length=32768).run_test(size=SIZE) as pilot:
         await settle(pilot)
