@@ -6,6 +6,7 @@ A command is a module with `add_arguments(parser)` and `run(args) -> int`, impor
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from planner.errors import ExitCode, InputError, VramwiseError
+from planner.errors import ExitCode, InputError, UnknownNameError, VramwiseError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,6 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _refuse(self, option: str) -> NoReturn:
-        from planner.errors import UnknownNameError
-
         known = [
             name for name in self._option_string_actions if not name.startswith(("--no-", "--help", "-h"))
         ]
@@ -125,13 +124,9 @@ def run_commands(program: str, description: str, commands: Mapping[str, Command]
     for name, command in commands.items():
         listed.add_parser(name, help=command.help, add_help=False)
     if argv and not argv[0].startswith("-"):
-        import difflib
-
-        from planner.errors import UnknownNameError
-
         hint = f"(see {program} --help)"
         close = difflib.get_close_matches(argv[0], commands, n=1)
-        raise UnknownNameError("command", argv[0], close, hint)
+        raise UnknownNameError("command", argv[0], (), hint, close)
     if parser.parse_args(list(argv)).version:
         from importlib.metadata import PackageNotFoundError, version
 

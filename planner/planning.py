@@ -19,7 +19,7 @@ from planner.other_cards import Question, other_cards
 from planner.plan import Alternative, MethodFigures, Plan, PlannedModel
 from planner.request import PlanRequest
 from planner.schedule import make_duration, make_schedule, summarise_data
-from planner.search import SPEED_TIE, finish_seconds
+from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.throughput.flops import attention_implementation
 from planner.training_setup import METHODS, TrainingSetup
 
@@ -155,23 +155,12 @@ def _methods(evaluator: Evaluator, best: Candidate, *, fits: bool) -> tuple[Meth
 
 def _alternatives(chosen: Chosen, evaluator: Evaluator) -> tuple[Alternative, ...]:
     best = chosen.tried.candidate
-    least = finish_seconds(best, chosen.tokens)
     found = []
     for one in chosen.result.tried:
         if one.candidate.setup == best.setup:
             continue
         candidate = one.candidate
-        seconds = finish_seconds(candidate, chosen.tokens)
-        given_up = 0.0 if seconds is None or least is None else max(0.0, 1 - least / seconds)
-        larger = candidate.peak_upper_bytes - best.peak_upper_bytes
-        lost, amount = "slower", given_up
-        if not one.fits:
-            lost, amount = "too large", float(candidate.peak_upper_bytes - evaluator.usable_bytes)
-        elif seconds is None or least is None or seconds <= least * (1 + SPEED_TIE):
-            if candidate.setup.activation_offloading and not best.setup.activation_offloading:
-                lost = "offloads"
-            elif larger > 0:
-                lost, amount = "tie", float(larger)
+        lost, amount = _why_lost(one, best, chosen.tokens, evaluator.usable_bytes)
         found.append(
             Alternative(
                 strategy=one.strategy,
@@ -185,3 +174,18 @@ def _alternatives(chosen: Chosen, evaluator: Evaluator) -> tuple[Alternative, ..
             )
         )
     return tuple(found)
+
+
+def _why_lost(one: Tried, best: Candidate, tokens: int, usable_bytes: int) -> tuple[str, float]:
+    """Why a setup that was tried is not the plan's, and by how much, in Alternative's words."""
+    candidate = one.candidate
+    if not one.fits:
+        return "too large", float(candidate.peak_upper_bytes - usable_bytes)
+    seconds, least = (finish_seconds(each, tokens) for each in (candidate, best))
+    given_up = 0.0 if seconds is None or least is None else max(0.0, 1 - least / seconds)
+    if given_up > 1 - 1 / (1 + SPEED_TIE):
+        return "slower", given_up
+    if candidate.setup.activation_offloading and not best.setup.activation_offloading:
+        return "offloads", given_up
+    larger = candidate.peak_upper_bytes - best.peak_upper_bytes
+    return ("tie", float(larger)) if larger > 0 else ("slower", given_up)

@@ -232,8 +232,7 @@ class StepReplay:
             sized = layer.of(new=first, later=later)
             program, units = sized.program, sized.units
             own[program.incoming] = gradient
-            fetches = offload is not None and (own is not slots[0] or not program.keeps_input_alone)
-            if offload and fetches:
+            if offload is not None and (own is not slots[0] or not program.keeps_input_alone):
                 offload.run_backward(program, units, own)
             elif program.checkpointed and not (leaf and own is slots[0]):
                 run(program.backward[: program.unpacked + 1], units, own)

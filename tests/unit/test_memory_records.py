@@ -26,7 +26,7 @@ from planner.memory.runtime import (
     cublas_workspace_bytes,
     managed_process_bytes,
 )
-from planner.memory.step_replay import replay_steps
+from planner.memory.step_replay import ReplayedMemory, replay_steps
 from planner.model_catalog import load_shipped
 from planner.records import (
     MeasuredPhase,
@@ -300,6 +300,14 @@ def test_most_runs_as_launched_reserve_what_was_said() -> None:
     assert sum(error < 0.005 for error in errors) > 0.9 * len(errors)
 
 
+def step_and_replay(run: RunRecord) -> tuple[MeasuredPhase, ReplayedMemory]:
+    """What a run measured of its steps, and what the replay says of them."""
+    step = run.phase("step")
+    assert step is not None
+    model = load_shipped(run.setup.model)
+    return step, replay_steps(run.setup, model, gpu=H100, padded=run.padded, allocator=run.allocator)
+
+
 @pytest.mark.parametrize("kernels", ["none", "liger"])
 def test_checkpoints_that_were_offloaded_come_back_as_the_runs_show(kernels: str) -> None:
     """To 0.1% of what is allocated; with Liger's kernels more of them wait for the GPU than without."""
@@ -312,11 +320,7 @@ def test_checkpoints_that_were_offloaded_come_back_as_the_runs_show(kernels: str
     ]
     assert len(runs) >= 6
     for run in runs:
-        step = run.phase("step")
-        assert step is not None
-        found = replay_steps(
-            run.setup, load_shipped(run.setup.model), gpu=H100, padded=run.padded, allocator=EXPANDABLE
-        )
+        step, found = step_and_replay(run)
         assert found.step_allocated_bytes == pytest.approx(step.allocated_bytes, rel=0.001), run.id
         assert found.step_reserved_bytes > 0.99 * step.reserved_bytes, run.id
 
@@ -332,11 +336,7 @@ def test_gemma_3_with_ligers_kernels_reserves_what_its_replay_does() -> None:
     ]
     assert len(runs) >= 5
     for run in runs:
-        step = run.phase("step")
-        assert step is not None
-        found = replay_steps(
-            run.setup, load_shipped(run.setup.model), gpu=H100, padded=run.padded, allocator=EXPANDABLE
-        )
+        step, found = step_and_replay(run)
         assert abs(found.step_reserved_bytes - step.reserved_bytes) <= 2 * MIB, run.id
 
 
@@ -364,11 +364,8 @@ def test_packed_rows_with_a_mask_reserve_what_their_replay_does() -> None:
     ]
     assert len(packed) >= 5
     for run in packed:
-        step = run.phase("step")
-        assert step is not None
-        found = replay_steps(
-            run.setup, load_shipped(run.setup.model), gpu=H100, padded=False, allocator=run.allocator
-        )
+        assert not run.padded
+        step, found = step_and_replay(run)
         assert abs(found.step_reserved_bytes - step.reserved_bytes) <= 2 * MIB, run.id
 
 
