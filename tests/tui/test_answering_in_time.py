@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.style import Style
 from textual.widgets import Select
 
+from launcher.tui.widgets.legend import Legend
 from launcher.tui.widgets.memory_bar import BarData, MemoryBar, Segment, bar_row
 from launcher.tui.widgets.phase_table import PhaseTable
 
@@ -43,6 +44,18 @@ async def test_a_setup_with_another_peak_and_other_parts_lays_nothing_out_anew(m
         assert table.render().plain != before
         assert bar.data != drawn
         assert table.region == place
+
+
+async def test_parts_that_are_added_are_all_listed_at_once(make_app: MakeApp) -> None:
+    async with make_app(method="full").run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        legend = pilot.app.screen.query_one(Legend)
+        before = len(legend.render().plain.splitlines())
+        pilot.app.screen.query_one("#knob-method", Select).value = "qlora"
+        await pilot.pause()
+        lines = len(legend.render().plain.splitlines())
+        assert lines > before
+        assert legend.content_size.height == lines
 
 
 def colour_at(data: BarData, half_cell: int, width: int) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import shlex
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from planner import policy
 from planner.cards import cards_by_memory
@@ -20,6 +23,7 @@ from planner.memory import estimate_memory
 from planner.model_catalog import resolve_model
 from planner.plan import Plan
 from planner.planning import make_plan
+from planner.render_choice import print_runners_up
 from planner.request import PlanRequest, make_request
 
 Cli = Callable[..., Any]
@@ -262,6 +266,19 @@ def test_alternatives_say_why_they_lost() -> None:
             else:
                 assert 0 < one.amount < 1
     assert reasons == {"too large", "slower", "tie", "offloads"}
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [("offloads", "as fast, but offloads"), ("tie", "as fast, but larger"), ("slower", "% slower")],
+)
+def test_the_reason_why_a_setup_lost_is_told(lost: str, told: str) -> None:
+    plan = plan_for("qwen2.5-14b", "16GB")
+    others = tuple(one for one in plan.alternatives if one.lost == lost)
+    assert others
+    out = Console(file=io.StringIO(), width=100)
+    print_runners_up(out, dataclasses.replace(plan, alternatives=others, frontier=()))
+    assert told in out.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_data_decides_length_time_and_steps(tmp_path: Path) -> None:
