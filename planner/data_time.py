@@ -18,6 +18,8 @@ from planner.training_setup import TrainingSetup
 
 StepAt = Callable[[TrainingSetup], StepEstimate | None]
 """Forecast of a step with full sequences; None where there is none."""
+_Seconds = tuple[float, float, float]
+"""A time as forecast, at its shortest and at its longest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,30 +108,40 @@ class Examples:
         if setup.packing:
             packed = self.packed(setup.max_length)
             micro_steps = math.ceil(packed.sequences / size)
-            micro: float | None = speed.seconds_per_micro_step
+            micro: _Seconds | None = _with_interval(speed.seconds_per_micro_step, speed)
         else:
             micro_steps = math.ceil(lengths.examples / size)
             micro = _mean_seconds(setup, self.batches(setup), step_at)
         if micro is None:
             return None
         steps = math.ceil(micro_steps / accumulated)
-        seconds = micro_steps * micro + steps * optimizer
+        seconds, low, high = (
+            micro_steps * of_micro + steps * of_optimizer
+            for of_micro, of_optimizer in zip(micro, _with_interval(optimizer, speed), strict=True)
+        )
         return EpochTime(
             seconds=seconds,
-            seconds_low=seconds * speed.tokens_per_second / speed.tokens_per_second_high,
-            seconds_high=seconds * speed.tokens_per_second / speed.tokens_per_second_low,
+            seconds_low=low,
+            seconds_high=high,
             steps=steps,
             real_tokens=lengths.tokens,
             processed_tokens=self.processed_tokens(setup),
         )
 
 
-def _mean_seconds(setup: TrainingSetup, batches: tuple[BatchLength, ...], step_at: StepAt) -> float | None:
-    """Mean time of a micro-step over batches of several lengths."""
-    total = 0.0
+def _mean_seconds(setup: TrainingSetup, batches: tuple[BatchLength, ...], step_at: StepAt) -> _Seconds | None:
+    """Mean time of a micro-step over batches of several lengths; short ones have the host's interval."""
+    total = [0.0, 0.0, 0.0]
     for batch in batches:
         step = step_at(setup.replace(max_length=max(1, round(batch.longest))))
         if step is None:
             return None
-        total += batch.share * step.seconds_per_micro_step
-    return total
+        own = _with_interval(step.seconds_per_micro_step, step)
+        total = [mean + batch.share * one for mean, one in zip(total, own, strict=True)]
+    return total[0], total[1], total[2]
+
+
+def _with_interval(seconds: float, step: StepEstimate) -> _Seconds:
+    """A time, and what it is at the ends of a forecast's interval."""
+    rate = step.tokens_per_second
+    return seconds, seconds * rate / step.tokens_per_second_high, seconds * rate / step.tokens_per_second_low

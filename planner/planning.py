@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.advice import make_it_fit, use_what_is_left
 from planner.assumptions import assumptions
+from planner.attention_choice import attention_implementation
 from planner.candidate import Candidate, Evaluator
 from planner.cards import smallest_card
 from planner.choosing import Chosen, choose, policy_lengths
@@ -20,7 +21,6 @@ from planner.plan import Alternative, MethodFigures, Plan, PlannedModel
 from planner.request import PlanRequest
 from planner.schedule import make_duration, make_schedule, summarise_data
 from planner.search import SPEED_TIE, Tried, finish_seconds
-from planner.throughput.flops import attention_implementation
 from planner.training_setup import METHODS, TrainingSetup
 
 

@@ -124,8 +124,10 @@ class RunRecord:
 
     @property
     def fills_its_length(self) -> bool:
-        """Whether every sequence was known to be as long as the setup says, so that models can be fitted."""
-        return self.source == "calibrate" and not self.lengths
+        """Whether every row was known to be as long as the setup says, so that models can be fitted. Packed
+        rows are, whatever their examples' lengths.
+        """
+        return self.source == "calibrate" and (self.setup.packing or not self.lengths)
 
     def phase(self, name: str) -> MeasuredPhase | None:
         """A measured phase by name; None when it was not measured."""

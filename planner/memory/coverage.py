@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from planner.attention_choice import attention_implementation
 from planner.errors import InputError
-from planner.memory.refusals import attention_implementation
 from planner.model_spec import ModelSpec
 from planner.training_setup import ALL_LINEAR, TrainingSetup
 

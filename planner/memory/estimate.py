@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.attention_choice import attention_implementation
 from planner.cuda_allocator import planned_allocator
 from planner.gpu_spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.coefficients_files import coefficients_for
 from planner.memory.head import HeadMemory, head_memory, head_shape
 from planner.memory.norms import norm_saves_input
-from planner.memory.refusals import attention_implementation, refuse_unmodelled
+from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, phases
 from planner.memory.resident import Resident, resident_memory
 from planner.memory.runtime import Coefficients, ReserveTerms, basis_of, interval_kind

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from planner.attention_choice import attention_implementation
 from planner.memory.allocator import CachingAllocator
-from planner.memory.refusals import attention_implementation
 from planner.memory.resident import mask_windows
 from planner.memory.shape import keeps_raw_embedding, micro_step
 from planner.memory.weights import DTYPE_BYTES, FP32

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from planner.attention_choice import attention_implementation
 from planner.errors import FieldError, InputError, NotModelledError
 from planner.model_spec import ModelSpec
 from planner.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODELLED_EXPERTS = (None, "grouped_mm")
-
-
-def attention_implementation(setup: TrainingSetup, model: ModelSpec) -> str:
-    """The attention that runs: the setup's, or what transformers picks for the model."""
-    return setup.attn_implementation or model.default_attn_implementation
 
 
 def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:

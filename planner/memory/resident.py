@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.attention_choice import attention_implementation
 from planner.gpu_spec import GpuSpec
 from planner.memory.adapter import Trainables, trainables
 from planner.memory.optimizer import OptimizerMemory, optimizer_memory
-from planner.memory.refusals import attention_implementation
 from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, Coefficients, cublas_workspace_bytes
 from planner.memory.shape import has_biased_linear, micro_step
 from planner.memory.weights import DTYPE_BYTES, WeightMemory, is_quantized, upcast_bytes, weight_memory

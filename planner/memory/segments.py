@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 
+from planner.attention_choice import keeps_attention
 from planner.memory.activations import LayerReplay, final_norm_replay, layer_replay, output_bytes
 from planner.memory.adapter import Trainables
 from planner.memory.layer_knobs import FP32, LayerKnobs
@@ -67,7 +68,7 @@ def segments(
         setup.bnb_4bit_use_double_quant,
         setup.prepare_for_kbit_training,
         setup.kernels,
-        _selective(setup),
+        keeps_attention(setup, model),
         setup.compile,
         setup.activation_memory_budget,
         _graph_tokens(setup),
@@ -148,7 +149,7 @@ def _replay_all(
         stream_bytes=first,
         norm_bytes=first,
         liger=setup.kernels == "liger",
-        selective=_selective(setup),
+        selective=keeps_attention(setup, model),
         compiled=setup.compile == "regional",
         budget=setup.activation_memory_budget,
         graph_tokens=_graph_tokens(setup),
@@ -167,13 +168,6 @@ def _replay_all(
                 break
     last = model.layers[-1]
     return tuple(found), final_norm_replay(last, replace(common, stream_bytes=later))
-
-
-def _selective(setup: TrainingSetup) -> bool:
-    """Whether checkpoints keep attention's output: the policy knows torch's own kernels and flash-attn's, not
-    flex attention's.
-    """
-    return setup.selective_checkpointing and setup.attn_implementation != "flex_attention"
 
 
 def _graph_tokens(setup: TrainingSetup) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from planner.attention_choice import attention_implementation
 from planner.gpu_spec import GpuSpec
 from planner.memory.activations import LayerReplay, at
 from planner.memory.adapter import trainables
@@ -21,7 +22,6 @@ from planner.memory.loading_replay import loaded_allocator
 from planner.memory.offload_replay import OffloadReplay
 from planner.memory.optimizer_replay import OptimizerReplay
 from planner.memory.program import norm_program
-from planner.memory.refusals import attention_implementation
 from planner.memory.replayed_layers import replayed_layers
 from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, tuning_buffer_bytes, workspace_block_bytes
 from planner.memory.segments import segments

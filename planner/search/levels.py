@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from planner.attention_choice import keeps_attention
 from planner.candidate import Evaluator
 from planner.search.choice import Tried, replayed
 from planner.training_setup import TrainingSetup
@@ -66,7 +67,7 @@ def levels(
 
 def _between(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
     selective = _possible(setup, prefix + CHECKPOINTED + ATTENTION_KEPT, evaluator, **_SELECTIVE)
-    if selective is not None:
+    if selective is not None and keeps_attention(selective.candidate.setup, evaluator.model):
         yield selective
         if selective.fits:
             yield from _partly(setup.replace(**_SELECTIVE), prefix, evaluator)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planner.attention_choice import attention_implementation
 from planner.candidate import Evaluator
-from planner.memory.refusals import attention_implementation
 from planner.search.batches import Batch, batches, packed_batches
 from planner.training_setup import TrainingSetup
 

@@ -205,7 +205,9 @@ def _timed(record: RunRecord) -> bool:
     """Whether the run tells how fast such a run is when it is launched."""
     by_tf32 = record.tf32 or record.setup.dtype != "float32"
     timed = record.outcome == "ok" and record.tokens_per_second is not None
-    return timed and record.fills_its_length and by_tf32
+    # These skip what lies between packed examples, which work is counted without.
+    skips = record.lengths and record.setup.attn_implementation in ("flash_attention_2", "flex_attention")
+    return timed and record.fills_its_length and by_tf32 and not skips
 
 
 def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | None:

@@ -19,6 +19,7 @@ START = {
     "layer_flop_seconds": 1 / 6e14,
     "attention_flop_seconds": 1 / 4e14,
     "masked_attention_flop_seconds": 1 / 2e14,
+    "wide_masked_attention_flop_seconds": 1 / 2e14,
     "head_flop_seconds": 1 / 5e14,
     "adapter_flop_seconds": 1 / 6e14,
     # TF32: half the rate of 16 bits.
@@ -39,7 +40,7 @@ START = {
     "optimizer_call_seconds": 1e-4,
 }
 """Where the reference's fit starts: roughly an H100 and its host."""
-GPU_TERMS, HOST_TERMS = 9, 8
+GPU_TERMS, HOST_TERMS = 10, 8
 COPIED = GPU_TERMS - 1
 """Where START has the GPU's copies to the host, which lie beside its work."""
 HOST_RATES = ("launch_seconds", "call_seconds", "_layer_seconds", "micro_step_seconds")
@@ -156,6 +157,7 @@ def _pass_terms(work: StepWork, part: PassWork) -> tuple[float, ...]:
         0.0 if work.single else part.layer_flops,
         part.attention_flops,
         part.masked_attention_flops,
+        part.wide_masked_attention_flops,
         0.0 if work.single else part.head_flops,
         part.adapter_flops,
         part.layer_flops + part.head_flops if work.single else 0.0,

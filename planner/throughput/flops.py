@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from planner.attention_choice import attention_implementation, keeps_attention
 from planner.model_spec import LayerSpec, ModelSpec, Parameter
 from planner.training_setup import ALL_LINEAR, TrainingSetup
 
@@ -17,6 +18,10 @@ from planner.training_setup import ALL_LINEAR, TrainingSetup
 ATTENTION_BACKWARD = 2.5
 # Eager attention keeps the scores: four matmuls against two.
 EAGER_ATTENTION_BACKWARD = 2.0
+WIDE_HEAD = 128
+"""Head width up to which torch's memory-efficient kernels, which take masks, hold their output in registers
+(aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_forward.h: kKeepOutputInRF). Wider ones, as
+Gemma 3's of 256, write and read it again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +48,8 @@ class LinearWork:
 class MatrixFlops(NamedTuple):
     """Floating-point operations of one micro-step's matmuls, multiply and add counted apart.
 
-    `masked_attention` is that of layers whose attention is given a mask, which flash kernels do not take.
+    `masked_attention` is that of layers whose attention is given a mask, which flash kernels do not take;
+    `wide_masked_attention` that of those among them whose heads are wider than WIDE_HEAD.
     """
 
     layers: float
@@ -51,11 +57,12 @@ class MatrixFlops(NamedTuple):
     head: float
     attention: float
     masked_attention: float
+    wide_masked_attention: float
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.layers + self.adapter + self.head + self.attention + self.masked_attention
+        return sum(self)
 
 
 class _Same:
@@ -87,6 +94,7 @@ def matrix_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False
         head=forward.head + backward.head,
         attention=forward.attention + backward.attention,
         masked_attention=forward.masked_attention + backward.masked_attention,
+        wide_masked_attention=forward.wide_masked_attention + backward.wide_masked_attention,
     )
 
 
@@ -110,11 +118,16 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple
             norm = 2.0 * setup.lora_r * work.wrapped_weights
     layers = 2.0 * work.active_weights * tokens
     head = 2.0 * work.head_weights * tokens
-    attention, masked = _attention_flops(setup, model, padded=padded)
+    attention, masked, wide = _attention_flops(setup, model, padded=padded)
     again = _attention_again(setup, model, recomputed)
     return (
         MatrixFlops(
-            layers=layers, adapter=adapter + norm, head=head, attention=attention, masked_attention=masked
+            layers=layers,
+            adapter=adapter + norm,
+            head=head,
+            attention=attention,
+            masked_attention=masked,
+            wide_masked_attention=wide,
         ),
         MatrixFlops(
             layers=layers * (1 + recomputed + trained),
@@ -122,6 +135,7 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple
             head=head * (2 + trained),
             attention=attention * again,
             masked_attention=masked * again,
+            wide_masked_attention=wide * again,
         ),
     )
 
@@ -138,11 +152,6 @@ def checkpointed_share(setup: TrainingSetup, model: ModelSpec) -> float:
     if setup.checkpointed_layers is None:
         return 1.0
     return min(setup.checkpointed_layers, model.num_hidden_layers) / model.num_hidden_layers
-
-
-def attention_implementation(setup: TrainingSetup, model: ModelSpec) -> str:
-    """The attention that runs: the setup's, else what transformers picks for the model."""
-    return setup.attn_implementation or model.default_attn_implementation
 
 
 def attention_pairs(
@@ -174,22 +183,25 @@ def has_mask(setup: TrainingSetup, layer: LayerSpec, implementation: str, *, pad
     return implementation == "sdpa" and (setup.packing or padded or windowed)
 
 
-def _attention_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[float, float]:
-    """Attention's share of the forward pass: of layers without a mask, and of those with one."""
+def _attention_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[float, float, float]:
+    """Attention's share of the forward pass: of layers without a mask, of those with one, and of the latter
+    those with wide heads apart.
+    """
     implementation = attention_implementation(setup, model)
-    found = [0.0, 0.0]
+    found = [0.0, 0.0, 0.0]
     for layer in model.layers:
         pairs = attention_pairs(setup, layer, implementation, padded=padded)
         # QK^T and PV: 2 operations an element of the head each.
         masked = has_mask(setup, layer, implementation, padded=padded)
-        found[masked] += 4.0 * layer.count * layer.query_size * pairs
-    return found[0], found[1]
+        kind = masked + (masked and layer.head_dim > WIDE_HEAD)
+        found[kind] += 4.0 * layer.count * layer.query_size * pairs
+    return found[0], found[1], found[2]
 
 
 def _attention_again(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> float:
     """Attention's operations in the backward pass, recomputed ones too, for each of the forward pass."""
     eager = attention_implementation(setup, model) == "eager"
-    again = 0.0 if setup.selective_checkpointing else recomputed
+    again = 0.0 if keeps_attention(setup, model) else recomputed
     return again + (EAGER_ATTENTION_BACKWARD if eager else ATTENTION_BACKWARD)
 
 

@@ -31,10 +31,10 @@ UNCALIBRATED = (0.65, 1.5)
 class Rates:
     """Seconds for each unit of work on one GPU (`gpu`, its catalog id) and its host.
 
-    Of the GPU, a floating-point operation (`layer`, `head`, `adapter`, `attention`, `masked_attention`;
-    `single` in fp32, by TF32 where the GPU has it) and a byte (`written`: tensors that grow with the batch;
-    `weight`: those that do not; `offloaded`: to the host or back; `optimizer`: an optimizer step's). Of the
-    host, what PassWork counts (`launch`, `quantized_call`, `lora_call`, `liger_call`, `selected_launch`,
+    Of the GPU, a floating-point operation (`layer`, `head`, `adapter`, `attention`, `masked_attention`,
+    `wide_masked_attention`; `single` in fp32, by TF32 where the GPU has it) and a byte (`written`: tensors
+    that grow with the batch; `weight`: those that do not; `offloaded`: to the host or back; `optimizer`: an
+    optimizer step's). Of the host, what PassWork counts (`launch`, `quantized_call`, `lora_call`, `liger_call`, `selected_launch`,
     `compiled_layer`, `compiled_call`), a micro-step, and an optimizer's run of Python (`optimizer_call`).
     Between `low` and `high` times the forecast lie nine in ten runs of models that the fit had not seen,
     where the GPU decides; `launch_low` and `launch_high` where the host does. `record_ids` are the runs
@@ -46,6 +46,7 @@ class Rates:
     layer_flop_seconds: float
     attention_flop_seconds: float
     masked_attention_flop_seconds: float
+    wide_masked_attention_flop_seconds: float
     head_flop_seconds: float
     adapter_flop_seconds: float
     single_flop_seconds: float
@@ -93,6 +94,7 @@ class Rates:
             matrix = work.layer_flops * self.layer_flop_seconds + work.head_flops * self.head_flop_seconds
         matrix += work.attention_flops * self.attention_flop_seconds
         matrix += work.masked_attention_flops * self.masked_attention_flop_seconds
+        matrix += work.wide_masked_attention_flops * self.wide_masked_attention_flop_seconds
         matrix += work.adapter_flops * self.adapter_flop_seconds
         traffic = work.written_bytes * self.written_byte_seconds
         return matrix, traffic + work.weight_bytes * self.weight_byte_seconds
@@ -226,6 +228,7 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
         "layer_flop_seconds": matrix,
         "attention_flop_seconds": found.attention or matrix,
         "masked_attention_flop_seconds": found.attention or matrix,
+        "wide_masked_attention_flop_seconds": found.attention or matrix,
         "head_flop_seconds": matrix,
         "adapter_flop_seconds": found.adapter or matrix,
         "single_flop_seconds": found.single or matrix,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from planner.attention_choice import attention_implementation
 from planner.memory.adapter import trainables
 from planner.memory.decoder_layer import replay
 from planner.memory.layer_knobs import LayerKnobs
-from planner.memory.refusals import attention_implementation
 from planner.memory.segments import Segment, segments
 from planner.memory.shape import micro_step
 from planner.memory.tape import Buffer, Tape, Value
@@ -64,8 +64,8 @@ class PassWork(NamedTuple):
     """Work of a micro-step's forward pass, or of its backward pass with what it recomputes.
 
     `*_flops`: floating-point operations of the layers' matrices, the adapter's, the output head's and
-    attention's (fused kernels, apart where they take a mask; eager attention's are in its tensors).
-    `written_bytes` are the tensors that grow with the batch, `weight_bytes` those that do not (dequantised
+    attention's (fused kernels, apart where they take a mask, and there with wide heads; eager attention's are
+    in its tensors). `written_bytes` are the tensors that grow with the batch, `weight_bytes` those that do not (dequantised
     weights above all). Of eager layers,
     `launches` counts tensors made, `quantized_calls` and `lora_calls` runs of PEFT's Python around a 4-bit
     or 16-bit layer, `liger_calls` runs of Liger's, `selected_launches` tensors made where selective
@@ -78,6 +78,7 @@ class PassWork(NamedTuple):
     head_flops: float
     attention_flops: float
     masked_attention_flops: float
+    wide_masked_attention_flops: float
     written_bytes: float
     weight_bytes: float
     launches: float
@@ -192,6 +193,7 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             head_flops=part.head,
             attention_flops=0.0 if attention == "eager" else part.attention,
             masked_attention_flops=part.masked_attention,
+            wide_masked_attention_flops=part.wide_masked_attention,
             written_bytes=tensors.bytes_at(shape.tokens, shape.scores) - tensors.constant,
             weight_bytes=tensors.constant,
             launches=0 if setup.compile != "none" else tensors.launches,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.accuracy import shipped_records
+from planner.attention_choice import attention_implementation
 from planner.calibration_samples import CAP_SHARE, usable_records
 from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.gpu_catalog import gpu_catalog
@@ -19,7 +20,6 @@ from planner.memory.adapter import trainables
 from planner.memory.allocator import MIB
 from planner.memory.breakdown import FITTED, REPLAYED
 from planner.memory.expandable import empty_allocator
-from planner.memory.refusals import attention_implementation
 from planner.memory.replayed_layers import part_program
 from planner.memory.segments import Segment, segments
 from planner.memory.step_replay import replay_steps
