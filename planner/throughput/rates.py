@@ -34,12 +34,12 @@ class Rates:
     Of the GPU, a floating-point operation (`layer`, `head`, `adapter`, `attention`, `masked_attention`,
     `wide_masked_attention`; `single` in fp32, by TF32 where the GPU has it) and a byte (`written`: tensors
     that grow with the batch; `weight`: those that do not; `offloaded`: to the host or back; `optimizer`: an
-    optimizer step's). Of the host, what PassWork counts (`launch`, `quantized_call`, `lora_call`, `liger_call`, `selected_launch`,
-    `compiled_layer`, `compiled_call`), a micro-step, and an optimizer's run of Python (`optimizer_call`).
-    Between `low` and `high` times the forecast lie nine in ten runs of models that the fit had not seen,
-    where the GPU decides; `launch_low` and `launch_high` where the host does. `record_ids` are the runs
-    behind it. The host's rates are those of one that takes `host_block_seconds` for the eager block of
-    microbenchmarks (null: not known).
+    optimizer step's). Of the host, what PassWork counts (`launch`, `quantized_call`, `lora_call`,
+    `liger_call`, `selected_launch`, `compiled_layer`, `compiled_call`), a micro-step, and an optimizer's run
+    of Python (`optimizer_call`). Between `low` and `high` times the forecast lie nine in ten runs of models
+    that the fit had not seen, where the GPU decides; `launch_low` and `launch_high` where the host does.
+    `record_ids` are the runs behind it. The host's rates are those of one that takes `host_block_seconds` for
+    the eager block of microbenchmarks (null: not known).
     """
 
     gpu: str

@@ -65,12 +65,11 @@ class PassWork(NamedTuple):
 
     `*_flops`: floating-point operations of the layers' matrices, the adapter's, the output head's and
     attention's (fused kernels, apart where they take a mask, and there with wide heads; eager attention's are
-    in its tensors). `written_bytes` are the tensors that grow with the batch, `weight_bytes` those that do not (dequantised
-    weights above all). Of eager layers,
-    `launches` counts tensors made, `quantized_calls` and `lora_calls` runs of PEFT's Python around a 4-bit
-    or 16-bit layer, `liger_calls` runs of Liger's, `selected_launches` tensors made where selective
-    checkpointing looks at each operation. Compiled are `compiled_layers`, and `compiled_calls` of the 4-bit
-    layers in them, whose kernels no compiler sees into.
+    in its tensors). `written_bytes` are the tensors that grow with the batch, `weight_bytes` those that do
+    not (dequantised weights above all). Of eager layers, `launches` counts tensors made, `quantized_calls`
+    and `lora_calls` runs of PEFT's Python around a 4-bit or 16-bit layer, `liger_calls` runs of Liger's,
+    `selected_launches` tensors made where selective checkpointing looks at each operation. Compiled are
+    `compiled_layers`, and `compiled_calls` of the 4-bit layers in them, whose kernels no compiler sees into.
     """
 
     layer_flops: float

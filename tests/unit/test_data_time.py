@@ -108,6 +108,25 @@ def test_a_step_of_many_lengths_is_not_a_step_of_their_mean() -> None:
     assert epoch.seconds > 1.02 * at_mean
 
 
+def test_short_batches_have_the_interval_of_what_waits_for_the_host() -> None:
+    def parts(length: int) -> tuple[float, float]:
+        examples = Examples(make_stats([length - 1] * 500 + [length] * 500))
+        setup = make_setup(
+            max_length=length,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=16,
+            compile="regional",
+        )
+        full = step_at(setup.replace(max_length=4000))
+        assert full.bound_by == "compute"
+        epoch = examples.epoch(setup, full, step_at)
+        assert epoch is not None
+        return epoch.seconds_low / epoch.seconds, epoch.seconds_high / epoch.seconds
+
+    short, long = parts(64), parts(4000)
+    assert short[0] < long[0] < 1 < long[1] < short[1]
+
+
 def test_packed_rows_take_the_time_of_full_ones() -> None:
     stats = make_stats(chat_lengths(4000))
     examples = Examples(stats)

@@ -66,10 +66,12 @@ def first_run(optim: str, beyond_mib: int, *, isolated: bool = True) -> RunRecor
     )
 
 
-def test_a_clean_context_is_the_least_of_first_runs_without_managed_memory() -> None:
+def test_a_clean_context_is_the_usual_one_of_first_runs_without_managed_memory() -> None:
+    """Not the least: with flex attention one lacks the kernels that all others load."""
     records = [
         first_run("adamw_torch", 780),
         first_run("adamw_8bit", 760),
+        first_run("adamw_torch_fused", 740),
         first_run("adamw_torch", 500, isolated=False),
         first_run("paged_adamw_8bit", 400),
     ]

@@ -183,6 +183,15 @@ def test_flex_attention_is_not_tried_on_cards_that_torch_has_no_sizes_for() -> N
         assert any("flex" in one.strategy for one in (*plan.alternatives, plan)) == tried
 
 
+def test_attention_is_kept_only_where_checkpoints_can_keep_it() -> None:
+    """Flex attention is none of the kernels that selective checkpointing knows."""
+    tried = [one.candidate.setup for one in searched(chat(), {}).tried]
+    selective = {one.attn_implementation for one in tried if one.selective_checkpointing}
+    assert selective
+    assert "flex_attention" not in selective
+    assert "flex_attention" in {one.attn_implementation for one in tried}
+
+
 def test_the_longest_length_that_fits_is_taken_where_the_wished_one_does_not() -> None:
     """And the verdict says what it cuts."""
     stats = make_stats([600] * 500 + [24_000] * 500)

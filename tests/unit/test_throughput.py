@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from planner.data_files import PROFILES
 from planner.errors import NotModelledError
 from planner.gpu_catalog import gpu_catalog
+from planner.model_catalog import load_shipped
 from planner.model_spec import LayerSpec, ModelSpec, Parameter
-from planner.throughput import NoForecastError, estimate_step
+from planner.throughput import NoForecastError, compile_seconds, estimate_step
 from planner.throughput.flops import attention_pairs, linear_work, matrix_flops
+from planner.throughput.rates import rates_for
 from planner.training_setup import OPTIMIZERS, TrainingSetup
 
 A4 = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -182,6 +184,36 @@ def test_a_mask_takes_attention_off_the_flash_kernels() -> None:
     assert windowed.attention == 0 < windowed.masked_attention
     flash = matrix_flops(setup(max_length=100, attn_implementation="flash_attention_2"), TINY)
     assert flash.masked_attention == 0 < flash.attention
+
+
+def test_attention_of_wide_heads_is_counted_apart_where_it_has_a_mask() -> None:
+    """Kernels that take masks hold the output of heads of 128 in registers; Gemma 3's are 256 wide."""
+    gemma, asked = load_shipped("gemma-3-4b"), setup(max_length=4096)
+    windowed = matrix_flops(asked, gemma)
+    assert windowed.masked_attention == 0 < windowed.wide_masked_attention < windowed.total
+    assert windowed.attention > 0
+    assert matrix_flops(asked, LLAMA_8B, padded=True).wide_masked_attention == 0
+    card = gpu_catalog().get("h100-80gb")
+    rates = rates_for(card)
+    assert rates is not None
+    assert rates.wide_masked_attention_flop_seconds > 1.2 * rates.masked_attention_flop_seconds
+
+
+@pytest.mark.parametrize(("attention", "kept"), [("sdpa", True), ("flex_attention", False), ("eager", False)])
+def test_selective_checkpointing_saves_the_second_run_of_kernels_that_it_knows(
+    attention: str, kept: bool
+) -> None:
+    plain = setup(attn_implementation=attention, gradient_checkpointing=True)
+    selective = plain.replace(selective_checkpointing=True)
+    saved = matrix_flops(plain, LLAMA_8B).total - matrix_flops(selective, LLAMA_8B).total
+    assert (saved > 0) == kept
+
+
+def test_compiled_layers_compile_flex_attention_with_them() -> None:
+    eager = setup(attn_implementation="flex_attention")
+    compiled = eager.replace(compile="regional")
+    assert compile_seconds(compiled) == compile_seconds(setup(compile="regional")) > 0
+    assert compile_seconds(eager) > compile_seconds(setup()) == 0
 
 
 SETUPS = st.fixed_dictionaries(

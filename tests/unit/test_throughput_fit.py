@@ -34,6 +34,24 @@ RUNS = [
 ]
 
 
+def test_packed_rows_count_as_full_ones_but_where_attention_skips_other_examples() -> None:
+    """Their work is counted for whole rows; padded batches are of any length."""
+    packed = next(
+        one for one in RUNS if one.setup.packing and one.lengths and not one.setup.attn_implementation
+    )
+    rates = known(REFERENCE_GPU)
+
+    def counted(record: RunRecord) -> bool:
+        return bool(forecast_errors([record], rates, load_shipped))
+
+    def changed(**knobs: object) -> RunRecord:
+        return dataclasses.replace(packed, setup=packed.setup.replace(**knobs))
+
+    assert counted(packed)
+    assert not counted(changed(attn_implementation="flex_attention"))
+    assert not counted(changed(packing=False))
+
+
 def elsewhere(records: Sequence[RunRecord], *, slower: float = 1.0) -> list[RunRecord]:
     """The same runs, as if measured on an H200 and so many times slower."""
     return [
