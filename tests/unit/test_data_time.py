@@ -111,13 +111,8 @@ def test_a_step_of_many_lengths_is_not_a_step_of_their_mean() -> None:
 def test_short_batches_have_the_interval_of_what_waits_for_the_host() -> None:
     def parts(length: int) -> tuple[float, float]:
         examples = Examples(make_stats([length - 1] * 500 + [length] * 500))
-        setup = make_setup(
-            max_length=length,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=16,
-            compile="regional",
-        )
-        full = step_at(setup.replace(max_length=4000))
+        setup = make_setup(per_device_train_batch_size=1, gradient_accumulation_steps=16, compile="regional")
+        full = step_at(setup)
         assert full.bound_by == "compute"
         epoch = examples.epoch(setup, full, step_at)
         assert epoch is not None
