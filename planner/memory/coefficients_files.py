@@ -35,7 +35,7 @@ def coefficients_for(gpu_name: str | None, allocator: str) -> Coefficients:
     for path in calibration_files():
         try:
             found = Coefficients.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, InputError) as error:
             raise InputError(f"{path}: {error}") from error
         if found.allocator != allocator:
             continue

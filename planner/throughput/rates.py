@@ -123,14 +123,21 @@ class Rates:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rates:
-        """Read the JSON form.
+        """Read the JSON form; files written before wide heads were told apart have one rate for both.
 
         Raises:
             InputError: the JSON is not a set of rates.
         """
+        wide = "wide_masked_attention_flop_seconds"
         try:
-            return cls(**{**values, "record_ids": tuple(values["record_ids"])})
-        except (TypeError, KeyError, ValueError) as error:
+            return cls(
+                **{
+                    **values,
+                    wide: values.get(wide, values["masked_attention_flop_seconds"]),
+                    "record_ids": tuple(values["record_ids"]),
+                }
+            )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"not throughput rates: {error}") from error
 
 
@@ -196,7 +203,7 @@ def known_rates() -> tuple[Rates, ...]:
 def _read(path: Path) -> Rates:
     try:
         return Rates.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, InputError) as error:
         raise InputError(f"{path}: {error}") from error
 
 

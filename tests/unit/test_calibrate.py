@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import stat
 import sys
 from pathlib import Path
@@ -15,14 +16,15 @@ from launcher import calibrate
 from launcher.commands.calibrate import _show_speed
 from launcher.profile import profile_line, read_profiles
 from planner.accuracy import shipped_records
-from planner.cuda_allocator import ALLOCATORS, machine_allocator
+from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, machine_allocator
 from planner.errors import InputError, VramwiseError
 from planner.gpu_catalog import gpu_catalog
 from planner.hardware import LocalGpu
+from planner.memory.coefficients_files import coefficients_for
 from planner.records import all_records, append_record, read_records
 from planner.throughput.fit import SpeedFit
 from planner.throughput.microbenchmarks import own_file
-from planner.throughput.rates import rates_for
+from planner.throughput.rates import Rates, known_rates, rates_for
 
 GIB = 2**30
 
@@ -239,3 +241,25 @@ def test_what_cannot_be_judged_is_said(
         found = SpeedFit(rates=dataclasses.replace(rates, record_ids=("a", "b", "c")), residuals=())
     _show_speed(found)
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"gpu": 3}'])
+@pytest.mark.parametrize("folder", ["calibration", "calibration/throughput"])
+def test_a_file_that_holds_something_else_is_named(folder: str, text: str, own_data: Path) -> None:
+    known_rates.cache_clear()
+    coefficients_for.cache_clear()
+    path = own_data / folder / "h200.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        known_rates() if "throughput" in folder else coefficients_for("h200", EXPANDABLE)
+
+
+def test_rates_from_before_wide_heads_were_told_apart_have_one_for_both() -> None:
+    rates = rates_for(gpu_catalog().get("h100-80gb"))
+    assert rates is not None
+    values = rates.to_dict()
+    assert Rates.from_dict(values) == rates
+    del values["wide_masked_attention_flop_seconds"]
+    found = Rates.from_dict(values)
+    assert found.wide_masked_attention_flop_seconds == rates.masked_attention_flop_seconds
