@@ -6,8 +6,8 @@ import gc
 
 YOUNG_OBJECTS = 2_000
 """New objects between two collections of the youngest, ten of which are followed by one of all that they
-left: the longest pauses of the latter are then 9 ms (15 ms with 5,000, 33 to 52 with 20,000), and all together
-take as long (benchmarks/tui_latency.py with gc.callbacks)."""
+left: the longest pauses of the latter are then 9 ms (15 ms with 5,000, 33 to 52 with 20,000), and all
+together take as long (benchmarks/tui_latency.py with gc.callbacks)."""
 FULL_AFTER = 1_000
 
 
