@@ -10,6 +10,9 @@ KEPT_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
 (trl/models/selective_activation_checkpointing.py, policy_fn). Flex attention and eager's products are
 recomputed as everything else is."""
 
+SKIPS_MASKED = ("flash_attention_2", "flex_attention")
+"""Those that compute no pair of tokens that a mask hides. SDPA does so only without a mask tensor."""
+
 
 def attention_implementation(setup: TrainingSetup, model: ModelSpec) -> str:
     """The attention that runs: the setup's, else what transformers picks for the model."""

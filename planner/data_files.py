@@ -1,10 +1,16 @@
-"""Where shipped data and the user's own data live."""
+"""Where shipped data and the user's own data live, and how their files are read and written."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
+from planner.errors import InputError
+
+T = TypeVar("T")
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
 
@@ -29,6 +35,18 @@ def user_cache_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("vramwise", appauthor=False))
+
+
+def read_json(path: Path, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of a JSON file.
+
+    Raises:
+        InputError: the file cannot be read or holds something else; it is named.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
 from planner.cuda_allocator import EXPANDABLE
-from planner.data_files import PROFILES, user_data_dir
+from planner.data_files import PROFILES, read_json, user_data_dir
 from planner.errors import InputError
 from planner.memory.runtime import Coefficients
 
@@ -33,10 +32,7 @@ def coefficients_for(gpu_name: str | None, allocator: str) -> Coefficients:
     """
     fallback: Coefficients | None = None
     for path in calibration_files():
-        try:
-            found = Coefficients.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, InputError) as error:
-            raise InputError(f"{path}: {error}") from error
+        found = read_json(path, Coefficients.from_dict)
         if found.allocator != allocator:
             continue
         if gpu_name is not None and found.gpu == gpu_name:

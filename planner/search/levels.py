@@ -66,11 +66,7 @@ def levels(
 
 
 def _between(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
-    selective = _possible(setup, prefix + CHECKPOINTED + ATTENTION_KEPT, evaluator, **_SELECTIVE)
-    if selective is not None and keeps_attention(selective.candidate.setup, evaluator.model):
-        yield selective
-        if selective.fits:
-            yield from _partly(setup.replace(**_SELECTIVE), prefix, evaluator)
+    yield from _keeping_attention(setup, prefix, evaluator)
     # With dropout a budget trains on wrong gradients (docs/compilation.md).
     for budget in BUDGETS if setup.compile != "none" and not setup.lora_dropout else ():
         knobs: dict[str, Any] = {"gradient_checkpointing": False, "activation_memory_budget": budget}
@@ -81,7 +77,17 @@ def _between(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterato
             return
 
 
-_SELECTIVE: dict[str, Any] = {"gradient_checkpointing": True, "selective_checkpointing": True}
+def _keeping_attention(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
+    """Every layer checkpointed but for its attention, or as few as fit; nothing where none is kept."""
+    kept = setup.replace(gradient_checkpointing=True, selective_checkpointing=True)
+    if not keeps_attention(kept, evaluator.model):
+        return
+    selective = _possible(kept, prefix + CHECKPOINTED + ATTENTION_KEPT, evaluator)
+    if selective is None:
+        return
+    yield selective
+    if selective.fits:
+        yield from _partly(kept, prefix, evaluator)
 
 
 def _possible(setup: TrainingSetup, strategy: str, evaluator: Evaluator, **knobs: Any) -> Tried | None:

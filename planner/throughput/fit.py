@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
+from planner.attention_choice import SKIPS_MASKED
 from planner.errors import InputError, NotModelledError
 from planner.gpu_spec import GpuSpec
 from planner.model_spec import ModelSpec
@@ -205,8 +206,8 @@ def _timed(record: RunRecord) -> bool:
     """Whether the run tells how fast such a run is when it is launched."""
     by_tf32 = record.tf32 or record.setup.dtype != "float32"
     timed = record.outcome == "ok" and record.tokens_per_second is not None
-    # These skip what lies between packed examples, which work is counted without.
-    skips = record.lengths and record.setup.attn_implementation in ("flash_attention_2", "flex_attention")
+    # These compute no pair of two packed examples; their work is counted for whole rows.
+    skips = record.lengths and record.setup.attn_implementation in SKIPS_MASKED
     return timed and record.fills_its_length and by_tf32 and not skips
 
 

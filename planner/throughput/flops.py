@@ -6,10 +6,11 @@ Every count is exact for dense models; a mixture of experts counts the experts t
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from planner.attention_choice import attention_implementation, keeps_attention
+from planner.attention_choice import SKIPS_MASKED, attention_implementation, keeps_attention
 from planner.model_spec import LayerSpec, ModelSpec, Parameter
 from planner.training_setup import ALL_LINEAR, TrainingSetup
 
@@ -88,14 +89,7 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
 def matrix_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> MatrixFlops:
     """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward."""
     forward, backward = pass_flops(setup, model, padded=padded)
-    return MatrixFlops(
-        layers=forward.layers + backward.layers,
-        adapter=forward.adapter + backward.adapter,
-        head=forward.head + backward.head,
-        attention=forward.attention + backward.attention,
-        masked_attention=forward.masked_attention + backward.masked_attention,
-        wide_masked_attention=forward.wide_masked_attention + backward.wide_masked_attention,
-    )
+    return MatrixFlops(*map(operator.add, forward, backward))
 
 
 def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[MatrixFlops, MatrixFlops]:
@@ -164,7 +158,7 @@ def attention_pairs(
     """
     length, batch = setup.max_length, setup.per_device_train_batch_size
     window = layer.sliding_window
-    if implementation in ("flash_attention_2", "flex_attention"):
+    if implementation in SKIPS_MASKED:
         if window is None or window >= length:
             return batch * length * (length + 1) / 2
         return batch * (window * (window + 1) / 2 + (length - window) * window)
@@ -193,7 +187,7 @@ def _attention_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) ->
         pairs = attention_pairs(setup, layer, implementation, padded=padded)
         # QK^T and PV: 2 operations an element of the head each.
         masked = has_mask(setup, layer, implementation, padded=padded)
-        kind = masked + (masked and layer.head_dim > WIDE_HEAD)
+        kind = 0 if not masked else 1 if layer.head_dim <= WIDE_HEAD else 2
         found[kind] += 4.0 * layer.count * layer.query_size * pairs
     return found[0], found[1], found[2]
 

@@ -6,7 +6,6 @@ Shipped ones lie in profiles/calibration/microbenchmarks, a person's own in the 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from planner import validate
-from planner.data_files import PROFILES, user_data_dir
-from planner.errors import FieldError, InputError
+from planner.data_files import PROFILES, read_json, user_data_dir
+from planner.errors import FieldError
 from planner.json_codec import decode_fields, encode_fields
 
 SCHEMA_VERSION = 1
@@ -201,7 +200,4 @@ def read_microbenchmarks(path: Path) -> Microbenchmarks:
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    try:
-        return Microbenchmarks.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(f"{path}: {error}") from error
+    return read_json(path, Microbenchmarks.from_dict)

@@ -5,14 +5,12 @@ Shipped rates lie in profiles/calibration/throughput, a person's own in the user
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from planner import validate
-from planner.data_files import PROFILES, user_data_dir
+from planner.data_files import PROFILES, read_json, user_data_dir
 from planner.errors import InputError
 from planner.gpu_spec import GpuSpec
 from planner.throughput.microbenchmarks import Microbenchmarks, Slowdown, microbenchmarks_of, slowdown
@@ -196,15 +194,8 @@ def known_rates() -> tuple[Rates, ...]:
     found = []
     for folder in (user_data_dir(), PROFILES):
         for path in sorted((folder / "calibration" / "throughput").glob("*.json")):
-            found.append(_read(path))
+            found.append(read_json(path, Rates.from_dict))
     return tuple(found)
-
-
-def _read(path: Path) -> Rates:
-    try:
-        return Rates.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def rates_for(gpu: GpuSpec) -> Rates | None:
