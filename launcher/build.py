@@ -273,19 +273,7 @@ def build_trainer(
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
         allow_tf32()
-    if setup.prepare_for_kbit_training:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=setup.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-    if setup.selective_checkpointing:
-        from trl.models import enable_selective_activation_checkpointing
-
-        # TRL's own switch marks the PEFT wrapper, which transformers 5.23 does not ask; it asks the base.
-        enable_selective_activation_checkpointing(model)
+    model = _prepared(model, setup)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
     try:
         trainer = LaunchedTrainer(
@@ -312,6 +300,24 @@ def build_trainer(
         )
         trainer.add_callback(compiled)
     return trainer
+
+
+def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
+    """The model with what has to be set on it before TRL's trainer wraps it."""
+    if setup.prepare_for_kbit_training:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=setup.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    if setup.selective_checkpointing:
+        from trl.models import enable_selective_activation_checkpointing
+
+        # TRL's own switch marks the PEFT wrapper, which transformers 5.23 does not ask; it asks the base.
+        enable_selective_activation_checkpointing(model)
+    return model
 
 
 def allow_tf32() -> None:

@@ -22,7 +22,7 @@ from planner.memory.loading_replay import loaded_allocator
 from planner.memory.offload_replay import OffloadReplay
 from planner.memory.optimizer_replay import OptimizerReplay
 from planner.memory.program import norm_program
-from planner.memory.replayed_layers import replayed_layers
+from planner.memory.replayed_layers import SizedProgram, replayed_layers
 from planner.memory.runtime import CUBLASLT_WORKSPACE_BYTES, tuning_buffer_bytes, workspace_block_bytes
 from planner.memory.segments import segments
 from planner.memory.shape import embedding_scratch_bytes, has_biased_linear, micro_step
@@ -190,13 +190,35 @@ class StepReplay:
 
     def _micro_step(self, *, first: bool, later: bool) -> None:
         allocator, offload = self.allocator, self.offload
+        layers = [layer.of(new=first, later=later) for layer in self.layers]
         held = self.inputs.run(allocator)
-        hidden = held[0]
+        slots = self._forward(layers, held[0], takes_workspaces=first)
+        hidden = slots[-1][layers[-1].program.output]
+        casts = [own[cast] for sized, own in zip(layers, slots, strict=True) for cast in sized.program.casts]
+        embeddings = None if layers[0].program.keeps_input else held[0]
+        gradient = self._head(hidden, casts, embeddings, first=first, later=later)
+        if offload is not None:
+            offload.mark()
+        if first and self.biased and self.setup.gradient_checkpointing:
+            self._take(CUBLASLT_WORKSPACE_BYTES)
+        # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
+        leaf = self.setup.uses_lora or offload is not None
+        gradient = self._backward(layers, slots, gradient, leaf=leaf)
+        if layers[0].program.outgoing is not None:
+            self._embedding_backward(gradient, later=later)
+            allocator.free(gradient)
+        if layers[0].program.checkpointed and leaf:
+            allocator.free(slots[0][0])
+        for block in held[1:]:
+            allocator.free(block)
+
+    def _forward(
+        self, layers: Sequence[SizedProgram], hidden: int, *, takes_workspaces: bool
+    ) -> list[list[int]]:
+        """The layers' forward passes; returns the blocks of each by their numbers in its program."""
+        allocator, offload = self.allocator, self.offload
         slots: list[list[int]] = []
-        casts: list[int] = []
-        run = allocator.run
-        for index, layer in enumerate(self.layers):
-            sized = layer.of(new=first, later=later)
+        for index, sized in enumerate(layers):
             program, units = sized.program, sized.units
             own = [0] * len(units)
             own[0] = hidden
@@ -208,50 +230,41 @@ class StepReplay:
                     at_first, forward = (
                         tuple(event for event in events if event != -1) for events in (at_first, forward)
                     )
-                run(at_first, units, own)
-                if first:
+                allocator.run(at_first, units, own)
+                if takes_workspaces:
                     self._take_workspaces()
-            run(forward, units, own)
+            allocator.run(forward, units, own)
             hidden = own[program.output]
-            casts += [own[cast] for cast in program.casts]
             slots.append(own)
             if offload is not None and (index or not program.keeps_input_alone):
                 offload.keep([own[block] for block in offload.blocks_of(program)])
         if offload is not None:
             offload.mark()
             offload.end_forward()
-        embeddings_free = not self.layers[0].first.program.keeps_input
-        gradient = self._head(hidden, casts, held[0] if embeddings_free else None, first=first, later=later)
-        if offload is not None:
-            offload.mark()
-        if first and self.biased and self.setup.gradient_checkpointing:
-            self._take(CUBLASLT_WORKSPACE_BYTES)
-        # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
-        leaf = self.setup.uses_lora or offload is not None
-        for layer, own in zip(reversed(self.layers), reversed(slots), strict=True):
-            sized = layer.of(new=first, later=later)
-            program, units = sized.program, sized.units
+        return slots
+
+    def _backward(
+        self, layers: Sequence[SizedProgram], slots: Sequence[list[int]], gradient: int, *, leaf: bool
+    ) -> int:
+        """The layers' backward passes; returns the first one's input gradient. A `leaf` input stays."""
+        allocator, offload = self.allocator, self.offload
+        for index in reversed(range(len(layers))):
+            program, units, own = layers[index].program, layers[index].units, slots[index]
             own[program.incoming] = gradient
-            if offload is not None and (own is not slots[0] or not program.keeps_input_alone):
+            if offload is not None and (index or not program.keeps_input_alone):
                 offload.run_backward(program, units, own)
-            elif program.checkpointed and not (leaf and own is slots[0]):
-                run(program.backward[: program.unpacked + 1], units, own)
+            elif program.checkpointed and (index or not leaf):
+                allocator.run(program.backward[: program.unpacked + 1], units, own)
                 allocator.free(own[0])
-                run(program.backward[program.unpacked + 1 :], units, own)
+                allocator.run(program.backward[program.unpacked + 1 :], units, own)
             else:
-                run(program.backward, units, own)
+                allocator.run(program.backward, units, own)
             self.gradients += [own[block] for block in program.gradients]
             if program.outgoing is not None:
                 gradient = own[program.outgoing]
         if offload is not None:
             offload.end_backward()
-        if self.layers[0].first.program.outgoing is not None:
-            self._embedding_backward(gradient, later=later)
-            allocator.free(gradient)
-        if self.layers[0].first.program.checkpointed and leaf:
-            allocator.free(slots[0][0])
-        for block in held[1:]:
-            allocator.free(block)
+        return gradient
 
     def _take_workspaces(self) -> None:
         """What cuBLAS takes with the main thread's first matrix product, which is the first layer's."""
