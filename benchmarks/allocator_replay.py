@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.results import write_result
-from planner.accuracy import shipped_records
-from planner.calibration import Residual, calibrate
-from planner.calibration_samples import usable_records
-from planner.cuda_allocator import ALLOCATORS
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_spec import GpuSpec
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.memory_fit import Residual, calibrate
+from planner.calibration.records import RunRecord
+from planner.calibration.samples import usable_records
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.spec import GpuSpec
 from planner.memory import estimate_memory
-from planner.memory.step_replay import forget_replays
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord
+from planner.memory.step.replay import forget_replays
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import ALLOCATORS
 
 GPU = "h100-80gb"
 FIGURES: dict[str, Callable[[Residual], float | None]] = {

@@ -16,15 +16,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launcher.profile import Profile, profile_line
-from planner.cuda_allocator import machine_allocator
-from planner.gpu_catalog import gpu_catalog
+from launcher.measuring.profile import Profile, profile_line
+from planner.calibration.records import read_records
+from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.model_catalog import load_shipped
-from planner.planning import make_plan
-from planner.records import read_records
-from planner.request import PlanRequest
-from planner.training_setup import TrainingSetup
+from planner.models.catalog import load_shipped
+from planner.planning.make_plan import make_plan
+from planner.setup.cuda_allocator import machine_allocator
+from planner.setup.request import PlanRequest
+from planner.setup.training_setup import TrainingSetup
 
 MEASURED_ON = "h100-80gb"
 OVER = 1.08

@@ -28,14 +28,14 @@ from typing import Any
 from benchmarks.measured import MEASURED_ON, capped_target, environment, memory_cap_bytes, same_run
 from benchmarks.referee import describe
 from benchmarks.results import write_result
-from launcher.profile import Profile, profile_line, read_profiles
-from planner.dataset_stats import DatasetStats
-from planner.errors import InputError
-from planner.gpu_target import GpuTarget
-from planner.planning import make_plan
-from planner.records import RunRecord, read_records
-from planner.request import PlanRequest
-from planner.training_setup import TrainingSetup
+from launcher.measuring.profile import Profile, profile_line, read_profiles
+from planner.base.errors import InputError
+from planner.calibration.records import RunRecord, read_records
+from planner.data.lengths import DatasetStats
+from planner.gpus.target import GpuTarget
+from planner.planning.make_plan import make_plan
+from planner.setup.request import PlanRequest
+from planner.setup.training_setup import TrainingSetup
 
 MODEL = "llama-3.1-8b"
 CARDS = ("16GB", "24GB")

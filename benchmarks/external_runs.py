@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from planner.data_files import PROFILES
-from planner.errors import NotModelledError
-from planner.gpu_catalog import gpu_catalog
-from planner.model_catalog import load_shipped
+from planner.base.data_files import PROFILES
+from planner.base.errors import NotModelledError
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput import NoForecastError, estimate_step
-from planner.training_setup import TrainingSetup
 
 ROWS = PROFILES / "external_runs.jsonl"
 MODELS = {

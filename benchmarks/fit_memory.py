@@ -12,13 +12,13 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from planner.accuracy import shipped_records
-from planner.calibration import MIN_RECORDS, calibrate
-from planner.cuda_allocator import ALLOCATORS
-from planner.data_files import PROFILES, write_atomically
-from planner.gpu_catalog import gpu_catalog
-from planner.memory.coefficients_files import coefficients_name
-from planner.model_catalog import load_shipped
+from planner.base.data_files import PROFILES, write_atomically
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.memory_fit import MIN_RECORDS, calibrate
+from planner.gpus.catalog import gpu_catalog
+from planner.memory.measured.files import coefficients_name
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import ALLOCATORS
 
 
 def main(names: Sequence[str]) -> None:

@@ -10,11 +10,11 @@ import json
 import sys
 from collections.abc import Sequence
 
-from planner.accuracy import shipped_records
-from planner.data_files import PROFILES, write_atomically
-from planner.gpu_catalog import gpu_catalog
-from planner.model_catalog import load_shipped
-from planner.throughput.fit import MIN_RUNS, REFERENCE_GPU, fit_rates, start_for
+from planner.base.data_files import PROFILES, write_atomically
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.speed_fit import MIN_RUNS, REFERENCE_GPU, fit_rates, start_for
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
 from planner.throughput.rates import known_rates
 
 FOLDER = PROFILES / "calibration" / "throughput"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from planner.accuracy import shipped_records
-from planner.calibration import Calibration, Residual, calibrate
-from planner.cuda_allocator import EXPANDABLE
-from planner.gpu_catalog import gpu_catalog
-from planner.memory.coverage import Value, model_values, setup_values
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.memory_fit import Calibration, Residual, calibrate
+from planner.calibration.records import RunRecord
+from planner.gpus.catalog import gpu_catalog
+from planner.memory.measured.coverage import Value, model_values, setup_values
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE
 
 PLAIN = "QLoRA, every layer checkpointed, no other knob"
 KNOBS: dict[str, Value] = {

@@ -2,8 +2,9 @@
 
     python -m benchmarks.measure PROFILES.jsonl... --output RECORDS.jsonl [--seconds N]
 
-A child process measures one profile after the other (launcher/profiler.py); where one cannot go on in the
-same process (an out-of-memory error, Liger's patches, memory that stays behind) the rest goes to a new one.
+A child process measures one profile after the other (launcher/measuring/profiler.py); where one cannot go on
+in the same process (an out-of-memory error, Liger's patches, memory that stays behind) the rest goes to a new
+one.
 Profiles whose record is in the output already are left out: started again, it goes on where it was.
 """
 
@@ -19,9 +20,9 @@ import time
 from pathlib import Path
 
 from benchmarks.measured import same_run
-from launcher.allocator import measuring_environment
-from launcher.profile import read_profiles
-from planner.records import read_records
+from launcher.measuring.profile import read_profiles
+from launcher.runs.allocator import measuring_environment
+from planner.calibration.records import read_records
 
 RESERVE_SECONDS = 10.0
 """Kept back for the end of a child."""
@@ -71,7 +72,7 @@ def _child(lines: list[str], output: Path, seconds: float) -> tuple[int, bool]:
     with tempfile.TemporaryDirectory() as folder:
         rest, log = Path(folder) / "profiles.jsonl", Path(folder) / "log"
         rest.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = [sys.executable, "-m", "launcher.profiler", str(rest), str(output), str(seconds)]
+        command = [sys.executable, "-m", "launcher.measuring.profiler", str(rest), str(output), str(seconds)]
         started = ended = 0
         with log.open("wb") as errors:
             child = subprocess.Popen(

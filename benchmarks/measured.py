@@ -6,15 +6,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.measured_run import WARM_UP_STEPS
-from launcher.profile import Profile
-from planner.cuda_allocator import machine_allocator
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_target import GpuTarget, resolve_gpu
+from launcher.measuring.measured_run import WARM_UP_STEPS
+from launcher.measuring.profile import Profile
+from planner.calibration.records import RunRecord
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.memory import estimate_memory
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord
-from planner.training_setup import TrainingSetup
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import machine_allocator
+from planner.setup.training_setup import TrainingSetup
 
 MEASURED_ON = "h100-80gb"
 

@@ -17,13 +17,14 @@ from benchmarks.held_out import Compared, calibration, compared
 from benchmarks.markdown import filled, median_and_bias, median_and_worst, size, wrapped
 from benchmarks.results import FOLDER
 from benchmarks.run_tables import ALLOCATOR_WORDS, allocators, capped, estimated, lengths
-from planner.accuracy import accuracy, shipped_records
-from planner.cuda_allocator import ALLOCATORS, NATIVE
-from planner.margins import HeldOutThing
-from planner.memory.runtime import interval_kind, managed_process_bytes
-from planner.records import RunRecord
+from planner.base.units import MIB
+from planner.calibration.accuracy import accuracy, shipped_records
+from planner.calibration.margins import HeldOutThing
+from planner.calibration.records import RunRecord
+from planner.memory.measured.coefficients import interval_kind
+from planner.memory.measured.cuda_terms import managed_process_bytes
+from planner.setup.cuda_allocator import ALLOCATORS, NATIVE
 
-MIB = 2**20
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "memory-model.md"
 REFERENCE = "h100-80gb"
 GPUS = (REFERENCE, "h200")

@@ -29,11 +29,11 @@ import torch
 import transformers
 
 from benchmarks.results import write_result
-from launcher import build, dataset
-from launcher.run_folder import TrainingJob
-from planner.data_files import PROFILES
-from planner.dataset_reader import Conversation, TrainingData
-from planner.training_setup import TrainingSetup
+from launcher.runs.folder import TrainingJob
+from launcher.training import build, dataset
+from planner.base.data_files import PROFILES
+from planner.data.reader import Conversation, TrainingData
+from planner.setup.training_setup import TrainingSetup
 
 MODEL, DATA = PROFILES / "demo" / "model", PROFILES / "demo" / "data" / "train.jsonl"
 CONVERSATIONS, MOST_EXCHANGES = 800, 5

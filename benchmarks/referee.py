@@ -35,13 +35,13 @@ from benchmarks.measured import (
 )
 from benchmarks.results import write_result
 from benchmarks.rival_setups import DOUBTFUL, Rival, device_seconds, profile_of, rivals
-from launcher.profile import Profile, profile_line, read_profiles
-from planner.gpu_target import GpuTarget
-from planner.model_catalog import load_shipped
-from planner.planning import make_plan
-from planner.records import RunRecord, read_records
-from planner.request import PlanRequest
-from planner.training_setup import TrainingSetup
+from launcher.measuring.profile import Profile, profile_line, read_profiles
+from planner.calibration.records import RunRecord, read_records
+from planner.gpus.target import GpuTarget
+from planner.models.catalog import load_shipped
+from planner.planning.make_plan import make_plan
+from planner.setup.request import PlanRequest
+from planner.setup.training_setup import TrainingSetup
 
 LENGTH = 2048
 EFFECTIVE_BATCH = 16

@@ -160,8 +160,8 @@ def _arguments(task: dict[str, Any], micro: int, folder: str) -> dict[str, Any]:
 
 
 def _random_model(task: dict[str, Any], quantization_config: Any, dtype: Any) -> Any:
-    from launcher.measured_run import load_config
-    from launcher.random_weights import build_random_model
+    from launcher.measuring.measured_run import load_config
+    from launcher.measuring.random_weights import build_random_model
 
     config = load_config(task["model"])
     for name, value in task.get("config", {}).items():
@@ -215,9 +215,9 @@ def _trl(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _vramwise(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The planned setup, built as the launcher builds it."""
-    from launcher import build
-    from launcher.run_folder import TrainingJob
-    from planner.training_setup import TrainingSetup
+    from launcher.runs.folder import TrainingJob
+    from launcher.training import build
+    from planner.setup.training_setup import TrainingSetup
 
     setup = TrainingSetup.from_dict(task["setup"])
     _take_the_rest(task)

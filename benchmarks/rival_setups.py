@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measured import MEASURED_ON
-from launcher.measured_run import WARM_UP_STEPS, steady_steps
-from launcher.profile import Profile
-from planner.candidate import Candidate, Evaluator
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_target import GpuTarget
-from planner.model_catalog import load_shipped
+from launcher.measuring.measured_run import WARM_UP_STEPS, steady_steps
+from launcher.measuring.profile import Profile
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.target import GpuTarget
+from planner.models.catalog import load_shipped
+from planner.search.evaluator import Candidate, Evaluator
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput import estimate_step
-from planner.training_setup import TrainingSetup
 
 RIVALS = (("compiled", 5), ("eager", 9), ("liger", 6))
 """Wanted rivals that are predicted to fit; compiled ones cost some ten seconds of compilation each."""

@@ -29,9 +29,9 @@ from typing import Any
 from benchmarks.measured import MEASURED_ON, capped_target, memory_cap_bytes
 from benchmarks.referee import describe
 from benchmarks.results import write_result
-from launcher.allocator import measuring_environment
-from planner.planning import make_plan
-from planner.request import PlanRequest
+from launcher.runs.allocator import measuring_environment
+from planner.planning.make_plan import make_plan
+from planner.setup.request import PlanRequest
 
 MODEL = "llama-3.1-8b"
 CAPS = ("12GB", "16GB", "24GB", "80GB")

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from benchmarks.caps import OVER
 from benchmarks.held_out import compared
 from benchmarks.markdown import wrapped
-from planner.accuracy import shipped_records
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.gpu_catalog import gpu_catalog
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.records import RunRecord
+from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 
 GIB = 2**30
 GPU = "h100-80gb"

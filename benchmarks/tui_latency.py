@@ -29,8 +29,8 @@ from benchmarks.results import write_result
 from launcher.tui import app, cards
 from launcher.tui.pauses import shorten_pauses
 from launcher.tui.screens.sizing import SizingScreen
-from planner.model_catalog import resolve_model
-from planner.training_setup import TrainingSetup
+from planner.models.catalog import resolve_model
+from planner.setup.training_setup import TrainingSetup
 
 MODEL, CARD, SIZE = "qwen2.5-14b", "16GB", (120, 40)
 BAR_SECONDS = 0.050

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from planner import cli as planner_cli
-from planner.command_line import Command, run_as_program, run_command, run_commands
+from planner.commands.program import Command, run_as_program, run_command, run_commands
 
 if TYPE_CHECKING:
-    from planner.model_spec import ModelSpec
+    from planner.models.spec import ModelSpec
 
 PROGRAM = "vramwise"
 DESCRIPTION = "Plan the memory and speed of LLM fine-tuning on a GPU, then launch exactly that run."
@@ -23,7 +23,7 @@ def inspector(config: Mapping[str, Any], *, model_id: str, hub_id: str) -> Model
         InputError: transformers cannot build it.
         MissingExtraError: the training stack is not installed.
     """
-    from launcher.inspect_model import inspect_in_child
+    from launcher.models.inspect import inspect_in_child
 
     return inspect_in_child(config, model_id=model_id, hub_id=hub_id)
 

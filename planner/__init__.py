@@ -4,49 +4,50 @@
     plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
     figures = estimate({"model": "qwen2.5-14b", "max_length": 4096}, gpu="16GB")
 
-Everything is imported when it is first used. (`planner.plan` is the module of the type Plan, so the function
-that makes one is `make_plan`.)
+Everything is imported when it is first used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from planner.base.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from planner.dataset_stats import DatasetStats
-    from planner.errors import InputError, NotModelledError, VramwiseError
-    from planner.estimation import Estimate, Estimator, estimate
-    from planner.gpu_spec import GpuSpec
-    from planner.gpu_target import GpuTarget, resolve_gpu
+    from planner.answers.plan import Plan
+    from planner.base.errors import InputError, NotModelledError, VramwiseError
+    from planner.data.lengths import DatasetStats
+    from planner.gpus.spec import GpuSpec
+    from planner.gpus.target import GpuTarget, resolve_gpu
     from planner.memory import MemoryBreakdown
-    from planner.model_catalog import resolve_model
-    from planner.model_spec import ModelSpec
-    from planner.plan import Plan
-    from planner.planning import make_plan
-    from planner.request import PlanRequest, make_request
+    from planner.models.catalog import resolve_model
+    from planner.models.spec import ModelSpec
+    from planner.planning.estimation import Estimate, Estimator, estimate
+    from planner.planning.make_plan import make_plan
+    from planner.setup.request import PlanRequest, make_request
+    from planner.setup.training_setup import TrainingSetup
     from planner.throughput import StepEstimate
-    from planner.training_setup import TrainingSetup
 
 _HOMES = {
-    "DatasetStats": "planner.dataset_stats",
-    "Estimate": "planner.estimation",
-    "Estimator": "planner.estimation",
-    "GpuSpec": "planner.gpu_spec",
-    "GpuTarget": "planner.gpu_target",
-    "InputError": "planner.errors",
+    "DatasetStats": "planner.data.lengths",
+    "Estimate": "planner.planning.estimation",
+    "Estimator": "planner.planning.estimation",
+    "GpuSpec": "planner.gpus.spec",
+    "GpuTarget": "planner.gpus.target",
+    "InputError": "planner.base.errors",
     "MemoryBreakdown": "planner.memory",
-    "ModelSpec": "planner.model_spec",
-    "NotModelledError": "planner.errors",
-    "Plan": "planner.plan",
-    "PlanRequest": "planner.request",
+    "ModelSpec": "planner.models.spec",
+    "NotModelledError": "planner.base.errors",
+    "Plan": "planner.answers.plan",
+    "PlanRequest": "planner.setup.request",
     "StepEstimate": "planner.throughput",
-    "TrainingSetup": "planner.training_setup",
-    "VramwiseError": "planner.errors",
-    "estimate": "planner.estimation",
-    "make_plan": "planner.planning",
-    "make_request": "planner.request",
-    "resolve_gpu": "planner.gpu_target",
-    "resolve_model": "planner.model_catalog",
+    "TrainingSetup": "planner.setup.training_setup",
+    "VramwiseError": "planner.base.errors",
+    "estimate": "planner.planning.estimation",
+    "make_plan": "planner.planning.make_plan",
+    "make_request": "planner.setup.request",
+    "resolve_gpu": "planner.gpus.target",
+    "resolve_model": "planner.models.catalog",
 }
 
 __all__ = [
@@ -72,14 +73,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(home), name)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

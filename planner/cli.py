@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from planner.command_line import Command, run_as_program, run_command
-from planner.inspectors import installed_inspector
+from planner.commands.program import Command, run_as_program, run_command
+from planner.models.inspectors import installed_inspector
 
 _INSPECTING = {"inspector": installed_inspector}
 COMMANDS = {

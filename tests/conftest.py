@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from planner.cuda_allocator import VARIABLES
+from planner.setup.cuda_allocator import VARIABLES
 
 # A job started in the background inherits an ignored SIGINT, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

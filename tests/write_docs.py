@@ -20,8 +20,8 @@ from unittest import mock
 
 from benchmarks import external_runs, memory_tables
 from launcher import cli
-from planner.command_line import guarded
-from planner.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
+from planner.commands.program import guarded
+from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -9,15 +9,15 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from planner import validate
-from planner.command_line import say
-from planner.errors import ExitCode, MissingExtraError
-from planner.hardware import LocalGpu, local_gpus
+from planner.base import validate
+from planner.base.errors import ExitCode, MissingExtraError
+from planner.commands.program import say
+from planner.gpus.detect import LocalGpu, local_gpus
 
 if TYPE_CHECKING:
-    from launcher.calibrate import Progress
-    from planner.calibration import Calibration
-    from planner.throughput.fit import SpeedFit
+    from launcher.measuring.calibrate import Progress
+    from planner.calibration.memory_fit import Calibration
+    from planner.calibration.speed_fit import SpeedFit
 
 STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 MAX_MINUTES = 24 * 60
@@ -42,7 +42,14 @@ def run(args: argparse.Namespace) -> int:
     for package in STACK:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("calibrate", package)
-    from launcher.calibrate import coefficients_file, fit, fit_speed, measure, rates_file, records_file
+    from launcher.measuring.calibrate import (
+        coefficients_file,
+        fit,
+        fit_speed,
+        measure,
+        rates_file,
+        records_file,
+    )
 
     say(f"{gpu.spec.name}: measuring for up to {minutes:g} min; Ctrl-C keeps what was measured")
     try:
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_speed(speed: SpeedFit | None) -> None:
-    from planner.throughput.fit import telling
+    from planner.calibration.speed_fit import telling
 
     if speed is None:
         print("speed: too few timed runs to fit rates; forecasts use those of another GPU, scaled")
@@ -87,7 +94,7 @@ def _report(progress: Progress) -> None:
 
 
 def _show(gpu: LocalGpu, found: Calibration) -> None:
-    from planner.render import columns, show
+    from planner.text.figures import columns, show
 
     coefficients = found.coefficients
     rows = [

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.command_line import Parser, StoreOnce
-from planner.data_files import PROFILES
-from planner.errors import ExitCode
+from planner.base.data_files import PROFILES
+from planner.base.errors import ExitCode
+from planner.commands.program import Parser, StoreOnce
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,8 +75,8 @@ def _training_arguments(args: argparse.Namespace, name: str) -> argparse.Namespa
 
 
 def _show_answers(adapter: Path) -> None:
-    from launcher.answers import compare_answers
-    from planner.render import footnote, heading, pairs, show
+    from launcher.demo.answers import compare_answers
+    from planner.text.figures import footnote, heading, pairs, show
 
     answers = compare_answers(DEMO / "model", adapter, QUESTIONS)
 

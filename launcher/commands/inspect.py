@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from planner.errors import ExitCode, InputError
+from planner.base.errors import ExitCode, InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +30,12 @@ def run(args: argparse.Namespace) -> int:
     if args.save and args.folder is None:
         raise InputError("--save goes with --folder")
     if args.folder is not None:
-        from launcher.inspect_model import inspect_in_child
-        from planner import data_files, model_config
-        from planner.model_catalog import user_spec_path
+        from launcher.models.inspect import inspect_in_child
+        from planner.base import data_files
+        from planner.models import hub_config
+        from planner.models.catalog import user_spec_path
 
-        config = model_config.read_config(args.folder)
+        config = hub_config.read_config(args.folder)
         name = args.folder.resolve().name
         spec = inspect_in_child(config, model_id=name, hub_id=str(args.folder))
         text = json.dumps(spec.to_dict())
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             data_files.write_atomically(user_spec_path(name), text)
         print(text)
         return ExitCode.OK
-    from launcher.write_catalog import write_catalog
+    from launcher.models.write_catalog import write_catalog
 
     for line in write_catalog(None if args.all else args.ids):
         print(line)

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from planner.command_line import say
-from planner.errors import ExitCode, InputError
+from planner.base.errors import ExitCode, InputError
+from planner.commands.program import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(root: Path, *, as_json: bool) -> int:
-    from launcher import supervisor
+    from launcher.runs import supervisor
 
     folders = sorted(path.parent for path in root.glob("*/job.json"))
     found = [(path, supervisor.status(path)) for path in folders]
@@ -51,7 +51,7 @@ def _list(root: Path, *, as_json: bool) -> int:
     if not found:
         say(f"no runs in {root}")
         return ExitCode.OK
-    from planner.render import columns, show
+    from planner.text.figures import columns, show
 
     table = [
         [path.name, one.state, f"{one.step}/{'?' if one.total_steps is None else one.total_steps}"]
@@ -63,10 +63,10 @@ def _list(root: Path, *, as_json: bool) -> int:
 
 
 def _follow(path: Path) -> int:
-    from launcher import supervisor
-    from launcher.follow import finish, follow_run
-    from launcher.run_folder import RunFolder
-    from launcher.run_record import read_plan
+    from launcher.commands.follow import finish, follow_run
+    from launcher.runs import supervisor
+    from launcher.runs.folder import RunFolder
+    from launcher.runs.record import read_plan
 
     folder = RunFolder(path.resolve())
     if supervisor.status(folder.path).state == "created":
@@ -83,7 +83,7 @@ def _follow(path: Path) -> int:
 
 
 def _stop(path: Path) -> int:
-    from launcher import supervisor
+    from launcher.runs import supervisor
 
     status = supervisor.status(path)
     if not status.alive:

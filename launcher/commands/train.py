@@ -13,17 +13,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.command_line import StoreOnce, say, whole_number
+from planner.answers.plan import Plan
+from planner.base.errors import ExitCode, InputError, MissingExtraError
 from planner.commands.knobs import add_knobs
 from planner.commands.plan import add_request_arguments, request_from
-from planner.errors import ExitCode, InputError, MissingExtraError
-from planner.plan import Plan
+from planner.commands.program import StoreOnce, say, whole_number
 
 if TYPE_CHECKING:
-    from launcher.run_folder import RunFolder, TrainingJob
-    from planner.dataset_stats import DatasetStats
-    from planner.model_spec import ModelSpec
-    from planner.request import KnobValue, PlanRequest
+    from launcher.runs.folder import RunFolder, TrainingJob
+    from planner.data.lengths import DatasetStats
+    from planner.models.spec import ModelSpec
+    from planner.setup.request import KnobValue, PlanRequest
 
 NEEDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "psutil")
 # Stands in for planning where this machine has no GPU; the run is then on the CPU.
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
 
-    from launcher import build
+    from launcher.training import build
 
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     folder = _create(args, plan)
@@ -81,7 +81,7 @@ def _require_stack() -> None:
 
 
 def _has_gpu() -> bool:
-    from planner.hardware import NoGpuError, local_gpus
+    from planner.gpus.detect import NoGpuError, local_gpus
 
     try:
         return bool(local_gpus())
@@ -95,7 +95,7 @@ def _request(args: argparse.Namespace, on_gpu: bool) -> PlanRequest:
     request = request_from(args)
     if on_gpu:
         return request
-    from planner.model_catalog import resolve_model
+    from planner.models.catalog import resolve_model
 
     model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
     knobs = {**_for_the_cpu(model), **request.fixed}
@@ -112,7 +112,7 @@ def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:
 
 
 def _plan(args: argparse.Namespace, request: PlanRequest) -> Plan:
-    from planner.planning import make_plan
+    from planner.planning.make_plan import make_plan
 
     stats = _measured_stats(args)
     return make_plan(request, stats=stats, allow_network=args.allow_download, inspector=args.inspector)
@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace, request: PlanRequest) -> Plan:
 
 def _measured_stats(args: argparse.Namespace) -> DatasetStats:
     """Lengths of the data as the model's own tokenizer makes them."""
-    from launcher import build, dataset
+    from launcher.training import build, dataset
 
     data = dataset.read_dataset(Path(args.data))
     tokenizer = build.load_tokenizer(model_source(args), allow_download=args.allow_download)
@@ -129,7 +129,7 @@ def _measured_stats(args: argparse.Namespace) -> DatasetStats:
 
 def model_source(args: argparse.Namespace) -> str:
     """Where the weights are: the folder or Hub id as given, else the Hub id of the catalog's model."""
-    from planner.model_catalog import resolve_model
+    from planner.models.catalog import resolve_model
 
     model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
     folder = Path(args.model).expanduser()
@@ -139,15 +139,15 @@ def model_source(args: argparse.Namespace) -> str:
 
 
 def _show(plan: Plan) -> None:
-    from planner.render import show
-    from planner.render_plan import print_plan
+    from planner.text.figures import show
+    from planner.text.plan import print_plan
 
     show(lambda out: print_plan(out, plan))
     print(flush=True)
 
 
 def _job(args: argparse.Namespace, plan: Plan) -> TrainingJob:
-    from launcher.run_folder import TrainingJob
+    from launcher.runs.folder import TrainingJob
 
     schedule = plan.schedule
     return TrainingJob(
@@ -170,11 +170,11 @@ def _job(args: argparse.Namespace, plan: Plan) -> TrainingJob:
 
 
 def _create(args: argparse.Namespace, plan: Plan) -> RunFolder:
-    from launcher.run_folder import create_run_folder
-    from planner.data_files import write_atomically
+    from launcher.runs.folder import create_run_folder
+    from planner.base.data_files import write_atomically
 
     if args.eval_data is not None:
-        from launcher.dataset import read_dataset
+        from launcher.training.dataset import read_dataset
 
         read_dataset(Path(args.eval_data))
     folder = create_run_folder(args.runs.expanduser(), _job(args, plan), name=args.name)
@@ -183,8 +183,8 @@ def _create(args: argparse.Namespace, plan: Plan) -> RunFolder:
 
 
 def _follow(folder: RunFolder, plan: Plan) -> int:
-    from launcher import supervisor
-    from launcher.follow import finish, follow_run
+    from launcher.commands.follow import finish, follow_run
+    from launcher.runs import supervisor
 
     handle = supervisor.start(folder.path)
     say(f"run folder: {folder.path}")

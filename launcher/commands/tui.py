@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from planner.errors import InputError
+from planner.base.errors import InputError
 
 DEFAULT_MODEL = "qwen2.5-14b"
 DEFAULT_GPU = "16GB"
@@ -38,15 +38,15 @@ def run(args: argparse.Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise InputError("tui needs a terminal; use plan and train in scripts")
     # Textual is imported by this command alone: the others start without it.
-    from launcher.run_folder import RunFolder
+    from launcher.runs.folder import RunFolder
     from launcher.tui.app import VramwiseApp
     from launcher.tui.cards import first_card
     from launcher.tui.inspection import inspector
     from launcher.tui.pauses import shorten_pauses
-    from planner.model_catalog import resolve_model
-    from planner.policy import DEFAULT_LENGTHS, OPTIM
-    from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE
-    from planner.training_setup import TrainingSetup
+    from planner.models.catalog import resolve_model
+    from planner.setup.defaults import DEFAULT_LENGTHS, OPTIM
+    from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE
+    from planner.setup.training_setup import TrainingSetup
 
     model = resolve_model(args.model, inspector=inspector)
     card = first_card(args.gpu, DEFAULT_GPU)

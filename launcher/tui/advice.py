@@ -15,15 +15,15 @@ from launcher.tui import knobs
 from launcher.tui.cards import Card
 from launcher.tui.sizing import Sizing, Verdict, on_all_cards
 from launcher.tui.text import gib
-from planner.advice import make_it_fit, use_what_is_left
-from planner.candidate import Candidate, Evaluator
-from planner.errors import InputError
-from planner.frontier import around_the_chosen, frontier
-from planner.model_spec import ModelSpec
-from planner.plan import Advice, FrontierPoint
-from planner.request import PlanRequest
+from planner.answers.plan import Advice, FrontierPoint
+from planner.base.errors import InputError
+from planner.models.spec import ModelSpec
+from planner.planning.advice import make_it_fit, use_what_is_left
 from planner.search import TOKENS, Tried, search
-from planner.training_setup import TrainingSetup
+from planner.search.evaluator import Candidate, Evaluator
+from planner.search.frontier import around_the_chosen, frontier
+from planner.setup.request import PlanRequest
+from planner.setup.training_setup import TrainingSetup
 
 # An automatic choice that brings less speed than this is not worth a line.
 _LEAST_GAIN = 0.02

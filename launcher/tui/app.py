@@ -13,7 +13,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import HelpPanel
 
-from launcher.run_folder import RunFolder
+from launcher.runs.folder import RunFolder
 from launcher.tui import runs, starting
 from launcher.tui.cards import Card
 from launcher.tui.screens.confirm import Confirm
@@ -24,9 +24,9 @@ from launcher.tui.screens.start_run import RunWish, StartRun
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from launcher.tui.themes import DARK, LIGHT
-from planner.errors import VramwiseError
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from planner.base.errors import VramwiseError
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
 
 _STATE_COLOURS = {"running": "primary", "finished": "success", "stopped": "warning"}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.errors import VramwiseError
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_request import REFERENCE_CARDS
-from planner.gpu_spec import GpuSpec
-from planner.gpu_target import GpuTarget, resolve_gpu
-from planner.hardware import LocalGpu, local_gpus
+from planner.base.errors import VramwiseError
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.detect import LocalGpu, local_gpus
+from planner.gpus.parse import REFERENCE_CARDS
+from planner.gpus.spec import GpuSpec
+from planner.gpus.target import GpuTarget, resolve_gpu
 
 DETECTED, SIZE, CATALOG = "this machine", "plain size", "catalog"
 

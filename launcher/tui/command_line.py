@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 from launcher.tui.sizing import Sizing
-from planner import policy
-from planner.training_setup import TrainingSetup
+from planner.setup import defaults
+from planner.setup.training_setup import TrainingSetup
 
 _CHOSEN_OTHERWISE = (
     "max_length",
@@ -37,7 +37,7 @@ def flags(sizing: Sizing) -> Sequence[str]:
     words = ["--model", setup.model]
     if sizing.card.argument is not None:
         words += ["--gpu", sizing.card.argument]
-    default = TrainingSetup(model=setup.model, max_length=setup.max_length, optim=policy.OPTIM)
+    default = TrainingSetup(model=setup.model, max_length=setup.max_length, optim=defaults.OPTIM)
     for name, value in setup.to_dict().items():
         if name in ("model", "num_processes", "distributed"):
             continue

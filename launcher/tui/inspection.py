@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.inspect_model import inspect_in_child
-from planner.model_spec import ModelSpec
+from launcher.models.inspect import inspect_in_child
+from planner.models.spec import ModelSpec
 
 
 def inspector(config: Mapping[str, Any], *, model_id: str, hub_id: str) -> ModelSpec:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planner.training_setup import (
+from planner.setup.training_setup import (
     ALL_LINEAR,
     ATTENTION_IMPLEMENTATIONS,
     COMPILE,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from launcher.events import (
+from launcher.runs.events import (
     CheckpointEvent,
     EndEvent,
     EvalEvent,
@@ -25,14 +25,14 @@ from launcher.events import (
     WarningEvent,
     from_line,
 )
-from launcher.run_folder import END_STATES, RunFolder, TrainingJob
-from launcher.supervisor import live_pid
+from launcher.runs.folder import END_STATES, RunFolder, TrainingJob
+from launcher.runs.supervisor import live_pid
 from launcher.tui.series import CoalescedSeries
 from launcher.tui.tail import LineTail, last_lines
-from planner.errors import InputError, MissingExtraError, VramwiseError
+from planner.answers.plan import Plan
+from planner.base.errors import InputError, MissingExtraError, VramwiseError
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.model_catalog import resolve_model
-from planner.plan import Plan
+from planner.models.catalog import resolve_model
 
 LOG_LINES = 200
 RECENT_STEPS = 20

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launcher.events import EndEvent, LogEvent, from_line
-from launcher.run_folder import RunFolder
-from launcher.supervisor import live_pid
+from launcher.runs.events import EndEvent, LogEvent, from_line
+from launcher.runs.folder import RunFolder
+from launcher.runs.supervisor import live_pid
 from launcher.tui.tail import last_lines
-from planner.errors import MissingExtraError
+from planner.base.errors import MissingExtraError
 
 LISTED = 200
 

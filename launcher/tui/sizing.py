@@ -8,9 +8,9 @@ from enum import Enum
 from launcher.tui.cards import Card
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import REPLAYED
-from planner.model_spec import ModelSpec
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput import NoForecastError, StepEstimate, estimate_step
-from planner.training_setup import TrainingSetup
 
 
 class Verdict(Enum):

@@ -6,17 +6,17 @@ import importlib.util
 import json
 from dataclasses import dataclass
 
-from launcher import supervisor
-from launcher.run_folder import RunFolder, TrainingJob, create_run_folder
+from launcher.runs import supervisor
+from launcher.runs.folder import RunFolder, TrainingJob, create_run_folder
 from launcher.tui.inspection import inspector
 from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
-from planner import policy
-from planner.data_files import write_atomically
-from planner.errors import InputError, MissingExtraError
-from planner.plan import Plan
-from planner.planning import make_plan
-from planner.request import make_request
+from planner.answers.plan import Plan
+from planner.base.data_files import write_atomically
+from planner.base.errors import InputError, MissingExtraError
+from planner.planning.make_plan import make_plan
+from planner.setup import defaults
+from planner.setup.request import make_request
 
 _TRAINING_STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "psutil")
 
@@ -50,7 +50,7 @@ def start(sizing: Sizing, wish: RunWish) -> Started:
     Raises:
         VramwiseError: the job is not possible, or the processes cannot be started.
     """
-    rate = policy.learning_rate(sizing.setup.method, sizing.model)
+    rate = defaults.learning_rate(sizing.setup.method, sizing.model)
     job = TrainingJob(
         setup=sizing.setup,
         model_source=wish.model_source,
@@ -58,8 +58,8 @@ def start(sizing: Sizing, wish: RunWish) -> Started:
         learning_rate=rate,
         num_train_epochs=1.0 if wish.num_train_epochs is None else wish.num_train_epochs,
         max_steps=wish.max_steps,
-        warmup_ratio=policy.WARMUP_RATIO,
-        lr_scheduler_type=policy.LR_SCHEDULER_TYPE,
+        warmup_ratio=defaults.WARMUP_RATIO,
+        lr_scheduler_type=defaults.LR_SCHEDULER_TYPE,
         gpu_index=sizing.card.position,
     )
     plan = _plan(sizing, wish, rate)

@@ -7,13 +7,13 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.errors import ExitCode
+from planner.base.errors import ExitCode
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from planner.accuracy import Accuracy, SpeedAccuracy
+    from planner.calibration.accuracy import Accuracy, SpeedAccuracy
 
 _ALLOCATORS = {
     EXPANDABLE: "expandable segments, as the launcher starts runs",
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Leave out each model in turn, and print the errors."""
-    from planner.accuracy import accuracy, shipped_records, speed_accuracy
+    from planner.calibration.accuracy import accuracy, shipped_records, speed_accuracy
 
     records = shipped_records()
     found, speed = accuracy(records), speed_accuracy(records)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_speed(found: SpeedAccuracy) -> None:
-    from planner.render import WIDE, columns, show
+    from planner.text.figures import WIDE, columns, show
 
     print(f"\n{found.gpu}: tokens a second\n")
 
@@ -71,7 +71,7 @@ def _print_speed(found: SpeedAccuracy) -> None:
 
 
 def _print(found: Accuracy) -> None:
-    from planner.render import WIDE, columns, show
+    from planner.text.figures import WIDE, columns, show
 
     runs = sum(model.runs for model in found.models)
 

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from planner.command_line import StoreOnce
+from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs, given_knobs
-from planner.errors import ExitCode, InputError
-from planner.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest
-from planner.training_setup import METHODS
+from planner.commands.program import StoreOnce
+from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest
+from planner.setup.training_setup import METHODS
 
 MAX_PAIRS = 400
 # Stands in where the model is every one of the catalog.
@@ -71,8 +71,8 @@ def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanReque
 
 
 def _pairs(args: argparse.Namespace) -> int:
-    from planner.comparison import row_of
-    from planner.planning import make_plan
+    from planner.planning.comparison import row_of
+    from planner.planning.make_plan import make_plan
 
     if len(args.model) * len(args.gpu) > MAX_PAIRS:
         raise InputError(f"at most {MAX_PAIRS} pairs of --model and --gpu are compared at once")
@@ -84,16 +84,16 @@ def _pairs(args: argparse.Namespace) -> int:
     ]
     if args.json:
         return _print_json("rows", rows)
-    from planner.render import show
-    from planner.render_tables import print_rows
+    from planner.text.figures import show
+    from planner.text.tables import print_rows
 
     show(lambda out: print_rows(out, rows))
     return ExitCode.OK
 
 
 def _smallest_cards(args: argparse.Namespace) -> int:
-    from planner.comparison import smallest_cards
-    from planner.model_catalog import resolve_model
+    from planner.models.catalog import resolve_model
+    from planner.planning.comparison import smallest_cards
 
     name = args.model[0]
     request = _request(args, name, None)
@@ -106,16 +106,16 @@ def _smallest_cards(args: argparse.Namespace) -> int:
     cards = smallest_cards(base, model, methods, given_length=args.max_length)
     if args.json:
         return _print_json("smallest_cards", cards)
-    from planner.render import show
-    from planner.render_tables import print_smallest_cards
+    from planner.text.figures import show
+    from planner.text.tables import print_smallest_cards
 
     show(lambda out: print_smallest_cards(out, name, cards))
     return ExitCode.OK
 
 
 def _longest_lengths(args: argparse.Namespace) -> int:
-    from planner.comparison import longest_lengths
-    from planner.gpu_target import resolve_gpu
+    from planner.gpus.target import resolve_gpu
+    from planner.planning.comparison import longest_lengths
 
     if args.max_length is not None:
         raise InputError("--gpu alone looks for the longest length; --max-length needs --model too")
@@ -128,15 +128,15 @@ def _longest_lengths(args: argparse.Namespace) -> int:
     found = longest_lengths(target, base, processes=len(os.sched_getaffinity(0)))
     if args.json:
         return _print_json("models", found)
-    from planner.render import show
-    from planner.render_tables import print_longest_lengths
+    from planner.text.figures import show
+    from planner.text.tables import print_longest_lengths
 
     show(lambda out: print_longest_lengths(out, target, base.method, found))
     return ExitCode.OK
 
 
 def _print_json(name: str, rows: Sequence[Any]) -> int:
-    from planner.json_codec import encode
+    from planner.base.json_codec import encode
 
     json.dump({"version": 1, name: [encode(row) for row in rows]}, sys.stdout, indent=2, allow_nan=False)
     print()

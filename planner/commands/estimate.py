@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from planner.command_line import StoreOnce, SwitchOnce
-from planner.errors import ExitCode, InputError, VramwiseError, shorten
-from planner.estimation import Estimate, Estimator
-from planner.gpu_target import resolve_gpu
-from planner.training_setup import TrainingSetup
+from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.commands.program import StoreOnce, SwitchOnce
+from planner.gpus.target import resolve_gpu
+from planner.planning.estimation import Estimate, Estimator
+from planner.setup.training_setup import TrainingSetup
 
 MAX_LINE_BYTES = 2**20
 STDIN = "-"
@@ -100,8 +100,8 @@ def _answer(lines: _Lines, as_json: bool, *, flush: bool) -> int:
     if as_json:
         return _print_json(lines, flush=flush)
     answers = list(_answers(lines))
-    from planner.render import show
-    from planner.render_tables import print_estimates
+    from planner.text.figures import show
+    from planner.text.tables import print_estimates
 
     show(lambda out: print_estimates(out, answers, lines.estimator.target))
     bad = [(number, answer) for number, answer in answers if isinstance(answer, VramwiseError)]

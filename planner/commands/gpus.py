@@ -7,10 +7,10 @@ import json
 import sys
 from typing import Any
 
-from planner.errors import ExitCode, InputError, UnknownNameError
-from planner.gpu_catalog import gpu_catalog, normalise
-from planner.gpu_spec import GpuSpec
-from planner.hardware import LocalGpu, NoGpuError, local_gpus
+from planner.base.errors import ExitCode, InputError, UnknownNameError
+from planner.gpus.catalog import gpu_catalog, normalise
+from planner.gpus.detect import LocalGpu, NoGpuError, local_gpus
+from planner.gpus.spec import GpuSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
         json.dump(_json(found, here), sys.stdout, indent=2, allow_nan=False)
         print()
         return ExitCode.OK
-    from planner.render import show
-    from planner.render_tables import print_gpus, print_local_gpus
+    from planner.text.figures import show
+    from planner.text.tables import print_gpus, print_local_gpus
 
     show(lambda out: print_gpus(out, found))
     show(lambda out: print_local_gpus(out, here, reason))
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _json(found: list[GpuSpec], here: tuple[LocalGpu, ...]) -> dict[str, Any]:
-    from planner.json_codec import encode
+    from planner.base.json_codec import encode
 
     return {
         "version": 1,

@@ -6,10 +6,10 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from planner import training_setup as names
-from planner.command_line import StoreOnce, SwitchOnce, real_number, whole_number
-from planner.errors import FieldError
-from planner.request import KNOB_NAMES, KnobValue
+from planner.base.errors import FieldError
+from planner.commands.program import StoreOnce, SwitchOnce, real_number, whole_number
+from planner.setup import training_setup as names
+from planner.setup.request import KNOB_NAMES, KnobValue
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
-from planner.errors import ExitCode, InputError, UnknownNameError
-from planner.model_catalog import list_models, name_key
+from planner.base.errors import ExitCode, InputError, UnknownNameError
+from planner.models.catalog import list_models, name_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         raise UnknownNameError("model", args.text, (m.id for m in models), "(list all: vramwise models)")
     if args.json:
-        from planner.json_codec import encode
+        from planner.base.json_codec import encode
 
         json.dump({"version": 1, "models": [encode(m) for m in found]}, sys.stdout, indent=2)
         print()
         return ExitCode.OK
-    from planner.render import show
-    from planner.render_tables import print_models
+    from planner.text.figures import show
+    from planner.text.tables import print_models
 
     show(lambda out: print_models(out, found))
     return ExitCode.OK

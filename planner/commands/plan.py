@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from planner.command_line import StoreOnce, real_number, whole_number
+from planner.answers.plan import Plan
+from planner.base.errors import ExitCode
 from planner.commands.knobs import add_knobs, given_knobs
-from planner.errors import ExitCode
-from planner.plan import Plan
-from planner.request import PlanRequest
+from planner.commands.program import StoreOnce, real_number, whole_number
+from planner.setup.request import PlanRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +79,9 @@ def plan_from(args: argparse.Namespace) -> Plan:
     """Make the plan that the arguments ask for.
 
     Raises:
-        InputError: see planner.planning.make_plan.
+        InputError: see planner.planning.make_plan.make_plan.
     """
-    from planner.planning import make_plan
+    from planner.planning.make_plan import make_plan
 
     return make_plan(
         request_from(args), allow_network=args.allow_download, inspector=getattr(args, "inspector", None)
@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
         json.dump(plan.to_dict(), sys.stdout, indent=2, allow_nan=False)
         print()
     else:
-        from planner.render import show
-        from planner.render_plan import print_plan
+        from planner.text.figures import show
+        from planner.text.plan import print_plan
 
         show(lambda out: print_plan(out, plan, explain=args.explain))
     return ExitCode.OK if plan.fits else ExitCode.DOES_NOT_FIT

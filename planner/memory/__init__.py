@@ -1,6 +1,23 @@
-"""The memory model: TrainingSetup and ModelSpec to MemoryBreakdown."""
+"""The memory model: TrainingSetup and ModelSpec to MemoryBreakdown. Each name is imported when it is used."""
 
-from planner.memory.breakdown import Basis, Component, MemoryBreakdown, PhaseMemory
-from planner.memory.estimate import estimate_memory
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from planner.base.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from planner.memory.breakdown import Basis, Component, MemoryBreakdown, PhaseMemory
+    from planner.memory.estimate import estimate_memory
+
+_HOMES = {
+    "Basis": "planner.memory.breakdown",
+    "Component": "planner.memory.breakdown",
+    "MemoryBreakdown": "planner.memory.breakdown",
+    "PhaseMemory": "planner.memory.breakdown",
+    "estimate_memory": "planner.memory.estimate",
+}
 
 __all__ = ["Basis", "Component", "MemoryBreakdown", "PhaseMemory", "estimate_memory"]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

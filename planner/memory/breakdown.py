@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from planner import validate
-from planner.errors import InputError
+from planner.base import validate
+from planner.base.errors import InputError
 
 PHASES = ("load", "step", "evaluation", "save")
 REPLAYED = "allocator replayed"

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.attention_choice import attention_implementation
-from planner.cuda_allocator import planned_allocator
-from planner.gpu_spec import GpuSpec
+from planner.base.units import DTYPE_BYTES
+from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
-from planner.memory.coefficients_files import coefficients_for
-from planner.memory.head import HeadMemory, head_memory, head_shape
-from planner.memory.norms import norm_saves_input
+from planner.memory.decoder.groups import segments
+from planner.memory.held.head import HeadMemory, head_memory, head_shape
+from planner.memory.held.micro_step import embedding_scratch_bytes, keeps_raw_embedding, micro_step
+from planner.memory.layers.norms import norm_saves_input
+from planner.memory.measured.coefficients import Coefficients, ReserveTerms, basis_of, interval_kind
+from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, phases
-from planner.memory.resident import Resident, resident_memory
-from planner.memory.runtime import Coefficients, ReserveTerms, basis_of, interval_kind
-from planner.memory.segments import segments
-from planner.memory.shape import embedding_scratch_bytes, keeps_raw_embedding, micro_step
-from planner.memory.step_replay import replay_steps
-from planner.memory.timeline import StepMoment, StepShape, StepTimeline
-from planner.memory.weights import DTYPE_BYTES
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from planner.memory.step.replay import replay_steps
+from planner.memory.step.resident import Resident, resident_memory
+from planner.memory.step.timeline import StepMoment, StepShape, StepTimeline
+from planner.models.spec import ModelSpec
+from planner.setup.attention import attention_implementation
+from planner.setup.cuda_allocator import planned_allocator
+from planner.setup.training_setup import TrainingSetup
 
 
 def estimate_memory(
@@ -42,8 +42,8 @@ def estimate_memory(
     bytes are those of torch's allocator after whole steps, replayed (tens of milliseconds); without it live
     bytes are counted and what the allocator reserves beside them is fitted (a tenth of a millisecond). A
     replay ends early once more than `limit_bytes` are needed: what it then says is that it is too much.
-    `allocator` is the one that torch is told to use (planner/cuda_allocator.py), null for the one that a run
-    started from here would get.
+    `allocator` is the one that torch is told to use (planner/setup/cuda_allocator.py), null for the one that
+    a run started from here would get.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.attention_choice import attention_implementation
-from planner.errors import FieldError, InputError, NotModelledError
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from planner.base.errors import FieldError, InputError, NotModelledError
+from planner.models.spec import ModelSpec
+from planner.setup.attention import attention_implementation
+from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODELLED_EXPERTS = (None, "grouped_mm")

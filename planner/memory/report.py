@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from planner.base.units import DTYPE_BYTES
 from planner.memory.breakdown import Component, PhaseMemory
-from planner.memory.resident import Resident
-from planner.memory.runtime import Coefficients, Distance, ReserveTerms, managed_process_bytes
-from planner.memory.step_replay import ReplayedMemory
-from planner.memory.timeline import StepMoment
-from planner.memory.weights import DTYPE_BYTES
-from planner.training_setup import TrainingSetup
+from planner.memory.measured.coefficients import Coefficients, Distance, ReserveTerms
+from planner.memory.measured.cuda_terms import managed_process_bytes
+from planner.memory.step.replay import ReplayedMemory
+from planner.memory.step.resident import Resident
+from planner.memory.step.timeline import StepMoment
+from planner.setup.training_setup import TrainingSetup
 
 
 def phases(

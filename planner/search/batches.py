@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planner.errors import InputError
-from planner.training_setup import TrainingSetup
+from planner.base.errors import InputError
+from planner.setup.training_setup import TrainingSetup
 
 MOST_OFF = 0.25
 """Share of the wished examples a step by which packed rows, which hold several each, may miss them."""

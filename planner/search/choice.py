@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.candidate import Candidate, Evaluator
+from planner.search.evaluator import Candidate, Evaluator
 from planner.throughput import compile_seconds
 
 # Forecasts closer than this are a tie, which the setup with less memory wins.

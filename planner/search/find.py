@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from planner.candidate import Evaluator
-from planner.policy import FASTER_OPTIM, OPTIM
 from planner.search.choice import SPEED_TIE, SearchResult, Tried, fastest, finish_seconds, replayed
+from planner.search.evaluator import Evaluator
 from planner.search.levels import goes_on, levels, spend, tried
 from planner.search.strategies import (
     AS_GIVEN,
@@ -19,7 +18,8 @@ from planner.search.strategies import (
     modes,
     start,
 )
-from planner.training_setup import TrainingSetup
+from planner.setup.defaults import FASTER_OPTIM, OPTIM
+from planner.setup.training_setup import TrainingSetup
 
 TOKENS = 10_000_000
 """Tokens that a run is taken to have where its data is not known: a few thousand examples, some epochs."""

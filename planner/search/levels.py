@@ -6,10 +6,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from planner.attention_choice import keeps_attention
-from planner.candidate import Evaluator
 from planner.search.choice import Tried, replayed
-from planner.training_setup import TrainingSetup
+from planner.search.evaluator import Evaluator
+from planner.setup.attention import keeps_attention
+from planner.setup.training_setup import TrainingSetup
 
 CHECKPOINTED = "checkpointed"
 NOT_CHECKPOINTED = "not checkpointed"

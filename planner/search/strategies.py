@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planner.attention_choice import attention_implementation
-from planner.candidate import Evaluator
 from planner.search.batches import Batch, batches, packed_batches
-from planner.training_setup import TrainingSetup
+from planner.search.evaluator import Evaluator
+from planner.setup.attention import attention_implementation
+from planner.setup.training_setup import TrainingSetup
 
 FLEX_CAPABILITY = (8, 0)
 """Compute capability from which flex attention is tried: torch has block sizes for these cards

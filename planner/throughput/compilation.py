@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.training_setup import TrainingSetup
+from planner.setup.training_setup import TrainingSetup
 
 COMPILE_SECONDS = 30.0
 """The first step beyond a usual one: 9 to 29 s in the 11 runs of profiles/runs/compiled-h100-80gb.jsonl, on a

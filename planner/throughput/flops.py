@@ -10,9 +10,9 @@ import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from planner.attention_choice import SKIPS_MASKED, attention_implementation, keeps_attention
-from planner.model_spec import LayerSpec, ModelSpec, Parameter
-from planner.training_setup import ALL_LINEAR, TrainingSetup
+from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.setup.attention import SKIPS_MASKED, attention_implementation, keeps_attention
+from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
 
 # Attention's backward with flash or memory-efficient kernels: five matmuls (the scores again, dV, dP, dQ, dK)
 # against the forward's two (Dao 2023, arXiv:2307.08691, section 4.1).

@@ -1,7 +1,7 @@
 """Microbenchmarks: what single kernels reach on one GPU and host, and two GPUs' ratios by kind of work.
 
 Shipped ones lie in profiles/calibration/microbenchmarks, a person's own in the user data folder.
-`launcher.microbench` measures them.
+`launcher.measuring.microbench` measures them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from planner import validate
-from planner.data_files import PROFILES, read_json, user_data_dir
-from planner.errors import FieldError
-from planner.json_codec import decode_fields, encode_fields
+from planner.base import validate
+from planner.base.data_files import PROFILES, read_json, user_data_dir
+from planner.base.errors import FieldError
+from planner.base.json_codec import decode_fields, encode_fields
 
 SCHEMA_VERSION = 1
 RATE_LIMIT = 1e18

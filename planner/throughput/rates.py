@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from planner import validate
-from planner.data_files import PROFILES, read_json, user_data_dir
-from planner.errors import InputError
-from planner.gpu_spec import GpuSpec
+from planner.base import validate
+from planner.base.data_files import PROFILES, read_json, user_data_dir
+from planner.base.errors import InputError
+from planner.gpus.spec import GpuSpec
 from planner.throughput.microbenchmarks import Microbenchmarks, Slowdown, microbenchmarks_of, slowdown
 from planner.throughput.work import PassWork, StepWork
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from planner.errors import InputError
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_spec import GpuSpec
-from planner.model_spec import ModelSpec
+from planner.base.errors import InputError
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.spec import GpuSpec
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
     UNCALIBRATED,
@@ -22,7 +23,6 @@ from planner.throughput.rates import (
 )
 from planner.throughput.traffic import weight_bytes
 from planner.throughput.work import StepWork, step_work
-from planner.training_setup import TrainingSetup
 
 # bfloat16 without hardware for it: 9.85 against 88.9 TFLOPS in float16 on a V100S, 5.14 against 39.0 on an
 # RTX 2080 (https://github.com/fanghostt/transformers-benchmarks).
@@ -184,3 +184,13 @@ def _basis(gpu: GpuSpec, known: KnownRates) -> str:
     return (
         f"rates of {known.reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"
     )
+
+
+def forecast(
+    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec, *, padded: bool = False
+) -> StepEstimate | None:
+    """Speed of a setup, or None where the card's rates or a knob's time are unknown."""
+    try:
+        return estimate_step(setup, model, gpu, padded=padded)
+    except NoForecastError:
+        return None

@@ -5,9 +5,9 @@ What activations cost is counted from the replay of the layers (work.py).
 
 from __future__ import annotations
 
-from planner.model_spec import ModelSpec
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import LinearWork, checkpointed_share, linear_work
-from planner.training_setup import TrainingSetup
 
 # bitsandbytes: 0.516 B read, absmax written and read in fp32, 2 B written (backends/cuda/ops.py:904-916).
 DEQUANTISE = 2.7

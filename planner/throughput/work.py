@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.attention_choice import attention_implementation
-from planner.memory.adapter import trainables
-from planner.memory.decoder_layer import replay
-from planner.memory.layer_knobs import LayerKnobs
-from planner.memory.segments import Segment, segments
-from planner.memory.shape import micro_step
-from planner.memory.tape import Buffer, Tape, Value
-from planner.model_spec import LayerSpec, ModelSpec
+from planner.memory.decoder.groups import Segment, segments
+from planner.memory.decoder.layer import replay
+from planner.memory.held.micro_step import micro_step
+from planner.memory.held.trainables import trainables
+from planner.memory.layers.layer_knobs import LayerKnobs
+from planner.memory.tape.tape import Buffer, Tape, Value
+from planner.models.spec import LayerSpec, ModelSpec
+from planner.setup.attention import attention_implementation
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
 from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS, trained_parameters
-from planner.training_setup import TrainingSetup
 
 
 class Made(NamedTuple):

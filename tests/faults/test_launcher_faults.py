@@ -14,11 +14,19 @@ from typing import Any
 
 import pytest
 
-from launcher import supervisor
-from launcher.events import EndEvent, EvalEvent, LogEvent, MemoryEvent, SampleEvent, StartEvent, read_events
-from launcher.run_folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, create_run_folder
-from planner.data_files import PROFILES
-from planner.training_setup import TrainingSetup
+from launcher.runs import supervisor
+from launcher.runs.events import (
+    EndEvent,
+    EvalEvent,
+    LogEvent,
+    MemoryEvent,
+    SampleEvent,
+    StartEvent,
+    read_events,
+)
+from launcher.runs.folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, create_run_folder
+from planner.base.data_files import PROFILES
+from planner.setup.training_setup import TrainingSetup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -58,7 +66,9 @@ def the_end(run: RunFolder) -> EndEvent:
 
 def run_patched(run: RunFolder, patch: str) -> int:
     """Run the trainer in a process in which `patch` has been executed before; returns its exit code."""
-    code = f"import sys\n{patch}\nfrom launcher.train import main\nsys.exit(main([{str(run.path)!r}]))"
+    code = (
+        f"import sys\n{patch}\nfrom launcher.training.train import main\nsys.exit(main([{str(run.path)!r}]))"
+    )
     with run.log("trainer").open("ab") as log:
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, stdout=log, stderr=log, timeout=240, check=False
@@ -68,7 +78,7 @@ def run_patched(run: RunFolder, patch: str) -> int:
 
 RAISE_IN_STEP = """
 import torch
-from launcher import trainer_callback
+from launcher.training import callbacks as trainer_callback
 real = trainer_callback.LaunchedTrainer.training_step
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 3:
@@ -82,14 +92,14 @@ def test_the_demo_learns_and_its_adapter_changes_the_answer(tmp_path: Path) -> N
     import torch
     from peft import PeftModel
 
-    from launcher import build
+    from launcher.training import build
 
     run = make_run(tmp_path, num_train_epochs=2.0, eval_data_path=str(DEMO / "data" / "eval.jsonl"))
     reader = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from launcher.events import follow\n"
+            "import sys; from pathlib import Path; from launcher.runs.events import follow\n"
             "for event in follow(Path(sys.argv[1])): print(event, flush=True)",
             str(run.events),
         ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
+from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
 
 OUTPUTS = Path(__file__).parent / "outputs"
 SETUPS = Path(__file__).parent / "setups.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.hardware import NoGpuError, local_gpus
+from planner.gpus.detect import NoGpuError, local_gpus
 
 LEAST_BYTES = 8 * 10**9
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.allocator import measuring_environment
-from launcher.profile import Profile, profile_line
-from planner.records import RunRecord, read_records
-from planner.training_setup import TrainingSetup
+from launcher.measuring.profile import Profile, profile_line
+from launcher.runs.allocator import measuring_environment
+from planner.calibration.records import RunRecord, read_records
+from planner.setup.training_setup import TrainingSetup
 
 SECONDS = 200
 
@@ -40,7 +40,7 @@ def measure(profiles: Sequence[Profile], folder: Path) -> Measured:
     asked.write_text("".join(profile_line(one) + "\n" for one in profiles), encoding="utf-8")
     environment = measuring_environment(os.environ, allocator=profiles[0].allocator)
     child = subprocess.run(
-        [sys.executable, "-m", "launcher.profiler", str(asked), str(output), str(SECONDS)],
+        [sys.executable, "-m", "launcher.measuring.profiler", str(asked), str(output), str(SECONDS)],
         env={**environment, "HF_HUB_OFFLINE": "1", "VRAMWISE_DATA_DIR": str(folder / "own")},
         capture_output=True,
         text=True,

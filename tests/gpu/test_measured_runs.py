@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.profile import Profile
-from planner.calibration_samples import own_process_bytes
-from planner.cuda_allocator import EXPANDABLE, NATIVE, machine_allocator
-from planner.records import RunRecord
+from launcher.measuring.profile import Profile
+from planner.calibration.records import RunRecord
+from planner.calibration.samples import own_process_bytes
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE, machine_allocator
 
 from .measuring import measure, peak_bytes, profile
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from planner.hardware import local_gpus
+from planner.gpus.detect import local_gpus
 from planner.throughput.microbenchmarks import Microbenchmarks, read_microbenchmarks
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +25,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Microbenchmarks,
     output = tmp_path_factory.mktemp("microbenchmarks") / "measured.json"
     started = time.monotonic()
     child = subprocess.run(
-        [sys.executable, "-m", "launcher.microbench", "--output", str(output)],
+        [sys.executable, "-m", "launcher.measuring.microbench", "--output", str(output)],
         capture_output=True,
         text=True,
         timeout=3 * SECONDS,

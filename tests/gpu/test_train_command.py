@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from launcher.commands.demo import DEMO, SETTINGS
-from launcher.events import EndEvent, LogEvent, read_events
-from launcher.run_folder import RunFolder
-from planner.cuda_allocator import planned_allocator
-from planner.plan import Plan
-from planner.records import RunRecord
+from launcher.runs.events import EndEvent, LogEvent, read_events
+from launcher.runs.folder import RunFolder
+from planner.answers.plan import Plan
+from planner.calibration.records import RunRecord
+from planner.setup.cuda_allocator import planned_allocator
 
 pytestmark = pytest.mark.gpu
 

@@ -13,11 +13,11 @@ for _module in ("trl", "peft", "bitsandbytes", "datasets"):
     pytest.importorskip(_module)
 
 from launcher import build, dataset  # noqa: E402 - what the optional stack lacks is skipped before
-from launcher.compilation import compile_decoder_layers, recompute_all  # noqa: E402
-from launcher.run_folder import TrainingJob  # noqa: E402
-from launcher.trainer_callback import LaunchedTrainer  # noqa: E402
-from planner.data_files import PROFILES  # noqa: E402
-from planner.training_setup import TrainingSetup  # noqa: E402
+from launcher.runs.folder import TrainingJob  # noqa: E402
+from launcher.training.callbacks import LaunchedTrainer  # noqa: E402
+from launcher.training.compilation import compile_decoder_layers, recompute_all  # noqa: E402
+from planner.base.data_files import PROFILES  # noqa: E402
+from planner.setup.training_setup import TrainingSetup  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

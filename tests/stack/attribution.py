@@ -1,7 +1,8 @@
 """Whose bytes are live at a trace's peak, told by the Python frames that asked for each block.
 
-Three parts, as the memory model has them (planner/memory/timeline.py, StepMoment): workspace (weights made
-whole again: bitsandbytes' dequantised ones, DoRA's folded ones), the output head's tensors, and the rest.
+Three parts, as the memory model has them (planner/memory/step/timeline.py, StepMoment): workspace (weights
+made whole again: bitsandbytes' dequantised ones, DoRA's folded ones), the output head's tensors, and the
+rest.
 """
 
 from __future__ import annotations

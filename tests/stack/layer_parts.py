@@ -9,19 +9,19 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from planner.cuda_allocator import EXPANDABLE
-from planner.memory import attention as attention_replay
-from planner.memory import decoder_layer
-from planner.memory.activations import at
-from planner.memory.adapter import trainables
-from planner.memory.layer_knobs import LayerKnobs
-from planner.memory.linear import linear
-from planner.memory.norms import norm
-from planner.memory.segments import Segment, segments
-from planner.memory.shape import micro_step
-from planner.memory.tape import Tape, Value
-from planner.memory.weights import upcast_bytes, weight_memory
-from planner.training_setup import TrainingSetup
+from planner.memory.decoder import layer as decoder_layer
+from planner.memory.decoder.groups import Segment, segments
+from planner.memory.decoder.live_bytes import at
+from planner.memory.held.micro_step import micro_step
+from planner.memory.held.trainables import trainables
+from planner.memory.held.weights import upcast_bytes, weight_memory
+from planner.memory.layers import attention as attention_replay
+from planner.memory.layers.layer_knobs import LayerKnobs
+from planner.memory.layers.linear import linear
+from planner.memory.layers.norms import norm
+from planner.memory.tape.tape import Tape, Value
+from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.training_setup import TrainingSetup
 
 from .live_bytes import LiveBytes, tensors_of
 from .real_steps import RealStep

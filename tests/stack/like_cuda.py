@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from planner.memory import activations, dora, norms, segments
+from planner.memory.decoder import groups as segments
+from planner.memory.decoder import live_bytes as activations
+from planner.memory.layers import dora, norms
 
 
 def native_dropout(self: Any, x: Any) -> Any:

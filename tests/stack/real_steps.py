@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from launcher import build
-from launcher.measured_data import token_dataset
-from launcher.measured_run import _quiet, _tokenizer
-from launcher.run_folder import TrainingJob
-from planner.training_setup import TrainingSetup
+from launcher.measuring.measured_data import token_dataset
+from launcher.measuring.measured_run import _quiet, _tokenizer
+from launcher.runs.folder import TrainingJob
+from launcher.training import build
+from planner.setup.training_setup import TrainingSetup
 
 from .live_bytes import LiveBytes, tensors_of
 from .small_models import VOCABULARY, load_model

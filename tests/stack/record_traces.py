@@ -24,16 +24,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, TrainerCallback
 
-from launcher import build
-from launcher.inspect_model import inspect_config
-from launcher.measured_data import random_rows, token_dataset
-from launcher.measured_run import _quiet, _tokenizer
-from launcher.profile import Profile
-from launcher.profiler import Profiler
-from launcher.random_weights import build_random_model
-from launcher.run_folder import TrainingJob
-from planner.memory.weights import DTYPE_BYTES
-from planner.training_setup import TrainingSetup
+from launcher.measuring.measured_data import random_rows, token_dataset
+from launcher.measuring.measured_run import _quiet, _tokenizer
+from launcher.measuring.profile import Profile
+from launcher.measuring.profiler import Profiler
+from launcher.measuring.random_weights import build_random_model
+from launcher.models.inspect import inspect_config
+from launcher.runs.folder import TrainingJob
+from launcher.training import build
+from planner.base.units import DTYPE_BYTES
+from planner.setup.training_setup import TrainingSetup
 
 from .attribution import head_span, peak_of
 

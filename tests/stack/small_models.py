@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher import build
-from launcher.inspect_model import inspect_config
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from launcher.models.inspect import inspect_config
+from launcher.training import build
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
 
 LAYERS, HIDDEN, VOCABULARY = 3, 512, 256
 BASE = {

@@ -13,10 +13,10 @@ pytest.importorskip("peft")
 
 from peft import get_peft_model
 
-from launcher import build
-from planner.errors import FieldError, InputError
-from planner.memory.adapter import Trainables, trainables
-from planner.training_setup import TrainingSetup
+from launcher.training import build
+from planner.base.errors import FieldError, InputError
+from planner.memory.held.trainables import Trainables, trainables
+from planner.setup.training_setup import TrainingSetup
 
 from .small_models import FAMILIES, load_model, spec_of
 from .test_build import MODEL, make_trainer
@@ -90,7 +90,7 @@ def test_what_trl_trains(knobs: dict[str, Any], element_bytes: int, tmp_path: Pa
 
 
 def demo_spec() -> Any:
-    from launcher.inspect_model import inspect_config
+    from launcher.models.inspect import inspect_config
 
     return inspect_config(Path(MODEL), model_id="demo", hub_id="demo")
 

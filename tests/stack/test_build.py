@@ -13,13 +13,13 @@ import torch
 from transformers import TrainerCallback
 from trl.data_utils import pack_dataset
 
-from launcher import build, dataset
-from launcher.run_folder import TrainingJob
-from launcher.trainer_callback import DivergedError, LaunchedTrainer, decoder_layers
-from planner.data_files import PROFILES
-from planner.dataset_reader import TrainingData
-from planner.errors import InputError, MissingExtraError, VramwiseError
-from planner.training_setup import OPTIMIZERS, TrainingSetup
+from launcher.runs.folder import TrainingJob
+from launcher.training import build, dataset
+from launcher.training.callbacks import DivergedError, LaunchedTrainer, decoder_layers
+from planner.base.data_files import PROFILES
+from planner.base.errors import InputError, MissingExtraError, VramwiseError
+from planner.data.reader import TrainingData
+from planner.setup.training_setup import OPTIMIZERS, TrainingSetup
 
 MODEL = str(PROFILES / "demo" / "model")
 DATA = PROFILES / "demo" / "data" / "train.jsonl"

@@ -11,13 +11,13 @@ import torch
 from peft import get_peft_model
 from trl.models import enable_selective_activation_checkpointing
 
-from launcher import build
-from launcher.compilation import compile_decoder_layers, recompute_all
-from launcher.trainer_callback import decoder_layers
-from planner.memory.adapter import trainables
-from planner.memory.compiled_kept import kept_names, kept_sizes
-from planner.memory.segments import segments
-from planner.training_setup import TrainingSetup
+from launcher.training import build
+from launcher.training.callbacks import decoder_layers
+from launcher.training.compilation import compile_decoder_layers, recompute_all
+from planner.memory.compiled.kept import kept_names, kept_sizes
+from planner.memory.decoder.groups import segments
+from planner.memory.held.trainables import trainables
+from planner.setup.training_setup import TrainingSetup
 from tests.stack.small_models import BASE, load_model, spec_of
 
 BATCH, LENGTH, RANK = 1, 64, 8

@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from planner.cuda_allocator import ALLOCATORS
-from planner.data_files import PROFILES
+from planner.base.data_files import PROFILES
+from planner.calibration.records import RunRecord, read_records
 from planner.memory import estimate_memory
-from planner.memory.allocator import MIB
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord, read_records
+from planner.memory.allocators.native import MIB
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import ALLOCATORS
 from tests.stack.test_replayed_traces import step_of
 from tests.stack.test_traces import TRACES, load, moments
 
@@ -78,7 +78,7 @@ def test_a_replayed_step_comes_to_its_trace(name: str, allocator: str) -> None:
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_most_steps_reserve_what_their_traces_do(allocator: str) -> None:
-    """Where buffers of one graph take each other's places (planner/memory/compiled_reuse.py)."""
+    """Where buffers of one graph take each other's places (planner/memory/decoder/buffer_reuse.py)."""
     others = []
     for name in NAMES:
         replay, traced, _ = step_of(name, allocator)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
-from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK, HeadShape, head_memory
+from planner.memory.held.head import TOKEN_CHUNK, VOCABULARY_CHUNK, HeadShape, head_memory
 
 from .live_bytes import LiveBytes, tensors_of
 from .small_models import BASE

@@ -13,11 +13,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from launcher.inspect_model import inspect_config, inspect_in_child
-from launcher.write_catalog import CONFIGS, describe, read_table, spec_text, write_catalog
-from planner.errors import InputError
-from planner.model_catalog import MODELS, load_shipped, resolve_model
-from planner.model_spec import LayerSpec
+from launcher.models.inspect import inspect_config, inspect_in_child
+from launcher.models.write_catalog import CONFIGS, describe, read_table, spec_text, write_catalog
+from planner.base.errors import InputError
+from planner.models.catalog import MODELS, load_shipped, resolve_model
+from planner.models.spec import LayerSpec
 
 ENTRIES = {entry.id: entry for entry in read_table()}
 # One of each family that the recipes know.
@@ -210,6 +210,6 @@ def test_child_is_ended_in_time_and_bounded_in_memory() -> None:
 
 
 def test_importing_the_inspector_is_light() -> None:
-    code = "import sys, launcher.inspect_model; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, launcher.models.inspect; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

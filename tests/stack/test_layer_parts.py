@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from trl.models import selective_activation_checkpointing
 from trl.trainer import sft_trainer
 
-from planner.training_setup import TrainingSetup
+from planner.setup.training_setup import TrainingSetup
 
 from . import layer_parts
 from .layer_parts import (

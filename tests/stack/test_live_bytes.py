@@ -27,14 +27,14 @@ import pytest
 
 pytest.importorskip("peft")
 
-from planner.cuda_allocator import EXPANDABLE
-from planner.memory.activations import at
-from planner.memory.coefficients_files import coefficients_for
+from planner.memory.decoder.live_bytes import at
 from planner.memory.estimate import _replayed
-from planner.memory.resident import INPUT_BYTES_PER_TOKEN, mask_windows
-from planner.memory.timeline import StepTimeline
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from planner.memory.measured.files import coefficients_for
+from planner.memory.step.resident import INPUT_BYTES_PER_TOKEN, mask_windows
+from planner.memory.step.timeline import StepTimeline
+from planner.models.spec import ModelSpec
+from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.training_setup import TrainingSetup
 
 from .like_cuda import like_cuda
 from .real_steps import first_step, measure

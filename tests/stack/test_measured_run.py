@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import measured_run
-from launcher.measured_run import MOST_STEPS, WARM_UP_STEPS, MeasuredRun, most_steps
-from launcher.profile import Profile
+from launcher.measuring import measured_run
+from launcher.measuring.measured_run import MOST_STEPS, WARM_UP_STEPS, MeasuredRun, most_steps
+from launcher.measuring.profile import Profile
 from tests.stack.test_build import make_setup, make_trainer
 
 SLOW_SECONDS, NEVER_SECONDS = 0.0, 1e9

@@ -13,10 +13,10 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 
-from planner.memory.adapter import trainables
-from planner.memory.allocator import rounded
-from planner.memory.optimizer import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, optimizer_memory
-from planner.training_setup import TrainingSetup
+from planner.memory.allocators.native import rounded
+from planner.memory.held.optimizer import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, optimizer_memory
+from planner.memory.held.trainables import trainables
+from planner.setup.training_setup import TrainingSetup
 
 from .test_adapter import demo_spec
 from .test_build import make_trainer

@@ -10,10 +10,10 @@ import torch
 from torch._dynamo.utils import counters
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from launcher.compilation import compile_decoder_layers
-from launcher.measured_data import TokenCounter, random_rows, token_dataset
-from launcher.profile import Profile
-from launcher.trainer_callback import LaunchedTrainer
+from launcher.measuring.measured_data import TokenCounter, random_rows, token_dataset
+from launcher.measuring.profile import Profile
+from launcher.training.callbacks import LaunchedTrainer
+from launcher.training.compilation import compile_decoder_layers
 from tests.stack.test_build import make_job, make_setup, make_trainer
 
 IGNORED = -100
@@ -123,7 +123,7 @@ def test_how_many_variants_of_a_layer_compile(tmp_path: Path, changes: dict[str,
 def test_the_useful_tokens_of_measured_runs_are_the_examples_own(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    from launcher import build
+    from launcher.training import build
 
     setup = make_setup(max_length=32, **changes)
     profile = Profile(setup=setup, lengths=(5, 40, 17, 9, 32, 3, 21))
@@ -158,8 +158,8 @@ def test_grouped_batches_are_as_long_as_transformers_makes_them(
 ) -> None:
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    from planner.batch_lengths import Lengths, padding
-    from planner.dataset_stats import DatasetStats
+    from planner.data.batches import Lengths, padding
+    from planner.data.lengths import DatasetStats
 
     generator = torch.Generator().manual_seed(1)
     drawn = torch.empty(count).log_normal_(6.0, 0.9, generator=generator).clamp(50, 4000).int().tolist()
@@ -182,7 +182,7 @@ def test_trl_packs_a_thousand_examples_at_a_time_as_tightly_as_all_at_once(count
     from datasets import Dataset
     from trl.data_utils import pack_dataset
 
-    from planner.dataset_stats import DatasetStats
+    from planner.data.lengths import DatasetStats
 
     generator = torch.Generator().manual_seed(1)
     drawn = torch.empty(count).log_normal_(4.0, 0.9, generator=generator).clamp(5, 400).int().tolist()

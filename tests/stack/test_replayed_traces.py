@@ -14,12 +14,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from launcher.inspect_model import inspect_config
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
-from planner.memory.allocator import MIB, CachingAllocator, rounded
-from planner.memory.expandable import empty_allocator
-from planner.memory.step_replay import StepReplay
-from planner.training_setup import TrainingSetup
+from launcher.models.inspect import inspect_config
+from planner.memory.allocators.expandable import empty_allocator
+from planner.memory.allocators.native import MIB, CachingAllocator, rounded
+from planner.memory.step.replay import StepReplay
+from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.training_setup import TrainingSetup
 from tests.stack.attribution import live_bytes
 from tests.stack.test_traces import NAMES, TRACES
 

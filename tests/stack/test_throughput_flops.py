@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from planner.model_spec import LayerSpec, ModelSpec, Parameter
+from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import matrix_flops
-from planner.training_setup import TrainingSetup
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 3, 64, 160, 4, 2, 512
 

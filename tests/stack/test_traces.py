@@ -18,14 +18,14 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from launcher.inspect_model import inspect_config
-from planner.cuda_allocator import NATIVE
-from planner.memory.coefficients_files import coefficients_for
+from launcher.models.inspect import inspect_config
+from planner.base.units import DTYPE_BYTES
 from planner.memory.estimate import _replayed
-from planner.memory.head import TOKEN_CHUNK, VOCABULARY_CHUNK
-from planner.memory.timeline import StepMoment, StepTimeline
-from planner.memory.weights import DTYPE_BYTES
-from planner.training_setup import TrainingSetup
+from planner.memory.held.head import TOKEN_CHUNK, VOCABULARY_CHUNK
+from planner.memory.measured.files import coefficients_for
+from planner.memory.step.timeline import StepMoment, StepTimeline
+from planner.setup.cuda_allocator import NATIVE
+from planner.setup.training_setup import TrainingSetup
 
 from .attribution import live_bytes
 

@@ -13,10 +13,10 @@ pytest.importorskip("bitsandbytes")
 
 import bitsandbytes as bnb
 
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.memory.allocator import rounded
-from planner.memory.weights import weight_memory
-from planner.training_setup import TrainingSetup
+from planner.memory.allocators.native import rounded
+from planner.memory.held.weights import weight_memory
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.training_setup import TrainingSetup
 
 from .live_bytes import constants_of
 from .small_models import FAMILIES, load_model, spec_of

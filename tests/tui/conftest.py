@@ -11,12 +11,12 @@ import pytest
 from textual.pilot import Pilot
 from textual.worker import WorkerCancelled
 
-from launcher.run_folder import RunFolder
+from launcher.runs.folder import RunFolder
 from launcher.tui import cards
 from launcher.tui.app import VramwiseApp
-from planner import policy
-from planner.model_catalog import resolve_model
-from planner.training_setup import TrainingSetup
+from planner.models.catalog import resolve_model
+from planner.setup import defaults
+from planner.setup.training_setup import TrainingSetup
 
 MakeApp = Callable[..., VramwiseApp]
 
@@ -29,7 +29,7 @@ def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeApp:
     def build(
         model: str = "qwen2.5-14b", gpu: str = "16GB", run: RunFolder | None = None, **knobs: Any
     ) -> VramwiseApp:
-        values = {"max_length": 4096, "gradient_accumulation_steps": 16, "optim": policy.OPTIM, **knobs}
+        values = {"max_length": 4096, "gradient_accumulation_steps": 16, "optim": defaults.OPTIM, **knobs}
         return VramwiseApp(
             model=resolve_model(model),
             card=cards.card_from_text(gpu),

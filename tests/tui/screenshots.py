@@ -22,10 +22,10 @@ from launcher.tui import cards
 from launcher.tui.app import VramwiseApp
 from launcher.tui.inspection import inspector
 from launcher.tui.screens.run import RunScreen
-from planner import policy
-from planner.data_files import PROFILES
-from planner.model_catalog import resolve_model
-from planner.training_setup import TrainingSetup
+from planner.base.data_files import PROFILES
+from planner.models.catalog import resolve_model
+from planner.setup import defaults
+from planner.setup.training_setup import TrainingSetup
 
 SIZE = (120, 40)
 STEPS = 200
@@ -50,7 +50,7 @@ async def _sizing() -> None:
         model=resolve_model("qwen2.5-14b"),
         card=cards.card_from_text("16GB"),
         setup=TrainingSetup(
-            model="qwen2.5-14b", max_length=4096, gradient_accumulation_steps=16, optim=policy.OPTIM
+            model="qwen2.5-14b", max_length=4096, gradient_accumulation_steps=16, optim=defaults.OPTIM
         ),
         runs_root=Path("runs"),
     )

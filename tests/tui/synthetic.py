@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from launcher.events import (
+from launcher.runs.events import (
     EndEvent,
     EvalEvent,
     Event,
@@ -18,8 +18,8 @@ from launcher.events import (
     WarningEvent,
     to_line,
 )
-from launcher.run_folder import RunFolder, TrainingJob
-from planner.training_setup import TrainingSetup
+from launcher.runs.folder import RunFolder, TrainingJob
+from planner.setup.training_setup import TrainingSetup
 
 GIB = 2**30
 START = 1_760_000_000.0

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input
 
-from launcher import supervisor
+from launcher.runs import supervisor
 from launcher.tui import cards
 from launcher.tui.app import VramwiseApp
 from launcher.tui.inspection import inspector
 from launcher.tui.screens.run import RunScreen
-from planner.data_files import PROFILES
-from planner.model_catalog import resolve_model
-from planner.training_setup import TrainingSetup
+from planner.base.data_files import PROFILES
+from planner.models.catalog import resolve_model
+from planner.setup.training_setup import TrainingSetup
 
 from .conftest import settle
 from .test_sizing_screen import shown_text

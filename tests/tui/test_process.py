@@ -27,8 +27,8 @@ from pathlib import Path
 from launcher.tui import cards
 from launcher.tui.app import VramwiseApp
 from launcher.tui.screens.sizing import SizingScreen
-from planner.model_catalog import resolve_model
-from planner.training_setup import TrainingSetup
+from planner.models.catalog import resolve_model
+from planner.setup.training_setup import TrainingSetup
 
 async def main():
     app = VramwiseApp(model=resolve_model("qwen2.5-14b"), card=cards.card_from_text("16GB"),

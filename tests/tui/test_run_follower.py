@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.events import WarningEvent, to_line
+from launcher.runs.events import WarningEvent, to_line
 from launcher.tui import run_follower
 from launcher.tui.run_follower import RunFollower
 from launcher.tui.series import CoalescedSeries

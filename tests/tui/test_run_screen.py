@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from launcher import run_record
-from launcher.events import WarningEvent
+from launcher.runs import record as run_record
+from launcher.runs.events import WarningEvent
 from launcher.tui import run_follower
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.run import RunScreen

@@ -19,13 +19,13 @@ from launcher.tui.sizing import Sizing, Verdict, refine
 from launcher.tui.widgets.choice_knob import ChoiceKnob
 from launcher.tui.widgets.pick_button import PickButton
 from launcher.tui.widgets.verdict_line import VerdictLine
-from planner.command_line import Parser
+from planner.base.errors import MissingExtraError
 from planner.commands import plan
 from planner.commands.knobs import given_knobs
-from planner.errors import MissingExtraError
+from planner.commands.program import Parser
 from planner.memory import estimate_memory
-from planner.planning import make_plan
-from planner.request import PlanRequest, make_request
+from planner.planning.make_plan import make_plan
+from planner.setup.request import PlanRequest, make_request
 
 from .conftest import MakeApp, settle
 

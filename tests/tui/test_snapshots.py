@@ -18,11 +18,11 @@ from launcher.tui import advice, run_follower, sizing
 from launcher.tui.app import VramwiseApp
 from launcher.tui.screens import run as run_screen
 from launcher.tui.screens import sizing_pickers
+from planner.answers.plan import FrontierPoint
 from planner.memory import Basis, Component, MemoryBreakdown, PhaseMemory
 from planner.memory.breakdown import REPLAYED
-from planner.plan import FrontierPoint
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
-from planner.training_setup import TrainingSetup
 
 from . import synthetic
 from .conftest import MakeApp, settle

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli as launcher_cli
-from planner.command_line import guarded
+from planner.commands.program import guarded
 
 
 @dataclass(frozen=True)

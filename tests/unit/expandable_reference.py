@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from planner.memory.allocator import MIB, SMALL_SIZE
+from planner.memory.allocators.native import MIB, SMALL_SIZE
 
 SMALL_PAGE, LARGE_PAGE = 2 * MIB, 20 * MIB
 

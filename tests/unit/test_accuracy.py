@@ -9,11 +9,11 @@ import re
 import pytest
 
 from launcher.cli import run
-from planner.accuracy import accuracy, shipped_records, speed_accuracy
-from planner.calibration import held_out_residuals
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.gpu_catalog import gpu_catalog
-from planner.model_catalog import load_shipped
+from planner.calibration.accuracy import accuracy, shipped_records, speed_accuracy
+from planner.calibration.memory_fit import held_out_residuals
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from launcher import allocator, supervisor
-from launcher.allocator import (
+from launcher.runs import allocator, supervisor
+from launcher.runs.allocator import (
     allocator_environment,
     fall_back,
     measuring_environment,
     process_allocator,
 )
-from launcher.run_folder import RunFolder, TrainingJob, create_run_folder
-from planner.cuda_allocator import (
+from launcher.runs.folder import RunFolder, TrainingJob, create_run_folder
+from planner.setup.cuda_allocator import (
     ALLOCATORS,
     EXPANDABLE,
     NATIVE,
@@ -29,7 +29,7 @@ from planner.cuda_allocator import (
     machine_allocator,
     planned_allocator,
 )
-from planner.training_setup import TrainingSetup
+from planner.setup.training_setup import TrainingSetup
 
 CUDA, GENERAL = VARIABLES
 SETTING = {CUDA: "expandable_segments:True"}
@@ -225,7 +225,7 @@ def test_a_driver_that_cannot_map_memory_has_torchs_default(
             raise OSError(name)
         return driver
 
-    monkeypatch.setattr("launcher.allocator.ctypes.CDLL", load)
+    monkeypatch.setattr("launcher.runs.allocator.ctypes.CDLL", load)
     environment = {"HOME": "/h", **SETTING}
     said = fall_back(environment)
     assert (said is None) is kept

@@ -11,12 +11,12 @@ import pytest
 from benchmarks import chat, measure, referee, rivals
 from benchmarks.measured import capped_target, environment, memory_cap_bytes, same_run, tokens_per_second
 from benchmarks.rival_setups import device_seconds
-from launcher.profile import Profile, profile_line, read_profiles
-from planner.candidate import Evaluator
-from planner.cuda_allocator import ALLOCATORS, machine_allocator
-from planner.gpu_catalog import gpu_catalog
-from planner.model_catalog import load_shipped
-from planner.records import Environment, RunRecord, append_record
+from launcher.measuring.profile import Profile, profile_line, read_profiles
+from planner.calibration.records import Environment, RunRecord, append_record
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
+from planner.search.evaluator import Evaluator
+from planner.setup.cuda_allocator import ALLOCATORS, machine_allocator
 
 PAIR = ("llama-3.2-3b", "12GB")
 
@@ -128,7 +128,7 @@ def test_the_cap_leaves_room_for_what_lies_outside_the_allocator() -> None:
 
 
 def _setup(**changes: object):  # type: ignore[no-untyped-def]
-    from planner.training_setup import TrainingSetup
+    from planner.setup.training_setup import TrainingSetup
 
     return TrainingSetup(model="llama-3.2-3b", max_length=1000).replace(**changes)
 

@@ -12,17 +12,17 @@ from textwrap import indent
 
 import pytest
 
-from launcher import calibrate
 from launcher.commands.calibrate import _show_speed
-from launcher.profile import profile_line, read_profiles
-from planner.accuracy import shipped_records
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, machine_allocator
-from planner.errors import InputError, VramwiseError
-from planner.gpu_catalog import gpu_catalog
-from planner.hardware import LocalGpu
-from planner.memory.coefficients_files import coefficients_for
-from planner.records import all_records, append_record, read_records
-from planner.throughput.fit import SpeedFit
+from launcher.measuring import calibrate
+from launcher.measuring.profile import profile_line, read_profiles
+from planner.base.errors import InputError, VramwiseError
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.records import all_records, append_record, read_records
+from planner.calibration.speed_fit import SpeedFit
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.detect import LocalGpu
+from planner.memory.measured.files import coefficients_for
+from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, machine_allocator
 from planner.throughput.microbenchmarks import own_file
 from planner.throughput.rates import Rates, known_rates, rates_for
 
@@ -195,7 +195,7 @@ def test_every_shipped_record_can_be_read() -> None:
     records = all_records()
     assert len(records) >= 60
     assert len({record.id for record in records}) == len(records)
-    from planner.data_files import PROFILES
+    from planner.base.data_files import PROFILES
 
     assert len(list(read_records(PROFILES / "runs" / "h100-80gb.jsonl"))) >= 60
 

@@ -15,8 +15,8 @@ import pytest
 
 from launcher import cli as launcher_cli
 from planner import cli as planner_cli
-from planner.command_line import guarded
-from planner.training_setup import FIELD_NAMES
+from planner.commands.program import guarded
+from planner.setup.training_setup import FIELD_NAMES
 
 Cli = Callable[..., Any]
 
@@ -294,7 +294,7 @@ def test_compare_tells_cards_and_lengths(cli: Cli) -> None:
 def test_planning_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from planner.command_line import guarded, run_command\n"
+        "from planner.commands.program import guarded, run_command\n"
         "from planner.cli import COMMANDS\n"
         "a = ['--model', 'qwen2.5-14b', '--gpu', '16GB']\n"
         "guarded('plan', lambda: run_command('plan', COMMANDS['plan'], a + sys.argv[1:]))\n"

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from launcher.commands.train import _for_the_cpu
-from launcher.events import EndEvent, LogEvent, read_events
-from launcher.run_folder import RunFolder
-from planner.data_files import PROFILES
-from planner.model_catalog import resolve_model
-from planner.plan import Plan
-from planner.planning import make_plan
-from planner.request import make_request
+from launcher.runs.events import EndEvent, LogEvent, read_events
+from launcher.runs.folder import RunFolder
+from planner.answers.plan import Plan
+from planner.base.data_files import PROFILES
+from planner.models.catalog import resolve_model
+from planner.planning.make_plan import make_plan
+from planner.setup.request import make_request
 
 pytestmark = pytest.mark.slow
 DEMO = (
@@ -93,7 +93,7 @@ def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
 
 
 def test_a_plan_for_the_cpu_chooses_nothing_that_the_launcher_refuses_there() -> None:
-    build = pytest.importorskip("launcher.build", exc_type=ImportError)
+    build = pytest.importorskip("launcher.training.build", exc_type=ImportError)
     model = resolve_model("qwen2.5-14b")
     length = {"max_length": 2048}
     assert make_plan(make_request(model.id, gpu="12GB", knobs=length)).setup.activation_offloading

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from planner import comparison
-from planner.gpu_target import resolve_gpu
-from planner.training_setup import TrainingSetup
+from planner.gpus.target import resolve_gpu
+from planner.planning.make_plan import comparison
+from planner.setup.training_setup import TrainingSetup
 
 
 def test_models_shared_out_among_processes_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.batch_lengths import Lengths, padding
-from planner.data_time import Examples
-from planner.dataset_stats import DatasetStats
-from planner.gpu_target import resolve_gpu
-from planner.model_catalog import resolve_model
+from planner.data.batches import Lengths, padding
+from planner.data.lengths import DatasetStats
+from planner.gpus.target import resolve_gpu
+from planner.models.catalog import resolve_model
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate, estimate_step
-from planner.training_setup import TrainingSetup
+from planner.throughput.epoch import Examples
 
 MODEL = "llama-3.1-8b"
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.demo_model import EVAL_EXAMPLES, TRAIN_EXAMPLES, write_data
-from planner.data_files import PROFILES
-from planner.dataset_reader import Conversation, TrainingData, read_training_data
+from launcher.demo.demo_model import EVAL_EXAMPLES, TRAIN_EXAMPLES, write_data
+from planner.base.data_files import PROFILES
+from planner.data.reader import Conversation, TrainingData, read_training_data
 
 DEMO = PROFILES / "demo"
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from planner import dataset_reader
-from planner.dataset_reader import (
+from planner.base.errors import InputError
+from planner.data import reader as dataset_reader
+from planner.data.reader import (
     Conversation,
     PlainText,
     PromptCompletion,
     estimate_stats,
     read_training_data,
 )
-from planner.errors import InputError
 
 TURN = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}

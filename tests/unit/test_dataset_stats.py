@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.dataset_stats import DatasetStats
-from planner.errors import InputError
+from planner.base.errors import InputError
+from planner.data.lengths import DatasetStats
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from planner.command_line import Parser
+from planner.commands.program import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

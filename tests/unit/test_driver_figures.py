@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.accuracy import shipped_records
-from planner.calibration_samples import (
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.records import RunRecord
+from planner.calibration.samples import (
     LEFT_OVER_BYTES,
     LOADED_BYTES,
     clean_context_bytes,
     own_process_bytes,
     usable_records,
 )
-from planner.cuda_allocator import EXPANDABLE
-from planner.gpu_catalog import gpu_catalog
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE
 
 MIB = 2**20
 H100 = gpu_catalog().get("h100-80gb")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.events import (
+from launcher.runs.events import (
     EndEvent,
     Event,
     EventReader,
@@ -150,7 +150,7 @@ def test_follow_ends_when_the_trainer_is_gone(tmp_path: Path) -> None:
 
 def test_watchers_import_no_training_stack() -> None:
     code = (
-        "import sys, launcher.events, launcher.run_folder, launcher.supervisor;"
+        "import sys, launcher.runs.events, launcher.runs.folder, launcher.runs.supervisor;"
         "print([m for m in ('torch', 'transformers', 'trl', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

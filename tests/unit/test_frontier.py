@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from planner import planning
-from planner.candidate import Evaluator
+from planner.answers.plan import Alternative, FrontierPoint, Plan
+from planner.base.data_files import PROFILES
 from planner.cli import COMMANDS
-from planner.command_line import run_command
-from planner.data_files import PROFILES
-from planner.frontier import around_the_chosen, frontier, runners_up
-from planner.model_catalog import resolve_model
-from planner.other_cards import other_cards
-from planner.plan import Alternative, FrontierPoint, Plan
-from planner.planning import make_plan
-from planner.request import make_request
+from planner.commands.program import run_command
+from planner.models.catalog import resolve_model
+from planner.planning.make_plan import make_plan
+from planner.planning.make_plan import make_plan as planning
+from planner.planning.other_cards import other_cards
 from planner.search import SPEED_TIE, TOKENS, Tried
+from planner.search.evaluator import Evaluator
+from planner.search.frontier import around_the_chosen, frontier, runners_up
+from planner.setup.request import make_request
 
 PAIRS = [
     ("qwen2.5-14b", "16GB"),

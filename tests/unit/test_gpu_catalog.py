@@ -5,9 +5,9 @@ import tomllib
 
 import pytest
 
-from planner.errors import UnknownNameError
-from planner.gpu_catalog import CATALOG_FILE, gpu_catalog, load_sources, normalise
-from planner.gpu_spec import DISPLAY_BYTES, MIB, GpuSpec, reserved_bytes_upper_bound
+from planner.base.errors import UnknownNameError
+from planner.gpus.catalog import CATALOG_FILE, gpu_catalog, load_sources, normalise
+from planner.gpus.spec import DISPLAY_BYTES, MIB, GpuSpec, reserved_bytes_upper_bound
 
 CATALOG = gpu_catalog()
 ALL = pytest.mark.parametrize("gpu", CATALOG, ids=lambda gpu: gpu.id)
@@ -130,7 +130,7 @@ def test_only_the_card_without_published_rates_has_none() -> None:
 
 
 def test_level_2_caches_are_those_that_torch_reports() -> None:
-    """In bytes, from MiB; inductor takes a buffer as large (planner/memory/compiled_reuse.py)."""
+    """In bytes, from MiB; inductor takes a buffer as large (planner/memory/decoder/buffer_reuse.py)."""
     known = {name: CATALOG.get(name).l2_cache_bytes for name in ("h100-80gb", "rtx-4090", "rtx-2080-ti")}
     assert known == {"h100-80gb": 50 * 2**20, "rtx-4090": 72 * 2**20, "rtx-2080-ti": 11 * 2**19}
     assert [gpu.id for gpu in CATALOG if gpu.l2_cache_bytes is None] == ["gh200-96gb"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from planner.errors import ExitCode, InputError
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_spec import MIB
-from planner.hardware import NoGpuError, bandwidth_from_memory_clock, local_gpus, visible_indices
+from planner.base.errors import ExitCode, InputError
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.detect import NoGpuError, bandwidth_from_memory_clock, local_gpus, visible_indices
+from planner.gpus.spec import MIB
 
 
 class NVMLError(Exception):

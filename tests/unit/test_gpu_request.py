@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.errors import FieldError, InputError, UnknownNameError
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_request import (
+from planner.base.errors import FieldError, InputError, UnknownNameError
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.parse import (
     REFERENCE_CARDS,
     UnsupportedHardwareError,
     accepted_sizes,

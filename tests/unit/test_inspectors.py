@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.inspect_model import inspect_in_child
+from launcher.models.inspect import inspect_in_child
 from planner import cli
-from planner.errors import MissingExtraError
-from planner.inspectors import GROUP, installed_inspector
+from planner.base.errors import MissingExtraError
+from planner.models.inspectors import GROUP, installed_inspector
 
 CONFIG = {"model_type": "llama"}
 

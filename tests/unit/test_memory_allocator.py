@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.cuda_allocator import ALLOCATORS
-from planner.memory.allocator import (
+from planner.memory.allocators.expandable import empty_allocator
+from planner.memory.allocators.native import (
     LARGE_SEGMENT,
     MIB,
     MIN_LARGE_ALLOCATION,
@@ -15,8 +15,8 @@ from planner.memory.allocator import (
     rounded,
     segment_size,
 )
-from planner.memory.expandable import empty_allocator
-from planner.memory.tape import Size, Tape, Value, prune
+from planner.memory.tape.tape import Size, Tape, Value, prune
+from planner.setup.cuda_allocator import ALLOCATORS
 
 
 @pytest.mark.parametrize(("asked", "block"), [(0, 512), (1, 512), (512, 512), (513, 1024), (MIB, MIB)])

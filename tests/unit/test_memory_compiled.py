@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.errors import FieldError, InputError, NotModelledError
+from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.memory.adapter import trainables
-from planner.memory.segments import Segment, segments
-from planner.memory.step_replay import StepReplay
-from planner.model_catalog import load_shipped
-from planner.training_setup import TrainingSetup
+from planner.memory.decoder.groups import Segment, segments
+from planner.memory.held.trainables import trainables
+from planner.memory.step.replay import StepReplay
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.training_setup import TrainingSetup
 from tests.unit.families import DENSE
 
 NO_CHECKPOINT: dict[str, Any] = {"gradient_checkpointing": False}

@@ -7,22 +7,22 @@ import json
 
 import pytest
 
-from planner.cuda_allocator import EXPANDABLE
-from planner.errors import InputError
-from planner.gpu_catalog import gpu_catalog
-from planner.margins import (
+from planner.base.errors import InputError
+from planner.calibration.margins import (
     LEAST_OUTSIDE_FACTOR,
     Shortfall,
     held_out_things,
     margin_share,
     outside_factor,
 )
+from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.memory.coefficients_files import coefficients_for
-from planner.memory.coverage import Coverage, coverage_of
-from planner.memory.runtime import Coefficients
-from planner.model_catalog import load_shipped
-from planner.training_setup import TrainingSetup
+from planner.memory.measured.coefficients import Coefficients
+from planner.memory.measured.coverage import Coverage, coverage_of
+from planner.memory.measured.files import coefficients_for
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.training_setup import TrainingSetup
 
 H100 = gpu_catalog().get("h100-80gb")
 PLAIN = TrainingSetup(model="llama-3.1-8b", max_length=4096)

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.errors import FieldError, InputError, NotModelledError
-from planner.gpu_catalog import gpu_catalog
+from planner.base.errors import FieldError, InputError, NotModelledError
+from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.memory.optimizer import MOMENTS
-from planner.model_catalog import load_shipped
-from planner.training_setup import OPTIMIZERS, TrainingSetup
+from planner.memory.held.optimizer import MOMENTS
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.training_setup import OPTIMIZERS, TrainingSetup
 from tests.unit.families import DENSE
 
 GIB = 2**30

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.memory.allocator import MIB, MIN_BLOCK, SMALL_SIZE, CachingAllocator, rounded
-from planner.memory.expandable import ExpandableAllocator, empty_allocator
-from planner.memory.offload_replay import OffloadReplay
+from planner.memory.allocators.expandable import ExpandableAllocator, empty_allocator
+from planner.memory.allocators.native import MIB, MIN_BLOCK, SMALL_SIZE, CachingAllocator, rounded
+from planner.memory.step.offload import OffloadReplay
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 from tests.unit.expandable_reference import Reference
 
 SMALL_BASE, LARGE_BASE = (ExpandableAllocator().allocate(size) for size in (1, SMALL_SIZE + 1))

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE
-from planner.errors import InputError, NotModelledError
-from planner.gpu_catalog import gpu_catalog
-from planner.memory import MemoryBreakdown, estimate_memory, segments
-from planner.model_catalog import load_shipped
-from planner.training_setup import TrainingSetup
+from planner.base.errors import InputError, NotModelledError
+from planner.gpus.catalog import gpu_catalog
+from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory.decoder import groups as segments
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE
+from planner.setup.training_setup import TrainingSetup
 from tests.unit.families import DENSE as MODELS
 
 H100 = gpu_catalog().get("h100-80gb")

@@ -9,35 +9,35 @@ from typing import Any
 
 import pytest
 
-from planner.accuracy import shipped_records
-from planner.calibration import MARGIN_BYTES, REPLAY_MARGIN_BYTES, calibrate, held_out_residuals
-from planner.calibration_samples import clean_context_bytes, own_process_bytes, usable_records
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
-from planner.data_files import PROFILES
-from planner.errors import FieldError, InputError
-from planner.gpu_catalog import gpu_catalog
-from planner.memory import estimate_memory
-from planner.memory.coefficients_files import coefficients_for, coefficients_name
-from planner.memory.runtime import (
-    UNKNOWN_REPLAY_MARGIN_BYTES,
-    Coefficients,
-    KindShares,
-    ReserveTerms,
-    cublas_workspace_bytes,
-    managed_process_bytes,
-)
-from planner.memory.step_replay import ReplayedMemory, replay_steps
-from planner.model_catalog import load_shipped
-from planner.records import (
+from planner.base.data_files import PROFILES
+from planner.base.errors import FieldError, InputError
+from planner.base.units import MIB
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.memory_fit import MARGIN_BYTES, REPLAY_MARGIN_BYTES, calibrate, held_out_residuals
+from planner.calibration.records import (
     MeasuredPhase,
     RunRecord,
     all_records,
     append_record,
     read_records,
 )
-from planner.training_setup import TrainingSetup
+from planner.calibration.samples import clean_context_bytes, own_process_bytes, usable_records
+from planner.gpus.catalog import gpu_catalog
+from planner.memory import estimate_memory
+from planner.memory.measured.coefficients import (
+    UNKNOWN_REPLAY_MARGIN_BYTES,
+    Coefficients,
+    KindShares,
+    ReserveTerms,
+    cublas_workspace_bytes,
+)
+from planner.memory.measured.cuda_terms import managed_process_bytes
+from planner.memory.measured.files import coefficients_for, coefficients_name
+from planner.memory.step.replay import ReplayedMemory, replay_steps
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.training_setup import TrainingSetup
 
-MIB = 2**20
 H100 = gpu_catalog().get("h100-80gb")
 SHIPPED = PROFILES / "runs" / "h100-80gb.jsonl"
 MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-3-1b", "smollm2-135m")

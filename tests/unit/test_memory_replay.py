@@ -9,23 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.accuracy import shipped_records
-from planner.attention_choice import attention_implementation
-from planner.calibration_samples import CAP_SHARE, usable_records
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
-from planner.gpu_catalog import gpu_catalog
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.records import RunRecord
+from planner.calibration.samples import CAP_SHARE, usable_records
+from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.memory.activations import layer_replay, peak
-from planner.memory.adapter import trainables
-from planner.memory.allocator import MIB
+from planner.memory.allocators.expandable import empty_allocator
+from planner.memory.allocators.native import MIB
 from planner.memory.breakdown import FITTED, REPLAYED
-from planner.memory.expandable import empty_allocator
-from planner.memory.replayed_layers import part_program
-from planner.memory.segments import Segment, segments
-from planner.memory.step_replay import replay_steps
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord
-from planner.training_setup import TrainingSetup
+from planner.memory.decoder.groups import Segment, segments
+from planner.memory.decoder.live_bytes import layer_replay, peak
+from planner.memory.decoder.programs import part_program
+from planner.memory.held.trainables import trainables
+from planner.memory.step.replay import replay_steps
+from planner.models.catalog import load_shipped
+from planner.setup.attention import attention_implementation
+from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.training_setup import TrainingSetup
 
 H100 = gpu_catalog().get("h100-80gb")
 KNOBS: tuple[dict[str, object], ...] = (

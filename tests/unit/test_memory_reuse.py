@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.cuda_allocator import EXPANDABLE
-from planner.memory.allocator import MIB
-from planner.memory.compiled_reuse import placed, reuse, tuned
-from planner.memory.program import Program
-from planner.memory.replayed_layers import part_program
-from planner.memory.step_replay import replay_steps
-from planner.model_catalog import load_shipped
+from planner.memory.allocators.native import MIB
+from planner.memory.decoder.buffer_reuse import placed, reuse, tuned
+from planner.memory.decoder.program import Program
+from planner.memory.decoder.programs import part_program
+from planner.memory.step.replay import replay_steps
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import EXPANDABLE
 from tests.unit.test_memory_replay import H100, parts_of, setup_of
 
 EMPTY = Program(

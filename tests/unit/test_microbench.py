@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from planner.errors import InputError
-from planner.gpu_catalog import gpu_catalog
-from planner.gpu_spec import GpuSpec
-from planner.model_catalog import load_shipped
+from planner.base.errors import InputError
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.spec import GpuSpec
+from planner.models.catalog import load_shipped
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput import NoForecastError, estimate_step
 from planner.throughput.microbenchmarks import (
     AttentionRate,
@@ -26,7 +27,6 @@ from planner.throughput.microbenchmarks import (
 )
 from planner.throughput.rates import known_rates, rates_for
 from planner.throughput.roofline import borrowed_rates, rates_of
-from planner.training_setup import TrainingSetup
 
 UNLISTED = GpuSpec(
     id="rtx9999",
@@ -93,7 +93,15 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Microbe
     for package in ("torch", "bitsandbytes", "peft"):
         pytest.importorskip(package)
     path = tmp_path_factory.mktemp("microbench") / "cpu.json"
-    command = [sys.executable, "-m", "launcher.microbench", "--device", "cpu", "--output", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.measuring.microbench",
+        "--device",
+        "cpu",
+        "--output",
+        str(path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.splitlines(), read_microbenchmarks(path)
 
@@ -117,7 +125,7 @@ def test_the_same_code_measures_a_processor(on_cpu: tuple[list[str], Microbenchm
 def test_what_does_not_fit_the_free_memory_or_the_time_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("bitsandbytes")
-    from launcher.microbench import Bench
+    from launcher.measuring.microbench import Bench
 
     bench = Bench("cpu", seconds=0.0)
     assert (list(bench._matrix()), list(bench._adapter()), list(bench._attention())) == ([], [], [])
@@ -131,7 +139,7 @@ def test_the_layer_that_is_timed_is_the_one_that_is_trained() -> None:
     pytest.importorskip("torch")
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
-    from launcher.microbench import Bench
+    from launcher.measuring.microbench import Bench
 
     layer = Bench("cpu")._quantized_layer()[0]
     assert type(layer).__module__ == "peft.tuners.lora.bnb"

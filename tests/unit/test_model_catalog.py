@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from planner import data_files, model_catalog
-from planner.errors import InputError, MissingExtraError, UnknownNameError, VramwiseError
-from planner.model_catalog import catalog_ids, list_models, load_shipped, resolve_model
-from planner.model_spec import ModelSpec
+from planner.base import data_files
+from planner.base.errors import InputError, MissingExtraError, UnknownNameError, VramwiseError
+from planner.models import catalog as model_catalog
+from planner.models.catalog import catalog_ids, list_models, load_shipped, resolve_model
+from planner.models.spec import ModelSpec
 
 PUBLISHED = tomllib.loads((data_files.PROFILES / "models.toml").read_text(encoding="utf-8"))["model"]
 BY_ID = {entry["id"]: entry for entry in PUBLISHED}
@@ -267,7 +268,7 @@ def test_spec_survives_json() -> None:
 def test_lookup_is_light() -> None:
     code = (
         "import sys\n"
-        "from planner.model_catalog import resolve_model\n"
+        "from planner.models.catalog import resolve_model\n"
         "resolve_model('qwen2.5-14b')\n"
         "heavy = ('torch', 'transformers', 'huggingface_hub', 'platformdirs')\n"
         "print([m for m in heavy if m in sys.modules])\n"

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from planner import policy
-from planner.cards import cards_by_memory
-from planner.cuda_allocator import EXPANDABLE, NATIVE, VARIABLE
-from planner.errors import FieldError, InputError
-from planner.estimation import Estimator
-from planner.gpu_target import resolve_gpu
+from planner.answers.plan import Plan
+from planner.base.errors import FieldError, InputError
+from planner.gpus.target import resolve_gpu
 from planner.memory import estimate_memory
-from planner.model_catalog import resolve_model
-from planner.plan import Plan
-from planner.planning import make_plan
-from planner.render_choice import print_runners_up
-from planner.request import PlanRequest, make_request
+from planner.models.catalog import resolve_model
+from planner.planning.estimation import Estimator
+from planner.planning.make_plan import make_plan
+from planner.search.cards import cards_by_memory
+from planner.setup import defaults
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE, VARIABLE
+from planner.setup.request import PlanRequest, make_request
+from planner.text.choice import print_runners_up
 
 Cli = Callable[..., Any]
 GIB = 2**30
@@ -98,7 +98,7 @@ def test_the_bar_of_14b_on_16gb() -> None:
 def test_a_plan_is_for_the_allocator_that_its_run_gets_and_says_which(
     setting: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("planner.cuda_allocator.machine_allocator", lambda: EXPANDABLE)
+    monkeypatch.setattr("planner.setup.cuda_allocator.machine_allocator", lambda: EXPANDABLE)
     if setting is not None:
         monkeypatch.setenv(VARIABLE, setting)
     plan = plan_for("qwen2.5-14b", "16GB", knobs={"compile": "none"})
@@ -130,7 +130,7 @@ def test_without_data_the_longest_default_that_fits_is_taken() -> None:
     for gpu, length in wanted.items():
         assert plan_for("qwen2.5-7b", gpu).setup.max_length == length
     tight = plan_for("qwen2.5-14b", "12GB")
-    lengths = list(policy.DEFAULT_LENGTHS)
+    lengths = list(defaults.DEFAULT_LENGTHS)
     assert tight.setup.max_length in lengths[1:]
     longer = lengths[lengths.index(tight.setup.max_length) - 1]
     assert not plan_for("qwen2.5-14b", "12GB", knobs={"max_length": longer}).fits
@@ -157,7 +157,7 @@ def test_float16_where_bfloat16_is_emulated() -> None:
     ],
 )
 def test_learning_rate_by_method_and_size(model: str, method: str, rate: float) -> None:
-    assert policy.learning_rate(method, resolve_model(model)) == pytest.approx(rate)
+    assert defaults.learning_rate(method, resolve_model(model)) == pytest.approx(rate)
 
 
 def test_what_was_fixed_is_kept_and_not_listed_as_assumed() -> None:
@@ -325,7 +325,7 @@ def test_two_cards_are_planned() -> None:
 
 
 def test_a_request_without_its_own_gpu_asks_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner.hardware import LocalGpu
+    from planner.gpus.detect import LocalGpu
 
     spec = resolve_gpu("24GB").spec
     free = LocalGpu(
@@ -346,7 +346,7 @@ def test_a_request_without_its_own_gpu_asks_this_machine(monkeypatch: pytest.Mon
         processes=(),
         display_active=True,
     )
-    monkeypatch.setattr("planner.hardware.local_gpus", lambda: (busy, free))
+    monkeypatch.setattr("planner.gpus.detect.local_gpus", lambda: (busy, free))
     plan = make_plan(make_request("llama-3.1-8b"))
     assert (plan.gpu.index, plan.gpu.position) == (1, 1)
     assert plan.gpu.usable_bytes == spec.usable_bytes - 2 * GIB

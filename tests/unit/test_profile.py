@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.allocator import measuring_environment
-from launcher.profile import Profile, profile_line, read_profiles
-from launcher.profiler import NotCleanError, Profiler
-from planner.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE, VARIABLES, machine_allocator
-from planner.errors import FieldError, InputError
-from planner.training_setup import TrainingSetup
+from launcher.measuring.profile import Profile, profile_line, read_profiles
+from launcher.measuring.profiler import NotCleanError, Profiler
+from launcher.runs.allocator import measuring_environment
+from planner.base.errors import FieldError, InputError
+from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE, VARIABLES, machine_allocator
+from planner.setup.training_setup import TrainingSetup
 
 
 def make_setup(**changes: object) -> TrainingSetup:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from planner import dataset_reader, remembered_lengths
-from planner.dataset_stats import DatasetStats
-from planner.errors import InputError
-from planner.remembered_lengths import estimated_lengths
+from planner.base.errors import InputError
+from planner.data import reader as dataset_reader
+from planner.data import remembered as remembered_lengths
+from planner.data.lengths import DatasetStats
+from planner.data.remembered import estimated_lengths
 
 
 @pytest.fixture

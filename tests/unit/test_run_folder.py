@@ -11,11 +11,11 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher import supervisor
-from launcher.events import EndEvent, EventWriter, LogEvent, StartEvent
-from launcher.run_folder import RunBusyError, RunFolder, TrainingJob, create_run_folder, hold_lock
-from planner.errors import InputError
-from planner.training_setup import TrainingSetup
+from launcher.runs import supervisor
+from launcher.runs.events import EndEvent, EventWriter, LogEvent, StartEvent
+from launcher.runs.folder import RunBusyError, RunFolder, TrainingJob, create_run_folder, hold_lock
+from planner.base.errors import InputError
+from planner.setup.training_setup import TrainingSetup
 
 SETUP = TrainingSetup(model="demo", max_length=64)
 
@@ -91,7 +91,7 @@ def test_a_truncated_job_file_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
     folder = create_run_folder(tmp_path, make_job())
     code = (
-        "import sys, time; from pathlib import Path; from launcher.run_folder import *\n"
+        "import sys, time; from pathlib import Path; from launcher.runs.folder import *\n"
         f"with hold_lock(RunFolder(Path({str(folder.path)!r})), 'trainer'):\n"
         "    print('held', flush=True); time.sleep(60)"
     )

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from launcher.events import EndEvent, Event, LogEvent, MemoryEvent, StartEvent, to_line
-from launcher.run_folder import RunFolder, TrainingJob, create_run_folder
-from launcher.run_record import make_record, store_record
-from planner.cuda_allocator import EXPANDABLE, NATIVE
-from planner.data_files import user_data_dir, write_atomically
-from planner.planning import make_plan
-from planner.records import read_records
-from planner.request import make_request
+from launcher.runs.events import EndEvent, Event, LogEvent, MemoryEvent, StartEvent, to_line
+from launcher.runs.folder import RunFolder, TrainingJob, create_run_folder
+from launcher.runs.record import make_record, store_record
+from planner.base.data_files import user_data_dir, write_atomically
+from planner.calibration.records import read_records
+from planner.planning.make_plan import make_plan
+from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.request import make_request
 
 Cli = Callable[..., Any]
 GIB = 2**30

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from planner.candidate import Evaluator
-from planner.errors import InputError, NotModelledError
-from planner.gpu_spec import GpuSpec
-from planner.gpu_target import resolve_gpu
-from planner.model_catalog import resolve_model
+from planner.base.errors import InputError, NotModelledError
+from planner.gpus.spec import GpuSpec
+from planner.gpus.target import resolve_gpu
+from planner.models.catalog import resolve_model
 from planner.search import COMPILED, EAGER, batches, fewest_layers, finish_seconds, modes, search
-from planner.training_setup import TrainingSetup
+from planner.search.evaluator import Evaluator
+from planner.setup.training_setup import TrainingSetup
 
 GIB = 2**30
 TOKENS = 10_000_000
@@ -160,8 +160,8 @@ def test_nothing_fits_on_a_card_without_memory() -> None:
 def test_a_knob_that_is_not_modelled_is_refused_when_fixed_and_never_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from planner import candidate
     from planner.memory import estimate_memory
+    from planner.search import evaluator as candidate
 
     def refuse(setup: TrainingSetup, *args: Any, **kwargs: Any) -> Any:
         if setup.kernels != "none":

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from planner import policy
-from planner.candidate import Evaluator
-from planner.data_time import Examples
-from planner.dataset_stats import DatasetStats
-from planner.errors import InputError
-from planner.gpu_target import resolve_gpu
-from planner.model_catalog import resolve_model
-from planner.plan import Plan
-from planner.planning import make_plan
-from planner.request import make_request
+from planner.answers.plan import Plan
+from planner.base.errors import InputError
+from planner.data.lengths import DatasetStats
+from planner.gpus.target import resolve_gpu
+from planner.models.catalog import resolve_model
+from planner.planning.make_plan import make_plan
 from planner.search import SearchResult, finish_seconds, search
 from planner.search.batches import MOST_OFF, packed_batches
-from planner.training_setup import TrainingSetup
+from planner.search.evaluator import Evaluator
+from planner.setup import defaults
+from planner.setup.request import make_request
+from planner.setup.training_setup import TrainingSetup
+from planner.throughput.epoch import Examples
 
 MODEL = "llama-3.1-8b"
 
@@ -155,10 +155,10 @@ def test_budgets_are_not_tried_with_dropout() -> None:
 
 def test_the_rank_holds_what_the_data_says() -> None:
     parameters = 40_000_000
-    assert policy.ranks(2 * parameters, parameters, 16) == ()
-    assert policy.ranks(2 * parameters + 2, parameters, 16) == (32,)
-    assert policy.ranks(4 * parameters + 2, parameters, 16) == (64, 32)
-    assert policy.ranks(100 * parameters, parameters, 16) == (64, 32)
+    assert defaults.ranks(2 * parameters, parameters, 16) == ()
+    assert defaults.ranks(2 * parameters + 2, parameters, 16) == (32,)
+    assert defaults.ranks(4 * parameters + 2, parameters, 16) == (64, 32)
+    assert defaults.ranks(100 * parameters, parameters, 16) == (64, 32)
 
 
 def test_a_rank_rises_with_the_data_where_that_costs_hardly_any_time() -> None:
@@ -198,7 +198,7 @@ def test_the_longest_length_that_fits_is_taken_where_the_wished_one_does_not() -
     plan = planned(stats, gpu="16GB", model="qwen2.5-14b")
     assert plan.fits
     assert 2048 < plan.setup.max_length < 24_000
-    assert plan.setup.max_length not in policy.DEFAULT_LENGTHS
+    assert plan.setup.max_length not in defaults.DEFAULT_LENGTHS
     longer = planned(stats, gpu="16GB", model="qwen2.5-14b", max_length=plan.setup.max_length + 256)
     assert not longer.fits
     assert plan.data is not None

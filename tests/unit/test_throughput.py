@@ -4,15 +4,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner.data_files import PROFILES
-from planner.errors import NotModelledError
-from planner.gpu_catalog import gpu_catalog
-from planner.model_catalog import load_shipped
-from planner.model_spec import LayerSpec, ModelSpec, Parameter
+from planner.base.data_files import PROFILES
+from planner.base.errors import NotModelledError
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
+from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.setup.training_setup import OPTIMIZERS, TrainingSetup
 from planner.throughput import NoForecastError, compile_seconds, estimate_step
 from planner.throughput.flops import attention_pairs, linear_work, matrix_flops
 from planner.throughput.rates import rates_for
-from planner.training_setup import OPTIMIZERS, TrainingSetup
 
 A4 = ("q_proj", "k_proj", "v_proj", "o_proj")
 A6 = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from planner.cost import Cost, hours_for, run_cost
-from planner.errors import FieldError
-from planner.gpu_catalog import gpu_catalog
+from planner.base.errors import FieldError
+from planner.gpus.catalog import gpu_catalog
+from planner.gpus.price import Cost, hours_for, run_cost
 
 
 def test_tokens_become_hours_and_hours_a_price() -> None:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from planner.accuracy import shipped_records
-from planner.gpu_catalog import gpu_catalog
-from planner.model_catalog import load_shipped
-from planner.records import RunRecord
-from planner.throughput.fit import (
+from planner.calibration.accuracy import shipped_records
+from planner.calibration.records import RunRecord
+from planner.calibration.speed_fit import (
     MIN_RUNS,
     MIN_RUNS_FROM_START,
     REFERENCE_GPU,
@@ -21,6 +19,8 @@ from planner.throughput.fit import (
     start_for,
     telling,
 )
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
 from planner.throughput.rates import UNCALIBRATED, Rates, micro_step_time, rates_for
 from planner.throughput.work import step_work
 

@@ -13,8 +13,9 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from launcher import run_record, supervisor
-from launcher.run_folder import RunFolder
+from launcher.runs import record as run_record
+from launcher.runs import supervisor
+from launcher.runs.folder import RunFolder
 from launcher.tui.run_follower import RunFollower, RunSnapshot
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.text import plain
@@ -24,7 +25,7 @@ from launcher.tui.widgets.log_tail import LogTail
 from launcher.tui.widgets.metrics_panel import MetricsPanel
 from launcher.tui.widgets.phase_comparison import PhaseComparison
 from launcher.tui.widgets.run_headline import RunHeadline
-from planner.errors import VramwiseError
+from planner.base.errors import VramwiseError
 
 POLL_SECONDS = 0.25
 # Ends that leave a measurement, and what the record calls them.

@@ -34,11 +34,11 @@ from launcher.tui.widgets.pick_button import PickButton
 from launcher.tui.widgets.setup_list import SetupList
 from launcher.tui.widgets.speed_panel import SpeedPanel
 from launcher.tui.widgets.verdict_line import VerdictLine
-from planner import policy
-from planner.errors import FieldError, InputError, NotModelledError, VramwiseError
-from planner.model_catalog import resolve_model
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from planner.base.errors import FieldError, InputError, NotModelledError, VramwiseError
+from planner.models.catalog import resolve_model
+from planner.models.spec import ModelSpec
+from planner.setup import defaults
+from planner.setup.training_setup import TrainingSetup
 
 PAUSE_SECONDS = 0.08
 """From a change to the work of refining it, so that a held key is not slowed by what it overtakes."""
@@ -263,7 +263,7 @@ class SizingScreen(Screen[None]):
             self._model, self._model_name = resolve_model(setup.model), setup.model
         one = setup.replace(num_processes=1, distributed=None)
         self._others = knobs.other_fields(one)
-        if (self._asked_optim, one.optim) != (policy.OPTIM, policy.FASTER_OPTIM):
+        if (self._asked_optim, one.optim) != (defaults.OPTIM, defaults.FASTER_OPTIM):
             self._asked_optim = one.optim
         texts = knobs.to_texts(one)
         self.form.set_texts(texts)

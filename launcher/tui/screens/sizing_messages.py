@@ -6,8 +6,8 @@ from textual.message import Message
 
 from launcher.tui.advice import Advised as Advice
 from launcher.tui.sizing import Sizing
-from planner.model_spec import ModelSpec
-from planner.training_setup import TrainingSetup
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
 
 
 class Refined(Message):

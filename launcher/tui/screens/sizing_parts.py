@@ -13,7 +13,7 @@ from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, parameters, plain
 from launcher.tui.themes import component_colours
 from launcher.tui.widgets.memory_bar import BarData, Segment
-from planner.model_catalog import ModelSummary
+from planner.models.catalog import ModelSummary
 
 _VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
 

@@ -10,9 +10,9 @@ from launcher.tui.screens import sizing_parts as parts
 from launcher.tui.screens.picker import Picker, Remark, Row
 from launcher.tui.sizing import size_up
 from launcher.tui.text import plain
-from planner.errors import InputError
-from planner.model_catalog import list_models, resolve_model
-from planner.model_spec import ModelSpec
+from planner.base.errors import InputError
+from planner.models.catalog import list_models, resolve_model
+from planner.models.spec import ModelSpec
 
 _NOT_POSSIBLE = Remark("not possible", "muted")
 

@@ -15,8 +15,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, Static
 
 from launcher.tui.text import plain
-from planner import validate
-from planner.errors import FieldError, InputError
+from planner.base import validate
+from planner.base.errors import FieldError, InputError
 
 MAX_STEPS = 10**9
 

@@ -8,7 +8,7 @@ from launcher.tui.advice import Change
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from launcher.tui.widgets.setup_list import SetupList
-from planner.training_setup import TrainingSetup
+from planner.setup.training_setup import TrainingSetup
 
 _FIGURES = 10 + 7
 

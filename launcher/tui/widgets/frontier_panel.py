@@ -7,8 +7,8 @@ from rich.text import Text
 from launcher.tui.sizing import Sizing
 from launcher.tui.text import GIB, plain
 from launcher.tui.widgets.setup_list import SetupList
-from planner.plan import FrontierPoint
-from planner.training_setup import TrainingSetup
+from planner.answers.plan import FrontierPoint
+from planner.setup.training_setup import TrainingSetup
 
 _FIGURES = 7 + 8
 

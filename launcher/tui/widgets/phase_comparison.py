@@ -8,7 +8,7 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from launcher.events import MemoryEvent
+from launcher.runs.events import MemoryEvent
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import size
 from planner.memory.breakdown import PHASES, PhaseMemory

@@ -13,7 +13,7 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from launcher.tui.sizing import Sizing
-from planner.training_setup import TrainingSetup
+from planner.setup.training_setup import TrainingSetup
 
 LEAST_TITLE, MOST_TITLE = 16, 60
 

@@ -1,0 +1,1 @@
+"""Describing models from the installed transformers."""

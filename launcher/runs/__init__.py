@@ -1,0 +1,1 @@
+"""Runs: the folder that joins the processes, events, supervision, records."""

@@ -1,0 +1,144 @@
+"""What a run's events measured: its phases, and the RunRecord made of them. Light: no torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from launcher.runs.events import Event, LogEvent, MemoryEvent, StartEvent, read_events
+from launcher.runs.folder import RunFolder
+from planner.answers.plan import Plan
+from planner.base.data_files import user_data_dir, write_atomically
+from planner.base.errors import InputError
+from planner.calibration.records import Environment, MeasuredPhase, Predicted, RunRecord, append_record
+from planner.gpus.catalog import gpu_catalog
+from planner.setup.cuda_allocator import NATIVE
+
+# The first steps load kernels and make the optimizer's state; the rate is steady from the third on.
+STEADY_FROM_STEP = 3
+RECORDS_FILE = "train.jsonl"
+
+
+def measured_memory(events: Sequence[Event]) -> dict[str, MemoryEvent]:
+    """The last, so the highest, peak of each phase."""
+    return {event.phase: event for event in events if isinstance(event, MemoryEvent)}
+
+
+def steady_tokens_per_second(events: Sequence[Event]) -> float | None:
+    """Median rate from the third step on; None when the run was shorter."""
+    rates = [
+        event.tokens_per_second
+        for event in events
+        if isinstance(event, LogEvent)
+        and event.step >= STEADY_FROM_STEP
+        and event.tokens_per_second is not None
+    ]
+    return statistics.median(rates) if rates else None
+
+
+def read_plan(folder: RunFolder) -> Plan | None:
+    """The run's plan; None for a job made by hand.
+
+    Raises:
+        InputError: plan.json is not a plan.
+    """
+    try:
+        values = json.loads(folder.plan.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder.plan}: not a readable plan ({error})") from error
+    return Plan.from_dict(values)
+
+
+def store_record(folder: RunFolder, outcome: str) -> RunRecord | None:
+    """Write record.json and add the record to the person's own; None when the run was not on a GPU.
+
+    Raises:
+        InputError: plan.json is not a plan.
+    """
+    record = make_record(folder, outcome)
+    if record is not None:
+        write_atomically(folder.record, json.dumps(record.to_dict(), indent=2) + "\n")
+        append_record(user_data_dir() / "runs" / RECORDS_FILE, record)
+    return record
+
+
+def make_record(folder: RunFolder, outcome: str) -> RunRecord | None:
+    """Make the record of a run from its files; None when it was not on a GPU or measured nothing.
+
+    Raises:
+        InputError: plan.json is not a plan.
+    """
+    events = read_events(folder.events)
+    start = next((event for event in events if isinstance(event, StartEvent)), None)
+    phases = tuple(
+        MeasuredPhase(
+            name=name,
+            allocated_bytes=event.allocated_bytes,
+            reserved_bytes=event.reserved_bytes,
+            process_bytes=event.process_bytes,
+        )
+        for name, event in measured_memory(events).items()
+        if event.allocated_bytes is not None and event.reserved_bytes is not None
+    )
+    environment = None if start is None else _environment(start)
+    if start is None or environment is None or not phases:
+        return None
+    weights, context = start.environment.get("weights_bytes"), start.environment.get("context_bytes")
+    plan = read_plan(folder)
+    if not isinstance(weights, int) or not isinstance(context, int) or plan is None:
+        return None
+    logs = [event for event in events if isinstance(event, LogEvent)]
+    return RunRecord(
+        id=folder.path.name,
+        created=datetime.fromtimestamp(start.time, UTC).isoformat(timespec="seconds"),
+        source="train",
+        setup=folder.read_job().setup,
+        model_parameter_count=plan.model.parameter_count,
+        environment=environment,
+        outcome=outcome,
+        weights_bytes=weights,
+        context_bytes=context,
+        phases=phases,
+        step_seconds=tuple(log.step_seconds for log in logs if log.step_seconds is not None),
+        tokens_per_second=steady_tokens_per_second(events),
+        predicted=_predicted(plan),
+        allocator=str(start.environment.get("allocator", NATIVE)),
+        padded=plan.setup.per_device_train_batch_size > 1 and not plan.setup.packing,
+    )
+
+
+def _environment(start: StartEvent) -> Environment | None:
+    facts = start.environment
+    name, capability, total = (facts.get(key) for key in ("device", "compute_capability", "gpu_total_bytes"))
+    if not isinstance(name, str) or not isinstance(capability, str) or not isinstance(total, int):
+        return None
+    major, _, minor = capability.partition(".")
+    gpu = gpu_catalog().match_driver(name, total)
+    known = ("device", "python", "cuda", "cpu_threads", "compute_capability", "allocator")
+    versions = tuple(
+        (key, value) for key, value in facts.items() if key not in known and isinstance(value, str)
+    )
+    return Environment(
+        gpu_name=name,
+        gpu_id=name if gpu is None else gpu.id,
+        compute_capability=(int(major), int(minor)),
+        total_bytes=total,
+        driver=f"CUDA {facts.get('cuda')}",
+        python=str(facts.get("python")),
+        versions=versions,
+    )
+
+
+def _predicted(plan: Plan) -> Predicted:
+    memory = plan.memory
+    return Predicted(
+        allocated_bytes=memory.allocated_bytes,
+        reserved_bytes=memory.reserved_bytes,
+        process_bytes=memory.process_bytes,
+        process_upper_bytes=memory.process_upper_bytes,
+        coefficients=memory.basis.coefficients,
+    )

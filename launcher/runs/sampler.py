@@ -1,0 +1,98 @@
+"""`python -m launcher.runs.sampler RUN_DIR`: the process that writes samples.jsonl until the trainer is gone.
+
+A process of its own, since a lost GPU has crashed processes that held NVML, and none of that may reach the
+trainer or a watcher. Without a GPU it samples the trainer's resident memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from launcher.runs.events import EventWriter, SampleEvent
+from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.supervisor import live_pid
+from planner.base.errors import ExitCode, InputError
+
+SAMPLE_SECONDS = 1.0
+TRAINER_START_SECONDS = 30.0
+
+Sampler = Callable[[int], SampleEvent]
+
+
+def main(arguments: list[str]) -> int:
+    """Sample the run of the folder named; returns the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m launcher.runs.sampler RUN_DIR", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    folder = RunFolder(Path(arguments[0]).resolve())
+    try:
+        with hold_lock(folder, "sampler"), EventWriter(folder.samples) as writer:
+            sample = _choose_sampler(folder.read_job().gpu_index)
+            if not _wait_for_trainer(folder):
+                return ExitCode.FAILED
+            while (pid := live_pid(folder, "trainer")) is not None:
+                writer.write(sample(pid))
+                time.sleep(SAMPLE_SECONDS)
+    except (RunBusyError, InputError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return ExitCode.OK
+
+
+def _wait_for_trainer(folder: RunFolder) -> bool:
+    deadline = time.monotonic() + TRAINER_START_SECONDS
+    while time.monotonic() < deadline:
+        if live_pid(folder, "trainer") is not None:
+            return True
+        time.sleep(SAMPLE_SECONDS / 10)
+    return False
+
+
+def _choose_sampler(gpu_index: int) -> Sampler:
+    from planner.gpus.detect import NoGpuError, local_gpus
+
+    try:
+        gpus = local_gpus()
+    except NoGpuError:
+        return sample_resident_memory
+    if gpu_index >= len(gpus):
+        return sample_resident_memory
+    uuid, used_before = gpus[gpu_index].uuid, gpus[gpu_index].used_bytes
+    return lambda pid: sample_gpu(uuid, used_before, pid)
+
+
+def sample_resident_memory(pid: int) -> SampleEvent:
+    """Host memory: the trainer's resident bytes, and the machine's used and total bytes as null."""
+    try:
+        resident = int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        resident = None
+    return SampleEvent(time=time.time(), used_bytes=None, total_bytes=None, process_bytes=resident)
+
+
+def sample_gpu(uuid: str, used_before: int, pid: int) -> SampleEvent:
+    """The run's GPU; `process_bytes` from the driver's list if it names the trainer, else by difference."""
+    from planner.gpus.detect import NoGpuError, local_gpus
+
+    try:
+        gpu = next((gpu for gpu in local_gpus() if gpu.uuid == uuid), None)
+    except NoGpuError:
+        gpu = None
+    if gpu is None:
+        return SampleEvent(time=time.time(), used_bytes=None, total_bytes=None, process_bytes=None)
+    listed = next((process.used_bytes for process in gpu.processes if process.pid == pid), None)
+    return SampleEvent(
+        time=time.time(),
+        used_bytes=gpu.used_bytes,
+        total_bytes=gpu.spec.memory_bytes,
+        process_bytes=max(0, gpu.used_bytes - used_before) if listed is None else listed,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,343 @@
+"""TrainingSetup and TrainingJob -> tokenizer, model, LoraConfig, SFTConfig, SFTTrainer.
+
+The only place that knows the arguments of transformers, PEFT, bitsandbytes and TRL. Every argument that
+changes memory, speed or result is given, so that an upstream default cannot change a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.runs.folder import TrainingJob
+from planner.base.errors import InputError, MissingExtraError, shorten
+from planner.setup.training_setup import TrainingSetup
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerCallback,
+    )
+    from trl import SFTConfig
+
+    from launcher.training.callbacks import LaunchedTrainer
+
+TF32_CAPABILITY = (8, 0)
+"""Ampere and newer: https://docs.pytorch.org/docs/2.13/notes/cuda.html (TensorFloat-32)."""
+
+
+def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
+    """Refuse, by name, what this launcher cannot run here.
+
+    Raises:
+        InputError: a knob that it cannot run, or not without a GPU.
+        MissingExtraError: a knob whose package is not installed.
+    """
+    if setup.num_processes > 1:
+        raise InputError(f"num_processes={setup.num_processes}: the launcher runs one process so far")
+    if setup.dtype == "float16" and setup.method == "full":
+        raise InputError("dtype=float16 with method full: gradients of float16 weights cannot be unscaled")
+    if setup.activation_memory_budget is not None and setup.lora_dropout > 0:
+        # Seen on torch 2.11 and 2.13, where the budget recomputes random numbers without their seed.
+        raise InputError(
+            "activation_memory_budget needs lora_dropout 0: torch would draw other dropout masks for the "
+            "backward pass than in the forward pass, and train on wrong gradients"
+        )
+    if setup.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise MissingExtraError("kernels=liger", "the package liger-kernel")
+    if setup.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise MissingExtraError("attn_implementation=flash_attention_2", "the package flash-attn")
+    if on_gpu:
+        return
+    if setup.dtype == "float16":
+        raise InputError("dtype=float16 needs a GPU; use bfloat16 or float32 on the CPU")
+    if setup.activation_offloading:
+        raise InputError("activation_offloading=true needs a GPU")
+    if setup.attn_implementation == "flex_attention":
+        raise InputError("attn_implementation=flex_attention needs a GPU: it has no backward pass on the CPU")
+    for name in ("kernels", "compile"):
+        if getattr(setup, name) != "none":
+            raise InputError(f"{name}={getattr(setup, name)} needs a GPU")
+
+
+def substitutions(setup: TrainingSetup, *, on_gpu: bool) -> list[str]:
+    """What runs otherwise than asked here, a sentence each."""
+    if not on_gpu and setup.optim.startswith("paged_"):
+        return [f"{setup.optim}: there is no paged memory without a GPU, so its state is held unpaged"]
+    return []
+
+
+def torch_dtype(setup: TrainingSetup) -> torch.dtype:
+    """The dtype the base is loaded in."""
+    import torch
+
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[setup.dtype]
+
+
+def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
+    """bitsandbytes' 4-bit configuration for qlora, else None.
+
+    The compute dtype is the load dtype: another one makes bitsandbytes cast each dequantised weight.
+    """
+    if setup.method != "qlora":
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=setup.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=setup.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=torch_dtype(setup),
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def lora_config(setup: TrainingSetup) -> LoraConfig | None:
+    """PEFT's configuration for qlora and lora, else None."""
+    if not setup.uses_lora:
+        return None
+    from peft import LoraConfig
+
+    targets = setup.target_modules
+    return LoraConfig(
+        r=setup.lora_r,
+        lora_alpha=setup.alpha,
+        lora_dropout=setup.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=setup.use_rslora,
+        use_dora=setup.use_dora,
+        bias="none",
+        init_lora_weights=True,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_tokenizer(source: str, *, allow_download: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, without remote code.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, local_files_only=not allow_download
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from error
+
+
+def load_model(
+    setup: TrainingSetup, source: str, *, device: torch.device, allow_download: bool
+) -> PreTrainedModel:
+    """The model of a folder or Hub id on `device`, quantised while loading for qlora; safetensors only.
+
+    Raises:
+        InputError: it is not there, or its weights are not safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    chosen = {"attn_implementation": setup.attn_implementation} if setup.attn_implementation else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch_dtype(setup),
+            quantization_config=quantization_config(setup),
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=not allow_download,
+            **chosen,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return shorten(lines[0] if lines else type(error).__name__, 200)
+
+
+def sft_config(
+    setup: TrainingSetup, job: TrainingJob, *, output_dir: Path, on_gpu: bool, evaluates: bool
+) -> SFTConfig:
+    """TRL's arguments of the run."""
+    from trl import SFTConfig
+
+    eval_strategy = ("steps" if job.eval_steps else "epoch") if evaluates else "no"
+    checkpointing_kwargs = {"use_reentrant": False} if setup.gradient_checkpointing else None
+    return SFTConfig(
+        output_dir=str(output_dir),
+        # batches and length
+        per_device_train_batch_size=setup.per_device_train_batch_size,
+        per_device_eval_batch_size=setup.per_device_train_batch_size,
+        gradient_accumulation_steps=setup.gradient_accumulation_steps,
+        max_length=setup.max_length,
+        truncation_mode="keep_start",
+        packing=setup.packing,
+        packing_strategy="bfd",
+        padding_free=False,
+        # A packed batch is one row; padded to all that it could hold, it has the same shape every time.
+        pad_to_multiple_of=setup.tokens_per_micro_step if setup.packing else None,
+        eval_packing=setup.packing,
+        shuffle_dataset=False,
+        # loss
+        completion_only_loss=None,
+        assistant_only_loss=job.assistant_only_loss,
+        loss_type="nll",
+        label_smoothing_factor=0.0,
+        average_tokens_across_devices=True,
+        # memory and speed
+        gradient_checkpointing=setup.gradient_checkpointing,
+        gradient_checkpointing_kwargs=checkpointing_kwargs,
+        activation_offloading=setup.activation_offloading,
+        use_liger_kernel=setup.kernels == "liger",
+        torch_compile=False,
+        torch_empty_cache_steps=None,
+        auto_find_batch_size=False,
+        use_cache=False,
+        bf16=setup.dtype == "bfloat16",
+        fp16=setup.dtype == "float16",
+        tf32=None,  # allow_tf32() sets it
+        use_cpu=not on_gpu,
+        optim=setup.optim,
+        dataloader_num_workers=0,  # docs/decisions.md
+        dataloader_pin_memory=on_gpu,
+        dataloader_drop_last=False,
+        train_sampling_strategy=setup.train_sampling_strategy,
+        # optimisation
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=job.lr_scheduler_type,
+        warmup_steps=job.warmup_ratio,
+        weight_decay=job.weight_decay,
+        max_grad_norm=job.max_grad_norm,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        num_train_epochs=job.num_train_epochs,
+        max_steps=job.max_steps or -1,
+        seed=job.seed,
+        data_seed=job.seed,
+        # what is written, and to whom: the run folder alone
+        logging_strategy="steps",
+        logging_steps=job.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy=eval_strategy,
+        eval_steps=job.eval_steps if evaluates else None,
+        prediction_loss_only=True,
+        save_strategy="steps" if job.save_steps else "no",
+        save_steps=job.save_steps or 500,
+        save_total_limit=None,
+        save_only_model=False,
+        load_best_model_at_end=False,
+        report_to="none",
+        push_to_hub=False,
+        disable_tqdm=True,
+        trust_remote_code=False,
+    )
+
+
+def build_trainer(
+    setup: TrainingSetup,
+    job: TrainingJob,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    output_dir: Path,
+    on_gpu: bool,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> LaunchedTrainer:
+    """SFTTrainer for a model from load_model, or one of the same form made otherwise (random weights).
+
+    Datasets have the columns of launcher.training.dataset.to_trl_dataset, or `input_ids`.
+
+    Raises:
+        InputError: the setup cannot be run here.
+    """
+    from transformers import PrinterCallback
+
+    from launcher.training.callbacks import LaunchedTrainer, PartialCheckpointing, QuietHeap
+
+    refuse_unsupported(setup, on_gpu=on_gpu)
+    if on_gpu:
+        allow_tf32()
+    model = _prepared(model, setup)
+    partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
+    try:
+        trainer = LaunchedTrainer(
+            model=model,
+            args=sft_config(
+                setup, job, output_dir=output_dir, on_gpu=on_gpu, evaluates=eval_dataset is not None
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=lora_config(setup),
+            callbacks=[QuietHeap(), *partial, *callbacks],
+        )
+    except ValueError as error:
+        raise InputError(f"the run could not be built: {_first_line(error)}") from error
+    trainer.remove_callback(PrinterCallback)
+    if setup.dtype == "float16":
+        _hold_trainables_in_float32(trainer.model)
+    if setup.compile == "regional":
+        from launcher.training.compilation import compile_decoder_layers
+
+        compiled = compile_decoder_layers(
+            trainer.model, activation_memory_budget=setup.activation_memory_budget
+        )
+        trainer.add_callback(compiled)
+    return trainer
+
+
+def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
+    """The model with what has to be set on it before TRL's trainer wraps it."""
+    if setup.prepare_for_kbit_training:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=setup.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    if setup.selective_checkpointing:
+        from trl.models import enable_selective_activation_checkpointing
+
+        # TRL's own switch marks the PEFT wrapper, which transformers 5.23 does not ask; it asks the base.
+        enable_selective_activation_checkpointing(model)
+    return model
+
+
+def allow_tf32() -> None:
+    """Let matrix products of float32 use tensor cores, on cards that have them for it.
+
+    Through torch's older switch: SFTConfig's `tf32` sets the newer one (transformers' enable_tf32), after
+    which readers of the older one raise (torch/_inductor/select_algorithm.py is one).
+    """
+    import torch
+
+    if torch.cuda.get_device_capability() >= TF32_CAPABILITY:
+        torch.set_float32_matmul_precision("high")
+
+
+def _hold_trainables_in_float32(model: torch.nn.Module) -> None:
+    """TRL casts QLoRA adapters to bfloat16 (sft_trainer.py, "is_quantized_model"), which cards that train in
+    float16 lack; mixed-precision training with a gradient scaler wants float32 master weights.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)

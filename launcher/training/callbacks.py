@@ -1,0 +1,256 @@
+"""What runs inside the training loop: events, memory peaks, stopping, and refusing a poisoned step.
+
+Imported by the training process alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from launcher.runs.events import (
+    CheckpointEvent,
+    EvalEvent,
+    Event,
+    LogEvent,
+    MemoryEvent,
+    StartEvent,
+)
+from planner.base.errors import VramwiseError
+
+DRIVER_READING_SECONDS = 10.0
+TRAINING_ARGS_FILE = "training_args.bin"  # a pickle of all arguments; transformers never reads it to resume
+
+
+class DivergedError(VramwiseError):
+    """The loss or the gradient is not finite; the weights are still those of the step before."""
+
+
+class LaunchedTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that ends before an update by a non-finite loss or gradient, and writes no model card."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._losses: list[torch.Tensor] = []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        # Looked at before the update: here the host would wait for the GPU, and the GPU then for the host.
+        self._losses.append(loss.detach())
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses, self._losses = torch.stack(self._losses).float(), []
+        if not bool(torch.isfinite(losses).all()):
+            broken = next(loss for loss in losses.tolist() if not math.isfinite(loss))
+            raise DivergedError(f"the loss is {broken} in step {self.state.global_step + 1}")
+        # With float16 the gradient scaler meets overflows by design and skips those steps itself.
+        if not self.args.fp16 and not math.isfinite(float(norm)):
+            raise DivergedError(f"the gradient norm is {float(norm)} in step {self.state.global_step + 1}")
+        return norm
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left out: upstream's asks the Hub about the base model, and can fail at the end of a run."""
+
+
+class QuietHeap(TrainerCallback):  # type: ignore[misc]
+    """Takes what is there before training out of Python's garbage collection, which would go through half a
+    million objects of the libraries again and again: 8% of a step's time on the host.
+    """
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Freeze what is alive."""
+        gc.collect()
+        gc.freeze()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Let it be collected again."""
+        gc.unfreeze()
+
+
+@dataclass(slots=True)
+class MemoryMeter:
+    """Peaks of each phase, told to `write` whenever one grows.
+
+    `read_driver_bytes` says what the driver shows as used on the GPU, less what it showed before this process
+    took any; None if unknown.
+    """
+
+    write: Callable[[Event], None]
+    on_gpu: bool
+    read_driver_bytes: Callable[[], int | None]
+    _peaks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    _driver_bytes: int | None = None
+    _read_at: float = -math.inf
+
+    def close(self, phase: str, step: int) -> None:
+        """Count everything since the last call to this phase."""
+        known = self._peaks.get(phase, (-1, -1, -1))
+        allocated = torch.cuda.max_memory_allocated() if self.on_gpu else 0
+        reserved = torch.cuda.max_memory_reserved() if self.on_gpu else 0
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        grew = allocated > known[0] or reserved > known[1]
+        if grew or time.monotonic() - self._read_at > DRIVER_READING_SECONDS:
+            self._driver_bytes = self.read_driver_bytes() if self.on_gpu else _resident_bytes()
+            self._read_at = time.monotonic()
+        peaks = (
+            max(allocated, known[0]),
+            max(reserved, known[1]),
+            max(-1 if self._driver_bytes is None else self._driver_bytes, known[2]),
+        )
+        if peaks == known:
+            return
+        self._peaks[phase] = peaks
+        self.write(
+            MemoryEvent(
+                time=time.time(),
+                phase=phase,
+                step=step,
+                allocated_bytes=peaks[0] if self.on_gpu else None,
+                reserved_bytes=peaks[1] if self.on_gpu else None,
+                process_bytes=peaks[2] if peaks[2] >= 0 else None,
+            )
+        )
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+class EventCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes start, log, memory, eval and checkpoint events, and stops when asked to."""
+
+    def __init__(
+        self,
+        *,
+        write: Callable[[Event], None],
+        meter: MemoryMeter,
+        environment: Mapping[str, str | int | float | None],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self._write = write
+        self._meter = meter
+        self._environment = environment
+        self._stop_requested = stop_requested
+        self._mark = 0.0
+        self._seconds = 0.0
+        self._steps = 0
+        self._tokens = 0
+        self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Announce the run."""
+        self._write(
+            StartEvent(time=time.time(), total_steps=state.max_steps, environment=dict(self._environment))
+        )
+        self._mark = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Count the step; the optimizer step's kernels may still run, and fall into the next one."""
+        now = time.perf_counter()
+        self._seconds += now - self._mark
+        self._mark = now
+        self._steps += 1
+        self._meter.close("step", state.global_step)
+        if self._stop_requested() and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_training_stop = True
+            control.should_log = True
+            control.should_save = args.save_strategy != "no"
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Turn the trainer's log of training steps into an event; evaluation and the summary have none."""
+        if not logs or "loss" not in logs:
+            return
+        tokens = logs.get("num_tokens")
+        step_seconds = self._seconds / self._steps if self._steps else None
+        rate = (tokens - self._tokens) / self._seconds if tokens is not None and self._seconds > 0 else None
+        self._write(
+            LogEvent(
+                time=time.time(),
+                step=state.global_step,
+                loss=float(logs["loss"]),
+                learning_rate=_number(logs.get("learning_rate")),
+                grad_norm=_number(logs.get("grad_norm")),
+                tokens_per_second=rate,
+                step_seconds=step_seconds,
+                num_tokens=None if tokens is None else int(tokens),
+                epoch=state.epoch,
+            )
+        )
+        self._seconds, self._steps, self._tokens = 0.0, 0, tokens or 0
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the evaluation's loss and memory, and leave its time out of the steps'."""
+        self._meter.close("evaluation", state.global_step)
+        loss = _number((metrics or {}).get("eval_loss"))
+        self._write(EvalEvent(time=time.time(), step=state.global_step, loss=loss))
+        self._mark = time.perf_counter()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the checkpoint, and leave its time out of the steps'."""
+        self._meter.close("save", state.global_step)
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (path / TRAINING_ARGS_FILE).unlink(missing_ok=True)
+        self._write(CheckpointEvent(time=time.time(), step=state.global_step, path=str(path)))
+        self._mark = time.perf_counter()
+
+
+class PartialCheckpointing(TrainerCallback):  # type: ignore[misc]
+    """Checkpoints the first `layers` decoder layers alone: TrainingSetup.checkpointed_layers."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch off what the trainer has switched on for all layers just before."""
+        for layer in decoder_layers(kwargs["model"])[self._layers :]:
+            layer.gradient_checkpointing = False
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The repeated decoder layers, in order: those that transformers can checkpoint one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,1 @@
+"""The types that are told: below those who make them."""

@@ -1,0 +1,274 @@
+"""Plan: what was asked, what was chosen, what it needs, how fast it is, and on what all of that rests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.base.errors import FieldError, InputError
+from planner.gpus.target import GpuTarget
+from planner.memory.breakdown import MemoryBreakdown
+from planner.setup.request import PlanRequest
+from planner.setup.training_setup import TrainingSetup
+from planner.throughput.roofline import StepEstimate
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedModel:
+    """The model of a plan. `trainable_parameters` are those that the setup trains, `source` says how the
+    shapes were found, `max_position_embeddings` is the longest sequence that the model was made for.
+    """
+
+    id: str
+    hub_id: str
+    architecture: str
+    parameter_count: int
+    trainable_parameters: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    attn_implementation: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Training arguments that change neither memory nor speed, named as transformers names them.
+
+    `effective_batch_size` counts examples. With packing it is about that, a row holding `examples_per_row` on
+    average (null without packing, or where the data is not known).
+    """
+
+    effective_batch_size: int
+    learning_rate: float
+    num_train_epochs: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    examples_per_row: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSummary:
+    """Lengths of the training data at the chosen length.
+
+    `covered_percent` of the examples are not longer than `max_length`; `truncated_examples` are cut and lose
+    `truncated_tokens`. `processed_tokens` is what an epoch pushes through the model, padding included.
+    `estimated` says that lengths follow from the text's size and not from a tokenizer.
+    """
+
+    path: str
+    format: str
+    examples: int
+    total_tokens: int
+    longest: int
+    percentile_99: int
+    covered_percent: float
+    truncated_examples: int
+    truncated_tokens: int
+    processed_tokens: int
+    estimated: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duration:
+    """Hours to train on `tokens` (what those are: `of`), with an interval; the price where a rate is known.
+
+    Of the data, they are the examples' own, padding left out. `steps` are optimizer steps;
+    `useful_tokens_per_second` is the mean rate of those tokens, compilation left out. Both are null where no
+    data was given.
+    """
+
+    of: str
+    tokens: int
+    steps: int | None
+    hours: float
+    hours_low: float
+    hours_high: float
+    usd_per_gpu_hour: float | None
+    usd: float | None
+    useful_tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadNeeds:
+    """What loading and saving need beside the GPU.
+
+    `download_bytes` is the weights as published, null if unknown. `disk_bytes` adds what the run
+    writes; `host_memory_bytes` is about what the training process holds.
+    """
+
+    download_bytes: int | None
+    disk_bytes: int | None
+    host_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodFigures:
+    """One method at the plan's length, batch and checkpointing. `smallest_gpu` is the card with least memory
+    in the catalog that takes it; null if none does. Null figures: the method is not modelled for the model.
+    """
+
+    method: str
+    weights_bytes: int
+    allocated_bytes: int
+    process_bytes: int
+    peak_upper_bytes: int
+    fits: bool
+    tokens_per_second: float | None
+    smallest_gpu: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alternative:
+    """Another setup that was tried, and why it lost: "too large", "slower", "tie" (as fast, but larger) or
+    "offloads" (as fast, but it moves inputs to the host).
+
+    `amount` is the bytes it lacks ("too large") or needs more ("tie"), or the share of speed it gives up
+    ("slower", "offloads").
+    """
+
+    strategy: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    peak_upper_bytes: int
+    tokens_per_second: float | None
+    fits: bool
+    lost: str
+    amount: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierPoint:
+    """A setup of the search that no other one beats in both time and memory; `chosen` is the plan's own.
+
+    `hours` is the time of the plan's run, or of the run that the search assumes where no data was given, with
+    compilation. `tokens_per_second` is of the data's own tokens, or of full sequences without data.
+    """
+
+    strategy: str
+    setup: TrainingSetup
+    peak_upper_bytes: int
+    tokens_per_second: float
+    hours: float
+    fits: bool
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """A change to the plan, estimated like the plan itself.
+
+    `flags` are what to type. `peak_upper_bytes` is what has to fit after the change, `change_bytes` how much
+    more (or, negative, less) than now. `effect` says what it costs or brings.
+    """
+
+    title: str
+    flags: str
+    effect: str
+    peak_upper_bytes: int
+    change_bytes: int
+    fits: bool
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardAdvice:
+    """The card with least memory that takes the model, and the longest default length that fits on it."""
+
+    gpu: str
+    name: str
+    memory_bytes: int
+    usable_bytes: int
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherCard:
+    """What a card with more memory would bring: `setup` is the fastest of a few that fit on it.
+
+    Hours and price are for what the plan's `duration` is for. `speedup` is the plan's hours over these where
+    the plan fits, else null. `longer_length` is a length beyond the plan's that fits there, but not here.
+    """
+
+    gpu: str
+    name: str
+    memory_bytes: int
+    usable_bytes: int
+    setup: TrainingSetup
+    peak_upper_bytes: int
+    tokens_per_second: float
+    speedup: float | None
+    longer_length: int | None
+    hours: float
+    usd_per_gpu_hour: float | None
+    usd: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """A fact that guides often get wrong; `{size}` in the text stands for `size_bytes`."""
+
+    text: str
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The answer to a PlanRequest.
+
+    `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make
+    it fit or how to use what is left. `assumptions` are everything that was chosen without being asked.
+    `frontier` is by rising memory. Plans written before it and `other_cards` were added have neither.
+    """
+
+    request: PlanRequest
+    gpu: GpuTarget
+    model: PlannedModel
+    fits: bool
+    setup: TrainingSetup
+    strategy: str
+    schedule: Schedule
+    memory: MemoryBreakdown
+    speed: StepEstimate | None
+    duration: Duration | None
+    loading: LoadNeeds
+    data: DataSummary | None
+    methods: tuple[MethodFigures, ...]
+    alternatives: tuple[Alternative, ...]
+    advice: tuple[Advice, ...]
+    smallest_gpu: CardAdvice | None
+    assumptions: tuple[str, ...]
+    notes: tuple[Note, ...]
+    frontier: tuple[FrontierPoint, ...] = ()
+    other_cards: tuple[OtherCard, ...] = ()
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Usable bytes less the interval's upper end; negative by what is lacking."""
+        return self.gpu.usable_bytes - self.memory.peak_upper_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form with its version."""
+        from planner.base.json_codec import encode_fields
+
+        return {"version": PLAN_VERSION, "headroom_bytes": self.headroom_bytes, **encode_fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Read the JSON form.
+
+        Raises:
+            InputError: the JSON does not describe a plan of this version.
+        """
+        from planner.base.json_codec import decode_fields
+
+        if not isinstance(values, Mapping):
+            raise InputError("a plan must be a JSON object")
+        rest = dict(values)
+        version = rest.pop("version", None)
+        if version != PLAN_VERSION:
+            raise FieldError("plan version", version, str(PLAN_VERSION))
+        rest.pop("headroom_bytes", None)
+        return decode_fields(cls, rest, "plan")

@@ -1,0 +1,1 @@
+"""What has no opinion: errors, validation, JSON, files, units."""

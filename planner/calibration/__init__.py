@@ -1,0 +1,1 @@
+"""Measured runs to coefficients, rates, intervals and held-out errors."""

@@ -1,0 +1,203 @@
+"""Accuracy: what the committed records say of memory and speed, each model held out of its fit."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner.base.data_files import PROFILES
+from planner.calibration.memory_fit import Residual, held_out_residuals
+from planner.calibration.records import RunRecord, read_records
+from planner.calibration.speed_fit import (
+    SpeedResidual,
+    TooFewRunsError,
+    fit_rates,
+    forecast_errors,
+    start_for,
+    telling,
+)
+from planner.gpus.catalog import gpu_catalog
+from planner.models.catalog import load_shipped
+from planner.setup.cuda_allocator import ALLOCATORS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorSummary:
+    """Errors of one figure over runs, as shares: signed mean, median and 95th percentile of size, worst.
+
+    `runs` counts those where the figure was measured; the errors are null when there is none.
+    """
+
+    figure: str
+    runs: int
+    bias: float | None
+    median: float | None
+    percentile_95: float | None
+    worst: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelAccuracy:
+    """Errors of one held-out model's runs."""
+
+    model: str
+    runs: int
+    summaries: tuple[ErrorSummary, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Held-out errors on one GPU with one of torch's allocators: all runs together, and by model."""
+
+    gpu: str
+    allocator: str
+    overall: tuple[ErrorSummary, ...]
+    models: tuple[ModelAccuracy, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedSummary:
+    """Errors of tokens a second, as shares: signed mean, median and 90th percentile of size, worst."""
+
+    runs: int
+    bias: float
+    median: float
+    percentile_90: float
+    worst: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpeed:
+    """Errors of one held-out model's runs."""
+
+    model: str
+    summary: SpeedSummary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedAccuracy:
+    """Errors of tokens a second on one GPU: `held_out` by its own runs of other models, all together and by
+    model (None: too few runs), of which `gpu_bound` and `host_bound` are those whose time the one or the
+    other decides; and `borrowed` by another GPU's rates, scaled (None for the reference). They are of runs as
+    launched today where there are enough; `earlier` are the others' (None: there are none).
+    """
+
+    gpu: str
+    held_out: SpeedSummary | None
+    gpu_bound: SpeedSummary | None
+    host_bound: SpeedSummary | None
+    earlier: SpeedSummary | None
+    models: tuple[ModelSpeed, ...]
+    borrowed: SpeedSummary | None
+
+
+def shipped_records() -> tuple[RunRecord, ...]:
+    """The committed records, a person's own left out."""
+    return tuple(r for path in sorted((PROFILES / "runs").glob("*.jsonl")) for r in read_records(path))
+
+
+def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:
+    """Held-out errors on every GPU with enough records, by allocator.
+
+    Raises:
+        InputError: a GPU has too few records to leave any out.
+    """
+    found = []
+    for gpu_id, allocator in _measured(records):
+        residuals = held_out_residuals(records, gpu_catalog().get(gpu_id), load_shipped, allocator=allocator)
+        by_model = sorted({residual.model for residual in residuals})
+        found.append(
+            Accuracy(
+                gpu=gpu_id,
+                allocator=allocator,
+                overall=_summaries(residuals),
+                models=tuple(
+                    _model_accuracy(model, [r for r in residuals if r.model == model]) for model in by_model
+                ),
+            )
+        )
+    return tuple(found)
+
+
+def _measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """GPUs and allocators that runs of full sequences were made with: by GPU, expandable segments first."""
+    there = {(r.environment.gpu_id, r.allocator) for r in records if r.fills_its_length}
+    return sorted(there, key=lambda pair: (pair[0], ALLOCATORS.index(pair[1])))
+
+
+def _model_accuracy(model: str, residuals: Sequence[Residual]) -> ModelAccuracy:
+    return ModelAccuracy(model=model, runs=len(residuals), summaries=_summaries(residuals))
+
+
+def _summaries(residuals: Sequence[Residual]) -> tuple[ErrorSummary, ...]:
+    columns = (
+        ("allocated", [r.allocated_error for r in residuals]),
+        ("reserved", [r.reserved_error for r in residuals]),
+        ("process", [r.process_error for r in residuals if r.process_error is not None]),
+    )
+    return tuple(_summary(figure, errors) for figure, errors in columns)
+
+
+def _summary(figure: str, errors: Sequence[float]) -> ErrorSummary:
+    if not errors:
+        return ErrorSummary(figure=figure, runs=0, bias=None, median=None, percentile_95=None, worst=None)
+    sizes = sorted(abs(error) for error in errors)
+    return ErrorSummary(
+        figure=figure,
+        runs=len(errors),
+        bias=statistics.fmean(errors),
+        median=statistics.median(sizes),
+        percentile_95=sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
+        worst=max(errors, key=abs),
+    )
+
+
+def speed_accuracy(records: Sequence[RunRecord]) -> tuple[SpeedAccuracy, ...]:
+    """Errors of tokens a second on every GPU with timed runs."""
+    by_gpu: dict[str, list[RunRecord]] = {}
+    for record in records:
+        by_gpu.setdefault(record.environment.gpu_id, []).append(record)
+    return tuple(_speed(gpu_id, by_gpu[gpu_id]) for gpu_id in sorted(by_gpu))
+
+
+def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
+    start = start_for(gpu_catalog().get(gpu_id))
+    residuals: tuple[SpeedResidual, ...] = ()
+    with contextlib.suppress(TooFewRunsError):
+        residuals = fit_rates(records, gpu_id, load_shipped, start=start).residuals
+    everything, residuals = residuals, telling(residuals)
+    shown = {residual.record_id for residual in residuals}
+    by_model: dict[str, list[SpeedResidual]] = {}
+    for residual in residuals:
+        by_model.setdefault(residual.model, []).append(residual)
+    models = []
+    for model in sorted(by_model):
+        summary = _speed_summary(by_model[model])
+        if summary is not None:
+            models.append(ModelSpeed(model=model, summary=summary))
+    borrowed = () if start is None else forecast_errors(records, start, load_shipped)
+    return SpeedAccuracy(
+        gpu=gpu_id,
+        held_out=_speed_summary(residuals),
+        gpu_bound=_speed_summary([one for one in residuals if not one.launches]),
+        host_bound=_speed_summary([one for one in residuals if one.launches]),
+        earlier=_speed_summary([one for one in everything if one.record_id not in shown]),
+        models=tuple(models),
+        borrowed=_speed_summary(telling(borrowed)),
+    )
+
+
+def _speed_summary(residuals: Sequence[SpeedResidual]) -> SpeedSummary | None:
+    if not residuals:
+        return None
+    errors = [residual.error for residual in residuals]
+    sizes = sorted(abs(error) for error in errors)
+    return SpeedSummary(
+        runs=len(errors),
+        bias=statistics.fmean(errors),
+        median=statistics.median(sizes),
+        percentile_90=sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))],
+        worst=max(errors, key=abs),
+    )

@@ -1,0 +1,1 @@
+"""Training data: rows read, lengths counted, batches formed."""

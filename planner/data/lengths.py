@@ -1,0 +1,247 @@
+"""DatasetStats: the token lengths of a dataset's examples, and what truncation, padding and packing cost."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from planner.base import validate
+from planner.base.errors import FieldError, InputError
+
+SCHEMA_VERSION = 1
+LOSS_KINDS = ("all", "completion", "assistant")
+MAX_TOKENS = 2**40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Truncation:
+    """What cutting examples at a length loses: examples that are cut and tokens that are dropped."""
+
+    examples: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Padding:
+    """Tokens an epoch pushes through the model when examples are padded to the longest of their batch.
+
+    `real_tokens` are the examples' own, `processed_tokens` real and padding together (an expectation over
+    random batches), `expected_longest` the mean length of a batch's longest example.
+    """
+
+    real_tokens: int
+    processed_tokens: int
+    expected_longest: float
+
+    @property
+    def waste(self) -> float:
+        """Share of processed tokens that are padding, 0 to 1."""
+        return 1.0 - self.real_tokens / self.processed_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """What packing whole examples into sequences of a fixed length gives."""
+
+    sequences: int
+    real_tokens: int
+    sequence_length: int
+
+    @property
+    def fill(self) -> float:
+        """Share of the sequences' positions that hold tokens, 0 to 1."""
+        return self.real_tokens / (self.sequences * self.sequence_length)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetStats:
+    """Token lengths of a dataset, as (length, number of examples) pairs with rising length.
+
+    `loss_tokens` is how many tokens the loss sees in an epoch without truncation, `loss_on` which those are:
+    "all" tokens, the "completion", or the "assistant" turns. `estimated` says that lengths were estimated
+    from the text's size and not measured with a tokenizer.
+    """
+
+    lengths: tuple[tuple[int, int], ...]
+    loss_tokens: int
+    loss_on: str
+    data_format: str
+    estimated: bool
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise InputError("a dataset without examples has no statistics")
+        previous = 0
+        for length, count in self.lengths:
+            validate.integer("length", length, minimum=previous + 1, maximum=MAX_TOKENS)
+            validate.integer("count", count, minimum=1, maximum=MAX_TOKENS)
+            previous = length
+        validate.integer("loss_tokens", self.loss_tokens, minimum=0, maximum=self.total_tokens)
+        validate.choice("loss_on", self.loss_on, LOSS_KINDS)
+        validate.text("data_format", self.data_format)
+        validate.boolean("estimated", self.estimated)
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Iterable[int], *, loss_tokens: int, loss_on: str, data_format: str, estimated: bool
+    ) -> DatasetStats:
+        """Count one length per example.
+
+        Raises:
+            InputError: no example, or a length below 1.
+        """
+        counted = tuple(sorted(Counter(lengths).items()))
+        return cls(
+            lengths=counted,
+            loss_tokens=loss_tokens,
+            loss_on=loss_on,
+            data_format=data_format,
+            estimated=estimated,
+        )
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return sum(count for _, count in self.lengths)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all examples, nothing truncated."""
+        return sum(length * count for length, count in self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return self.lengths[-1][0]
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens per example."""
+        return self.total_tokens / self.examples
+
+    def percentile(self, percent: float) -> int:
+        """Smallest length that at least `percent` of the examples do not exceed (nearest rank)."""
+        validate.number("percent", percent, minimum=0.0, maximum=100.0)
+        rank = max(1, math.ceil(self.examples * percent / 100.0))
+        seen = 0
+        for length, count in self.lengths:
+            seen += count
+            if seen >= rank:
+                return length
+        return self.longest
+
+    def histogram(self, bins: int = 10) -> tuple[tuple[int, int, int], ...]:
+        """(first length, last length, examples) of bins of equal width from 1 to the longest."""
+        validate.integer("bins", bins, minimum=1, maximum=10_000)
+        width = max(1, math.ceil(self.longest / bins))
+        counts = Counter[int]()
+        for length, count in self.lengths:
+            counts[(length - 1) // width] += count
+        return tuple(
+            (i * width + 1, (i + 1) * width, counts[i]) for i in range(math.ceil(self.longest / width))
+        )
+
+    def truncation(self, max_length: int) -> Truncation:
+        """What TRL's `max_length` drops."""
+        _check_length(max_length)
+        cut = [(length, count) for length, count in self.lengths if length > max_length]
+        return Truncation(
+            examples=sum(count for _, count in cut),
+            tokens=sum((length - max_length) * count for length, count in cut),
+        )
+
+    def padding(self, batch_size: int, max_length: int) -> Padding:
+        """What padding to the longest of each random batch of `batch_size` costs over an epoch."""
+        validate.integer("batch_size", batch_size, minimum=1, maximum=2**31)
+        _check_length(max_length)
+        examples, size = self.examples, min(batch_size, self.examples)
+        expected, below, seen = 0.0, 0.0, 0
+        for length, count in self._clipped(max_length):
+            seen += count
+            at_most = (seen / examples) ** size
+            expected += length * (at_most - below)
+            below = at_most
+        real = self.total_tokens - self.truncation(max_length).tokens
+        return Padding(
+            real_tokens=real,
+            processed_tokens=max(real, round(expected * examples)),
+            expected_longest=expected,
+        )
+
+    def packing(self, max_length: int) -> Packing:
+        """Sequences that TRL's best-fit-decreasing packing makes (`packing_strategy="bfd"`), exactly.
+
+        Source: trl/data_utils.py, `_pack_bfd`: longest example first, each into the sequence with the least
+        space that still holds it. Examples of equal length are placed together here.
+        """
+        _check_length(max_length)
+        open_sequences: dict[int, int] = {}
+        spaces: list[int] = []
+        sequences = 0
+        for length, count in reversed(self._clipped(max_length)):
+            left = count
+            while left:
+                index = bisect_left(spaces, length)
+                space = spaces[index] if index < len(spaces) else max_length
+                fits = space // length
+                if index < len(spaces):
+                    available = open_sequences[space]
+                    used = min(available, -(-left // fits))
+                    open_sequences[space] -= used
+                    if not open_sequences[space]:
+                        del open_sequences[space]
+                        spaces.pop(index)
+                else:
+                    used = -(-left // fits)
+                    sequences += used
+                placed = min(left, used * fits)
+                in_last = placed - (used - 1) * fits
+                _return_space(open_sequences, spaces, space - fits * length, used - 1)
+                _return_space(open_sequences, spaces, space - in_last * length, 1)
+                left -= placed
+        real = self.total_tokens - self.truncation(max_length).tokens
+        return Packing(sequences=sequences, real_tokens=real, sequence_length=max_length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "schema_version": SCHEMA_VERSION}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DatasetStats:
+        """Read the JSON form.
+
+        Raises:
+            InputError: the JSON does not describe dataset statistics.
+        """
+        rest = dict(values)
+        version = rest.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise FieldError("schema_version", version, str(SCHEMA_VERSION))
+        try:
+            rest["lengths"] = tuple((length, count) for length, count in rest["lengths"])
+            return cls(**rest)
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"not dataset statistics: {error}") from error
+
+    def _clipped(self, max_length: int) -> list[tuple[int, int]]:
+        """The pairs after truncation, those at the limit merged."""
+        kept = [(length, count) for length, count in self.lengths if length < max_length]
+        cut = sum(count for length, count in self.lengths if length >= max_length)
+        return [*kept, (max_length, cut)] if cut else kept
+
+
+def _check_length(max_length: int) -> None:
+    validate.integer("max_length", max_length, minimum=1, maximum=2**31)
+
+
+def _return_space(open_sequences: dict[int, int], spaces: list[int], space: int, count: int) -> None:
+    if space <= 0 or count <= 0:
+        return
+    if space not in open_sequences:
+        open_sequences[space] = 0
+        spaces.insert(bisect_left(spaces, space), space)
+    open_sequences[space] += count

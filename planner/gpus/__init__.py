@@ -1,0 +1,1 @@
+"""GPUs: the catalog, what --gpu stands for, this machine's own."""

@@ -1,0 +1,1 @@
+"""Torch's allocators, replayed."""

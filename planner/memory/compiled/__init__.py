@@ -1,0 +1,1 @@
+"""Compiled layers: what they keep, their two graphs."""

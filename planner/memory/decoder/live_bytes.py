@@ -1,0 +1,171 @@
+"""Activations: what each kind of decoder layer keeps for backward, and the peaks of its passes.
+
+One replay per layer kind and set of knobs (planner/memory/decoder/layer.py) answers every length and batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from planner.base.units import FP32
+from planner.memory.decoder.layer import replay
+from planner.memory.layers.layer_knobs import LayerKnobs
+from planner.memory.layers.norms import FP32_NORMS, norm, norm_saves_input
+from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, Moment, Size, Tape, Value, prune
+from planner.models.spec import LayerSpec
+
+NOTHING: Moment = (Size(), Size(), Size())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerReplay:
+    """What one decoder layer does to live memory.
+
+    `forward` are the moments of a forward pass that keeps nothing, `saved` what a forward pass keeps for
+    backward, `shared` what of that more than one node saves, `forward_saving` the moments of that pass (what
+    it has kept so far included), `backward` the moments of the backward pass with all that this layer holds
+    (recomputed or kept), the incoming gradient and gradients of its own weights included; `gradients` what
+    it leaves of those. `keeps_input` says that the layer's input itself is kept: as its checkpoint, or in
+    `saved` for a linear layer that reads it. `output_bytes` is the width of the output's elements.
+    """
+
+    forward: tuple[Moment, ...]
+    forward_saving: tuple[Moment, ...]
+    saved: Moment
+    shared: Moment
+    backward: tuple[Moment, ...]
+    gradients: Moment
+    output_bytes: int
+    keeps_input: bool = False
+
+
+@lru_cache(maxsize=4096)
+def layer_replay(
+    layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
+) -> LayerReplay:
+    """Replay one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
+    width = layer.hidden_size * knobs.stream_bytes
+    tape = Tape(saves=True)
+    # The timeline counts checkpoints; any other input is there at least until the forward pass is done.
+    hidden = Value(tape.tokens(0 if checkpointed else width), input_requires_grad or checkpointed)
+    early = [tape.tokens(size) for size in gradients_before(layer, knobs)] if checkpointed else []
+    output = replay(tape, layer, knobs, hidden)
+    keeps_input = checkpointed or hidden.buffer.holders > 1
+    if checkpointed:
+        tape.stop_after_last_save()
+        tape.free(output.buffer, *early)
+        saved = shared = NOTHING
+        forward_saving: tuple[Moment, ...] = ()
+    else:
+        tape.free(output.buffer, hidden.buffer)
+        saved, shared = tape.live, tape.shared
+        forward_saving = tape.moments()
+        tape.forget_moments()
+    output.grad = tape.tokens(layer.hidden_size * output.width)
+    tape.backward()
+    tape.free(hidden.grad)
+    return LayerReplay(
+        forward=_forward_moments(layer, knobs.accumulating(False)),
+        forward_saving=forward_saving,
+        saved=saved,
+        shared=shared,
+        backward=tape.moments(),
+        gradients=tape.live,
+        output_bytes=output.width,
+        keeps_input=keeps_input,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _forward_moments(layer: LayerSpec, knobs: LayerKnobs) -> tuple[Moment, ...]:
+    tape = Tape(saves=False)
+    replay(tape, layer, knobs, Value(tape.tokens(0), False))
+    return tape.moments()
+
+
+@lru_cache(maxsize=4096)
+def output_bytes(layer: LayerSpec, knobs: LayerKnobs) -> int:
+    """Width of the hidden states that leave a layer: wider than those that enter it after an fp32 branch."""
+    tape = Tape(saves=False)
+    return replay(tape, layer, knobs, Value(tape.tokens(0), False)).width
+
+
+def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
+    """Bytes a token of gradients that are there when a checkpointed layer starts to be recomputed.
+
+    The incoming one, and what backward makes of it before a node asks for a saved tensor: a cast to fp32 by
+    an output norm, else scalings by the residual multiplier and by alpha / rank.
+    """
+    stream = output_bytes(layer, knobs)
+    width = layer.hidden_size * stream
+    if layer.output_norms:
+        casts = layer.norm in FP32_NORMS and stream != FP32 and not knobs.liger
+        return [width, layer.hidden_size * FP32] if casts else [width]
+    if layer.experts:
+        return [width]
+    kind = knobs.kind("down_proj")
+    own = [layer.hidden_size * kind.adapter_compute_bytes] if kind.rank else []
+    if kind.dora:
+        # The product by alpha / rank. Before it, unless the base is quantised: the cast back to fp32, and the
+        # base layer's part of that in its own dtype.
+        wide = layer.hidden_size * FP32
+        own = [wide] if stream == FP32 else [wide, width, wide]
+    return [width, *([width] if layer.residual_multiplier else []), *own]
+
+
+@lru_cache(maxsize=4096)
+def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
+    """The norm after the last decoder layer; its `saved` lies beside checkpoints in the head's passes.
+
+    Where it saves the hidden states themselves they count here, else in the timeline while they last.
+    """
+    tape = Tape(saves=True)
+    counted = layer.hidden_size * knobs.stream_bytes if norm_saves_input(knobs) else 0
+    hidden = Value(tape.tokens(counted), True, knobs.stream_bytes)
+    output = norm(tape, layer, knobs, hidden, layer.hidden_size)
+    tape.free(output.buffer, hidden.buffer)
+    saved, shared = tape.live, tape.shared
+    forward = tape.moments()
+    tape.forget_moments()
+    output.grad = tape.tokens(layer.hidden_size * output.width)
+    tape.backward()
+    moments = tape.moments()
+    tape.free(hidden.grad)
+    return LayerReplay(
+        forward=forward,
+        forward_saving=forward,
+        saved=saved,
+        shared=shared,
+        backward=moments,
+        gradients=tape.live,
+        output_bytes=output.width,
+    )
+
+
+def peak(moments: tuple[Moment, ...], tokens: int, scores: int) -> tuple[float, Moment]:
+    """The largest of the moments for a micro-step of that size, in bytes, and the moment itself."""
+    best, chosen = 0.0, NOTHING
+    for moment in moments:
+        a, b, c = moment
+        size = a[0] + b[0] + c[0] + tokens * (a[1] + b[1] + c[1]) + scores * (a[2] + b[2] + c[2])
+        if size > best:
+            best, chosen = size, moment
+    return best, chosen
+
+
+def at(moment: Moment, tokens: int, scores: int) -> float:
+    """Bytes of a moment, all categories together."""
+    return sum(size.at(tokens, scores) for size in moment)
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "GRADIENTS",
+    "LayerReplay",
+    "at",
+    "final_norm_replay",
+    "layer_replay",
+    "peak",
+    "prune",
+]

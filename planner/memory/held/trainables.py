@@ -1,0 +1,220 @@
+"""The adapter: which modules carry one, its tensors, and which base parameters train in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.base.errors import FieldError, InputError
+from planner.base.units import DTYPE_BYTES
+from planner.memory.allocators.native import rounded
+from planner.memory.held.weights import is_output_head
+from planner.models.spec import ModelSpec, Parameter
+from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
+
+EXPERT_NAMES = ("gate_up_proj", "down_proj")
+FUSED_EXPERT_NAMES = ("gate_proj", "up_proj")
+"""What PEFT maps onto a fused expert tensor, doubling its rank (utils/transformers_weight_conversion.py)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainableTensor:
+    """Trainable tensors of one shape: elements of each and their width, how many, and whether an embedding
+    owns them.
+    """
+
+    name: str
+    elements: int
+    element_bytes: int
+    count: int
+    shape: tuple[int, ...]
+    in_decoder_layer: bool
+    is_embedding: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one tensor."""
+        return self.elements * self.element_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainables:
+    """What a setup trains.
+
+    `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` and `router_rank` that
+    of experts' and routers' tensors, `element_bytes` the width of trained weights, of their gradients and of
+    torch optimizer state.
+    """
+
+    tensors: tuple[TrainableTensor, ...]
+    ranks: tuple[tuple[str, int], ...]
+    experts_rank: int
+    router_rank: int
+    element_bytes: int
+
+    @property
+    def elements(self) -> int:
+        """All trainable parameters."""
+        return sum(t.elements * t.count for t in self.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all of them, and of their gradients."""
+        return sum(t.size_bytes * t.count for t in self.tensors)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the tensors take from the allocator, each rounded to its block."""
+        return sum(rounded(t.size_bytes) * t.count for t in self.tensors)
+
+
+_CACHE: dict[tuple[object, ...], Trainables] = {}
+
+
+def trainables(setup: TrainingSetup, model: ModelSpec) -> Trainables:
+    """Trainable tensors of a setup.
+
+    Raises:
+        FieldError: target_modules names a module that the model does not have.
+    """
+    key = (
+        model.id,
+        model.parameter_count,
+        setup.method,
+        setup.lora_r,
+        setup.target_modules,
+        setup.dtype,
+        setup.use_dora,
+    )
+    known = _CACHE.get(key)
+    if known is None:
+        known = _CACHE[key] = _full(setup, model) if setup.method == "full" else _adapter(setup, model)
+    return known
+
+
+def _full(setup: TrainingSetup, model: ModelSpec) -> Trainables:
+    width = DTYPE_BYTES[setup.dtype]
+    tensors = tuple(
+        TrainableTensor(
+            name=p.name,
+            elements=p.elements,
+            element_bytes=width,
+            count=p.count,
+            shape=p.shape,
+            in_decoder_layer=p.in_decoder_layer,
+            is_embedding=p.module_class.endswith("Embedding") or p.module_class.endswith("WordEmbedding"),
+        )
+        for p in model.parameters
+        if not p.tied
+    )
+    return Trainables(tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_bytes=width)
+
+
+def _adapter(setup: TrainingSetup, model: ModelSpec) -> Trainables:
+    targets = setup.target_modules
+    linears = [
+        p
+        for p in model.parameters
+        if p.module_class == "Linear" and p.kind == "weight" and not is_output_head(p)
+    ]
+    experts = [p for p in model.parameters if p.kind in EXPERT_NAMES and len(p.shape) == 3]
+    routers = [p for p in model.parameters if p.module_class.endswith("Router") and p.kind == "weight"]
+    if targets == ALL_LINEAR:
+        chosen, with_experts = linears, bool(experts)
+    else:
+        chosen = [p for p in linears if any(_matches(p, target) for target in targets)]
+        with_experts = _targets_experts(targets, experts)
+        _refuse_unknown(targets, linears, experts)
+    # TRL casts adapters on a quantised base to bf16 (sft_trainer.py:908-911); PEFT holds them in fp32
+    # otherwise (tuners_utils.py, cast_adapter_dtype), and so does the launcher when it trains in float16.
+    width = 2 if setup.method == "qlora" and setup.dtype != "float16" else 4
+    tensors: list[TrainableTensor] = []
+    for p in chosen:
+        tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1, width)
+        if setup.use_dora:
+            tensors.append(_magnitude(p))
+    if with_experts:
+        for p in experts:
+            rank = 2 * setup.lora_r if p.kind == "gate_up_proj" else setup.lora_r
+            tensors += _pair(p.name, p.shape[1:], rank, p.count, p.shape[0], width)
+        if targets == ALL_LINEAR:
+            for p in routers:
+                tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1, width)
+    return Trainables(
+        tensors=tuple(tensors),
+        ranks=tuple((p.module_name, setup.lora_r) for p in chosen),
+        experts_rank=setup.lora_r if with_experts else 0,
+        router_rank=setup.lora_r if with_experts and routers and targets == ALL_LINEAR else 0,
+        element_bytes=width,
+    )
+
+
+def _pair(
+    name: str, shape: tuple[int, ...], rank: int, count: int, experts: int, width: int
+) -> tuple[TrainableTensor, TrainableTensor]:
+    """lora_A of rank x inputs and lora_B of outputs x rank; experts are stacked along the rank."""
+    outputs, inputs = shape
+    inside = "*" in name
+    return (
+        TrainableTensor(
+            name=f"{name}.lora_A",
+            elements=rank * experts * inputs,
+            element_bytes=width,
+            count=count,
+            shape=(rank * experts, inputs),
+            in_decoder_layer=inside,
+        ),
+        TrainableTensor(
+            name=f"{name}.lora_B",
+            elements=outputs * rank * experts,
+            element_bytes=width,
+            count=count,
+            shape=(outputs, rank * experts),
+            in_decoder_layer=inside,
+        ),
+    )
+
+
+def _magnitude(parameter: Parameter) -> TrainableTensor:
+    """DoRA's magnitude vector, a value an output: the one adapter tensor that TRL leaves in fp32."""
+    return TrainableTensor(
+        name=f"{parameter.name}.lora_magnitude_vector",
+        elements=parameter.shape[0],
+        element_bytes=4,
+        count=parameter.count,
+        shape=(parameter.shape[0],),
+        in_decoder_layer="*" in parameter.name,
+    )
+
+
+def _matches(parameter: Parameter, target: str) -> bool:
+    module = parameter.name.rsplit(".", 1)[0]
+    return module == target or module.endswith("." + target)
+
+
+def _targets_experts(targets: str | tuple[str, ...], experts: list[Parameter]) -> bool:
+    if not experts:
+        return False
+    fused = [name for name in FUSED_EXPERT_NAMES if name in targets]
+    if len(fused) == 1:
+        missing = next(name for name in FUSED_EXPERT_NAMES if name not in targets)
+        raise InputError(
+            f"target_modules: {fused[0]} needs {missing} too, they are one tensor in this model's experts"
+        )
+    if bool(fused) != ("down_proj" in targets):
+        raise InputError(
+            "target_modules: name gate_proj, up_proj and down_proj together for this model's experts"
+        )
+    return bool(fused)
+
+
+def _refuse_unknown(
+    targets: str | tuple[str, ...], linears: list[Parameter], experts: list[Parameter]
+) -> None:
+    for target in targets:
+        if experts and target in (*FUSED_EXPERT_NAMES, "down_proj"):
+            continue
+        if not any(_matches(p, target) for p in linears):
+            names = sorted({p.module_name for p in linears})
+            raise FieldError(
+                "target_modules", target, f'"{ALL_LINEAR}" or modules of this model: {", ".join(names)}'
+            )

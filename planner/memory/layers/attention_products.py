@@ -1,0 +1,171 @@
+"""Attention as matrix products that write every score: transformers' eager one, and sdpa without a kernel.
+
+Sources: transformers models/*/modeling_*.py, eager_attention_forward; allocation traces of real steps on an
+H100 (tests/stack/traces).
+"""
+
+from __future__ import annotations
+
+from planner.base.units import FP32
+from planner.memory.layers.elementwise import hold
+from planner.memory.layers.heads import hand_back, sum_heads, transposed
+from planner.memory.tape.tape import Buffer, Size, Tape, Value
+from planner.models.spec import LayerSpec
+
+
+def eager_attention(
+    tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int
+) -> Value:
+    """Attention of one sequence: scores are written, normalised in fp32 and saved in 16 bits."""
+    return _eager(tape, layer, (query, key, value), width, batched=False)
+
+
+def batched_eager_attention(
+    tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int
+) -> Value:
+    """Attention of several sequences: torch.matmul copies what is not laid out sequence by sequence."""
+    return _eager(tape, layer, (query, key, value), width, batched=True)
+
+
+def _eager(
+    tape: Tape, layer: LayerSpec, inputs: tuple[Value, Value, Value], width: int, *, batched: bool
+) -> Value:
+    query, key, value = inputs
+    heads, whole = layer.num_attention_heads, layer.query_size * width
+    repeats = heads != layer.num_key_value_heads
+    repeated = [tape.tokens(whole) if repeats else hold(v.buffer) for v in (key, value)]
+    # Rotation by torch.cat lays queries and keys out head by head, as repetition does; a projection does not.
+    rotated = batched and not layer.rotary_concatenated
+    operands = [
+        tape.tokens(whole) if rotated else hold(query.buffer),
+        tape.tokens(whole) if rotated and not repeats else hold(repeated[0]),
+    ]
+    scores = tape.allocate(Size(per_score=heads * width))
+    saved = [tape.save(buffer) for buffer in operands]
+    tape.free(*operands)
+    saved_tanh, saved_weights32, weights = _softmax(tape, layer, scores, width)
+    value_operand = tape.tokens(whole) if batched and not repeats else hold(repeated[1])
+    result = Value(tape.tokens(whole), query.requires_grad, width)
+    saved += [tape.save(buffer) for buffer in (value_operand, weights)]
+    tape.free(value_operand)
+    result.buffer = transposed(tape, result.buffer, whole)
+    tape.free(*repeated)
+    # Attention returns its weights beside its output, and the layer holds both until it returns.
+    tape.hold_in_layer(weights)
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        if batched:
+            grad = transposed(tape, grad, whole)
+        value_grad = tape.tokens(whole)
+        weights_grad = tape.allocate(Size(per_score=heads * width))
+        done = (grad, saved[2], saved[3])
+        tape.free(*(reversed(done) if batched else done))
+        scores_grad = _softmax_backward(tape, layer, weights_grad, saved_weights32, saved_tanh, width)
+        query_grad, key_grad = tape.tokens(whole), tape.tokens(whole)
+        done = (scores_grad, saved[0], saved[1])
+        tape.free(*((saved[0], saved[1], scores_grad) if batched else done))
+        grads = [query_grad, key_grad, value_grad]
+        if repeats:
+            sum_heads(tape, grads, (1, 2), layer.key_value_size * width)
+        hand_back(tape, inputs, grads)
+
+    if query.requires_grad:
+        tape.nodes.append(backward)
+    return result
+
+
+def _softmax(
+    tape: Tape, layer: LayerSpec, scores: Buffer, width: int
+) -> tuple[Buffer | None, Buffer | None, Buffer]:
+    """From raw scores to weights: scaled, capped, masked, normalised. What is saved, and the weights."""
+    heads = layer.num_attention_heads
+
+    def elementwise(old: Buffer) -> Buffer:
+        new = tape.allocate(Size(per_score=heads * width))
+        tape.free(old)
+        return new
+
+    scores = elementwise(scores)
+    saved_tanh = None
+    if layer.attention_softcap:
+        scores = elementwise(elementwise(scores))
+        saved_tanh = tape.save(scores)
+        scores = elementwise(scores)
+    scores = elementwise(scores)
+    wide = tape.allocate(Size(per_score=heads * FP32))
+    weights32 = tape.allocate(Size(per_score=heads * FP32))
+    saved_weights32 = tape.save(weights32)
+    tape.free(wide)
+    weights = tape.allocate(Size(per_score=heads * width))
+    tape.free(weights32, scores)
+    return saved_tanh, saved_weights32, weights
+
+
+def _softmax_backward(
+    tape: Tape,
+    layer: LayerSpec,
+    weights_grad: Buffer,
+    saved_weights32: Buffer | None,
+    saved_tanh: Buffer | None,
+    width: int,
+) -> Buffer:
+    """The gradient of raw scores."""
+    heads = layer.num_attention_heads
+    wide_grad = tape.allocate(Size(per_score=heads * FP32))
+    tape.free(weights_grad)
+    softmax_grad = tape.allocate(Size(per_score=heads * FP32))
+    product = tape.allocate(Size(per_score=heads * FP32))
+    tape.free(product, saved_weights32, wide_grad)
+    narrow = tape.allocate(Size(per_score=heads * width))
+    tape.free(softmax_grad)
+    for _ in range(4 if layer.attention_softcap else 1):
+        step = tape.allocate(Size(per_score=heads * width))
+        tape.free(narrow)
+        narrow = step
+    tape.free(saved_tanh)
+    return narrow
+
+
+def math_attention(tape: Tape, layer: LayerSpec, query: Value, key: Value, value: Value, width: int) -> Value:
+    """torch's sdpa where no kernel applies (fp32 with fewer key heads than query heads): matrix products.
+
+    Query and key are scaled first, keys and values repeated to all heads, scores and probabilities written.
+    """
+    heads = layer.num_attention_heads
+    whole = layer.query_size * width
+    scaled_query = tape.tokens(whole)
+    triangle = tape.allocate(Size(per_score=1))
+    tape.free(tape.allocate(Size(per_score=1)))
+    additive = tape.allocate(Size(per_score=width))
+    tape.free(triangle)
+    repeated_key, repeated_value = tape.tokens(whole), tape.tokens(whole)
+    scaled_key = tape.tokens(whole)
+    scores = tape.allocate(Size(per_score=heads * width))
+    saved = [tape.save(buffer) for buffer in (scaled_query, scaled_key)]
+    tape.free(scaled_key)
+    weights = tape.allocate(Size(per_score=heads * width))
+    tape.free(tape.allocate(Size(per_score=heads)), scores)
+    saved += [tape.save(weights), tape.save(repeated_value)]
+    result = Value(tape.tokens(whole), query.requires_grad, width)
+    tape.free(repeated_key, repeated_value, scaled_query, additive, weights)
+    result.buffer = transposed(tape, result.buffer, whole)
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        value_grad = tape.tokens(whole)
+        weights_grad = tape.allocate(Size(per_score=heads * width))
+        tape.free(saved[3], grad)
+        scores_grad = tape.allocate(Size(per_score=heads * width))
+        tape.free(tape.allocate(Size(per_score=heads * width)), saved[2], weights_grad)
+        query_grad, key_grad = tape.tokens(whole), tape.tokens(whole)
+        tape.free(saved[0], saved[1], scores_grad)
+        unscaled = tape.tokens(whole)
+        tape.free(query_grad)
+        grads = [unscaled, key_grad, value_grad]
+        sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+        hand_back(tape, (query, key, value), grads)
+
+    if query.requires_grad:
+        tape.nodes.append(backward)
+    return result

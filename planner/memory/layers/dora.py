@@ -1,0 +1,196 @@
+"""Replay of a linear layer with a DoRA adapter.
+
+PEFT folds the adapter into a weight of full size in every pass, from an identity matrix, to take the norm of
+its rows; the magnitude vector stays in fp32 (TRL casts every other trained parameter to bf16), so the
+layer's output is fp32. Sources: PEFT tuners/lora/dora.py and variants.py; allocation traces llama_dora,
+llama_dora_drop, llama_dora_nock, llama_l_dora, phi3_dora.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.memory.layers.base_weight import (
+    ABSMAX_BYTES,
+    NF4_BLOCK,
+    LinearKind,
+    base_backward,
+    weight_gradient,
+)
+from planner.memory.layers.lora import AdapterInput, adapter_backward, adapter_input, read_input, weight_casts
+from planner.memory.tape.tape import Buffer, Size, Tape, Value
+
+MAGNITUDE_BYTES = 4
+REDUCTION_BYTES = 8
+"""Bytes an element of the scratch buffer in which CUDA sums a gradient over tokens (trace llama_dora)."""
+
+
+def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
+    """Replay what follows the base layer, `base`; takes over the hold on it."""
+    width = kind.adapter_compute_bytes
+    wide = MAGNITUDE_BYTES
+    taken = adapter_input(tape, kind, x, inputs)
+    *graph, adapter, weight = _folded_weight(tape, kind, taken.width, inputs, outputs)
+    read = read_input(tape, kind, x, taken, inputs)
+    saved_input = tape.save(read)
+    casts = weight_casts(tape, kind, inputs if x.requires_grad else 0, outputs)
+    down = tape.tokens(kind.rank * width)
+    saved_down = tape.save(down)
+    tape.free(read)
+    up = tape.tokens(outputs * width)
+    tape.free(down)
+    second = _second_base(tape, kind, x, taken, weight, inputs, outputs) if kind.dropout else None
+    saved_base = tape.save(base.buffer if second is None else second.output)
+    from_base = tape.tokens(outputs * wide)
+    saved_up = tape.save(up)
+    product = tape.tokens(outputs * wide)
+    scaled = tape.tokens(outputs * wide)
+    tape.free(product)
+    summed = tape.tokens(outputs * wide)
+    tape.free(from_base, scaled, *graph, adapter, weight, up, second.output if second else None)
+    result = Value(tape.tokens(outputs * wide), True, wide)
+    tape.free(summed, base.buffer, taken.dropped)
+    if not (kind.quantized and kind.autocast) and base.width != wide:
+        # PEFT casts back to the dtype of the base layer's output (tuners/lora/layer.py, forward).
+        narrow = tape.tokens(outputs * base.width)
+        tape.free(result.buffer)
+        result = Value(narrow, True, base.width)
+    tape.free(taken.wide)
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        if result.width != wide:
+            cast = tape.tokens(outputs * wide)
+            tape.free(grad)
+            grad = cast
+        # The base layer's part of the gradient is cast at once where it is narrower.
+        to_output = tape.tokens(outputs * base.width) if result.width != wide else None
+        to_product = tape.tokens(outputs * wide)
+        to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
+        tape.free(saved_up)
+        tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
+        up_grad = tape.tokens(outputs * width)
+        tape.free(to_up, to_product)
+        to_base, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
+        tape.free(saved_base)
+        tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
+        weight_gradient(tape, kind, outputs, MAGNITUDE_BYTES)
+        also = None
+        if second is not None:
+            also = _second_backward(tape, kind, x, taken, second, inputs, outputs, to_base)
+            if to_output is not None:
+                tape.free(grad)
+            total = to_output or grad
+        else:
+            total = tape.tokens(outputs * base.width)
+            tape.free(to_base, grad)
+            if to_output is not None:
+                tape.free(total)
+                total = to_output
+        adapter_backward(tape, kind, x, taken, inputs, outputs, up_grad, saved_input, saved_down, also=also)
+        tape.free(*casts)
+        if x.requires_grad:
+            base_backward(tape, kind, x, total, base.width, inputs, outputs)
+        else:
+            tape.free(total)
+
+    tape.nodes.append(backward)
+    return result
+
+
+@dataclass(slots=True)
+class _SecondBase:
+    """The base layer's product on the dropped-out input, and the weight that its backward reads."""
+
+    output: Buffer
+    weight: Buffer | None
+
+
+def _second_base(
+    tape: Tape,
+    kind: LinearKind,
+    x: Value,
+    taken: AdapterInput,
+    weight: Buffer | None,
+    inputs: int,
+    outputs: int,
+) -> _SecondBase:
+    """With dropout the base layer is applied once more, to what dropout has left; its weight is saved for
+    that input's gradient alone.
+    """
+    compute = kind.compute_bytes
+    casts = taken.width != compute
+    read = tape.fixed(inputs * outputs * compute) if casts else weight
+    saved = tape.save(read) if read is not None and x.requires_grad else None
+    narrow = tape.tokens(inputs * compute) if casts else None
+    output = tape.tokens(outputs * compute)
+    tape.free(narrow, read if casts else None)
+    return _SecondBase(output=output, weight=saved)
+
+
+def _second_backward(
+    tape: Tape,
+    kind: LinearKind,
+    x: Value,
+    taken: AdapterInput,
+    second: _SecondBase,
+    inputs: int,
+    outputs: int,
+    to_base: Buffer,
+) -> Buffer | None:
+    """Backward of the second base product; returns the gradient of the dropped-out input."""
+    narrow = tape.tokens(outputs * kind.compute_bytes)
+    tape.free(to_base)
+    if not x.requires_grad:
+        tape.free(narrow, second.weight)
+        return None
+    grad = tape.tokens(inputs * kind.compute_bytes)
+    tape.free(second.weight, narrow)
+    if taken.width != kind.compute_bytes:
+        cast = tape.tokens(inputs * taken.width)
+        tape.free(grad)
+        grad = cast
+    return grad
+
+
+def _folded_weight(
+    tape: Tape, kind: LinearKind, width: int, inputs: int, outputs: int
+) -> tuple[Buffer | None, ...]:
+    """The norm of base weight + adapter; returns what lives until the module returns.
+
+    `width` is that of the layer's input, to which both weights are cast. The graph of the folded adapter
+    keeps the identity matrix and its product with lora_A for as long as the weight is held.
+    """
+    compute = kind.adapter_compute_bytes
+    identity = tape.fixed(inputs * inputs * kind.adapter_bytes)
+    kept_identity = None
+    if kind.adapter_bytes != compute:
+        kept_identity, identity = identity, tape.fixed(inputs * inputs * compute)
+    through = tape.fixed(inputs * kind.rank * compute)
+    graph: tuple[Buffer | None, ...] = (identity, through)
+    if kept_identity is not None and not tape.saves:
+        # Without a graph autocast's copy goes as lora_A's product returns; the matrix itself stays.
+        tape.free(identity)
+        graph = (through,)
+    adapter = tape.fixed(inputs * outputs * compute)
+    if not tape.saves:
+        tape.free(*graph)
+        graph = ()
+    tape.free(kept_identity)
+    if width != compute:
+        cast = tape.fixed(inputs * outputs * width)
+        tape.free(adapter)
+        adapter = cast
+    weight = None
+    if kind.quantized:
+        constants = tape.fixed(inputs * outputs / NF4_BLOCK * ABSMAX_BYTES) if kind.double_quant else None
+        weight = tape.fixed(inputs * outputs * kind.weight_bytes)
+        tape.free(constants)
+    if width != kind.weight_bytes:
+        cast = tape.fixed(inputs * outputs * width)
+        tape.free(weight)
+        weight = cast
+    scaled = tape.allocate(Size(constant=inputs * outputs * width), 1)
+    total = tape.fixed(inputs * outputs * width)
+    tape.free(scaled, total)
+    return (*graph, adapter, weight)

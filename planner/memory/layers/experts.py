@@ -1,0 +1,132 @@
+"""Replay of a mixture-of-experts block, as transformers runs it with grouped matrix products.
+
+Experts are 3-D parameters that bitsandbytes leaves in 16 bits. PEFT's "all-linear" adapts them through
+parametrisation: each pass folds the adapter into a full copy of the experts' weights, which backward keeps.
+Sources: transformers integrations/moe.py (grouped_mm_experts_forward), PEFT tuners/lora/layer.py
+(ParamWrapper, _LoraFactorsProxy); allocation trace moe_q.
+"""
+
+from __future__ import annotations
+
+from planner.base.units import FP32
+from planner.memory.layers.base_weight import LinearKind, weight_gradient
+from planner.memory.tape.tape import Buffer, Tape, Value
+from planner.models.spec import LayerSpec
+
+
+def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
+    """Replay routing and experts of one layer; `kind` is that of the experts' tensors."""
+    width = kind.compute_bytes
+    routed = layer.experts_per_token
+    inner = layer.expert_intermediate_size
+    hidden = layer.hidden_size
+    gate_up_elements = layer.experts * 2 * inner * hidden
+    down_elements = layer.experts * inner * hidden
+    adapted = kind.rank > 0
+    if adapted:
+        # torch.nn.utils.parametrize evaluates each parametrisation once when it is registered.
+        for elements in (down_elements, gate_up_elements):
+            tape.free(tape.fixed(elements * width))
+    saved_router = _router(tape, layer, router, x)
+    probabilities = tape.tokens(layer.experts * FP32)
+    saved_probabilities = tape.save(probabilities)
+    tape.free(probabilities)
+    gathered = tape.tokens(routed * hidden * width)
+    gate_up_weight = tape.fixed(gate_up_elements * width) if adapted else None
+    fused = tape.tokens(routed * 2 * inner * width)
+    saved_gathered = tape.save(gathered) if adapted or kind.trained else None
+    saved_gate_up_weight = tape.save(gate_up_weight) if gate_up_weight else None
+    activated = tape.tokens(routed * inner * width)
+    product = tape.tokens(routed * inner * width)
+    saved_inner = [tape.save(fused), tape.save(activated)]
+    saved_product = tape.save(product) if adapted or kind.trained else None
+    tape.free(fused, activated)
+    down_weight = tape.fixed(down_elements * width) if adapted else None
+    saved_down_weight = tape.save(down_weight) if down_weight else None
+    outputs = tape.tokens(routed * hidden * width)
+    tape.free(product)
+    saved_outputs = tape.save(outputs)
+    weighted = tape.tokens(routed * hidden * width)
+    reordered = tape.tokens(routed * hidden * width)
+    tape.free(weighted)
+    summed = tape.tokens(hidden * FP32) if width != FP32 else None
+    result = Value(tape.tokens(hidden * width), True, width)
+    # PEFT caches the folded weights for the whole block (tuners/lora/layer.py, parametrize.cached).
+    tape.free(summed, reordered, outputs, gathered, gate_up_weight, down_weight)
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        expanded = tape.tokens(routed * hidden * width)
+        tape.free(grad)
+        to_weights = tape.tokens(routed * hidden * width)
+        to_outputs = tape.tokens(routed * hidden * width)
+        tape.free(saved_outputs, to_weights, expanded, saved_probabilities)
+        down_grad = _weight_grad(tape, kind, down_elements)
+        product_grad = tape.tokens(routed * inner * width)
+        tape.free(saved_product, saved_down_weight, to_outputs)
+        _adapter_grads(tape, layer, kind, kind.rank * (hidden + inner))
+        tape.free(down_grad)
+        activated_grad = tape.tokens(routed * inner * width)
+        up_grad = tape.tokens(routed * inner * width)
+        tape.free(saved_inner[1], product_grad)
+        gate_grad = tape.tokens(routed * inner * width)
+        tape.free(saved_inner[0], activated_grad)
+        fused_grad = tape.tokens(routed * 2 * inner * width)
+        tape.free(gate_grad, up_grad)
+        gate_up_grad = _weight_grad(tape, kind, gate_up_elements)
+        gathered_grad = tape.tokens(routed * hidden * width)
+        tape.free(saved_gathered, saved_gate_up_weight, fused_grad)
+        _adapter_grads(tape, layer, kind, 2 * kind.rank * (hidden + 2 * inner))
+        tape.free(gate_up_grad)
+        x_grad = tape.tokens(hidden * width)
+        tape.free(gathered_grad)
+        tape.add_grad(x, x_grad)
+        _router_backward(tape, layer, router, x, saved_router)
+
+    tape.nodes.append(backward)
+    return result
+
+
+def _weight_grad(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
+    """Gradient of the folded weights (freed once the adapter has its own), or of trained experts (kept)."""
+    if kind.rank:
+        return tape.fixed(elements * kind.compute_bytes)
+    if kind.trained:
+        weight_gradient(tape, kind, elements, kind.adapter_bytes)
+    return None
+
+
+def _adapter_grads(tape: Tape, layer: LayerSpec, kind: LinearKind, widths: int) -> None:
+    """Gradients of the experts' adapters, `widths` elements an expert; the fused tensor's rank is doubled."""
+    if kind.rank:
+        weight_gradient(tape, kind, layer.experts * widths, kind.adapter_bytes)
+
+
+def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[Buffer | None, ...]:
+    """An adapted or trained router needs its input in backward; its folded weight is kept too."""
+    if not (kind.rank or kind.trained):
+        return ()
+    saved_input = tape.save(x.buffer)
+    if not kind.rank:
+        return (saved_input,)
+    folded = tape.fixed(layer.experts * layer.hidden_size * kind.compute_bytes)
+    saved = (saved_input, tape.save(folded))
+    tape.free(folded)
+    return saved
+
+
+def _router_backward(
+    tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, saved: tuple[Buffer | None, ...]
+) -> None:
+    logits_grad = tape.tokens(layer.experts * kind.compute_bytes)
+    elements = layer.experts * layer.hidden_size
+    folded_grad = tape.fixed(elements * kind.compute_bytes) if kind.rank else None
+    if kind.trained:
+        weight_gradient(tape, kind, elements, kind.adapter_bytes)
+    x_grad = tape.tokens(layer.hidden_size * kind.compute_bytes)
+    tape.free(logits_grad, *saved)
+    if kind.rank:
+        adapter = kind.rank * (layer.experts + layer.hidden_size)
+        weight_gradient(tape, kind, adapter, kind.adapter_bytes)
+    tape.free(folded_grad)
+    tape.add_grad(x, x_grad, view=True)

@@ -1,0 +1,47 @@
+"""What a setup says about every decoder layer, as far as its replay asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from planner.memory.layers.base_weight import LinearKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerKnobs:
+    """What the setup says about every layer: kinds of linear layers by module name, and attention.
+
+    `attention` is the implementation that runs (a name of KERNELS in planner/memory/layers/attention.py).
+    `stream_bytes` is the width of the hidden states that enter the layer, `norm_bytes` that of the norms'
+    weights. `liger` says that Liger's layer kernels run, `selective` that checkpoints keep attention's
+    outputs. `compiled` says that torch.compile compiles the layer; it then `recomputes` what it lacks within
+    its backward graph if it is checkpointed, and else keeps what a `budget` (0 to 1) leaves it. With one
+    `graph_tokens` are the tokens of a micro-step, else 0.
+    """
+
+    kinds: tuple[tuple[str, LinearKind], ...]
+    default: LinearKind
+    attention: str
+    stream_bytes: int
+    norm_bytes: int
+    liger: bool
+    selective: bool
+    compiled: bool = False
+    recomputes: bool = False
+    budget: float | None = None
+    graph_tokens: int = 0
+
+    def accumulating(self, value: bool) -> LayerKnobs:
+        """The same knobs with gradients of earlier micro-steps there, or not."""
+        return replace(
+            self,
+            default=replace(self.default, accumulating=value),
+            kinds=tuple((name, replace(kind, accumulating=value)) for name, kind in self.kinds),
+        )
+
+    def kind(self, name: str) -> LinearKind:
+        """The kind of the linear layer of that module name."""
+        for known, kind in self.kinds:
+            if known == name:
+                return kind
+        return self.default

@@ -1,0 +1,52 @@
+"""Replay of linear layers: NF4 with an adapter, 16-bit with an adapter, trained in full, or frozen.
+
+Sources: bitsandbytes autograd/_functions.py (MatMul4Bit), backends/cuda/ops.py (_dequant_linear_fallback),
+nn/modules.py (Linear4bit.forward: casts to the compute dtype and back); PEFT tuners/lora/bnb.py and layer.py
+(forward); order and sizes seen in allocation traces on an H100 (tests/stack/traces).
+"""
+
+from __future__ import annotations
+
+from planner.memory.layers.base_weight import LinearKind, base_backward, base_forward, weight_gradient
+from planner.memory.layers.dora import dora_linear
+from planner.memory.layers.lora import adapted
+from planner.memory.tape.tape import Tape, Value
+
+
+def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:
+    """Replay one linear layer of `inputs` x `outputs` on `x`; returns its output, held once."""
+    if kind.trained:
+        return _trained(tape, kind, x, inputs, outputs)
+    base = base_forward(tape, kind, x, inputs, outputs)
+    if not kind.rank:
+        if x.requires_grad:
+            tape.nodes.append(
+                lambda: base_backward(tape, kind, x, tape.take_grad(base), base.width, inputs, outputs)
+            )
+        return base
+    if kind.quantized:
+        # PEFT clones what bitsandbytes returns (tuners/lora/bnb.py).
+        clone = tape.tokens(outputs * base.width)
+        tape.free(base.buffer)
+        base.buffer = clone
+    if kind.dora:
+        return dora_linear(tape, kind, x, base, inputs, outputs)
+    return adapted(tape, kind, x, base, inputs, outputs)
+
+
+def _trained(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:
+    # The input is saved before the product: recomputation that ends there never makes it.
+    saved = tape.save(x.buffer)
+    base = base_forward(tape, kind, x, inputs, outputs)
+    result = Value(base.buffer, True, base.width)
+
+    def backward() -> None:
+        grad = tape.take_grad(result)
+        weight_gradient(tape, kind, inputs * outputs, kind.adapter_bytes)
+        x_grad = tape.tokens(inputs * kind.compute_bytes) if x.requires_grad else None
+        tape.free(grad, saved)
+        if x_grad is not None:
+            tape.add_grad(x, x_grad, view=True)
+
+    tape.nodes.append(backward)
+    return result

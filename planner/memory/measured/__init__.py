@@ -1,0 +1,1 @@
+"""What only measurements can say: coefficients, their files, what they cover."""

@@ -1,0 +1,113 @@
+"""Activation offloading in the allocator's replay: what leaves the GPU in forward, and comes back.
+
+TRL copies a saved tensor to the host, holds the last few until their copies are done, and brings each back
+into the pool of a stream of its own (trl/models/activation_offloading.py, OffloadActivations).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from planner.memory.allocators.native import CachingAllocator
+from planner.memory.decoder.program import Program
+from planner.memory.step.timeline import OFFLOAD_STASH
+
+FETCHED_AT_ONCE = 3
+"""Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
+WAITING = 5
+"""Checkpoints' inputs whose memory waits for the GPU beside the two that it works on, with Liger's kernels:
+their norm saves a view of the input, so TRL hands it to record_stream (activation_offloading.py:500-501), and
+the host runs ahead by as many layers as fill the GPU's queue. 5 in Llama and Qwen 3, 3 in Gemma 3
+(20261122-96ee85ceb8ff, 20261122-772f3a48686c, 20261122-a9555c5a664b, 20261122-be0f508d32ce); none where the
+GPU waits for the host.
+"""
+
+
+class OffloadReplay:
+    """Which blocks of a setup's micro-steps are on the GPU; those that come back have their own allocator.
+
+    `input_bytes` is the size of a layer's input, `norm_bytes` of what the final norm saves; `waits` says that
+    inputs that came back stay in their stream's pool until the GPU is through with them. What was brought
+    back for a node is let go after the next one.
+    """
+
+    def __init__(
+        self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int, waits: bool
+    ) -> None:
+        self.compute = allocator
+        self.stream = type(allocator)()
+        self.input_bytes, self.norm_bytes = input_bytes, norm_bytes
+        self._waiting = WAITING if waits else 0
+        self.peak_bytes = 0
+        self._previous: list[int] = []
+        self._stash: deque[int] = deque()
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of the pool that saved tensors come back to."""
+        return self.stream.reserved_bytes + self._waiting * self.input_bytes
+
+    def reset_peak(self) -> None:
+        """Begin a step: forget the peak so far."""
+        self.peak_bytes = 0
+        self.compute.reset_peak()
+        self.stream.reset_peak()
+
+    def mark(self) -> None:
+        """Take into the peak what both pools handed out since the last mark: they peak at other times."""
+        together = self.compute.peak_allocated_bytes + self.stream.peak_allocated_bytes
+        self.peak_bytes = max(self.peak_bytes, together)
+        self.compute.reset_peak()
+        self.stream.reset_peak()
+
+    def keep(self, blocks: Sequence[int]) -> None:
+        """Blocks that forward leaves: the earliest beyond the stash are let go."""
+        self._stash.extend(blocks)
+        while len(self._stash) > OFFLOAD_STASH - 1:
+            self.compute.free(self._stash.popleft())
+
+    def end_forward(self) -> None:
+        """Let go of the stash: the output head's own tensors take their place in it."""
+        while self._stash:
+            self.compute.free(self._stash.popleft())
+        self._previous = [self.stream.allocate(self.norm_bytes)]
+
+    def end_backward(self) -> None:
+        """Let go of what came back last."""
+        for block in self._previous:
+            self.stream.free(block)
+        self._previous = []
+
+    def run_backward(self, program: Program, units: Sequence[int], own: list[int]) -> None:
+        """Run a layer's backward pass, with what it reads brought back."""
+        events = self._fetch(program, units, own)
+        self.compute.run(events[: program.recomputed], units, own)
+        if program.recomputed:
+            # The layer's first node has run, which recomputed it: TRL lets go of what it brought back before.
+            self.mark()
+            self.end_backward()
+            self.stream.reset_peak()
+        self.compute.run(events[program.recomputed :], units, own)
+        if program.keeps_input_alone:
+            self.end_backward()
+            self._previous = [own[0]]
+        self.mark()
+
+    def _fetch(self, program: Program, units: Sequence[int], own: list[int]) -> tuple[int, ...]:
+        """Bring back what a layer's backward reads; returns its events without frees of those blocks."""
+        if program.keeps_input_alone:
+            own[0] = self.stream.allocate(self.input_bytes)
+            return tuple(event for event in program.backward if event != -1)
+        # One after the other: what the node at work and the two before it read is there at a time.
+        largest = sorted(program.kept_once, key=lambda block: units[block])[-FETCHED_AT_ONCE:]
+        self.stream.run(largest, units, own)
+        self.end_backward()
+        self._previous = [own[block] for block in largest]
+        fetched = set(program.kept_once)
+        return tuple(event for event in program.backward if -1 - event not in fetched)
+
+    @staticmethod
+    def blocks_of(program: Program) -> tuple[int, ...]:
+        """Blocks of a layer that leave the GPU: its checkpoint, or what one node alone has saved."""
+        return (0,) if program.keeps_input_alone else program.kept_once

@@ -1,0 +1,74 @@
+"""An optimizer step's requests in order: state at the first step, temporaries at every one."""
+
+from __future__ import annotations
+
+from planner.base.units import FP32
+from planner.memory.allocators.native import CachingAllocator
+from planner.memory.held.optimizer import state_blocks
+from planner.memory.held.trainables import Trainables
+from planner.memory.step.loading import in_module_order
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
+
+
+class OptimizerReplay:
+    """One setup's optimizer. transformers gives it biases and norms last (trainer.py, create_optimizer)."""
+
+    def __init__(self, setup: TrainingSetup, model: ModelSpec, trained: Trainables) -> None:
+        tensors = sorted(
+            in_module_order(trained, model.num_hidden_layers), key=lambda tensor: len(tensor.shape) < 2
+        )
+        self.optim = setup.optim
+        self.element_bytes = trained.element_bytes
+        self.elements = [tensor.elements for tensor in tensors]
+        self.sizes = [tensor.size_bytes for tensor in tensors]
+        self.states = [state_blocks(setup.optim, tensor) for tensor in tensors]
+
+    @property
+    def largest_bytes(self) -> int:
+        """The largest block that a step asks for and gives back."""
+        width = {"adafactor": FP32, "adamw_torch": self.element_bytes}.get(self.optim, 0)
+        return width * max(self.elements, default=0)
+
+    def step(self, allocator: CachingAllocator, *, first: bool) -> None:
+        """Replay one step."""
+        if self.optim == "adafactor":
+            self._adafactor(allocator, first=first)
+            return
+        if first:
+            for sizes in self.states:
+                for size in sizes:
+                    allocator.allocate(size)
+        if self.optim == "adamw_torch":
+            # Square roots of every second moment at once (torch optim/adam.py:791).
+            roots = [allocator.allocate(size) for size in self.sizes]
+            for block in roots:
+                allocator.free(block)
+
+    def _adafactor(self, allocator: CachingAllocator, *, first: bool) -> None:
+        """Tensor by tensor; a name holds its tensor until it is given another (optimization.py:1257)."""
+        take, free = allocator.allocate, allocator.free
+        casts = self.element_bytes < FP32
+        gradient = parameter = update = None
+        for count, sizes in zip(self.elements, self.states, strict=True):
+            wide = count * FP32
+            if gradient is not None:
+                free(gradient)
+            gradient = take(wide) if casts else None
+            if first:
+                for size in sizes:
+                    take(size)
+            if parameter is not None:
+                free(parameter)
+            parameter = take(wide) if casts else None
+            square = take(wide)
+            shifted = take(wide)
+            free(square)
+            if update is not None:
+                free(update)
+            update = take(wide)
+            free(shifted)
+            free(take(wide))
+        for block in (gradient, parameter, update):
+            if block is not None:
+                free(block)

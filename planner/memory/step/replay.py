@@ -1,0 +1,316 @@
+"""Whole training steps through torch's caching allocator: allocated and reserved bytes without a coefficient.
+
+Loading, the adapter, then optimizer steps as TRL's trainer runs them, every request in its order: reserved
+memory follows the history of requests, so only their replay tells it. Orders outside the decoder layers are
+those of allocation traces (tests/stack/traces).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from planner.base.units import DTYPE_BYTES
+from planner.gpus.spec import GpuSpec
+from planner.memory.allocators.native import MIN_BLOCK
+from planner.memory.decoder.groups import segments
+from planner.memory.decoder.live_bytes import LayerReplay, at
+from planner.memory.decoder.program import norm_program
+from planner.memory.decoder.programs import SizedProgram, replayed_layers
+from planner.memory.held.head import head_shape
+from planner.memory.held.micro_step import embedding_scratch_bytes, has_biased_linear, micro_step
+from planner.memory.held.trainables import trainables
+from planner.memory.measured.cuda_terms import (
+    CUBLASLT_WORKSPACE_BYTES,
+    tuning_buffer_bytes,
+    workspace_block_bytes,
+)
+from planner.memory.step.head import HeadReplay
+from planner.memory.step.inputs import InputsReplay
+from planner.memory.step.loading import loaded_allocator
+from planner.memory.step.offload import OffloadReplay
+from planner.memory.step.optimizer import OptimizerReplay
+from planner.models.spec import ModelSpec
+from planner.setup.attention import attention_implementation
+from planner.setup.training_setup import TrainingSetup
+
+ADAPTER_STEPS = 2
+FULL_STEPS = 3
+"""Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
+where all weights are trained, its gradients' holes settle in the third, and so do the blocks of whole layers
+where none is checkpointed."""
+MAX_KNOWN = 4096
+"""Replays that are remembered."""
+INT64 = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayedMemory:
+    """What the allocator has handed out at most (unsplit tails included) and reserved, by phase, in bytes.
+
+    The step's are those of steady state. `largest_block_bytes` is the largest block that a step asks for:
+    where blocks come to lie otherwise than replayed, one of that size more or less is reserved.
+    """
+
+    load_allocated_bytes: int
+    load_reserved_bytes: int
+    step_allocated_bytes: int
+    step_reserved_bytes: int
+    largest_block_bytes: int
+
+
+_KNOWN: dict[tuple[object, ...], ReplayedMemory] = {}
+
+
+def replay_steps(
+    setup: TrainingSetup,
+    model: ModelSpec,
+    *,
+    gpu: GpuSpec | None,
+    padded: bool,
+    allocator: str,
+    limit_bytes: int | None = None,
+) -> ReplayedMemory:
+    """Replay loading and as many optimizer steps as reach steady state.
+
+    With `limit_bytes` a replay ends after the first step that reserves more: the result says so much.
+
+    Raises:
+        InputError: target_modules that the model does not have.
+    """
+    sizes = workspace_block_bytes(gpu), tuning_buffer_bytes(gpu)
+    key = (setup, model.id, model.parameter_count, sizes, padded, allocator)
+    known = _KNOWN.get(key)
+    if known is None:
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+        known = StepReplay(setup, model, gpu=gpu, padded=padded, allocator=allocator).run(limit_bytes)
+        if limit_bytes is None or known.step_reserved_bytes <= limit_bytes:
+            _KNOWN[key] = known
+    return known
+
+
+def forget_replays() -> None:
+    """Forget remembered replays, so that the next one is made anew (benchmarks)."""
+    _KNOWN.clear()
+
+
+class StepReplay:
+    """One setup's training through an allocator of its own."""
+
+    def __init__(
+        self, setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool, allocator: str
+    ) -> None:
+        self.setup, self.model = setup, model
+        self.trained = trainables(setup, model)
+        self.width = DTYPE_BYTES[setup.dtype]
+        self.shape = micro_step(setup)
+        self.tokens, self.scores = self.shape.tokens, self.shape.scores
+        self.workspace_bytes = workspace_block_bytes(gpu)
+        self.allocator, self.load_peak, self.load_reserved = loaded_allocator(
+            setup, model, self.trained, allocator
+        )
+        self.inputs = InputsReplay(setup, model, padded=padded)
+        attention = attention_implementation(setup, model)
+        parts, final_norm = segments(setup, model, self.trained, attention=attention, padded=padded)
+        self.layers = replayed_layers(
+            parts,
+            tokens=self.tokens,
+            scores=self.scores,
+            accumulates=setup.gradient_accumulation_steps > 1,
+            tuning_bytes=tuning_buffer_bytes(gpu),
+        )
+        last = max(parts, key=lambda part: part.indices[-1])
+        self.norm = norm_program(last.layer, replace(last.knobs, stream_bytes=last.replay.output_bytes))
+        self.norm_units = self.norm.units(self.tokens, self.scores)
+        self.head = HeadReplay(head_shape(setup, model, final_norm.output_bytes))
+        self.optimizer = OptimizerReplay(setup, model, self.trained)
+        self.biased = has_biased_linear(model)
+        self.offload = self._offload(final_norm) if setup.activation_offloading else None
+        self.gradients: list[int] = []
+
+    def _offload(self, final_norm: LayerReplay) -> OffloadReplay:
+        saved = int(at(final_norm.saved, self.tokens, self.scores))
+        return OffloadReplay(
+            self.allocator,
+            input_bytes=self.inputs.stream_bytes,
+            norm_bytes=saved,
+            waits=self.setup.kernels == "liger",
+        )
+
+    def run(self, limit_bytes: int | None = None) -> ReplayedMemory:
+        """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
+        once more than the limit is reserved.
+        """
+        allocator = self.allocator
+        # The first step's second micro-step would leave adapters' small gradients where they are.
+        short = self.setup.uses_lora
+        steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
+        for step in range(steps):
+            allocator.reset_peak()
+            if self.offload is not None:
+                self.offload.reset_peak()
+            self.optimizer_step(first=step == 0, short=short and step == 0)
+            if limit_bytes is not None and allocator.reserved_bytes > limit_bytes:
+                break
+            if self.offload is not None and step + 1 < steps:
+                # TRL empties the cache after every step (activation_offloading.py:602).
+                allocator.empty_cache()
+                self.offload.stream.empty_cache()
+        peak, fetched = allocator.peak_allocated_bytes, 0
+        if self.offload is not None:
+            self.offload.mark()
+            peak, fetched = self.offload.peak_bytes, self.offload.fetched_bytes
+        return ReplayedMemory(
+            load_allocated_bytes=self.load_peak,
+            load_reserved_bytes=self.load_reserved,
+            step_allocated_bytes=peak,
+            step_reserved_bytes=allocator.reserved_bytes + fetched,
+            largest_block_bytes=self._largest_block_bytes(),
+        )
+
+    def optimizer_step(self, *, first: bool, short: bool = False) -> None:
+        """Replay one optimizer step, the `first` being where cuBLAS and the optimizer take what they keep.
+
+        Two micro-steps stand for any number of them; a `short` step has one.
+        """
+        inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
+        for number in range(1 if short else min(2, self.setup.gradient_accumulation_steps)):
+            self._micro_step(first=first and number == 0, later=number > 0)
+        for block in inputs:
+            self.allocator.free(block)
+        self.optimizer.step(self.allocator, first=first)
+        for block in self.gradients:
+            self.allocator.free(block)
+        self.gradients = []
+
+    def _largest_block_bytes(self) -> int:
+        lists = [self.norm_units, *(layer.first.units for layer in self.layers)]
+        units = max(max(sizes) for sizes in lists)
+        return max(units * MIN_BLOCK, self.head.largest_bytes, self.optimizer.largest_bytes)
+
+    def _take(self, size: float) -> int:
+        return self.allocator.allocate(int(size))
+
+    def _micro_step(self, *, first: bool, later: bool) -> None:
+        allocator, offload = self.allocator, self.offload
+        layers = [layer.of(new=first, later=later) for layer in self.layers]
+        held = self.inputs.run(allocator)
+        slots = self._forward(layers, held[0], takes_workspaces=first)
+        hidden = slots[-1][layers[-1].program.output]
+        casts = [own[cast] for sized, own in zip(layers, slots, strict=True) for cast in sized.program.casts]
+        embeddings = None if layers[0].program.keeps_input else held[0]
+        gradient = self._head(hidden, casts, embeddings, first=first, later=later)
+        if offload is not None:
+            offload.mark()
+        if first and self.biased and self.setup.gradient_checkpointing:
+            self._take(CUBLASLT_WORKSPACE_BYTES)
+        # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
+        leaf = self.setup.uses_lora or offload is not None
+        gradient = self._backward(layers, slots, gradient, leaf=leaf)
+        if layers[0].program.outgoing is not None:
+            self._embedding_backward(gradient, later=later)
+            allocator.free(gradient)
+        if layers[0].program.checkpointed and leaf:
+            allocator.free(slots[0][0])
+        for block in held[1:]:
+            allocator.free(block)
+
+    def _forward(
+        self, layers: Sequence[SizedProgram], hidden: int, *, takes_workspaces: bool
+    ) -> list[list[int]]:
+        """The layers' forward passes; returns the blocks of each by their numbers in its program."""
+        allocator, offload = self.allocator, self.offload
+        slots: list[list[int]] = []
+        for index, sized in enumerate(layers):
+            program, units = sized.program, sized.units
+            own = [0] * len(units)
+            own[0] = hidden
+            forward = program.forward
+            if not index:
+                at_first, forward = forward[: program.first_product], forward[program.first_product :]
+                if not program.keeps_input:
+                    # The model's forward pass holds the embeddings in a variable.
+                    at_first, forward = (
+                        tuple(event for event in events if event != -1) for events in (at_first, forward)
+                    )
+                allocator.run(at_first, units, own)
+                if takes_workspaces:
+                    self._take_workspaces()
+            allocator.run(forward, units, own)
+            hidden = own[program.output]
+            slots.append(own)
+            if offload is not None and (index or not program.keeps_input_alone):
+                offload.keep([own[block] for block in offload.blocks_of(program)])
+        if offload is not None:
+            offload.mark()
+            offload.end_forward()
+        return slots
+
+    def _backward(
+        self, layers: Sequence[SizedProgram], slots: Sequence[list[int]], gradient: int, *, leaf: bool
+    ) -> int:
+        """The layers' backward passes; returns the first one's input gradient. A `leaf` input stays."""
+        allocator, offload = self.allocator, self.offload
+        for index in reversed(range(len(layers))):
+            program, units, own = layers[index].program, layers[index].units, slots[index]
+            own[program.incoming] = gradient
+            if offload is not None and (index or not program.keeps_input_alone):
+                offload.run_backward(program, units, own)
+            elif program.checkpointed and (index or not leaf):
+                allocator.run(program.backward[: program.unpacked + 1], units, own)
+                allocator.free(own[0])
+                allocator.run(program.backward[program.unpacked + 1 :], units, own)
+            else:
+                allocator.run(program.backward, units, own)
+            self.gradients += [own[block] for block in program.gradients]
+            if program.outgoing is not None:
+                gradient = own[program.outgoing]
+        if offload is not None:
+            offload.end_backward()
+        return gradient
+
+    def _take_workspaces(self) -> None:
+        """What cuBLAS takes with the main thread's first matrix product, which is the first layer's."""
+        self._take(self.workspace_bytes)
+        if self.biased:
+            self._take(CUBLASLT_WORKSPACE_BYTES)
+
+    def _head(
+        self, hidden: int, casts: Sequence[int], embeddings: int | None, *, first: bool, later: bool
+    ) -> int:
+        """Final norm and head, forward and backward; returns the gradient of the last hidden state."""
+        allocator, norm = self.allocator, self.norm
+        own = [0] * len(self.norm_units)
+        own[0] = hidden
+        allocator.run(norm.forward, self.norm_units, own)
+        if embeddings is not None:
+            allocator.free(embeddings)
+        gradient, kept = self.head.run(
+            allocator,
+            own[norm.output],
+            casts,
+            workspace_bytes=self.workspace_bytes if first else 0,
+            later=later,
+        )
+        self.gradients += kept
+        own[norm.incoming] = gradient
+        allocator.run(norm.backward, self.norm_units, own)
+        self.gradients += [own[block] for block in norm.gradients]
+        if norm.outgoing is None:
+            raise AssertionError("the final norm's input has no gradient")
+        return own[norm.outgoing]
+
+    def _embedding_backward(self, gradient: int, *, later: bool) -> None:
+        """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
+        if self.setup.method != "full":
+            return
+        vocab, hidden = self.model.vocab_size, self.model.hidden_size
+        block = self._take(vocab * hidden * self.width)
+        scratch = embedding_scratch_bytes(self.tokens, vocab, hidden)
+        if scratch:
+            self.allocator.free(self._take(scratch))
+        if later or self.model.tied_embeddings:
+            self.allocator.free(block)
+        else:
+            self.gradients.append(block)

@@ -1,0 +1,285 @@
+"""The timeline of a training step: live bytes at each moment that can be the peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.memory.decoder.groups import Segment
+from planner.memory.decoder.live_bytes import LayerReplay, at, peak
+from planner.memory.held.head import HeadMemory
+from planner.memory.held.trainables import Trainables
+from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Moment
+
+OFFLOAD_STASH = 5
+"""Tensors that TRL's offloading keeps on the GPU until their copies are done (max_fwd_stash_size)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMoment:
+    """One moment of a step, beyond what is there between steps.
+
+    `kept` is what forward keeps for layers not being worked on (checkpoints, or all saved tensors), `live`
+    what the layer at work holds, `workspace` dequantised weights and the like, `head` the output head's.
+    """
+
+    name: str
+    kept_bytes: int
+    live_bytes: int
+    workspace_bytes: int
+    gradient_bytes: int
+    head_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts."""
+        return (
+            self.kept_bytes + self.live_bytes + self.workspace_bytes + self.gradient_bytes + self.head_bytes
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """Size of a micro-step: tokens, attention's score elements, bytes a token of the hidden states that enter
+    the first layer and that leave the last, and whether gradients of earlier micro-steps are there.
+    """
+
+    tokens: int
+    scores: int
+    hidden_bytes_per_token: int
+    leaving_bytes_per_token: int
+    accumulating: bool
+
+
+class StepTimeline:
+    """Moments of a step for one setup."""
+
+    def __init__(
+        self,
+        *,
+        parts: tuple[Segment, ...],
+        final_norm: LayerReplay,
+        head: HeadMemory,
+        trained: Trainables,
+        embedding_gradient_bytes: int,
+        embedding_scratch_bytes: int,
+        tied: bool,
+        raw_embedding: bool,
+        offloads: bool,
+        shape: StepShape,
+    ) -> None:
+        self.parts = parts
+        self.offloads = offloads
+        self.final_norm = final_norm
+        self.head = head
+        self.trained = trained
+        self.embedding_gradient_bytes = embedding_gradient_bytes
+        self.embedding_scratch_bytes = embedding_scratch_bytes
+        self.tied = tied
+        self.shape = shape
+        tokens, scores = shape.tokens, shape.scores
+        self._kept = [self._kept_by(part) for part in parts]
+        self._gradients = [
+            0.0 if shape.accumulating else at(part.replay.gradients, tokens, scores) for part in parts
+        ]
+        self._offloaded_input = max(part.input_bytes_per_token for part in parts) * tokens if offloads else 0
+        # PEFT marks the embedding's output as a leaf that wants a gradient; scaling it makes a second tensor.
+        self._raw_embedding = shape.hidden_bytes_per_token * tokens if raw_embedding else 0
+        first = next(part for part in parts if part.indices[0] == 0)
+        # The model's forward pass holds the embeddings in a variable even if its first layer keeps nothing.
+        self._embeddings_held = 0 if first.replay.keeps_input else shape.hidden_bytes_per_token * tokens
+        self._layers = sum(len(part.indices) for part in parts)
+        self._all_gradients = trained.size_bytes
+
+    def largest(self) -> StepMoment:
+        """The peak of the step."""
+        moments = [*self._head_moments(), *self._layer_moments()]
+        if self.embedding_gradient_bytes:
+            moments.append(self._embedding_backward())
+        return max(moments, key=lambda moment: moment.total_bytes)
+
+    def optimizer_step(self, temporary_bytes: int) -> StepMoment:
+        """Gradients of everything trained, and what the optimizer needs for a moment."""
+        return StepMoment(
+            name="optimizer step",
+            kept_bytes=0,
+            live_bytes=0,
+            workspace_bytes=temporary_bytes,
+            gradient_bytes=self._all_gradients,
+        )
+
+    def forward_only(self, head: HeadMemory) -> StepMoment:
+        """The peak of a forward pass that keeps nothing (evaluation)."""
+        shape = self.shape
+        hidden = 2 * shape.hidden_bytes_per_token * shape.tokens
+        live, workspace = 0, 0
+        for part in self.parts:
+            size, moment = peak(part.replay.forward, shape.tokens, shape.scores)
+            if size > live + workspace:
+                workspace = int(moment[WORKSPACE].at(shape.tokens, shape.scores))
+                live = int(size) - workspace
+        if head.forward_bytes > live + workspace + hidden:
+            return StepMoment(
+                name="output head",
+                kept_bytes=0,
+                live_bytes=0,
+                workspace_bytes=0,
+                gradient_bytes=0,
+                head_bytes=head.forward_bytes,
+            )
+        return StepMoment(
+            name="forward of a decoder layer",
+            kept_bytes=hidden,
+            live_bytes=live,
+            workspace_bytes=workspace,
+            gradient_bytes=0,
+        )
+
+    @property
+    def kept_bytes(self) -> int:
+        """What forward keeps for backward, all layers together."""
+        return self._kept_below(self._layers)
+
+    def _kept_by(self, part: Segment) -> float:
+        """What a layer leaves on the GPU for backward.
+
+        Offloading takes what one node alone has saved to the host (trl/models/activation_offloading.py).
+        """
+        shape = self.shape
+        if part.checkpointed:
+            kept = 0 if self.offloads else part.input_bytes_per_token
+            return (kept + part.selected_bytes_per_token) * shape.tokens
+        saved = part.replay.shared if self.offloads else part.replay.saved
+        return at(saved, shape.tokens, shape.scores)
+
+    def _fetched_before(self, index: int) -> int:
+        """What offloading has brought back for the step before a layer's backward, and not yet let go."""
+        if not self.offloads:
+            return 0
+        if index < self._layers - 1:
+            return self._offloaded_input
+        return int(at(self.final_norm.saved, self.shape.tokens, self.shape.scores))
+
+    def _stashed(self, index: int) -> int:
+        """Inputs of layers below that offloading still holds in forward, the embeddings beside them."""
+        return min(index, OFFLOAD_STASH - 1) * self._offloaded_input
+
+    def _kept_below(self, index: int) -> int:
+        layers = sum(
+            kept * part.count_below(index) for kept, part in zip(self._kept, self.parts, strict=True)
+        )
+        embeddings = self.shape.hidden_bytes_per_token * self.shape.tokens if self.offloads and index else 0
+        return int(layers) + self._raw_embedding + embeddings
+
+    def working_bytes(self) -> int:
+        """What the busiest layer allocates and frees while it is worked on, its saved tensors left out."""
+        tokens, scores = self.shape.tokens, self.shape.scores
+        return max(
+            int(peak(part.replay.backward, tokens, scores)[0] - at(part.replay.saved, tokens, scores))
+            for part in self.parts
+        )
+
+    def _gradients_above(self, index: int) -> int:
+        if self.shape.accumulating:
+            return self._all_gradients
+        layers = sum(
+            gradient * part.count_above(index)
+            for gradient, part in zip(self._gradients, self.parts, strict=True)
+        )
+        return int(layers) + self.head.gradient_bytes
+
+    def _head_moments(self) -> list[StepMoment]:
+        tokens, scores = self.shape.tokens, self.shape.scores
+        kept = self._kept_below(self._layers)
+        accumulated = self._all_gradients if self.shape.accumulating else 0
+        norm_saved = int(at(self.final_norm.saved, tokens, scores))
+        # Offloading still has what two of the norm's nodes have saved (traces llama_off, qwen3_off).
+        norm_left = int(at(self.final_norm.shared, tokens, scores)) if self.offloads else norm_saved
+        norm_peak, _ = peak(self.final_norm.backward, tokens, scores)
+        norm_forward, _ = peak(self.final_norm.forward, tokens, scores)
+        stream = self.shape.leaving_bytes_per_token * tokens
+        moments = [
+            StepMoment(
+                name=name,
+                kept_bytes=kept + stashed,
+                live_bytes=live,
+                workspace_bytes=0,
+                gradient_bytes=accumulated,
+                head_bytes=head_bytes,
+            )
+            for name, head_bytes, stashed, live in (
+                ("output head, forward", self.head.forward_bytes, self._stashed(self._layers), norm_saved),
+                ("output head, backward", self.head.backward_bytes, 0, norm_left),
+            )
+        ]
+        moments.append(
+            StepMoment(
+                name="forward of the final norm",
+                kept_bytes=kept + stream + self._embeddings_held,
+                live_bytes=int(norm_forward),
+                workspace_bytes=0,
+                gradient_bytes=accumulated,
+            )
+        )
+        moments.append(
+            StepMoment(
+                name="backward of the final norm",
+                kept_bytes=kept,
+                live_bytes=int(norm_peak),
+                workspace_bytes=0,
+                gradient_bytes=accumulated or self.head.gradient_bytes,
+            )
+        )
+        return moments
+
+    def _layer_moments(self) -> list[StepMoment]:
+        moments = []
+        tokens, scores = self.shape.tokens, self.shape.scores
+        for part in self.parts:
+            size, moment = peak(part.replay.backward, tokens, scores)
+            own = part.input_bytes_per_token * tokens if part.checkpointed else 0
+            for index in {part.indices[-1], part.indices[0]}:
+                held = own + (self._fetched_before(index) if part.checkpointed else 0)
+                moments.append(
+                    self._layer_moment(f"backward of decoder layer {index}", index, held, size, moment)
+                )
+            forward = part.replay.forward_saving or part.replay.forward
+            size, moment = peak(forward, tokens, scores)
+            index = part.indices[-1]
+            name = f"forward of decoder layer {index}"
+            held = own + (self._embeddings_held if index else 0) + self._stashed(index)
+            # Selective checkpointing has kept this layer's own by the time its MLP is at work.
+            held += part.selected_bytes_per_token * tokens
+            moments.append(self._layer_moment(name, index, held, size, moment, backward=False))
+        return moments
+
+    def _layer_moment(
+        self, name: str, index: int, own: int, size: float, moment: Moment, *, backward: bool = True
+    ) -> StepMoment:
+        tokens, scores = self.shape.tokens, self.shape.scores
+        workspace = int(moment[WORKSPACE].at(tokens, scores))
+        gradients = int(moment[GRADIENTS].at(tokens, scores))
+        live = int(moment[ACTIVATIONS].at(tokens, scores))
+        above = (
+            self._gradients_above(index)
+            if backward
+            else (self._all_gradients if self.shape.accumulating else 0)
+        )
+        return StepMoment(
+            name=name,
+            kept_bytes=self._kept_below(index) + own,
+            live_bytes=live,
+            workspace_bytes=workspace,
+            gradient_bytes=gradients + above,
+        )
+
+    def _embedding_backward(self) -> StepMoment:
+        """The embedding's dense gradient; a second one for a moment when another is there to add it to."""
+        temporary = self.shape.accumulating or self.tied
+        return StepMoment(
+            name="backward of the embedding",
+            kept_bytes=0,
+            live_bytes=self.shape.hidden_bytes_per_token * self.shape.tokens,
+            workspace_bytes=(self.embedding_gradient_bytes if temporary else 0)
+            + self.embedding_scratch_bytes,
+            gradient_bytes=self._all_gradients,
+        )

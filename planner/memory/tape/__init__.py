@@ -1,0 +1,1 @@
+"""Tapes: what a layer's operations allocate, keep and free."""

@@ -1,0 +1,1 @@
+"""Models: shapes, the catalog, configs of the Hub, inspectors of unknown ones."""

@@ -1,0 +1,236 @@
+"""Find a model by what a person typed: a catalog name, a Hub id or a folder with config.json.
+
+The catalog is profiles/models: one spec a model, index.json with every name, configs.json with the fields by
+which a config.json is recognised. All three are written by `vramwise models inspect --all`. Looking a name up
+opens the index and one spec.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from planner.base import data_files
+from planner.base.errors import InputError, MissingExtraError, UnknownNameError, shorten
+from planner.models import hub_config
+from planner.models.spec import ModelSpec
+
+MODELS = data_files.PROFILES / "models"
+MAX_NAME = 4096
+# Organisations that publish unchanged copies under the original's name.
+_MIRRORS = ("unsloth/",)
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_HINT = "(a catalog name, a Hub id such as Qwen/Qwen2.5-14B, or a folder with config.json)"
+
+
+class Inspector(Protocol):
+    """Describes the model of a config that no catalog model equals; needs the training stack."""
+
+    def __call__(self, config: Mapping[str, Any], *, model_id: str, hub_id: str) -> ModelSpec:
+        """Return the spec, or raise InputError or MissingExtraError."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSummary:
+    """A catalog model in a list. `parameter_count` counts tied parameters once."""
+
+    id: str
+    hub_id: str
+    aliases: tuple[str, ...]
+    architecture: str
+    parameter_count: int
+    max_position_embeddings: int
+    experts: int
+
+
+def name_key(name: str) -> str:
+    """One form for the spellings of a name: "Llama 3.1 8B", "llama3.1-8b" and "llama_3_1_8b" are one.
+
+    Case and separators do not count, nor does a separator between a letter and the digit after it.
+    """
+    organisation, slash, rest = name.lower().rpartition("/")
+    parts = re.sub(r"[\s_.\-]+", "-", rest.strip())
+    return organisation.strip() + slash + re.sub(r"(?<=[a-z])-?(?=\d)", "-", parts).strip("-")
+
+
+def catalog_ids() -> tuple[str, ...]:
+    """Ids of the shipped models, in the catalog's order."""
+    return tuple(model["id"] for model in _index()["models"])
+
+
+def list_models() -> tuple[ModelSummary, ...]:
+    """What the catalog holds, without opening the specs."""
+    return tuple(ModelSummary(**{**m, "aliases": tuple(m["aliases"])}) for m in _index()["models"])
+
+
+def resolve_model(name: str, *, allow_network: bool = False, inspector: Inspector | None = None) -> ModelSpec:
+    """Find the model that a name stands for.
+
+    In this order: a catalog name; a model the person inspected before (user_data_dir()/models); a folder; a
+    Hub id, whose config.json comes from the Hub's local cache or, with `allow_network`, from the network
+    (HF_HUB_OFFLINE is respected). A path that starts with a dot, a slash or ~ is only taken as a folder.
+    A config.json that equals a catalog model's in all that matters gets that model's spec; any other needs
+    `inspector`. The download size of a spec is that of its parameters in 16 bits, as models are published.
+
+    Raises:
+        UnknownNameError: no model has that name; close names are suggested.
+        InputError: the folder or its config.json is unusable, or the Hub's cache lacks it.
+        MissingExtraError: the architecture needs the training stack, which is not installed.
+    """
+    if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+        raise InputError(f"model {shorten(name)} is not a name {_HINT}")
+    if name.startswith((".", "/", "~")):
+        return _from_folder(Path(name).expanduser(), inspector)
+    found = _from_catalog(name) or _from_user(name)
+    if found is not None:
+        return found
+    if Path(name).is_dir():
+        return _from_folder(Path(name), inspector)
+    if _HUB_ID.fullmatch(name):
+        return _from_hub(name, allow_network, inspector)
+    raise UnknownNameError("model", name, catalog_ids(), _HINT)
+
+
+def match_config(config: Mapping[str, Any], *, hub_id: str) -> ModelSpec | None:
+    """The catalog model whose shapes and memory a config describes; None if there is none.
+
+    Every field of the config must be one the catalog model has with that value, and every field without which
+    transformers would build another model must be there.
+    """
+    text, _ = hub_config.text_part(config)
+    fields = hub_config.relevant_fields(text)
+    equal = [load_shipped(model_id) for model_id, known in _configs().items() if _equals(fields, known)]
+    if not equal:
+        return None
+    positions = text.get("max_position_embeddings", equal[0].max_position_embeddings)
+    spec = next((s for s in equal if s.max_position_embeddings == positions), equal[0])
+    note = f"{spec.source}; config.json equal to {spec.id}"
+    return replace(spec, hub_id=hub_id, max_position_embeddings=positions, source=note)
+
+
+def _equals(fields: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    accepted = known["accepted"]  # a field that the catalog model does not have may be there as null
+    return all(key in fields for key in known["required"]) and all(
+        value in accepted.get(key, (None,)) for key, value in fields.items()
+    )
+
+
+@functools.cache
+def load_shipped(model_id: str) -> ModelSpec:
+    """Spec of a catalog id."""
+    return _load_spec(MODELS / f"{model_id}.json")
+
+
+def _from_catalog(name: str) -> ModelSpec | None:
+    names: Mapping[str, str] = _index()["names"]
+    key = name_key(name)
+    model_id = names.get(key)
+    for mirror in _MIRRORS:
+        if model_id is None and key.startswith(mirror):
+            model_id = names.get(key.removeprefix(mirror))
+    return None if model_id is None else load_shipped(model_id)
+
+
+def user_spec_path(name: str) -> Path:
+    """Where a model that the person inspected is kept."""
+    return data_files.user_data_dir() / "models" / f"{name_key(name).replace('/', '--')}.json"
+
+
+def _from_user(name: str) -> ModelSpec | None:
+    path = user_spec_path(name)
+    try:
+        return _load_spec(path) if path.is_file() else None
+    except OSError:  # a name too long for the file system is no file
+        return None
+
+
+def _load_spec(path: Path) -> ModelSpec:
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {shorten(str(path))}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{shorten(str(path))} is not a model spec: {shorten(str(error))}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{shorten(str(path))} is not a model spec: it holds no JSON object")
+    return ModelSpec.from_dict(values)
+
+
+def _from_folder(folder: Path, inspector: Inspector | None) -> ModelSpec:
+    config = hub_config.read_config(folder)
+    return _from_config(
+        config, name=folder.resolve().name or str(folder), where=str(folder), inspector=inspector
+    )
+
+
+def _from_config(
+    config: Mapping[str, Any], *, name: str, where: str, inspector: Inspector | None
+) -> ModelSpec:
+    found = match_config(config, hub_id=where)
+    if found is not None:
+        return found
+    if inspector is None:
+        raise MissingExtraError(
+            f"{shorten(where)} ({config['model_type']}) equals no catalog model; describing it",
+            "torch and transformers",
+        )
+    return inspector(config, model_id=name, hub_id=where)
+
+
+def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None) -> ModelSpec:
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    offline = not allow_network or constants.HF_HUB_OFFLINE
+    try:
+        path = Path(hf_hub_download(repository, "config.json", local_files_only=offline))
+        config = hub_config.parse_config(_read_limited(path), where=f"config.json of {repository}")
+    except HFValidationError as error:
+        raise UnknownNameError("model", repository, catalog_ids(), _HINT) from error
+    except (HfHubHTTPError, OSError) as error:
+        if not offline:
+            raise InputError(
+                f"cannot get config.json of {repository} from the Hub: {_first_line(error)}"
+            ) from error
+        how = "HF_HUB_OFFLINE is set" if allow_network else "no network is used unless asked for"
+        hint = f"and is not in the Hugging Face cache ({how})"
+        raise UnknownNameError("model", repository, _hub_ids(), hint) from error
+    return _from_config(config, name=repository.rpartition("/")[2], where=repository, inspector=inspector)
+
+
+def _read_limited(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(hub_config.MAX_CONFIG_BYTES + 1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def _hub_ids() -> list[str]:
+    return [name for model in list_models() for name in (model.hub_id, *model.aliases) if "/" in name]
+
+
+@functools.cache
+def _index() -> dict[str, Any]:
+    return _load_table("index.json")
+
+
+@functools.cache
+def _configs() -> dict[str, Any]:
+    return _load_table("configs.json")
+
+
+def _load_table(name: str) -> dict[str, Any]:
+    try:
+        table = json.loads((MODELS / name).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model catalog is damaged ({name}): reinstall vramwise") from error
+    if not isinstance(table, dict):
+        raise InputError(f"the model catalog is damaged ({name}): reinstall vramwise")
+    return table

@@ -1,0 +1,220 @@
+"""config.json of a model folder or Hub repository: read within limits, checked, reduced to what matters here.
+
+A config is input from elsewhere: its size, depth and numbers are bounded before anything is built from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from planner.base.errors import InputError, shorten
+
+MAX_CONFIG_BYTES = 2**20
+MAX_DEPTH = 12
+MAX_LIST_ITEMS = 10_000
+MAX_TEXT = 20_000
+MAX_NUMBER = 2**53
+
+# Upper bounds, each far above any published model: they keep a hostile or broken config from being built.
+INTEGER_LIMITS = {
+    "num_hidden_layers": 1024,
+    "num_layers": 1024,
+    "n_layer": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**21,
+    "moe_intermediate_size": 2**21,
+    "shared_expert_intermediate_size": 2**21,
+    "head_dim": 2**14,
+    "vocab_size": 2**23,
+    "num_experts": 2**14,
+    "num_local_experts": 2**14,
+    "n_routed_experts": 2**14,
+    "num_experts_per_tok": 2**14,
+    "max_position_embeddings": 2**30,
+    "sliding_window": 2**30,
+}
+_MAY_BE_ZERO = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "sliding_window",
+)
+# Keys that steer how transformers runs a model rather than describe it; in a config.json they are foreign.
+_FOREIGN_KEYS = ("attn_implementation", "experts_implementation", "_attn_", "_flash_attn", "_experts_")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check the config.json of a model folder.
+
+    Raises:
+        InputError: no folder, no config.json, unreadable, too large, not JSON, or refused by `check_config`.
+    """
+    if folder.is_file():
+        raise InputError(f"{shorten(str(folder))} is a file; give the folder that holds config.json")
+    if not folder.is_dir():
+        raise InputError(f"no folder {shorten(str(folder))}")
+    path = folder / "config.json"
+    try:
+        if not path.is_file():
+            raise InputError(f"no config.json in {shorten(str(folder))}")
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {shorten(str(path))}: {error.strerror}") from error
+    return parse_config(content, where=str(path))
+
+
+def parse_config(content: bytes, *, where: str) -> dict[str, Any]:
+    """Parse the bytes of a config.json and check them; `where` names the file in messages."""
+    name = shorten(where)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise InputError(f"{name} is larger than {MAX_CONFIG_BYTES:,} bytes; that is no model config")
+    try:
+        config = json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise InputError(f"{name} is nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"{name} is not valid JSON: {shorten(str(error), 80)}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{name} must hold a JSON object, not {type(config).__name__}")
+    check_config(config, where=where)
+    return config
+
+
+def check_config(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a config that is out of bounds, that names code to run, or whose weights are quantised already.
+
+    Raises:
+        InputError: which key is refused, and why.
+    """
+    name = shorten(where)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type.isprintable() or not 0 < len(model_type) <= 100:
+        raise InputError(f"{name} names no model_type")
+    if config.get("quantization_config") is not None:
+        raise InputError(f"{name} describes quantised weights; give the model they were made from")
+    _check_value("", config, name, depth=0)
+
+
+def _check_value(key: str, value: object, name: str, *, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise InputError(f"{name} is nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, Mapping):
+        for inner_key, inner in value.items():
+            if inner_key.startswith(_FOREIGN_KEYS):
+                raise InputError(f"{name}: key {shorten(inner_key)} is no part of a published config")
+            _check_value(inner_key, inner, name, depth=depth + 1)
+    elif isinstance(value, list):
+        if len(value) > MAX_LIST_ITEMS:
+            raise InputError(f"{name}: {shorten(key)} has more than {MAX_LIST_ITEMS:,} items")
+        for inner in value:
+            _check_value(key, inner, name, depth=depth + 1)
+    elif isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise InputError(f"{name}: {shorten(key)} is longer than {MAX_TEXT:,} characters")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        _check_number(key, value, name)
+    if key in INTEGER_LIMITS and value is not None and not isinstance(value, int | list):
+        raise InputError(f"{name}: {key} is {shorten(value)}, not a whole number")
+
+
+def _check_number(key: str, value: float, name: str) -> None:
+    if not math.isfinite(value) or abs(value) > MAX_NUMBER:
+        raise InputError(f"{name}: {shorten(key)} is {shorten(value)}, which no model has")
+    limit = INTEGER_LIMITS.get(key)
+    if limit is None:
+        return
+    minimum = 0 if key in _MAY_BE_ZERO else 1
+    if not isinstance(value, int) or not minimum <= value <= limit:
+        raise InputError(
+            f"{name}: {key} is {shorten(value)}; expected a whole number from {minimum} to {limit:,}"
+        )
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def text_part(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The language model's config, and whether it was taken out of a multimodal wrapper."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return dict(config), False
+    text = dict(inner)
+    if "model_type" not in text:
+        raise InputError("text_config names no model_type")
+    # Gemma 3 says in the wrapper's config, not in the text model's, that the head is tied.
+    if "tie_word_embeddings" in config and "tie_word_embeddings" not in text:
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    return text, True
+
+
+# Keys that change neither shapes nor what a training step keeps in memory.
+_IRRELEVANT = frozenset(
+    {
+        "architectures",
+        "attention_multiplier",
+        "auto_map",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "embedding_multiplier",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "layer_norm_eps",
+        "logits_scaling",
+        "max_position_embeddings",
+        "norm_topk_prob",
+        "original_max_position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "query_pre_attn_scalar",
+        "residual_multiplier",
+        "return_dict",
+        "rms_norm_eps",
+        "rope_interleaved",
+        "rope_local_base_freq",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    }
+)
+
+
+def relevant_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a text config that decide shapes and memory, in one form for old and new spellings."""
+    fields = {k: v for k, v in config.items() if k not in _IRRELEVANT and not k.startswith("_")}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "partial_rotary_factor" not in fields and isinstance(rope, Mapping):
+        fields["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
+    if fields.get("use_sliding_window") is False:
+        fields.pop("sliding_window", None)
+        fields.pop("max_window_layers", None)
+        if set(fields.get("layer_types") or ()) <= {"full_attention"}:
+            fields.pop("layer_types", None)
+    if "num_local_experts" in fields and config.get("model_type") == "qwen3_moe":
+        fields["num_experts"] = fields.pop("num_local_experts")
+    return fields

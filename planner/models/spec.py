@@ -1,0 +1,243 @@
+"""ModelSpec: a model as the memory and throughput models see it.
+
+A spec is a table of parameters (name pattern, module class, shape, how often) plus one recipe per kind of
+decoder layer. Shipped specs lie in profiles/models, written by `vramwise models inspect` from the
+transformers model on the meta device; nothing in them is derived from a few headline numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from planner.base import validate
+from planner.base.errors import FieldError, InputError
+
+NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
+QK_NORM_KINDS = ("none", "head", "full")
+SCHEMA_VERSION = 1
+
+
+# Totals by table; the table is kept beside its total, so that an id is never that of another one.
+_COUNTS: dict[int, tuple[tuple[Parameter, ...], int]] = {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """Parameters of one shape under one name pattern.
+
+    `name` holds `*` where the decoder layer's index stands ("model.layers.*.self_attn.q_proj.weight");
+    `module_class` is the class that owns it ("Linear", "Embedding", "LlamaRMSNorm", "MixtralExperts");
+    `shape` is torch's, `count` how many tensors follow the pattern. `tied` marks the output head's
+    weight when it is the embedding's own tensor: it is listed for its shape and holds no memory.
+    """
+
+    name: str
+    module_class: str
+    shape: tuple[int, ...]
+    count: int
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        validate.text("parameter name", self.name)
+        validate.text("module_class", self.module_class)
+        if not self.shape:
+            raise FieldError(f"{self.name} shape", self.shape, "at least one dimension")
+        for size in self.shape:
+            validate.integer(f"{self.name} shape", size, minimum=1, maximum=2**40)
+        validate.integer(f"{self.name} count", self.count, minimum=1, maximum=10**6)
+        validate.boolean(f"{self.name} tied", self.tied)
+
+    @property
+    def module_name(self) -> str:
+        """Last part of the owning module's path, what PEFT's target_modules match ("q_proj")."""
+        parts = self.name.split(".")
+        return parts[-2] if len(parts) > 1 else parts[0]
+
+    @property
+    def kind(self) -> str:
+        """Last part of the name: "weight", "bias", or a bare tensor's own name ("gate_up_proj")."""
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def in_decoder_layer(self) -> bool:
+        """Whether it belongs to the repeated decoder layers."""
+        return "*" in self.name
+
+    @property
+    def elements(self) -> int:
+        """Elements of one tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """One kind of decoder layer: what its forward pass does, as far as memory and work depend on it.
+
+    `indices` are the positions of these layers in the model. `norm` is the kind of its norms: "rms" casts
+    the input to fp32 and back before the weight, "rms_fp32_weight" multiplies by the weight in fp32 and
+    casts the product back (Gemma, OLMo 2), "layernorm" is torch's. `input_norms` says whether attention and
+    MLP read normed inputs (pre-norm), `output_norms` whether their outputs are normed before the residual
+    addition. `qk_norm` is "head" when queries and keys are normed per head, "full" when normed before the
+    split into heads. `experts` is 0 for a dense MLP. `activation` is transformers' hidden_act.
+    `rotary_dim` is how much of each head the rotation turns (null: all of it); `rotary_concatenated` says
+    that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
+    `attention_dropout` is the probability that the model's config sets.
+    """
+
+    indices: tuple[int, ...]
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    activation: str
+    norm: str = "rms"
+    input_norms: bool = True
+    output_norms: bool = False
+    qk_norm: str = "none"
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    gated_mlp: bool = True
+    rotary: bool = True
+    sliding_window: int | None = None
+    attention_softcap: bool = False
+    residual_multiplier: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    rotary_dim: int | None = None
+    rotary_concatenated: bool = False
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.indices:
+            raise FieldError("layer indices", self.indices, "at least one")
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            validate.integer(name, getattr(self, name), minimum=1, maximum=2**24)
+        for name in (
+            "intermediate_size",
+            "experts",
+            "experts_per_token",
+            "expert_intermediate_size",
+            "shared_expert_intermediate_size",
+        ):
+            validate.integer(name, getattr(self, name), minimum=0, maximum=2**24)
+        if self.rotary_dim is not None:
+            validate.integer("rotary_dim", self.rotary_dim, minimum=1, maximum=self.head_dim)
+        validate.number("attention_dropout", self.attention_dropout, minimum=0.0, maximum=1.0)
+        validate.choice("norm", self.norm, NORM_KINDS)
+        validate.choice("qk_norm", self.qk_norm, QK_NORM_KINDS)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise FieldError(
+                "num_key_value_heads", self.num_key_value_heads, f"a divisor of {self.num_attention_heads}"
+            )
+
+    @property
+    def count(self) -> int:
+        """How many layers are of this kind."""
+        return len(self.indices)
+
+    @property
+    def normed_around(self) -> bool:
+        """Whether attention and MLP have a norm before and one after them (Gemma 2 and 3)."""
+        return self.input_norms and self.output_norms
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries of a token."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all keys (or values) of a token."""
+        return self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A model's exact shapes.
+
+    `id` is what people type, `hub_id` where its weights are, `architecture` transformers' class,
+    `default_attn_implementation` what transformers picks for it, `embedding_multiplier` whether the
+    embedding output is scaled (a second tensor), `final_logit_softcapping` and `logit_scale` what the
+    head applies. `rotary_tables` counts the cos/sin pairs of a forward pass (Gemma 3: one per attention
+    type). `default_experts_implementation` is how transformers runs the experts of an MoE layer by
+    default ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size
+    of the weights as published. `source` says how the spec was made (command and library versions).
+    """
+
+    id: str
+    hub_id: str
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    parameters: tuple[Parameter, ...]
+    layers: tuple[LayerSpec, ...]
+    tied_embeddings: bool
+    default_attn_implementation: str
+    source: str
+    aliases: tuple[str, ...] = ()
+    final_norm: str = "rms"
+    embedding_multiplier: bool = False
+    final_logit_softcapping: bool = False
+    logit_scale: bool = False
+    rotary_tables: int = 1
+    default_experts_implementation: str | None = None
+    download_bytes: int | None = None
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def __post_init__(self) -> None:
+        validate.text("id", self.id)
+        validate.integer("vocab_size", self.vocab_size, minimum=1, maximum=2**28)
+        validate.integer("hidden_size", self.hidden_size, minimum=1, maximum=2**24)
+        if self.schema_version != SCHEMA_VERSION:
+            raise FieldError("schema_version", self.schema_version, str(SCHEMA_VERSION))
+        positions = sorted(index for layer in self.layers for index in layer.indices)
+        if positions != list(range(len(positions))) or not positions:
+            raise InputError(f"{self.id}: the layer recipes do not cover the decoder layers once each")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of decoder layers."""
+        return sum(layer.count for layer in self.layers)
+
+    @property
+    def parameter_count(self) -> int:
+        """All parameters, tied ones once: the published total."""
+        known = _COUNTS.get(id(self.parameters))
+        if known is None or known[0] is not self.parameters:
+            count = sum(p.elements * p.count for p in self.parameters if not p.tied)
+            known = _COUNTS[id(self.parameters)] = (self.parameters, count)
+        return known[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """Read the JSON form.
+
+        Raises:
+            InputError: the JSON does not describe a model.
+        """
+        try:
+            rest = {k: v for k, v in values.items() if k not in ("parameters", "layers", "aliases")}
+            return cls(
+                parameters=tuple(
+                    Parameter(**{**p, "shape": tuple(p["shape"])}) for p in values["parameters"]
+                ),
+                layers=tuple(
+                    LayerSpec(**{**layer, "indices": tuple(layer["indices"])}) for layer in values["layers"]
+                ),
+                aliases=tuple(values.get("aliases", ())),
+                **rest,
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"not a model spec: {error}") from error

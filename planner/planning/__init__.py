@@ -1,0 +1,1 @@
+"""Requests to plans: what is left open, schedule, needs, advice, comparisons."""

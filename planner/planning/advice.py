@@ -1,0 +1,192 @@
+"""Advice: changes that make a plan fit, or that use what it leaves, each estimated like the plan itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from planner.answers.plan import Advice
+from planner.gpus.target import GpuTarget
+from planner.models.catalog import ModelSummary, list_models, resolve_model
+from planner.models.spec import ModelSpec
+from planner.planning.savings import Change, all_together, savings
+from planner.search import search
+from planner.search.evaluator import Candidate, Evaluator
+from planner.search.longest import longest_length
+from planner.setup.methods import with_method
+from planner.setup.request import PlanRequest
+from planner.setup.training_setup import TrainingSetup
+
+LARGE_RANKS = (64, 32)
+MAX_ADVICE = 6
+WORTH_MENTIONING = 1.05
+KEPT = ("packing", "train_sampling_strategy", "attn_implementation")
+"""What the plan has chosen and advice leaves as it is: how examples are batched."""
+
+
+def make_it_fit(evaluator: Evaluator, setup: TrainingSetup, target: GpuTarget) -> tuple[Advice, ...]:
+    """Changes to a setup that does not fit: those that make it fit first, then by bytes saved."""
+    now = evaluator.evaluate(setup).peak_upper_bytes
+    found = [_advice(evaluator, change, now) for change in savings(setup, evaluator.model, target)]
+    combined = all_together(setup, evaluator.model, target)
+    useful = [one for one in found if one is not None and one.change_bytes < 0]
+    together = None if combined is None else _advice(evaluator, combined, now)
+    if together is not None and len(useful) > 1 and not any(one.fits for one in useful):
+        useful.append(together)
+    # Changes come with the least harm first, and the sort keeps that order among those that fit.
+    useful.sort(key=lambda one: (not one.fits, 0 if one.fits else one.change_bytes))
+    extra = [_free_memory(now, target, evaluator), _smaller_model(evaluator, setup, now)]
+    return (*useful[:MAX_ADVICE], *(one for one in extra if one is not None))
+
+
+def use_what_is_left(
+    evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest, effective_batch_size: int | None = None
+) -> tuple[Advice, ...]:
+    """Ways to spend the memory that a fitting plan leaves: rank, length, 16-bit LoRA; each searched anew.
+
+    `effective_batch_size` counts examples; the setup's own sequences stand for them without it.
+    """
+    effective = setup.effective_batch_size if effective_batch_size is None else effective_batch_size
+    now = evaluator.evaluate(setup).peak_upper_bytes
+    found = []
+    for group in (*_spendings(setup), _longer(evaluator, setup, request)):
+        for change in group:
+            best = _searched(evaluator, change.setup, effective, request)
+            if best is None:
+                continue
+            found.append(
+                Advice(
+                    title=change.title,
+                    flags=change.flags,
+                    effect=change.effect,
+                    peak_upper_bytes=best.peak_upper_bytes,
+                    change_bytes=best.peak_upper_bytes - now,
+                    fits=True,
+                    tokens_per_second=best.tokens_per_second,
+                )
+            )
+            break
+    return tuple(found)
+
+
+def _advice(evaluator: Evaluator, change: Change, now: int) -> Advice | None:
+    candidate = evaluator.try_evaluate(change.setup)
+    if candidate is None:
+        return None
+    return Advice(
+        title=change.title,
+        flags=change.flags,
+        effect=change.effect,
+        peak_upper_bytes=candidate.peak_upper_bytes,
+        change_bytes=candidate.peak_upper_bytes - now,
+        fits=evaluator.fits(candidate),
+        tokens_per_second=candidate.tokens_per_second,
+    )
+
+
+def _free_memory(now: int, target: GpuTarget, evaluator: Evaluator) -> Advice | None:
+    if not target.held_bytes:
+        return None
+    what = "close the other processes on the GPU" if target.index is not None else "detach the display"
+    return Advice(
+        title=what,
+        flags="",
+        effect="frees what they hold",
+        peak_upper_bytes=now,
+        change_bytes=0,
+        fits=now <= evaluator.usable_bytes + target.held_bytes,
+        tokens_per_second=None,
+    )
+
+
+def _smaller_model(evaluator: Evaluator, setup: TrainingSetup, now: int) -> Advice | None:
+    """The largest smaller model of the family that fits with the same setup."""
+    for summary in _family(evaluator.model):
+        other = Evaluator(resolve_model(summary.id), evaluator.gpu, evaluator.usable_bytes)
+        candidate = other.try_evaluate(setup.replace(model=summary.id))
+        if candidate is not None and other.fits(candidate):
+            return Advice(
+                title=f"{summary.id} instead",
+                flags=f"--model {summary.id}",
+                effect="the largest of its family that fits",
+                peak_upper_bytes=candidate.peak_upper_bytes,
+                change_bytes=candidate.peak_upper_bytes - now,
+                fits=True,
+                tokens_per_second=candidate.tokens_per_second,
+            )
+    return None
+
+
+def _family(model: ModelSpec) -> list[ModelSummary]:
+    """Smaller catalog models of the same name: those of the same generation first, the largest first."""
+    name = re.match(r"[a-z]+", model.id)
+    generation = model.id.rpartition("-")[0]
+    smaller = [
+        summary
+        for summary in list_models()
+        if name is not None
+        and summary.id.startswith(name[0])
+        and summary.parameter_count < model.parameter_count
+    ]
+    return sorted(smaller, key=lambda s: (s.id.rpartition("-")[0] != generation, -s.parameter_count))
+
+
+def _spendings(setup: TrainingSetup) -> Iterator[tuple[Change, ...]]:
+    """Groups of changes that need more memory; of each group the first that fits is wanted."""
+    if setup.uses_lora:
+        yield tuple(
+            Change(
+                title=f"rank {rank}",
+                flags=f"--lora-r {rank}",
+                effect="a larger adapter",
+                setup=setup.replace(lora_r=rank, lora_alpha=None),
+            )
+            for rank in LARGE_RANKS
+            if rank > setup.lora_r
+        )
+    if setup.method == "qlora":
+        yield (
+            Change(
+                title="16-bit LoRA",
+                flags="--method lora",
+                effect="no quantisation of the base",
+                setup=with_method(setup, "lora"),
+            ),
+        )
+
+
+def _longer(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) -> tuple[Change, ...]:
+    """The longest length that fits, when it is worth mentioning."""
+    shape: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps * setup.per_device_train_batch_size,
+        "gradient_checkpointing": True,
+        "activation_memory_budget": None,
+    }
+    smallest = setup if any(name in request.fixed for name in shape) else setup.replace(**shape)
+    limit = evaluator.model.max_position_embeddings
+    length = None
+    if limit > setup.max_length:
+        length = longest_length(evaluator, smallest, start=setup.max_length, limit=limit)
+    if length is None or length < setup.max_length * WORTH_MENTIONING:
+        return ()
+    return (
+        Change(
+            title=f"length {length:,}",
+            flags=f"--max-length {length}",
+            effect="the longest that fits",
+            setup=setup.replace(max_length=length),
+        ),
+    )
+
+
+def _searched(
+    evaluator: Evaluator, setup: TrainingSetup, effective: int, request: PlanRequest
+) -> Candidate | None:
+    """The fastest that fits with the changed setup as base, batched as that is."""
+    fixed: dict[str, Any] = {name: getattr(setup, name) for name in KEPT} | request.fixed
+    if evaluator.try_evaluate(setup) is None:
+        return None
+    result = search(setup, evaluator, effective_batch_size=effective, fixed=fixed, thorough=False)
+    return None if result.chosen is None else result.chosen.candidate

@@ -1,0 +1,149 @@
+"""Several models and GPUs beside each other; the smallest card for a model; the largest models for a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from planner.answers.plan import Plan
+from planner.gpus.target import GpuTarget
+from planner.models.catalog import list_models, resolve_model
+from planner.models.spec import ModelSpec
+from planner.search.cards import native, smallest_gpu_for
+from planner.search.evaluator import Evaluator
+from planner.search.longest import longest_length
+from planner.setup import defaults
+from planner.setup.defaults import DEFAULT_LENGTHS
+from planner.setup.training_setup import TrainingSetup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One model on one GPU with its planned setup; where it does not fit, the smallest setup tried."""
+
+    model: str
+    gpu: str
+    method: str
+    fits: bool
+    max_length: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    peak_upper_bytes: int
+    usable_bytes: int
+    tokens_per_second: float | None
+    hours_per_million_tokens: float | None
+    usd_per_million_tokens: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallestCard:
+    """The card with least memory that takes a model by a method at a length; null when none does."""
+
+    method: str
+    max_length: int
+    peak_upper_bytes: int
+    gpu: str | None
+    usable_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongestLength:
+    """How long a model's sequences may be on a card, at micro-batch 1 with all layers checkpointed."""
+
+    model: str
+    parameter_count: int
+    max_length: int
+    peak_upper_bytes: int
+    reaches_model_limit: bool
+
+
+def row_of(plan: Plan) -> Row:
+    """The row of a plan made without data."""
+    setup, duration = plan.setup, plan.duration
+    return Row(
+        model=plan.request.model,
+        gpu=plan.gpu.text.strip(),
+        method=setup.method,
+        fits=plan.fits,
+        max_length=setup.max_length,
+        per_device_train_batch_size=setup.per_device_train_batch_size,
+        gradient_accumulation_steps=setup.gradient_accumulation_steps,
+        gradient_checkpointing=setup.gradient_checkpointing,
+        peak_upper_bytes=plan.memory.peak_upper_bytes,
+        usable_bytes=plan.gpu.usable_bytes,
+        tokens_per_second=None if plan.speed is None else plan.speed.tokens_per_second,
+        hours_per_million_tokens=None if duration is None else duration.hours,
+        usd_per_million_tokens=None if duration is None else duration.usd,
+    )
+
+
+def smallest_cards(
+    base: TrainingSetup, model: ModelSpec, methods: tuple[str, ...], *, given_length: int | None = None
+) -> tuple[SmallestCard, ...]:
+    """The smallest card for each method and default length (or the given one), the base's other knobs kept.
+
+    Raises:
+        NotModelledError: a knob whose memory is not modelled.
+    """
+    from planner.memory import estimate_memory
+    from planner.setup.methods import with_method
+
+    lengths = defaults.lengths(model, given_length, None)
+    found = []
+    for method in methods:
+        for length in lengths:
+            setup = with_method(base, method).replace(max_length=length)
+            about = estimate_memory(setup, model).peak_upper_bytes
+            gpu = smallest_gpu_for(setup, model, about)
+            needed = about
+            if gpu is not None:
+                needed = estimate_memory(native(setup, gpu), model, gpu=gpu, replay=True).peak_upper_bytes
+            found.append(
+                SmallestCard(
+                    method=method,
+                    max_length=length,
+                    peak_upper_bytes=needed,
+                    gpu=None if gpu is None else gpu.id,
+                    usable_bytes=None if gpu is None else gpu.usable_bytes,
+                )
+            )
+    return tuple(found)
+
+
+def longest_lengths(
+    target: GpuTarget, base: TrainingSetup, *, processes: int = 1
+) -> tuple[LongestLength, ...]:
+    """For each model of the catalog that fits, the longest sequences that do; the largest model first.
+
+    Lengths are tried in steps of 64 tokens up to what the model was made for. With several `processes` models
+    are shared out among them, which a script may do only below `if __name__ == "__main__"`.
+    """
+    names = [summary.id for summary in list_models()]
+    one = partial(_longest, target, base)
+    if processes == 1:
+        found = [one(name) for name in names]
+    else:
+        from concurrent.futures import ProcessPoolExecutor
+
+        with ProcessPoolExecutor(min(processes, len(names))) as pool:
+            found = list(pool.map(one, names))
+    fitting = [longest for longest in found if longest is not None]
+    return tuple(sorted(fitting, key=lambda one: (-one.parameter_count, one.model)))
+
+
+def _longest(target: GpuTarget, base: TrainingSetup, name: str) -> LongestLength | None:
+    model = resolve_model(name)
+    evaluator = Evaluator(model, target.spec, target.usable_bytes)
+    base = base.replace(model=name)
+    limit = model.max_position_embeddings
+    length = longest_length(evaluator, base, start=DEFAULT_LENGTHS[-1], limit=limit, confirm=True)
+    if length is None:
+        return None
+    return LongestLength(
+        model=model.id,
+        parameter_count=model.parameter_count,
+        max_length=length,
+        peak_upper_bytes=evaluator.confirm(base.replace(max_length=length), whole=True).peak_upper_bytes,
+        reaches_model_limit=length == limit,
+    )

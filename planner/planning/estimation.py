@@ -1,0 +1,116 @@
+"""estimate: a given setup's memory and speed on a GPU, as `vramwise estimate` answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.gpus.target import GpuTarget, resolve_gpu
+from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory.breakdown import Basis
+from planner.models.catalog import Inspector, resolve_model
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
+from planner.throughput import StepEstimate
+from planner.throughput.roofline import forecast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """One setup's figures, of one GPU but for the speed. `fits`: the upper end of the largest phase does."""
+
+    setup: TrainingSetup
+    memory: MemoryBreakdown
+    speed: StepEstimate | None
+    fits: bool
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate of all processes together; None where no forecast is possible."""
+        return None if self.speed is None else self.speed.tokens_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: the contract of `vramwise estimate --json`."""
+        memory = self.memory
+        return {
+            "setup": self.setup.to_dict(),
+            "weights_bytes": memory.weights_bytes,
+            "allocated_bytes": memory.allocated_bytes,
+            "reserved_bytes": memory.reserved_bytes,
+            "process_bytes": memory.process_bytes,
+            "process_upper_bytes": memory.process_upper_bytes,
+            "components": {part.name: part.size_bytes for part in memory.components},
+            "phases": {phase.name: phase.process_bytes for phase in memory.phases},
+            "tokens_per_second": self.tokens_per_second,
+            "fits": self.fits,
+            "basis": _basis(memory.basis, self.speed),
+        }
+
+
+class Estimator:
+    """Estimates setups of any models on one GPU; each model is looked up once.
+
+    `inspector` and `allow_network` are those of planner.models.catalog.resolve_model.
+    """
+
+    def __init__(
+        self, target: GpuTarget, *, allow_network: bool = False, inspector: Inspector | None = None
+    ) -> None:
+        self.target = target
+        self._allow_network = allow_network
+        self._inspector = inspector
+        self._models: dict[str, ModelSpec] = {}
+
+    def estimate(self, setup: TrainingSetup, *, replay: bool = True) -> Estimate:
+        """Estimate one setup, with torch's allocator replayed or (500 times as fast) its reserve fitted.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+            InputError: the model is unknown, or does not have what the setup asks of it.
+        """
+        model = self._model(setup.model)
+        memory = estimate_memory(setup, model, gpu=self.target.spec, replay=replay)
+        return Estimate(
+            setup=setup,
+            memory=memory,
+            speed=forecast(setup, model, self.target.spec),
+            fits=memory.fits(self.target.usable_bytes),
+        )
+
+    def _model(self, name: str) -> ModelSpec:
+        found = self._models.get(name)
+        if found is None:
+            found = resolve_model(name, allow_network=self._allow_network, inspector=self._inspector)
+            self._models[name] = found
+        return found
+
+
+def estimate(
+    setup: TrainingSetup | Mapping[str, Any],
+    *,
+    gpu: str | None = None,
+    display: bool = False,
+    replay: bool = True,
+) -> Estimate:
+    """Estimate one setup, given as such or in its JSON form, on a GPU (null: this machine's).
+
+    With `replay` reserved memory is told by a replay of torch's allocator, else by a fit.
+
+    Raises:
+        InputError: setup, model or GPU are not usable, or a knob is not modelled.
+    """
+    wanted = setup if isinstance(setup, TrainingSetup) else TrainingSetup.from_dict(setup)
+    return Estimator(resolve_gpu(gpu, display=display)).estimate(wanted, replay=replay)
+
+
+def _basis(basis: Basis, speed: StepEstimate | None) -> dict[str, Any]:
+    return {
+        "coefficients": basis.coefficients,
+        "record_count": basis.record_count,
+        "stack_versions": dict(basis.stack_versions),
+        "reserve": basis.reserve,
+        "measured": basis.measured,
+        "notes": list(basis.notes),
+        "speed": None if speed is None else speed.basis,
+    }

@@ -1,0 +1,191 @@
+"""make_plan: PlanRequest -> Plan."""
+
+from __future__ import annotations
+
+from planner.answers.plan import Alternative, MethodFigures, Plan, PlannedModel
+from planner.data.lengths import DatasetStats
+from planner.gpus.target import GpuTarget, resolve_gpu
+from planner.memory.held.trainables import trainables
+from planner.models.catalog import Inspector, resolve_model
+from planner.models.spec import ModelSpec
+from planner.planning.advice import make_it_fit, use_what_is_left
+from planner.planning.assumptions import assumptions
+from planner.planning.choosing import Chosen, choose, policy_lengths
+from planner.planning.needs import load_needs, model_notes
+from planner.planning.other_cards import Question, other_cards
+from planner.planning.schedule import make_duration, make_schedule, summarise_data
+from planner.search import SPEED_TIE, Tried, finish_seconds
+from planner.search.cards import smallest_card
+from planner.search.evaluator import Candidate, Evaluator
+from planner.search.frontier import frontier
+from planner.setup.attention import attention_implementation
+from planner.setup.request import PlanRequest
+from planner.setup.training_setup import METHODS, TrainingSetup
+from planner.throughput.epoch import Examples
+
+
+def make_plan(
+    request: PlanRequest,
+    *,
+    stats: DatasetStats | None = None,
+    allow_network: bool = False,
+    inspector: Inspector | None = None,
+    target: GpuTarget | None = None,
+) -> Plan:
+    """Choose the fastest setup that fits and say what it needs.
+
+    `stats` are the lengths of the request's data where they have been measured with the model's tokenizer;
+    without them they are estimated from the size of the texts.
+    `inspector` describes models that equal none of the catalog (it needs the training stack); with
+    `allow_network` the config of a Hub id may be fetched. `target` stands in for the request's GPU: a card of
+    which less is to be used than it has.
+
+    Raises:
+        InputError: model, GPU, data or knobs are not usable.
+        MissingExtraError: the model's architecture needs the training stack, which is not installed.
+    """
+    target = resolve_gpu(request.gpu, display=request.display) if target is None else target
+    model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
+    if stats is None and request.data is not None:
+        stats = read_stats(request.data)
+    examples = None if stats is None else Examples(stats)
+    evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples)
+    chosen = choose(request, target, evaluator, stats)
+    best = chosen.tried.candidate
+    setup = best.setup
+    schedule = make_schedule(request, setup, model, examples, chosen.effective_batch_size)
+    data = None if examples is None else summarise_data(str(request.data), examples, setup)
+    lengths = policy_lengths(request, model, stats)
+    card = None if chosen.fits else smallest_card(evaluator, setup, lengths)
+    duration = make_duration(best, schedule, target, request.price_usd_per_hour)
+    question = Question(
+        tried=chosen.result.tried,
+        chosen=best,
+        fits=chosen.fits,
+        lengths=lengths,
+        open_ended=stats is None and "max_length" not in request.fixed,
+        fixed=frozenset(request.fixed),
+        tokens=chosen.tokens,
+        duration=duration,
+        smallest=card,
+    )
+    return Plan(
+        request=request,
+        gpu=target,
+        model=_planned_model(model, setup),
+        fits=chosen.fits,
+        setup=setup,
+        strategy=chosen.tried.strategy,
+        schedule=schedule,
+        memory=best.memory,
+        speed=best.speed,
+        duration=duration,
+        loading=load_needs(model, setup, best.memory),
+        data=data,
+        methods=_methods(evaluator, best, fits=chosen.fits),
+        alternatives=_alternatives(chosen, evaluator),
+        advice=(
+            use_what_is_left(evaluator, setup, request, chosen.effective_batch_size)
+            if chosen.fits
+            else make_it_fit(evaluator, setup, target)
+        ),
+        smallest_gpu=card,
+        assumptions=assumptions(request, target, setup, schedule, data, chosen),
+        notes=model_notes(model, setup, best.memory, target.usable_bytes),
+        frontier=frontier(chosen.result.tried, chosen.tried, evaluator, tokens=chosen.tokens),
+        other_cards=other_cards(question, evaluator),
+    )
+
+
+def read_stats(path: str) -> DatasetStats:
+    """Lengths of a data file, estimated from the size of its texts and remembered for as long as it stays.
+
+    Raises:
+        InputError: the file cannot be read or is not training data.
+    """
+    from pathlib import Path
+
+    from planner.data.remembered import estimated_lengths
+
+    return estimated_lengths(Path(path))
+
+
+def _planned_model(model: ModelSpec, setup: TrainingSetup) -> PlannedModel:
+    return PlannedModel(
+        id=model.id,
+        hub_id=model.hub_id,
+        architecture=model.architecture,
+        parameter_count=model.parameter_count,
+        trainable_parameters=trainables(setup, model).elements,
+        num_hidden_layers=model.num_hidden_layers,
+        max_position_embeddings=model.max_position_embeddings,
+        attn_implementation=attention_implementation(setup, model),
+        source=model.source,
+    )
+
+
+def _methods(evaluator: Evaluator, best: Candidate, *, fits: bool) -> tuple[MethodFigures, ...]:
+    """The plan's own method as planned; the others by the fitted estimate."""
+    from planner.search.cards import smallest_gpu_for
+    from planner.setup.methods import with_method
+
+    found = []
+    for method in METHODS:
+        own = method == best.setup.method
+        candidate = best if own else evaluator.try_evaluate(with_method(best.setup, method))
+        if candidate is None:
+            continue
+        gpu = smallest_gpu_for(candidate.setup, evaluator.model, candidate.peak_upper_bytes, confirm=False)
+        if own and fits and (gpu is None or gpu.usable_bytes > evaluator.gpu.usable_bytes):
+            gpu = evaluator.gpu
+        found.append(
+            MethodFigures(
+                method=method,
+                weights_bytes=candidate.memory.weights_bytes,
+                allocated_bytes=candidate.memory.allocated_bytes,
+                process_bytes=candidate.memory.process_bytes,
+                peak_upper_bytes=candidate.peak_upper_bytes,
+                fits=evaluator.fits(candidate),
+                tokens_per_second=candidate.tokens_per_second,
+                smallest_gpu=None if gpu is None else gpu.id,
+            )
+        )
+    return tuple(found)
+
+
+def _alternatives(chosen: Chosen, evaluator: Evaluator) -> tuple[Alternative, ...]:
+    best = chosen.tried.candidate
+    found = []
+    for one in chosen.result.tried:
+        if one.candidate.setup == best.setup:
+            continue
+        candidate = one.candidate
+        lost, amount = _why_lost(one, best, chosen.tokens, evaluator.usable_bytes)
+        found.append(
+            Alternative(
+                strategy=one.strategy,
+                per_device_train_batch_size=candidate.setup.per_device_train_batch_size,
+                gradient_accumulation_steps=candidate.setup.gradient_accumulation_steps,
+                peak_upper_bytes=candidate.peak_upper_bytes,
+                tokens_per_second=candidate.tokens_per_second,
+                fits=one.fits,
+                lost=lost,
+                amount=amount,
+            )
+        )
+    return tuple(found)
+
+
+def _why_lost(one: Tried, best: Candidate, tokens: int, usable_bytes: int) -> tuple[str, float]:
+    """Why a setup that was tried is not the plan's, and by how much, in Alternative's words."""
+    candidate = one.candidate
+    if not one.fits:
+        return "too large", float(candidate.peak_upper_bytes - usable_bytes)
+    seconds, least = (finish_seconds(each, tokens) for each in (candidate, best))
+    given_up = 0.0 if seconds is None or least is None else max(0.0, 1 - least / seconds)
+    if given_up > 1 - 1 / (1 + SPEED_TIE):
+        return "slower", given_up
+    if candidate.setup.activation_offloading and not best.setup.activation_offloading:
+        return "offloads", given_up
+    larger = candidate.peak_upper_bytes - best.peak_upper_bytes
+    return ("tie", float(larger)) if larger > 0 else ("slower", given_up)

@@ -1,0 +1,104 @@
+"""What a run needs beside the GPU: download, disk, host memory; and facts that guides get wrong."""
+
+from __future__ import annotations
+
+import math
+
+from planner.answers.plan import LoadNeeds, Note
+from planner.memory.breakdown import MemoryBreakdown
+from planner.memory.held.micro_step import micro_step
+from planner.models.spec import ModelSpec
+from planner.setup.training_setup import TrainingSetup
+from planner.throughput.work import step_work
+
+# Allowance for the training process itself, not measured on a GPU: the imports of torch, transformers, TRL,
+# PEFT and bitsandbytes held 0.49 GB resident with torch 2.13's CPU build; CUDA's libraries come on top.
+HOST_PROCESS_BYTES = 3_000_000_000
+# Weights are published in 16 bits and read tensor by tensor: one as mapped from the file, one converted.
+PUBLISHED_BYTES_PER_PARAMETER = 2
+TENSORS_AT_ONCE = 2
+# Checkpoints kept (adapter, its optimizer state) beside the saved adapter.
+SAVED_COPIES = 3
+
+
+def load_needs(model: ModelSpec, setup: TrainingSetup, memory: MemoryBreakdown) -> LoadNeeds:
+    """Download, disk and host memory to load the model, train and save the result."""
+    largest = max(p.elements for p in model.parameters) * PUBLISHED_BYTES_PER_PARAMETER
+    trained = sum(c.size_bytes for c in memory.components if c.name == "adapter")
+    download = model.download_bytes
+    return LoadNeeds(
+        download_bytes=download,
+        disk_bytes=None if download is None else download + SAVED_COPIES * trained,
+        host_memory_bytes=HOST_PROCESS_BYTES + max(TENSORS_AT_ONCE * largest, offloaded_bytes(setup, model)),
+    )
+
+
+def offloaded_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
+    """Pinned host memory for what activation offloading takes off the GPU, at most.
+
+    torch rounds pinned blocks up to a power of two (aten/src/ATen/core/CachingHostAllocator.h, allocate).
+    Where every layer is checkpointed each leaves its input; else what layers keep is taken at twice its size.
+    """
+    if not setup.activation_offloading:
+        return 0
+    if setup.gradient_checkpointing and setup.checkpointed_layers is None:
+        shape = micro_step(setup)
+        block = shape.tokens * model.hidden_size * shape.stream_bytes
+        return model.num_hidden_layers * (1 << (block - 1).bit_length())
+    return 2 * int(step_work(setup, model).offloaded_bytes)
+
+
+def model_notes(
+    model: ModelSpec, setup: TrainingSetup, memory: MemoryBreakdown, usable_bytes: int
+) -> tuple[Note, ...]:
+    """What guides get wrong about such a run: weights that stay in 16 bits, what paging does not page."""
+    notes = []
+    if memory.weights_bytes > usable_bytes:
+        notes.append(
+            Note(
+                text="the weights alone take {size}; a paged optimizer pages its own state, never weights",
+                size_bytes=memory.weights_bytes,
+            )
+        )
+    if setup.prepare_for_kbit_training:
+        notes.append(
+            Note(
+                text="prepare_model_for_kbit_training turns what is not quantised into float32; TRL's "
+                "SFTTrainer does not call it, and QLoRA does not need it"
+            )
+        )
+    if setup.method == "qlora":
+        notes += _unquantized_notes(model, setup)
+    return tuple(notes)
+
+
+def _unquantized_notes(model: ModelSpec, setup: TrainingSetup) -> list[Note]:
+    width = 4 if setup.dtype == "float32" else 2
+    notes = []
+    experts = sum(
+        p.elements * p.count
+        for p in model.parameters
+        if len(p.shape) == 3 and p.in_decoder_layer and not p.tied
+    )
+    if experts:
+        notes.append(
+            Note(
+                text="the experts' weights, {size}, are not quantised: bitsandbytes replaces nn.Linear only, "
+                "and transformers keeps experts as 3-D tensors",
+                size_bytes=experts * width,
+            )
+        )
+    embeddings = sum(
+        math.prod(p.shape) * p.count
+        for p in model.parameters
+        if not p.tied and (p.module_class == "Embedding" or p.module_name == "lm_head")
+    )
+    if embeddings:
+        tied = " (tied, held once)" if model.tied_embeddings else ""
+        notes.append(
+            Note(
+                text=f"embeddings and output head{tied} stay in {width * 8} bits: {{size}} of the weights",
+                size_bytes=embeddings * width,
+            )
+        )
+    return notes

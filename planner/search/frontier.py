@@ -1,0 +1,129 @@
+"""The frontier of a search: of all that was tried, what no other setup beats in both time and memory.
+
+The plan's own setup is one of them. Beside it stand the smaller ones, which are slower, and the faster ones,
+which do not fit. `runners_up` says in a few lines why the nearest of the others lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from planner.answers.plan import Alternative, FrontierPoint
+from planner.memory.breakdown import REPLAYED
+from planner.search import SPEED_TIE, Tried, finish_seconds
+from planner.search.evaluator import Evaluator
+
+SHOWN_BELOW, SHOWN_ABOVE = 4, 3
+"""Points beside the chosen one that are worth a reader's time; all of them are in the plan's JSON."""
+MAX_RUNNERS_UP = 4
+
+
+def frontier(
+    tried: Iterable[Tried], chosen: Tried, evaluator: Evaluator, *, tokens: int
+) -> tuple[FrontierPoint, ...]:
+    """Setups that no other one is both smaller and done with `tokens` as soon as, by rising memory.
+
+    Times closer than a tie count as equal. Without a forecast of speed there is no frontier.
+    """
+    others = [one for one in tried if one.candidate.setup != chosen.candidate.setup]
+    points = [_point(one, chosen, evaluator, tokens) for one in (*others, chosen)]
+    known = [point for point in points if point is not None]
+    if len(known) < len(points):
+        return ()
+    found: list[FrontierPoint] = []
+    least = float("inf")
+    for point in sorted(known, key=lambda one: (one.peak_upper_bytes, one.hours)):
+        if point.chosen or point.hours * (1 + SPEED_TIE) < least:
+            found.append(point)
+            least = min(least, point.hours)
+    return tuple(found)
+
+
+def _point(one: Tried, chosen: Tried, evaluator: Evaluator, tokens: int) -> FrontierPoint | None:
+    candidate = one.candidate
+    rate, seconds = candidate.tokens_per_second, finish_seconds(candidate, tokens)
+    if rate is None or seconds is None:
+        return None
+    peak = candidate.peak_upper_bytes
+    memory = candidate.memory
+    if memory.basis.reserve == REPLAYED and memory.reserved_bytes > evaluator.usable_bytes:
+        # A replay ends once it reserves more than there is: the estimate tells by how much.
+        peak = max(peak, evaluator.fitted(candidate.setup).peak_upper_bytes)
+    return FrontierPoint(
+        strategy=one.strategy,
+        setup=candidate.setup,
+        peak_upper_bytes=peak,
+        tokens_per_second=rate,
+        hours=seconds / 3600,
+        fits=one.fits,
+        chosen=one is chosen,
+    )
+
+
+def around_the_chosen(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    """The chosen point with its neighbours, and the smallest one."""
+    at = next((index for index, point in enumerate(points) if point.chosen), len(points) - 1)
+    first = max(0, at - SHOWN_BELOW)
+    shown = tuple(points[first : at + SHOWN_ABOVE + 1])
+    return shown if first == 0 else (points[0], *shown[1:])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerUp:
+    """A setup that lost (in Alternative's words), how much faster it is (negative: slower), what it lacks."""
+
+    strategy: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    lost: str
+    faster: float
+    lacking_bytes: int
+
+
+def runners_up(
+    alternatives: Iterable[Alternative], points: Sequence[FrontierPoint], usable_bytes: int
+) -> tuple[RunnerUp, ...]:
+    """Why not another setup: the fastest of the others that fit, then the faster ones that are too large.
+
+    Where nothing faster was tried, the one that lacks least stands for what is too large.
+    """
+    found = []
+    fitting = [one for one in alternatives if one.fits]
+    if fitting:
+        best = min(fitting, key=lambda one: (_given_up(one), one.peak_upper_bytes))
+        found.append(_lost(best, -_given_up(best), 0))
+    now = next((point.hours for point in points if point.chosen), None)
+    for point in points:
+        if now is not None and not point.fits and point.hours < now:
+            setup = point.setup
+            found.append(
+                RunnerUp(
+                    strategy=point.strategy,
+                    per_device_train_batch_size=setup.per_device_train_batch_size,
+                    gradient_accumulation_steps=setup.gradient_accumulation_steps,
+                    lost="too large",
+                    faster=now / point.hours - 1,
+                    lacking_bytes=point.peak_upper_bytes - usable_bytes,
+                )
+            )
+    large = [one for one in alternatives if not one.fits]
+    if large and not any(one.lacking_bytes for one in found):
+        nearest = min(large, key=lambda one: one.peak_upper_bytes)
+        found.append(_lost(nearest, 0.0, nearest.peak_upper_bytes - usable_bytes))
+    return tuple(found[:MAX_RUNNERS_UP])
+
+
+def _given_up(one: Alternative) -> float:
+    return one.amount if one.lost in ("slower", "offloads") else 0.0
+
+
+def _lost(one: Alternative, faster: float, lacking_bytes: int) -> RunnerUp:
+    return RunnerUp(
+        strategy=one.strategy,
+        per_device_train_batch_size=one.per_device_train_batch_size,
+        gradient_accumulation_steps=one.gradient_accumulation_steps,
+        lost=one.lost,
+        faster=faster,
+        lacking_bytes=lacking_bytes,
+    )

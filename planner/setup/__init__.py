@@ -1,0 +1,1 @@
+"""What was asked: every knob, its defaults, and what follows from it."""

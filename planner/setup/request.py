@@ -1,0 +1,97 @@
+"""PlanRequest: what a person asked for; the rest is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.base import validate
+from planner.base.errors import FieldError
+from planner.setup import defaults
+from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
+
+DEFAULT_EFFECTIVE_BATCH_SIZE = 16
+DEFAULT_RANK = 16
+
+KnobValue = str | int | float | bool | tuple[str, ...]
+KNOB_NAMES = tuple(name for name in FIELD_NAMES if name != "model")
+# Stands in for the length while knobs are checked before a length is chosen.
+_ANY_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequest:
+    """What `plan` is asked, validated.
+
+    `gpu` is the text of `--gpu` (null: this machine's), `data` a file of training examples. `knobs` are the
+    TrainingSetup keys that are fixed, in (name, value) pairs; everything else is chosen. `display` says that
+    a display is attached to the card. Null stands for "not asked".
+
+    Raises:
+        FieldError: a value is outside what is accepted, or a knob is unknown.
+        InputError: two knobs contradict each other.
+    """
+
+    model: str
+    gpu: str | None = None
+    data: str | None = None
+    knobs: tuple[tuple[str, KnobValue], ...] = ()
+    effective_batch_size: int | None = None
+    num_train_epochs: float | None = None
+    learning_rate: float | None = None
+    price_usd_per_hour: float | None = None
+    display: bool = False
+
+    def __post_init__(self) -> None:
+        validate.text("--model", self.model)
+        if self.gpu is not None and not isinstance(self.gpu, str):
+            raise FieldError("--gpu", self.gpu, "a GPU's name or a size such as 16GB")
+        if self.data is not None:
+            validate.text("--data", self.data)
+        for name, _ in self.knobs:
+            if name not in KNOB_NAMES:
+                raise FieldError("knob", name, "one of " + ", ".join(KNOB_NAMES))
+        if self.effective_batch_size is not None:
+            validate.integer("effective_batch_size", self.effective_batch_size, minimum=1, maximum=2**20)
+        if self.num_train_epochs is not None:
+            _positive("epochs", self.num_train_epochs, 1e6)
+        if self.learning_rate is not None:
+            _positive("learning_rate", self.learning_rate, 10.0)
+        if self.price_usd_per_hour is not None:
+            validate.number("price_per_hour", self.price_usd_per_hour, minimum=0.0, maximum=1e6)
+        validate.boolean("display", self.display)
+        self.setup(max_length=_ANY_LENGTH)
+
+    @property
+    def fixed(self) -> dict[str, KnobValue]:
+        """The fixed knobs by name."""
+        return dict(self.knobs)
+
+    def setup(self, **chosen: Any) -> TrainingSetup:
+        """Build the setup of the fixed knobs and of what was chosen; a fixed knob wins.
+
+        Raises:
+            InputError: the values contradict each other.
+        """
+        values: dict[str, Any] = {"optim": defaults.OPTIM, **chosen, **self.fixed}
+        if values.get("num_processes", 1) > 1:
+            values.setdefault("distributed", "ddp")
+        return TrainingSetup(model=self.model, **values)
+
+
+def make_request(model: str, *, knobs: Mapping[str, Any] | None = None, **wishes: Any) -> PlanRequest:
+    """Build a request from a mapping of knobs; lists become tuples.
+
+    Raises:
+        InputError: see PlanRequest.
+    """
+    pairs = tuple(
+        (name, tuple(value) if isinstance(value, list) else value) for name, value in (knobs or {}).items()
+    )
+    return PlanRequest(model=model, knobs=pairs, **wishes)
+
+
+def _positive(field: str, value: object, maximum: float) -> None:
+    if validate.number(field, value, minimum=0.0, maximum=maximum) == 0.0:
+        raise FieldError(field, value, f"a number above 0, at most {maximum:g}")

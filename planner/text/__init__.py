@@ -1,0 +1,1 @@
+"""Plans, tables and figures as text."""

@@ -1,0 +1,181 @@
+"""A Plan as text: the verdict first, what it rests on last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from planner.answers.plan import Plan
+from planner.text.choice import (
+    METHOD_TITLES,
+    print_advice,
+    print_frontier,
+    print_methods,
+    print_runners_up,
+)
+from planner.text.figures import bullets, count, gib, heading, pairs
+from planner.text.memory import print_memory
+from planner.text.speed import print_other_cards, print_speed
+
+CUT_TO_SAY = 0.05
+"""Share of the data's tokens above which the verdict itself says that they are cut."""
+
+
+def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
+    """Print a plan: the verdict first, what it rests on last."""
+    _verdict(out, plan)
+    heading(out, "Setup" if plan.fits else "Smallest setup tried")
+    pairs(out, _setup(plan))
+    print_memory(out, plan, explain=explain)
+    print_methods(out, plan)
+    print_speed(out, plan)
+    print_frontier(out, plan)
+    print_runners_up(out, plan)
+    print_advice(out, plan)
+    print_other_cards(out, plan)
+    heading(out, "Before it starts")
+    pairs(out, _loading(plan))
+    heading(out, "Assumed")
+    bullets(out, plan.assumptions)
+    if plan.notes:
+        heading(out, "Good to know")
+        bullets(out, [note.text.replace("{size}", gib(note.size_bytes)) for note in plan.notes])
+    heading(out, "What the numbers rest on")
+    pairs(out, _basis(plan))
+
+
+def card_title(plan: Plan) -> str:
+    """What the person asked for and the card that it means."""
+    target = plan.gpu
+    text = target.text.strip()
+    return text if text.lower() == target.spec.id and target.count == 1 else f"{text} ({target.spec.id})"
+
+
+def _verdict(out: Console, plan: Plan) -> None:
+    memory, usable = plan.memory, plan.gpu.usable_bytes
+    word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
+    method = METHOD_TITLES[plan.setup.method]
+    out.print(
+        Text.assemble(
+            word,
+            f": {plan.request.model} with {method} at {plan.setup.max_length:,} tokens on {card_title(plan)}",
+        )
+    )
+    each = "Each GPU" if plan.setup.num_processes > 1 else "It"
+    need = f"{each} needs {gib(memory.peak_bytes)}, at most {gib(memory.peak_upper_bytes)}, of the "
+    need += f"{gib(usable)} that the card leaves: "
+    need += f"{gib(plan.headroom_bytes)} to spare." if plan.fits else f"{gib(-plan.headroom_bytes)} too much."
+    out.print(Text(need))
+    data = plan.data
+    if data is not None and data.truncated_tokens >= CUT_TO_SAY * data.total_tokens:
+        share = data.truncated_tokens / data.total_tokens
+        out.print(
+            Text(
+                f"It cuts {share:.0%} of the data's tokens: "
+                f"{100 - data.covered_percent:.0f}% of the examples are longer."
+            )
+        )
+    if plan.fits:
+        return
+    card = plan.smallest_gpu
+    if card is None:
+        out.print(Text("No card of the catalog takes it on one GPU."))
+        return
+    out.print(
+        Text(
+            f"The smallest card that takes it is {card.gpu}, which leaves {gib(card.usable_bytes)}, "
+            f"with {card.max_length:,} tokens."
+        )
+    )
+
+
+def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
+    setup, model = plan.setup, plan.model
+    method = METHOD_TITLES[setup.method]
+    if setup.method == "qlora":
+        double = "double" if setup.bnb_4bit_use_double_quant else "single"
+        method += f", {setup.bnb_4bit_quant_type} with {double} quantisation, the rest in {setup.dtype}"
+    else:
+        method += f", base in {setup.dtype}"
+    yield "method", method
+    if setup.uses_lora:
+        targets = setup.target_modules
+        where = "all linear layers" if isinstance(targets, str) else ", ".join(targets)
+        variant = [name for name, on in (("DoRA", setup.use_dora), ("rsLoRA", setup.use_rslora)) if on]
+        yield "adapter", ", ".join([f"rank {setup.lora_r}, alpha {setup.alpha}", where, *variant])
+        if setup.lora_dropout:
+            yield "dropout", f"{setup.lora_dropout:g}"
+    share = model.trainable_parameters / model.parameter_count
+    yield (
+        "trained",
+        f"{count(model.trainable_parameters)} of {count(model.parameter_count)} parameters ({share:.2%})",
+    )
+    yield "length", f"{setup.max_length:,} tokens" + (", packed" if setup.packing else "")
+    batch = f"{setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps} accumulated"
+    if setup.num_processes > 1:
+        batch += f" x {setup.num_processes} GPUs ({setup.distributed})"
+    yield "batch", f"{batch} = {_a_step(plan)} a step"
+    yield "optimizer", setup.optim
+    schedule = plan.schedule
+    yield (
+        "learning rate",
+        f"{schedule.learning_rate:g}, {schedule.lr_scheduler_type}, warm-up {schedule.warmup_ratio:g}",
+    )
+    yield "checkpointing", _checkpointing(plan)
+    yield "attention", model.attn_implementation
+    if setup.train_sampling_strategy != "random":
+        yield "sampling", setup.train_sampling_strategy
+    for name in ("kernels", "compile"):
+        if getattr(setup, name) != "none":
+            yield name, str(getattr(setup, name))
+    for name in ("activation_offloading", "prepare_for_kbit_training"):
+        if getattr(setup, name):
+            yield name.replace("_", " "), "on"
+    if setup.activation_memory_budget is not None:
+        yield "memory budget", f"{setup.activation_memory_budget:g}"
+
+
+def _a_step(plan: Plan) -> str:
+    rows, per_row = plan.setup.effective_batch_size, plan.schedule.examples_per_row
+    if per_row is None:
+        return f"{rows} sequences"
+    each = "row" if rows == 1 else "rows"
+    return f"{rows} {each} of {per_row:.3g} examples, about {plan.schedule.effective_batch_size} examples"
+
+
+def _checkpointing(plan: Plan) -> str:
+    setup = plan.setup
+    if not setup.gradient_checkpointing or setup.checkpointed_layers == 0:
+        return "off"
+    layers = plan.model.num_hidden_layers
+    some = setup.checkpointed_layers
+    text = f"all {layers} layers" if some is None else f"the first {some} of {layers} layers"
+    return text + (", attention outputs kept" if setup.selective_checkpointing else "")
+
+
+def _loading(plan: Plan) -> Iterator[tuple[str, str]]:
+    need = plan.loading
+    unknown = "unknown"
+    yield "download", gib(need.download_bytes) if need.download_bytes is not None else unknown
+    yield "disk", gib(need.disk_bytes) if need.disk_bytes is not None else unknown
+    yield "host memory", f"about {gib(need.host_memory_bytes)}"
+
+
+def _basis(plan: Plan) -> Iterator[tuple[str, str]]:
+    basis = plan.memory.basis
+    covered = "which cover this setup" + ("" if basis.measured else ", but for this:")
+    yield "memory", f"{basis.coefficients}, {basis.record_count:,} measured runs, {covered}"
+    for note in basis.notes:
+        yield "", f"- {note}"
+    if basis.stack_versions:
+        yield "stack", ", ".join(f"{name} {version}" for name, version in basis.stack_versions)
+    yield (
+        "card",
+        f"usable memory of {plan.gpu.spec.id}: "
+        + ("seen on such cards" if plan.gpu.spec.usable_is_measured else "a bound, not seen on one"),
+    )
+    yield "model", plan.model.source
+    if plan.speed is not None:
+        yield "speed", plan.speed.basis

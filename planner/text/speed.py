@@ -1,0 +1,94 @@
+"""The speed, time and price of a Plan as text, and what another card would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from planner.answers.plan import Duration, OtherCard, Plan
+from planner.text.figures import bullets, count, dollars, duration, gib, heading, pairs, rate
+
+BOUND_BY = {
+    "compute": "the GPU's matrix work",
+    "bandwidth": "the GPU's memory bandwidth",
+    "launches": "the host's kernel launches: a larger micro-batch is almost free",
+}
+
+
+def print_speed(out: Console, plan: Plan) -> None:
+    """Print the forecast with its interval, the time of the run and the data's lengths."""
+    heading(out, "Speed")
+    speed = plan.speed
+    if speed is None:
+        bullets(out, ["no forecast: the card's rates or the time of a knob are not known"])
+        return
+    sure = "calibrated" if speed.calibrated else "not calibrated on this GPU"
+    rows = [
+        (
+            "tokens/s",
+            f"about {rate(speed.tokens_per_second)} ({rate(speed.tokens_per_second_low)} to "
+            f"{rate(speed.tokens_per_second_high)}; {sure})",
+        ),
+        (
+            "limit",
+            f"{rate(speed.roofline_tokens_per_second)} tokens/s is the roofline: no run of it exceeds that",
+        ),
+        ("bound by", BOUND_BY.get(speed.bound_by, speed.bound_by)),
+        ("a step", f"{duration_of_step(speed.seconds_per_optimizer_step)}"),
+    ]
+    if plan.duration is not None:
+        rows += list(_duration(plan.duration, plan))
+    if plan.data is not None:
+        rows.append(("data", _data(plan)))
+    pairs(out, rows)
+
+
+def duration_of_step(seconds: float) -> str:
+    """Seconds of one optimizer step."""
+    return f"{seconds:.2f} s" if seconds < 10 else duration(seconds / 3600)
+
+
+def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
+    interval = f"{duration(found.hours)} ({duration(found.hours_low)} to {duration(found.hours_high)})"
+    if found.steps is None:
+        yield "a million tokens", interval
+    else:
+        if found.useful_tokens_per_second is not None and plan.data is not None:
+            padding = 1.0 - found.tokens / (plan.data.processed_tokens * plan.schedule.num_train_epochs)
+            useful = f"about {rate(found.useful_tokens_per_second)} a second of the data's own"
+            yield "useful tokens", f"{useful}; {max(0.0, padding):.0%} of what is processed is padding"
+        epochs = f"{plan.schedule.num_train_epochs:g} epochs"
+        yield "time", f"{interval} for {epochs}, {found.steps:,} steps, {count(found.tokens)} tokens"
+    if found.usd is not None and found.usd_per_gpu_hour is not None:
+        yield "price", f"{dollars(found.usd)} at ${found.usd_per_gpu_hour:g} an hour and GPU"
+
+
+def _data(plan: Plan) -> str:
+    data = plan.data
+    if data is None:
+        return ""
+    text = f"{data.examples:,} examples, longest {data.longest:,} tokens, {data.covered_percent:.3g}% whole"
+    if data.truncated_examples:
+        lost = data.truncated_tokens / data.total_tokens
+        text += f"; {data.truncated_examples:,} are cut, losing {data.truncated_tokens:,} tokens ({lost:.2%})"
+    return text
+
+
+def print_other_cards(out: Console, plan: Plan) -> None:
+    """Print one line a card."""
+    if not plan.other_cards:
+        return
+    heading(out, "On another card, for " + ("a million tokens" if plan.data is None else "the data"))
+    pairs(out, ((f"{one.gpu}, {gib(one.usable_bytes)}", _brings(one)) for one in plan.other_cards))
+
+
+def _brings(one: OtherCard) -> str:
+    if one.speedup is None:
+        text = f"{rate(one.tokens_per_second)} tokens/s at {one.setup.max_length:,} tokens"
+    else:
+        text = f"{one.speedup:.2g}x as fast"
+    text += f": {duration(one.hours)}"
+    if one.usd is not None and one.usd_per_gpu_hour is not None:
+        text += f", {dollars(one.usd)} at ${one.usd_per_gpu_hour:g} an hour"
+    return text + (f"; takes {one.longer_length:,} tokens" if one.longer_length is not None else "")
