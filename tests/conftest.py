@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import os
+import platform
+import resource
 import signal
+import sys
+import time
+import zlib
+from collections.abc import Generator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
 
 from planner.setup.cuda_allocator import VARIABLES
+
+CPU_SECONDS_OF_A_TEST = 20.0
+"""That a test may take unless it is marked slow; its fixtures, which others share, are not counted."""
 
 # A job started in the background inherits an ignored SIGINT, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -14,3 +29,73 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Plans are for the allocator that the environment asks for: here for what suits the machine.
 for _name in VARIABLES:
     os.environ.pop(_name, None)
+
+
+# A loaded machine may take long for an example.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have torch compile in this process, and keep what it compiled for other workers and later runs."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    kept = config.rootpath / ".pytest_cache" / "torchinductor" / _compiler()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+
+
+def _compiler() -> str:
+    """What compiled code is for: torch, Python, and the processor, whose instructions it uses."""
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "none"
+    processors = Path("/proc/cpuinfo")
+    flags = processors.read_bytes() if processors.exists() else platform.processor().encode()
+    flags = next((line for line in flags.splitlines() if line.startswith(b"flags")), flags)
+    return f"torch-{torch}-{sys.implementation.cache_tag}-{zlib.crc32(flags):08x}"
+
+
+TOGETHER = {"tests/unit/test_docs.py": "tests/unit/test_accuracy.py"}
+"""Files that ask the same of the planner, which takes seconds and is then remembered by the process."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests in one worker, in the order of collection: what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that have slow tests come first, so that no worker begins one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for: load makes it no longer."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail a test that takes long without saying so, but where tracing makes all of them slow."""
+    before = cpu_seconds()
+    yield
+    spent = cpu_seconds() - before
+    traced = item.config.pluginmanager.hasplugin("_cov")
+    if spent > CPU_SECONDS_OF_A_TEST and not traced and item.get_closest_marker("slow") is None:
+        pytest.fail(
+            f"{spent:.0f} s of CPU time where {CPU_SECONDS_OF_A_TEST:.0f} are allowed: mend or mark slow",
+            pytrace=False,
+        )

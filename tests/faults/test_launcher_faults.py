@@ -1,7 +1,13 @@
-"""The run's processes under faults: real processes on the demo model, on the CPU."""
+"""The run's processes under faults: real processes on the demo model, on the CPU.
+
+What the launcher starts is started by it once to its end, once to be stopped and once to be killed while it
+loads; what the training process does by itself is seen in forks (tests/forks.py).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -9,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +35,16 @@ from launcher.runs.events import (
 from launcher.runs.folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, create_run_folder
 from planner.base.data_files import PROFILES
 from planner.setup.training_setup import TrainingSetup
+from tests import forks
+from tests.faults import broken_steps
+from tests.faults.broken_steps import BROKEN_AFTER
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DEMO = PROFILES / "demo"
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 100_000
+SECRETS = {"HF_TOKEN": "hf_canary_token_0123456789", "WANDB_API_KEY": "wandb_canary_0123456789"}
 
 
 def make_run(root: Path, **changes: Any) -> RunFolder:
@@ -47,7 +59,7 @@ def make_run(root: Path, **changes: Any) -> RunFolder:
     return create_run_folder(root, TrainingJob(**values))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come in time"
@@ -64,38 +76,40 @@ def the_end(run: RunFolder) -> EndEvent:
     return ends[0]
 
 
-def run_patched(run: RunFolder, patch: str) -> int:
-    """Run the trainer in a process in which `patch` has been executed before; returns its exit code."""
-    code = (
-        f"import sys\n{patch}\nfrom launcher.training.train import main\nsys.exit(main([{str(run.path)!r}]))"
+def start(run: RunFolder, break_step: Callable[[], None] | None = None) -> BaseProcess:
+    """Start the training process as it is, or with a step that fails."""
+    return forks.start(broken_steps.train, run.path, break_step, output=run.log("trainer"))
+
+
+def exit_code(trainer: BaseProcess) -> int | None:
+    trainer.join(600)
+    return trainer.exitcode
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A run of the demo that was started and has ended."""
+
+    run: RunFolder
+    handle: supervisor.RunHandle
+    status: supervisor.RunStatus
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Started beside a file named as a library, with secrets in the environment, and watched by a process
+    that is killed.
+    """
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "torch.py").write_text("raise SystemExit('shadowed')")
+    run = make_run(
+        folder, num_train_epochs=2.0, save_steps=40, eval_data_path=str(DEMO / "data" / "eval.jsonl")
     )
-    with run.log("trainer").open("ab") as log:
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=log, stderr=log, timeout=240, check=False
-        )
-    return done.returncode
-
-
-RAISE_IN_STEP = """
-import torch
-from launcher.training import callbacks as trainer_callback
-real = trainer_callback.LaunchedTrainer.training_step
-def training_step(self, *args, **kwargs):
-    if self.state.global_step == 3:
-        raise {error}
-    return real(self, *args, **kwargs)
-trainer_callback.LaunchedTrainer.training_step = training_step
-"""
-
-
-def test_the_demo_learns_and_its_adapter_changes_the_answer(tmp_path: Path) -> None:
-    import torch
-    from peft import PeftModel
-
-    from launcher.training import build
-
-    run = make_run(tmp_path, num_train_epochs=2.0, eval_data_path=str(DEMO / "data" / "eval.jsonl"))
-    reader = subprocess.Popen(
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        handle = supervisor.start(run.path)
+    watcher = subprocess.Popen(
         [
             sys.executable,
             "-c",
@@ -106,13 +120,22 @@ def test_the_demo_learns_and_its_adapter_changes_the_answer(tmp_path: Path) -> N
         cwd=ROOT,
         stdout=subprocess.PIPE,
     )
-    handle = supervisor.start(run.path)
     with pytest.raises(RunBusyError):
         supervisor.start(run.path)
     wait_until(lambda: steps_seen(run) >= 1)
-    reader.kill()
-    reader.wait()
-    assert handle.wait(240).state == "finished"
+    watcher.kill()
+    watcher.wait()
+    return Demo(run, handle, handle.wait(600))
+
+
+def test_the_demo_learns_and_its_adapter_changes_the_answer(demo: Demo) -> None:
+    import torch
+    from peft import PeftModel
+
+    from launcher.training import build
+
+    run, handle = demo.run, demo.handle
+    assert demo.status.state == "finished"
     assert handle.trainer.returncode == TrainerExit.FINISHED
     assert not handle.sampler.returncode
     with pytest.raises(RunBusyError, match="finished"):
@@ -158,7 +181,7 @@ def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path
     handle = supervisor.start(run.path)
     wait_until(lambda: steps_seen(run) >= 2)
     supervisor.request_stop(run.path)
-    status = handle.wait(60)
+    status = handle.wait(600)
     assert status.state == "stopped"
     assert handle.trainer.returncode == TrainerExit.STOPPED
     assert (run.adapter / "adapter_model.safetensors").exists()
@@ -169,22 +192,25 @@ def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path
 
 def test_hangup_is_ignored_and_sigterm_saves(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=LONG)
-    handle = supervisor.start(run.path)
+    trainer = start(run)
     wait_until(lambda: steps_seen(run) >= 1)
-    os.kill(handle.trainer.pid, signal.SIGHUP)
+    assert trainer.pid is not None
+    os.kill(trainer.pid, signal.SIGHUP)
     step = steps_seen(run)
     wait_until(lambda: steps_seen(run) > step + 2)
-    os.kill(handle.trainer.pid, signal.SIGTERM)
-    assert handle.wait(60).state == "stopped"
+    os.kill(trainer.pid, signal.SIGTERM)
+    assert exit_code(trainer) == TrainerExit.STOPPED
+    assert supervisor.status(run.path).state == "stopped"
     assert run.adapter.exists()
 
 
 def test_a_killed_trainer_is_known_as_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=LONG)
-    handle = supervisor.start(run.path)
+    trainer = start(run)
     wait_until(lambda: steps_seen(run) >= 2)
-    os.kill(handle.trainer.pid, signal.SIGKILL)
-    status = handle.wait(60)
+    trainer.kill()
+    assert exit_code(trainer) == -signal.SIGKILL
+    status = supervisor.status(run.path)
     assert (status.state, status.alive) == ("killed", False)
     assert status.step >= 2
     assert not run.adapter.exists()
@@ -194,29 +220,22 @@ def test_kill_ends_a_trainer_that_is_still_loading(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=LONG)
     handle = supervisor.start(run.path)
     assert supervisor.kill(run.path, patience_seconds=5)
-    assert handle.wait(60).over
+    assert handle.wait(600).over
     assert not supervisor.kill(run.path)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')",
-        "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 9 bytes')",
-        "MemoryError()",
-    ],
-)
-def test_running_out_of_memory_is_told_apart(tmp_path: Path, error: str) -> None:
+@pytest.mark.parametrize("kind", ["CUDA", "CPU", "Python"])
+def test_running_out_of_memory_is_told_apart(tmp_path: Path, kind: str) -> None:
     run = make_run(tmp_path, max_steps=6)
-    assert run_patched(run, RAISE_IN_STEP.format(error=error)) == TrainerExit.OOM
+    assert exit_code(start(run, functools.partial(broken_steps.raises, kind))) == TrainerExit.OOM
     end = the_end(run)
-    assert (end.state, end.step) == ("oom", 3)
+    assert (end.state, end.step) == ("oom", BROKEN_AFTER)
     assert not run.adapter.exists()
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=6)
-    assert run_patched(run, RAISE_IN_STEP.format(error="KeyError('lost')")) == TrainerExit.FAILED
+    assert exit_code(start(run, functools.partial(broken_steps.raises, "bug"))) == TrainerExit.FAILED
     assert the_end(run).state == "failed"
     assert "KeyError: 'lost'" in the_end(run).message
     assert "Traceback" in run.log("trainer").read_text()
@@ -227,14 +246,9 @@ def test_a_poisoned_run_diverges_and_keeps_its_last_good_checkpoint(tmp_path: Pa
     from safetensors.torch import load_file
 
     run = make_run(tmp_path, max_steps=6, save_steps=1)
-    patch = RAISE_IN_STEP.replace("raise {error}", "return_nan(self)").replace(
-        "import torch",
-        "import torch\ndef return_nan(self):\n    w = next(p for p in self.model.parameters()"
-        " if p.requires_grad)\n    w.data.fill_(float('nan'))",
-    )
-    assert run_patched(run, patch) == TrainerExit.DIVERGED
+    assert exit_code(start(run, broken_steps.loses_a_weight)) == TrainerExit.DIVERGED
     end = the_end(run)
-    assert (end.state, end.step) == ("diverged", 3)
+    assert (end.state, end.step) == ("diverged", BROKEN_AFTER)
     saved = sorted(path.name for path in run.checkpoints.iterdir())
     assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     weights = load_file(run.checkpoints / "checkpoint-3" / "adapter_model.safetensors")
@@ -247,38 +261,29 @@ def test_a_poisoned_run_diverges_and_keeps_its_last_good_checkpoint(tmp_path: Pa
 )
 def test_bad_input_ends_in_one_line(tmp_path: Path, change: dict[str, str]) -> None:
     run = make_run(tmp_path, **change)
-    handle = supervisor.start(run.path)
-    status = handle.wait(120)
-    assert (status.state, handle.trainer.returncode) == ("failed", TrainerExit.BAD_INPUT)
+    assert exit_code(start(run)) == TrainerExit.BAD_INPUT
+    status = supervisor.status(run.path)
+    assert status.state == "failed"
     assert "/absent" in status.message
     assert "Traceback" not in run.log("trainer").read_text()
 
 
-def test_no_secret_of_the_environment_reaches_the_run_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_canary_token_0123456789")
-    monkeypatch.setenv("WANDB_API_KEY", "wandb_canary_0123456789")
-    run = make_run(tmp_path, max_steps=2, save_steps=1)
-    assert supervisor.start(run.path).wait(120).state == "finished"
-    for path in run.path.rglob("*"):
-        if path.is_file():
-            assert b"canary" not in path.read_bytes(), path
+def test_no_secret_of_the_environment_reaches_the_run_folder(demo: Demo) -> None:
+    files = [path for path in demo.run.path.rglob("*") if path.is_file()]
+    assert demo.run.checkpoints in {path.parent.parent for path in files}
+    for path in files:
+        assert b"canary" not in path.read_bytes(), path
 
 
-def test_a_file_beside_the_user_cannot_shadow_a_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "torch.py").write_text("raise SystemExit('shadowed')")
-    monkeypatch.chdir(tmp_path)
-    run = make_run(tmp_path, max_steps=1)
-    assert supervisor.start(run.path).wait(120).state == "finished"
+def test_a_file_beside_the_user_cannot_shadow_a_library(demo: Demo) -> None:
+    assert (demo.run.path.parent / "torch.py").is_file()
+    assert demo.status.state == "finished"
 
 
 def test_a_second_trainer_by_hand_leaves_the_events_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=2)
-    assert run_patched(run, "") == TrainerExit.FINISHED
+    assert exit_code(start(run)) == TrainerExit.FINISHED
     before = run.events.read_bytes()
-    assert run_patched(run, "") == TrainerExit.BAD_INPUT
+    assert exit_code(start(run)) == TrainerExit.BAD_INPUT
     assert run.events.read_bytes() == before
     assert json.loads(run.identity("trainer").read_text())["pid"]

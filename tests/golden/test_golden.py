@@ -44,7 +44,7 @@ def output_of(arguments: tuple[str, ...]) -> str:
         [sys.executable, "-m", "launcher.cli", *arguments],
         env={**environment, **ALLOCATOR, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONUTF8": "1"},
         capture_output=True,
-        timeout=120,
+        timeout=500,
         check=False,
     )
     assert done.stderr == b""

@@ -74,7 +74,7 @@ def first_step(family: str, setup: TrainingSetup, folder: Path) -> RealStep:
         trainer = build.build_trainer(
             setup,
             TrainingJob(setup=setup, model_source=family, data_path="random tokens", max_steps=1),
-            model=load_model(family, setup, folder),
+            model=load_model(family, setup),
             tokenizer=_tokenizer(),
             train_dataset=token_dataset(rows),
             eval_dataset=None,

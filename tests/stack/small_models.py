@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+import functools
+import tempfile
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,6 +17,8 @@ from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
 
 LAYERS, HIDDEN, VOCABULARY = 3, 512, 256
+LENGTH = 64
+"""Of a setup that only says how to load."""
 BASE = {
     "hidden_size": HIDDEN,
     "intermediate_size": 1536,
@@ -65,12 +70,33 @@ def spec_of(family: str) -> ModelSpec:
     return inspect_config(FAMILIES[family], model_id=family, hub_id=family)
 
 
-def load_model(family: str, setup: TrainingSetup, folder: Path) -> Any:
-    """The base model as the launcher loads it: quantised while loading for qlora."""
+def load_model(family: str, setup: TrainingSetup) -> Any:
+    """The base model as the launcher loads it, quantised while loading for qlora: a copy to be changed."""
+    quantised = {
+        "method": "qlora",
+        "bnb_4bit_quant_type": setup.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": setup.bnb_4bit_use_double_quant,
+        "attn_implementation": setup.attn_implementation,
+    }
+    knobs: dict[str, Any] = quantised if setup.method == "qlora" else {"method": "full"}
+    loaded = _loaded(family, TrainingSetup(model=family, max_length=LENGTH, dtype=setup.dtype, **knobs))
+    model = copy.deepcopy(loaded)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # bitsandbytes copies the state of a weight and that of its module, which are one, apart.
+            module.quant_state = module.weight.quant_state
+            module.weight.module = module
+    return model
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded(family: str, setup: TrainingSetup) -> Any:
+    """Making, saving and quantising a model takes longer than most of what is asked of it."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=build.torch_dtype(setup))
     if setup.method != "qlora":
         return model
-    model.save_pretrained(folder)
-    return build.load_model(setup, str(folder), device=torch.device("cpu"), allow_download=False)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return build.load_model(setup, folder, device=torch.device("cpu"), allow_download=False)

@@ -46,9 +46,9 @@ def sizes(trained: Trainables) -> Counter[int]:
 
 
 @pytest.mark.parametrize(("family", "targets"), CASES)
-def test_adapter_tensors(family: str, targets: str | list[str], tmp_path: Path) -> None:
+def test_adapter_tensors(family: str, targets: str | list[str]) -> None:
     setup = make_setup(family, method="lora", target_modules=targets)
-    model = get_peft_model(load_model(family, setup, tmp_path), build.lora_config(setup))
+    model = get_peft_model(load_model(family, setup), build.lora_config(setup))
     real = [p for p in model.parameters() if p.requires_grad]
     expected = trainables(setup, spec_of(family))
     assert sizes(expected) == Counter(p.numel() for p in real)
@@ -56,9 +56,9 @@ def test_adapter_tensors(family: str, targets: str | list[str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
-def test_adapter_names_and_shapes(family: str, tmp_path: Path) -> None:
+def test_adapter_names_and_shapes(family: str) -> None:
     setup = make_setup(family, method="lora")
-    model = get_peft_model(load_model(family, setup, tmp_path), build.lora_config(setup))
+    model = get_peft_model(load_model(family, setup), build.lora_config(setup))
     real: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -110,8 +110,8 @@ def test_half_an_expert_is_refused(targets: list[str]) -> None:
         trainables(make_setup("qwen3_moe", target_modules=targets), spec_of("qwen3_moe"))
 
 
-def test_a_head_is_never_adapted(tmp_path: Path) -> None:
+def test_a_head_is_never_adapted() -> None:
     setup = make_setup("llama", method="lora")
-    model = get_peft_model(load_model("llama", setup, tmp_path), build.lora_config(setup))
+    model = get_peft_model(load_model("llama", setup), build.lora_config(setup))
     assert not any("lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
     assert not any("lm_head" in tensor.name for tensor in trainables(setup, spec_of("llama")).tensors)

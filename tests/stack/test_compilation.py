@@ -1,9 +1,14 @@
-"""What compiled decoder layers keep for the backward pass, and that their gradients are right."""
+"""What compiled decoder layers keep for the backward pass, and that their gradients are right.
+
+A layer takes two to three seconds to compile, however many there are of its shape: what several tests look
+at is compiled once.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +23,10 @@ from planner.memory.compiled.kept import kept_names, kept_sizes
 from planner.memory.decoder.groups import segments
 from planner.memory.held.trainables import trainables
 from planner.setup.training_setup import TrainingSetup
-from tests.stack.small_models import BASE, load_model, spec_of
+from tests.each import for_each
+from tests.stack.small_models import BASE, LAYERS, load_model, spec_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BATCH, LENGTH, RANK = 1, 64, 8
 MASKED_BATCH = 2
@@ -28,9 +36,9 @@ HEADS, KV = BASE["num_attention_heads"], BASE["hidden_size"] // 4
 PARTITIONED = "aot_eager_decomp_partition"  # inductor's partitioner without its code generation
 
 
-def make_model(tmp_path: Path, *, family: str = "llama", selective: bool = False, **changes: Any) -> Any:
+def make_model(*, family: str = "llama", selective: bool = False, **changes: Any) -> Any:
     setup = TrainingSetup(model=family, max_length=LENGTH, lora_r=RANK, **changes)
-    base = load_model(family, setup, tmp_path)
+    base = load_model(family, setup)
     if selective:
         enable_selective_activation_checkpointing(base)
     torch.manual_seed(1)
@@ -102,9 +110,9 @@ def padded_loss_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_paired", "qwen3", "qwen3_paired", "gemma3"])
-def test_a_padded_layer_keeps_what_the_model_says(tmp_path: Path, family: str) -> None:
+def test_a_padded_layer_keeps_what_the_model_says(family: str) -> None:
     """Repeated values and keys where they are kept, and nowhere the mask in 16 bits."""
-    model = make_model(tmp_path, family=family, gradient_checkpointing=False)
+    model = make_model(family=family, gradient_checkpointing=False)
     compile_model(model)
     setup = TrainingSetup(
         model=family,
@@ -123,22 +131,51 @@ def test_a_padded_layer_keeps_what_the_model_says(tmp_path: Path, family: str) -
     assert kept_bytes(kept) == MASKED_BATCH * LENGTH * sum(sizes[name] for name in names)
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_no_weight_is_kept_dequantised(tmp_path: Path, checkpointed: bool) -> None:
-    model = make_model(tmp_path, gradient_checkpointing=checkpointed)
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What each layer of a compiled model kept, and how many graphs its layers became."""
+
+    kept: list[dict[int, torch.Tensor]]
+    graphs: int
+    breaks: int
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "checkpointed": {},
+    "selective": {"selective": True},
+    "none": {"gradient_checkpointing": False},
+}
+
+
+@functools.cache
+def compiled(way: str) -> Compiled:
+    """A model compiled and run in one of WAYS."""
+    model = make_model(**WAYS[way])
     compile_model(model)
-    for kept in kept_by_layer(model):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    kept = kept_by_layer(model)
+    breaks = sum(counters["graph_break"].values())
+    return Compiled(kept=kept, graphs=counters["stats"]["unique_graphs"], breaks=breaks)
+
+
+@pytest.mark.parametrize("way", ["checkpointed", "none"])
+def test_no_weight_is_kept_dequantised(way: str) -> None:
+    for kept in compiled(way).kept:
         assert all(TOKENS in t.shape or LENGTH in t.shape for t in kept.values() if t.is_floating_point())
 
 
-def test_a_checkpointed_layer_keeps_its_input_alone(tmp_path: Path) -> None:
-    model = make_model(tmp_path)
-    compile_model(model)
-    assert [kept_bytes(kept) for kept in kept_by_layer(model)] == [0] * 3
+def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
+    assert [kept_bytes(kept) for kept in compiled("checkpointed").kept] == [0] * LAYERS
 
 
-def test_the_first_k_layers_keep_their_input_alone(tmp_path: Path) -> None:
-    model = make_model(tmp_path)
+@for_each(WAYS)
+def test_layers_of_one_shape_share_their_code(way: str) -> None:
+    assert (compiled(way).graphs, compiled(way).breaks) == (1, 0)
+
+
+def test_the_first_k_layers_keep_their_input_alone() -> None:
+    model = make_model()
     for layer in decoder_layers(model)[1:]:
         layer.gradient_checkpointing = False
     compile_model(model)
@@ -147,20 +184,16 @@ def test_the_first_k_layers_keep_their_input_alone(tmp_path: Path) -> None:
     assert all(others)
 
 
-def test_selective_checkpointing_keeps_attention(tmp_path: Path) -> None:
-    model = make_model(tmp_path, selective=True)
-    compile_model(model)
-    for kept in kept_by_layer(model):
+def test_selective_checkpointing_keeps_attention() -> None:
+    for kept in compiled("selective").kept:
         assert kept_bytes(kept) == TOKENS * (2 * HIDDEN + 4 * HEADS)
 
 
-def test_without_checkpointing_elementwise_results_are_recomputed(tmp_path: Path) -> None:
-    model = make_model(tmp_path, gradient_checkpointing=False)
-    compile_model(model)
+def test_without_checkpointing_elementwise_results_are_recomputed() -> None:
     # query, attention output, first residual sum; key and value; gate and up; seven products x A^T
     widths = 3 * HIDDEN + 2 * KV + 2 * WIDE + 7 * RANK
     statistics = 4 * (HEADS + 2)  # logsumexp and the two norms' reciprocal roots, float32
-    for kept in kept_by_layer(model):
+    for kept in compiled("none").kept:
         assert kept_bytes(kept) == TOKENS * (2 * widths + statistics)
 
 
@@ -185,9 +218,9 @@ def through_hooks(model: Any) -> tuple[list[tuple[int, ...]], dict[str, torch.Te
     return shapes, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_offloading_takes_a_compiled_checkpointed_layers_input_alone(tmp_path: Path) -> None:
+def test_offloading_takes_a_compiled_checkpointed_layers_input_alone() -> None:
     """And its gradients are those of the uncompiled layers, whose checkpoints it takes."""
-    plain, compiled = make_model(tmp_path), make_model(tmp_path)
+    plain, compiled = make_model(), make_model()
     compile_model(compiled)
     expected_shapes, expected = through_hooks(plain)
     shapes, found = through_hooks(compiled)
@@ -205,23 +238,14 @@ def test_offloading_takes_a_compiled_checkpointed_layers_input_alone(tmp_path: P
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False}, {"selective": True}])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_gradients_equal_the_uncompiled_ones(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
-    model = make_model(tmp_path, family=family, dtype="float32", **changes)
+def test_gradients_equal_the_uncompiled_ones(family: str, changes: dict[str, Any]) -> None:
+    model = make_model(family=family, dtype="float32", **changes)
     expected = gradients(model)
     compile_model(model)
     got = gradients(model)
     assert set(got) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-6)
-
-
-def test_layers_of_one_shape_share_their_code(tmp_path: Path) -> None:
-    model = make_model(tmp_path)
-    compile_model(model)
-    torch._dynamo.utils.counters.clear()
-    gradients(model)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def error_of_slope(model: Any) -> float:
@@ -239,6 +263,17 @@ def error_of_slope(model: Any) -> float:
     return abs(slope - (losses[0] - losses[1]) / (2 * step)) / abs(slope)
 
 
+class OneProduct(torch.nn.Module):
+    """In a decoder layer's place of attention: its query projection, adapter and dropout included."""
+
+    def __init__(self, q_proj: torch.nn.Module) -> None:
+        super().__init__()
+        self.q_proj = q_proj
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return self.q_proj(hidden_states), None
+
+
 @pytest.mark.parametrize(
     ("changes", "budget", "right"),
     [
@@ -248,9 +283,15 @@ def error_of_slope(model: Any) -> float:
     ],
 )
 def test_dropout_masks_are_the_same_in_both_passes(
-    tmp_path: Path, changes: dict[str, Any], budget: float | None, right: bool
+    changes: dict[str, Any], budget: float | None, right: bool
 ) -> None:
-    """With a budget they are not: the reason why the launcher refuses it together with dropout."""
-    model = make_model(tmp_path, dtype="float32", lora_dropout=0.3, **changes)
+    """With a budget they are not: the reason why the launcher refuses it together with dropout.
+
+    Inductor makes and compiles C++ for every kernel, so the layers are left with one product.
+    """
+    model = make_model(dtype="float32", lora_dropout=0.3, target_modules=["q_proj"], **changes)
+    for layer in decoder_layers(model):
+        layer.self_attn = OneProduct(layer.self_attn.q_proj)
+        layer.mlp, layer.input_layernorm, layer.post_attention_layernorm = (torch.nn.Identity(),) * 3
     compile_model(model, budget=budget, backend="inductor")
     assert (error_of_slope(model) < 0.05) == right

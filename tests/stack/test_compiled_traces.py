@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from planner.base.data_files import PROFILES
 from planner.calibration.records import RunRecord, read_records
 from planner.memory import estimate_memory
 from planner.memory.allocators.native import MIB
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS
+from tests.each import for_each
 from tests.stack.test_replayed_traces import step_of
 from tests.stack.test_traces import TRACES, load, moments
 
@@ -34,25 +33,28 @@ LOOSE = {
 }
 REPLAY_TOLERANCE = 0.004
 """Unsplit tails of cached blocks."""
-RUNS = tuple(
-    run
-    for run in read_records(PROFILES / "runs" / "compiled-h100-80gb.jsonl")
-    if run.setup.compile == "regional" and run.phase("step") is not None
-)
+
+
+def runs() -> list[RunRecord]:
+    return [
+        run
+        for run in read_records(PROFILES / "runs" / "compiled-h100-80gb.jsonl")
+        if run.setup.compile == "regional" and run.phase("step") is not None
+    ]
 
 
 def test_every_way_to_compile_has_a_trace() -> None:
     assert len(NAMES) == 38
 
 
-@pytest.mark.parametrize("name", NAMES)
+@for_each(NAMES)
 def test_peak_of_the_step(name: str) -> None:
     trace = load(name)
     tolerance = LOOSE.get(name, TOLERANCE)
     assert trace.peak_bytes == pytest.approx(max(trace.live), rel=tolerance), trace.step.name
 
 
-@pytest.mark.parametrize("name", WITH_TILES)
+@for_each(WITH_TILES)
 def test_what_forward_holds_and_keeps(name: str) -> None:
     """The busiest moment of forward, and the head's first tile: there all that is kept lies beside it."""
     trace = load(name)
@@ -65,29 +67,23 @@ def test_what_forward_holds_and_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("name", NAMES)
+@for_each(NAMES)
 def test_a_replayed_step_comes_to_its_trace(name: str, allocator: str) -> None:
-    replay, traced, between = step_of(name, allocator)
-    peak = traced.peak_allocated_bytes - between
-    found = replay.allocator.peak_allocated_bytes - between
-    assert found == pytest.approx(peak, rel=REPLAY_TOLERANCE, abs=MIB)
+    step = step_of(name, allocator)
+    assert step.peak_bytes == pytest.approx(step.traced_peak_bytes, rel=REPLAY_TOLERANCE, abs=MIB)
     # Kernels of one graph are reordered: a large block more or less is reserved.
-    block = replay._largest_block_bytes()
-    assert replay.allocator.reserved_bytes == pytest.approx(traced.reserved_bytes, abs=block + 2 * MIB)
+    block = step.largest_block_bytes
+    assert step.reserved_bytes == pytest.approx(step.traced_reserved_bytes, abs=block + 2 * MIB)
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_most_steps_reserve_what_their_traces_do(allocator: str) -> None:
     """Where buffers of one graph take each other's places (planner/memory/decoder/buffer_reuse.py)."""
-    others = []
-    for name in NAMES:
-        replay, traced, _ = step_of(name, allocator)
-        if abs(replay.allocator.reserved_bytes - traced.reserved_bytes) > 2 * MIB:
-            others.append(name)
+    others = [name for name in NAMES if step_of(name, allocator).reserved_error_bytes > 2 * MIB]
     assert len(others) <= 3, others
 
 
-@pytest.mark.parametrize("run", RUNS, ids=[f"{run.setup.model}-{run.id}" for run in RUNS])
+@for_each(runs, name=lambda run: f"{run.setup.model}-{run.id}")
 def test_measured_runs(run: RunRecord) -> None:
     """Whole models of up to 48 layers."""
     step = run.phase("step")

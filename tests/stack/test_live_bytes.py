@@ -19,6 +19,7 @@ hold them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from planner.memory.step.resident import INPUT_BYTES_PER_TOKEN, mask_windows
 from planner.memory.step.timeline import StepTimeline
 from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import EXPANDABLE
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.training_setup import METHODS, TrainingSetup
 
 from .like_cuda import like_cuda
 from .real_steps import first_step, measure
@@ -58,36 +59,53 @@ SELECTIVE = {"selective_checkpointing": True}
 FP32 = {"dtype": "float32"}
 PACKED = {**QLORA, "packing": True}
 CASES: list[Case] = [
-    *((family, {**QLORA, **knobs}) for family in DENSE for knobs in ({}, KEPT)),
-    *((family, {**LORA, **knobs}) for family in DENSE for knobs in ({}, KEPT)),
-    *((family, {**FULL, **knobs}) for family in DENSE for knobs in ({}, KEPT)),
-    ("llama", {**QLORA, **DROPOUT}),
-    ("llama", {**QLORA, **DROPOUT, **KEPT}),
+    # Every family with every method, and with either way to keep or recompute its layers.
+    *(("llama", {**base, **knobs}) for base in (QLORA, LORA, FULL) for knobs in ({}, KEPT)),
+    ("qwen3", QLORA),
+    ("qwen3", {**LORA, **KEPT}),
+    ("qwen3", FULL),
+    ("phi3", QLORA),
+    ("phi3", LORA),
+    ("phi3", {**FULL, **KEPT}),
+    ("gemma3", {**QLORA, **KEPT}),
+    ("gemma3", LORA),
+    ("gemma3", FULL),
+    ("olmo2", {**QLORA, **KEPT}),
+    ("olmo2", LORA),
+    ("olmo2", FULL),
+    ("granite", QLORA),
+    ("granite", LORA),
+    ("granite", {**FULL, **KEPT}),
+    # Every knob with every method that takes it and with either way.
     ("llama", {**LORA, **DROPOUT}),
-    ("llama", {**LORA, **DROPOUT, **KEPT}),
-    ("gemma3", {**LORA, **DROPOUT, **KEPT}),
     ("phi3", {**QLORA, **DROPOUT, **KEPT}),
+    ("gemma3", {**LORA, **DROPOUT, **KEPT}),
     ("llama", {**QLORA, "target_modules": SUBSET}),
     ("llama", {**QLORA, **KEPT, "target_modules": SUBSET}),
     ("granite", {**LORA, **KEPT, "target_modules": SUBSET}),
     ("llama", {**QLORA, "checkpointed_layers": 2}),
-    *(("llama", {**base, **DORA, **knobs}) for base in (QLORA, LORA) for knobs in ({}, KEPT)),
-    *(("llama", {**base, **DORA, **DROPOUT, **knobs}) for base in (QLORA, LORA) for knobs in ({}, KEPT)),
+    ("llama", {**QLORA, **DORA, **KEPT}),
+    ("llama", {**LORA, **DORA}),
+    ("llama", {**QLORA, **DORA, **DROPOUT}),
+    ("llama", {**QLORA, **DORA, **DROPOUT, **KEPT}),
+    ("llama", {**LORA, **DORA, **DROPOUT, **KEPT}),
     ("phi3", {**QLORA, **DORA}),
     ("gemma3", {**QLORA, **DORA}),
     ("llama", {**KBIT, **DORA}),
-    *((family, {**KBIT, **knobs}) for family in ("llama", "qwen3", "gemma3", "phi3") for knobs in ({}, KEPT)),
-    *((family, {**QLORA, **SELECTIVE}) for family in ("llama", "qwen3", "phi3", "gemma3")),
-    *(
-        (f"{family}_unshared", {**QLORA, **FP32, **knobs})
-        for family in ("llama", "qwen3")
-        for knobs in ({}, KEPT)
-    ),
+    ("llama", {**KBIT, **KEPT}),
+    ("qwen3", KBIT),
+    ("phi3", KBIT),
+    ("gemma3", {**KBIT, **KEPT}),
+    *((family, {**QLORA, **SELECTIVE}) for family in ("qwen3", "phi3", "gemma3")),
+    ("llama_unshared", {**QLORA, **FP32}),
+    ("qwen3_unshared", {**QLORA, **FP32, **KEPT}),
     ("llama_unshared", {**LORA, **FP32}),
     ("llama_unshared", {**FULL, **FP32}),
-    *((family, {**PACKED, **knobs}) for family in ("llama", "qwen3") for knobs in ({}, KEPT)),
+    ("llama", {**PACKED, **KEPT}),
+    ("qwen3", PACKED),
     ("llama", {**PACKED, **SELECTIVE}),
 ]
+"""Any two values of the knobs that go together do so in one case, and any three, whatever the family."""
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +141,14 @@ def largest(timeline: StepTimeline, prefix: str) -> int:
         for moment in (*timeline._head_moments(), *timeline._layer_moments())
         if moment.name.startswith(prefix)
     )
+
+
+def test_every_family_is_measured_with_every_method_and_with_either_way_to_keep_layers() -> None:
+    families = [(family.removesuffix("_unshared"), knobs) for family, knobs in CASES]
+    methods = {(family, knobs["method"]) for family, knobs in families}
+    assert methods == set(itertools.product(DENSE, METHODS))
+    ways = {(family, knobs.get("gradient_checkpointing", True)) for family, knobs in families}
+    assert ways == set(itertools.product(DENSE, (True, False)))
 
 
 def name_of(case: Case) -> str:

@@ -6,13 +6,13 @@ the requests that the trace holds. Either must come to the same peak and the sam
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
 
 from launcher.models.inspect import inspect_config
 from planner.memory.allocators.expandable import empty_allocator
@@ -20,6 +20,7 @@ from planner.memory.allocators.native import MIB, CachingAllocator, rounded
 from planner.memory.step.replay import StepReplay
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.setup.training_setup import TrainingSetup
+from tests.each import for_each
 from tests.stack.attribution import live_bytes
 from tests.stack.test_traces import NAMES, TRACES
 
@@ -74,7 +75,7 @@ def requested(allocator: CachingAllocator, events: list[int]) -> None:
             allocator.free(addresses[-1 - event])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@for_each(NAMES)
 def test_expandable_segments_hand_out_what_a_trace_asks_for_and_no_more(name: str) -> None:
     """Event for event, where the default's unsplit rests come on top."""
     events: list[int] = json.loads(gzip.decompress((TRACES / f"{name}.json.gz").read_bytes()))["events"]
@@ -95,10 +96,25 @@ def test_expandable_segments_hand_out_what_a_trace_asks_for_and_no_more(name: st
     assert 0 <= expandable.peak_allocated_bytes - max(live_bytes(events)) < ROUNDING_BYTES
 
 
-def step_of(name: str, allocator: str) -> tuple[StepReplay, CachingAllocator, int]:
-    """A setup's replay after its second step, an allocator after the trace's from the same state, and the
-    bytes allocated between steps.
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A setup's second step as replayed, and a trace's own requests from the same state: the peaks above what
+    lies between steps, and what was reserved.
     """
+
+    peak_bytes: int
+    reserved_bytes: int
+    traced_peak_bytes: int
+    traced_reserved_bytes: int
+    largest_block_bytes: int
+
+    @property
+    def reserved_error_bytes(self) -> int:
+        return abs(self.reserved_bytes - self.traced_reserved_bytes)
+
+
+@functools.cache
+def step_of(name: str, allocator: str) -> Step:
     replay, events = replay_of(name, allocator)
     replay.optimizer_step(first=True)
     between = replay.allocator.allocated_bytes
@@ -107,16 +123,21 @@ def step_of(name: str, allocator: str) -> tuple[StepReplay, CachingAllocator, in
         both.reset_peak()
     replay.optimizer_step(first=False)
     requested(traced, events)
-    return replay, traced, between
+    return Step(
+        peak_bytes=replay.allocator.peak_allocated_bytes - between,
+        reserved_bytes=replay.allocator.reserved_bytes,
+        traced_peak_bytes=traced.peak_allocated_bytes - between,
+        traced_reserved_bytes=traced.reserved_bytes,
+        largest_block_bytes=replay._largest_block_bytes(),
+    )
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("name", COUNTED)
+@for_each(COUNTED)
 def test_a_step_comes_to_the_peak_of_its_trace(name: str, allocator: str) -> None:
-    replay, traced, between = step_of(name, allocator)
-    peak = traced.peak_allocated_bytes - between
+    step = step_of(name, allocator)
     tolerance = PEAK_TOLERANCE.get(name, 0.0005)
-    assert replay.allocator.peak_allocated_bytes - between == pytest.approx(peak, rel=tolerance, abs=MIB)
+    assert step.peak_bytes == pytest.approx(step.traced_peak_bytes, rel=tolerance, abs=MIB)
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
@@ -124,18 +145,18 @@ def test_steps_come_to_the_reserve_of_their_traces(allocator: str) -> None:
     """All with the default. Where the one segment that grows ends hangs on the order of requests too: a few
     traces ask in another than replayed, and reserve a block more or less.
     """
-    others = []
-    for name in COUNTED:
-        replay, traced, _ = step_of(name, allocator)
-        error = abs(replay.allocator.reserved_bytes - traced.reserved_bytes)
-        if error > RESERVED_TOLERANCE_BYTES[allocator]:
-            others.append(name)
-            assert error <= replay._largest_block_bytes(), name
+    steps = {name: step_of(name, allocator) for name in COUNTED}
+    others = {
+        name: step.reserved_error_bytes
+        for name, step in steps.items()
+        if step.reserved_error_bytes > RESERVED_TOLERANCE_BYTES[allocator]
+    }
+    assert all(error <= steps[name].largest_block_bytes for name, error in others.items()), others
     assert len(others) <= (MOST_IN_ANOTHER_ORDER if allocator == EXPANDABLE else 0), others
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("name", OFFLOADING_TOLERANCE)
+@for_each(OFFLOADING_TOLERANCE)
 def test_an_offloading_step_comes_to_no_less_than_its_trace(name: str, allocator: str) -> None:
     """A trace does not say whose pool a block lies in, so reserved memory is not compared."""
     replay, events = replay_of(name, allocator)

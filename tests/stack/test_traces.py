@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from launcher.models.inspect import inspect_config
 from planner.base.units import DTYPE_BYTES
 from planner.memory.estimate import _replayed
@@ -26,6 +24,7 @@ from planner.memory.measured.files import coefficients_for
 from planner.memory.step.timeline import StepMoment, StepTimeline
 from planner.setup.cuda_allocator import NATIVE
 from planner.setup.training_setup import TrainingSetup
+from tests.each import for_each
 
 from .attribution import live_bytes
 
@@ -174,15 +173,26 @@ def offloads(name: str) -> bool:
     return load(name).setup.activation_offloading
 
 
-COUNTED = [name for name in NAMES if not offloads(name)]
-OFFLOADED = [name for name in NAMES if offloads(name)]
-LOCATED = [name for name in COUNTED if load(name).span is not None]
-ATTRIBUTED = [name for name in COUNTED if load(name).peak is not None]
+def counted() -> list[str]:
+    return [name for name in NAMES if not offloads(name)]
+
+
+def offloaded() -> list[str]:
+    return [name for name in NAMES if offloads(name)]
+
+
+def located(*, padded: bool | None = None) -> list[str]:
+    """Traces that tell where the head runs, of full batches, of padded ones or of both."""
+    return [name for name in counted() if load(name).span is not None and padded in (None, load(name).padded)]
+
+
+def attributed() -> list[str]:
+    return [name for name in counted() if load(name).peak is not None]
 
 
 def test_every_trace_is_whole() -> None:
     assert len(NAMES) >= 76
-    assert len(ATTRIBUTED) >= 45
+    assert len(attributed()) >= 45
     for name in NAMES:
         left = 0
         if offloads(name):
@@ -191,14 +201,14 @@ def test_every_trace_is_whole() -> None:
         assert abs(load(name).live[-1]) < left + 2**16, name
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@for_each(counted)
 def test_peak_of_the_step(name: str) -> None:
     trace = load(name)
     tolerance = PEAK_TOLERANCE.get(name, TOLERANCE)
     assert trace.peak_bytes == pytest.approx(max(trace.live), rel=tolerance), trace.step.name
 
 
-@pytest.mark.parametrize("name", OFFLOADED)
+@for_each(offloaded)
 def test_peak_of_an_offloading_step_is_no_less(name: str) -> None:
     trace = load(name)
     error = trace.peak_bytes / max(trace.live) - 1
@@ -207,7 +217,7 @@ def test_peak_of_an_offloading_step_is_no_less(name: str) -> None:
     assert abs(error) <= OFFLOADING_TOLERANCE[name], trace.step.name
 
 
-@pytest.mark.parametrize("name", LOCATED)
+@for_each(located)
 def test_peak_of_forward(name: str) -> None:
     """The busiest moment of decoder layers and final norm before the output head takes its first block."""
     trace = load(name)
@@ -218,19 +228,18 @@ def test_peak_of_forward(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in LOCATED if not load(name).padded])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_peaks_of_the_head(name: str, direction: str) -> None:
+@for_each(lambda: located(padded=False))
+def test_peaks_of_the_head(name: str) -> None:
     """Full batches: of a padded one the head works on fewer rows than the model counts."""
     trace = load(name)
     assert trace.span is not None
-    first, last = trace.span[direction]
-    measured = max(trace.live[first : last + 1])
-    tolerance = HEAD_TOLERANCE.get(name, TOLERANCE)
-    assert moments(trace, prefix=f"output head, {direction}") == pytest.approx(measured, rel=tolerance)
+    said = {direction: moments(trace, prefix=f"output head, {direction}") for direction in trace.span}
+    measured = {way: max(trace.live[first : last + 1]) for way, (first, last) in trace.span.items()}
+    assert said.keys() == {"forward", "backward"}
+    assert said == pytest.approx(measured, rel=HEAD_TOLERANCE.get(name, TOLERANCE))
 
 
-@pytest.mark.parametrize("name", [name for name in LOCATED if load(name).padded])
+@for_each(lambda: located(padded=True))
 def test_the_head_of_a_padded_batch_needs_no_more(name: str) -> None:
     trace = load(name)
     assert trace.span is not None
@@ -239,7 +248,7 @@ def test_the_head_of_a_padded_batch_needs_no_more(name: str) -> None:
         assert measured < moments(trace, prefix=f"output head, {direction}"), direction
 
 
-@pytest.mark.parametrize("name", LOCATED)
+@for_each(located)
 def test_peak_lies_where_the_trace_has_it(name: str) -> None:
     """Before the head, in the head, in backward of the layers, in the optimizer step."""
     trace = load(name)
@@ -272,7 +281,7 @@ PART_BYTES = 3 * MIB // 10
 """What the model rounds away of a part: positions, row statistics, DoRA's vectors of the layer at work."""
 
 
-@pytest.mark.parametrize("name", ATTRIBUTED)
+@for_each(attributed)
 def test_parts_at_the_peak_are_those_who_asked_for_them(name: str) -> None:
     """Workspace, head and the rest of the model's peak beside the sums over who asked for each live block."""
     trace = load(name)

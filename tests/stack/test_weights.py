@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,9 +38,9 @@ def nbytes(tensors: Iterable[Any]) -> int:
         ("llama", {"dtype": "float32"}),
     ],
 )
-def test_quantised_model(family: str, knobs: dict[str, Any], tmp_path: Path) -> None:
+def test_quantised_model(family: str, knobs: dict[str, Any]) -> None:
     setup = make_setup(family, **knobs)
-    model = load_model(family, setup, tmp_path)
+    model = load_model(family, setup)
     expected = weight_memory(setup, spec_of(family), EXPANDABLE)
     quantised = [p for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)]
     assert quantised
@@ -57,12 +56,12 @@ def test_quantised_model(family: str, knobs: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
-def test_what_the_allocators_hand_out(family: str, method: str, tmp_path: Path) -> None:
+def test_what_the_allocators_hand_out(family: str, method: str) -> None:
     """Every tensor rounded up in expandable segments; the default adds unsplit rests, and counts the same."""
     setup = make_setup(family, method=method)
     expandable, native = (weight_memory(setup, spec_of(family), name) for name in (EXPANDABLE, NATIVE))
     tensors = []
-    for parameter in load_model(family, setup, tmp_path).parameters():
+    for parameter in load_model(family, setup).parameters():
         tensors.append(parameter)
         if isinstance(parameter, bnb.nn.Params4bit):
             tensors += constants_of(parameter.quant_state)
@@ -75,16 +74,16 @@ def test_what_the_allocators_hand_out(family: str, method: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_unquantised_model(family: str, method: str, tmp_path: Path) -> None:
+def test_unquantised_model(family: str, method: str) -> None:
     setup = make_setup(family, method=method)
     expected = weight_memory(setup, spec_of(family), EXPANDABLE)
     assert expected.quantized_bytes == expected.constants_bytes == 0
-    assert expected.unquantized_bytes == nbytes(list(load_model(family, setup, tmp_path).parameters()))
+    assert expected.unquantized_bytes == nbytes(list(load_model(family, setup).parameters()))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_experts_and_routers_stay_in_16_bits(family: str, tmp_path: Path) -> None:
-    model = load_model(family, make_setup(family), tmp_path)
+def test_experts_and_routers_stay_in_16_bits(family: str) -> None:
+    model = load_model(family, make_setup(family))
     experts = [p for name, p in model.named_parameters() if "experts" in name or "mlp.gate" in name]
     assert len(experts) == 9
     assert {str(p.dtype) for p in experts} == {"torch.bfloat16"}

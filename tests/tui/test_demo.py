@@ -27,7 +27,7 @@ pytest.importorskip("trl")
 MODEL = PROFILES / "demo" / "model"
 DATA = PROFILES / "demo" / "data" / "train.jsonl"
 STEPS = 40
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 800
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ async def test_a_change_is_answered_by_the_fitted_estimate_and_then_refined(
     let_go = threading.Event()
 
     def waits(answer: Sizing) -> Sizing:
-        let_go.wait(10)
+        let_go.wait(300)
         return refine(answer)
 
     async with make_app().run_test(size=SIZE) as pilot:

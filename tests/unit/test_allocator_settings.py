@@ -154,7 +154,7 @@ def test_the_trainer_is_started_with_expandable_segments_and_with_what_a_person_
     )
     folder = create_run_folder(tmp_path, job, name="run")
     handle = supervisor.start(folder.path)
-    assert (handle.trainer.wait(30), handle.sampler.wait(30)) == (0, 0)
+    assert (handle.trainer.wait(500), handle.sampler.wait(500)) == (0, 0)
     trainer = folder.log("trainer").read_text(encoding="utf-8").strip()
     assert trainer == str([SETTING[CUDA] if own is None else None, own])
     assert folder.log("sampler").read_text(encoding="utf-8").strip() == str([None, own])
@@ -181,7 +181,7 @@ def test_torch_reads_the_variable_that_we_read(on_machine: pytest.MonkeyPatch) -
         [sys.executable, "-c", TORCH_READS.format(environments=environments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
         check=True,
     )
     read = [json.loads(line) for line in child.stdout.splitlines()]

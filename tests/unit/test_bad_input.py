@@ -303,7 +303,7 @@ def test_the_program_itself_says_it_in_one_line(name: str, tmp_path: Path) -> No
         [sys.executable, "-m", "launcher.cli", *CASES[name](tmp_path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=500,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")

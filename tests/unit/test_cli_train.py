@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,8 @@ from planner.models.catalog import resolve_model
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+Cli = Callable[..., Any]
 DEMO = (
     *("--model", str(PROFILES / "demo" / "model")),
     *("--data", str(PROFILES / "demo" / "data" / "train.jsonl")),
@@ -52,7 +55,7 @@ def start(tmp_path: Path, *extra: str) -> subprocess.Popen[str]:
 
 def test_the_planned_run_is_what_runs(tmp_path: Path) -> None:
     child = start(tmp_path, "--max-steps", "4", "--gpu", "16GB", "--lora-r", "4")
-    out, talk = child.communicate(timeout=250)
+    out, talk = child.communicate(timeout=600)
     assert child.returncode == 0, talk
     assert "Traceback" not in talk
     assert out.startswith("FITS")
@@ -74,7 +77,7 @@ def test_ctrl_c_stops_after_the_step_and_saves(tmp_path: Path) -> None:
         if "loss" in line:
             break
     child.send_signal(signal.SIGINT)
-    _, talk = child.communicate(timeout=120)
+    _, talk = child.communicate(timeout=600)
     assert child.returncode == 130
     assert "Traceback" not in talk
     folder = RunFolder(tmp_path / "run")
@@ -84,11 +87,11 @@ def test_ctrl_c_stops_after_the_step_and_saves(tmp_path: Path) -> None:
     assert (folder.adapter / "adapter_model.safetensors").is_file()
 
 
-def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
-    child = start(tmp_path, "--gpu", "6GB", "--per-device-train-batch-size", "8192", "--max-length", "4096")
-    out, talk = child.communicate(timeout=120)
-    assert child.returncode == 3, talk
-    assert out.startswith("DOES NOT FIT")
+def test_a_plan_that_does_not_fit_starts_nothing(cli: Cli, tmp_path: Path) -> None:
+    too_large = ("--per-device-train-batch-size", "8192", "--max-length", "4096")
+    finished = cli("train", *DEMO, "--runs", tmp_path, "--name", "run", "--gpu", "6GB", *too_large)
+    assert finished.code == 3, finished.err
+    assert finished.out.startswith("DOES NOT FIT")
     assert not (tmp_path / "run").exists()
 
 

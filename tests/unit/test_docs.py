@@ -6,13 +6,13 @@ import importlib
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from launcher import cli
 from planner.commands.program import Parser
+from tests import write_docs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -94,15 +94,10 @@ def test_paths_that_pages_name_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_quotations_are_current() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.write_docs", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.slow
+def test_quotations_are_current(capsys: pytest.CaptureFixture[str]) -> None:
+    out_of_date = write_docs.main(["--check"])
+    assert not out_of_date, capsys.readouterr().err
 
 
 def test_no_file_names_a_machine() -> None:

@@ -8,9 +8,10 @@ import pytest
 from planner.base.errors import UnknownNameError
 from planner.gpus.catalog import CATALOG_FILE, gpu_catalog, load_sources, normalise
 from planner.gpus.spec import DISPLAY_BYTES, MIB, GpuSpec, reserved_bytes_upper_bound
+from tests.each import for_each
 
 CATALOG = gpu_catalog()
-ALL = pytest.mark.parametrize("gpu", CATALOG, ids=lambda gpu: gpu.id)
+ALL = for_each(CATALOG, name=lambda gpu: gpu.id)
 
 
 def test_the_catalog_has_the_cards_people_fine_tune_on() -> None:

@@ -102,7 +102,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Microbe
         "--output",
         str(path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
     return done.stdout.splitlines(), read_microbenchmarks(path)
 
 

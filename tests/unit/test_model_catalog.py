@@ -16,6 +16,7 @@ from planner.base.errors import InputError, MissingExtraError, UnknownNameError,
 from planner.models import catalog as model_catalog
 from planner.models.catalog import catalog_ids, list_models, load_shipped, resolve_model
 from planner.models.spec import ModelSpec
+from tests.each import for_each
 
 PUBLISHED = tomllib.loads((data_files.PROFILES / "models.toml").read_text(encoding="utf-8"))["model"]
 BY_ID = {entry["id"]: entry for entry in PUBLISHED}
@@ -43,7 +44,7 @@ def test_catalog_and_published_table_name_the_same_models() -> None:
     assert len(catalog_ids()) >= 60
 
 
-@pytest.mark.parametrize("model_id", BY_ID)
+@for_each(BY_ID)
 def test_parameter_total_is_the_published_one(model_id: str) -> None:
     entry, spec = BY_ID[model_id], load_shipped(model_id)
     assert spec.parameter_count == entry["published_total"] - entry.get("stored_beside", 0)
@@ -69,7 +70,7 @@ def test_totals_people_know(model_id: str, total: int) -> None:
     assert resolve_model(model_id).parameter_count == total
 
 
-@pytest.mark.parametrize("summary", list_models(), ids=lambda s: s.id)
+@for_each(list_models, name=lambda summary: summary.id)
 def test_summary_agrees_with_spec_and_every_name_finds_it(summary: model_catalog.ModelSummary) -> None:
     spec = load_shipped(summary.id)
     assert (summary.parameter_count, summary.hub_id) == (spec.parameter_count, spec.hub_id)
@@ -130,7 +131,7 @@ def test_hub_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (spec.id, spec.hub_id) == ("phi-4", "somebody/phi-4-tuned")
 
 
-@pytest.mark.parametrize("model_id", BY_ID)
+@for_each(BY_ID)
 def test_folder_with_a_published_config_needs_no_training_stack(model_id: str, tmp_path: Path) -> None:
     config = published_config(model_id) | {"torch_dtype": "bfloat16", "transformers_version": "4.46.0"}
     spec = resolve_model(folder_with(tmp_path, config))
@@ -228,7 +229,7 @@ BAD_CONFIGS = {
 }
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("content", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
 def test_bad_config_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)

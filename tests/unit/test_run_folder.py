@@ -146,10 +146,12 @@ def test_a_dead_and_a_reused_pid_are_not_running(tmp_path: Path) -> None:
 
 def test_a_zombie_is_not_running(tmp_path: Path) -> None:
     folder = create_run_folder(tmp_path, make_job())
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     supervisor.write_identity(folder, "trainer", child.pid)
     assert supervisor.status(folder.path).alive
-    deadline = time.monotonic() + 20
+    assert child.stdin is not None
+    child.stdin.close()
+    deadline = time.monotonic() + 300
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not supervisor.status(folder.path).alive

@@ -1,0 +1,65 @@
+"""The training process with a step that fails, in place of `python -m launcher.training.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BROKEN_AFTER = 3
+"""Steps that are done when one fails."""
+
+
+def train(run: Path, break_step: Callable[[], None] | None) -> int:
+    """Train a run with its steps as they are, or broken; returns the exit code."""
+    from launcher.training.train import main
+
+    if break_step is not None:
+        break_step()
+    return main([str(run)])
+
+
+def raises(kind: str) -> None:
+    """Make a step raise an error of ERRORS."""
+
+    def fail(trainer: Any) -> None:
+        raise ERRORS[kind]()
+
+    _before_a_step(fail)
+
+
+def loses_a_weight() -> None:
+    """Make the adapter's first weight not a number before a step."""
+
+    def poison(trainer: Any) -> None:
+        weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+        weight.data.fill_(float("nan"))
+
+    _before_a_step(poison)
+
+
+def _cuda() -> BaseException:
+    import torch
+
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "CUDA": _cuda,
+    "CPU": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    "Python": MemoryError,
+    "bug": lambda: KeyError("lost"),
+}
+
+
+def _before_a_step(action: Callable[[Any], None]) -> None:
+    from launcher.training.callbacks import LaunchedTrainer
+
+    step = LaunchedTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == BROKEN_AFTER:
+            action(self)
+        return step(self, *args, **kwargs)
+
+    LaunchedTrainer.training_step = training_step
