@@ -75,7 +75,7 @@ clean:
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "vramwise needs Python 3.11 or newer (with venv)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade "pip>=25.3"
+	$(PIP) install --quiet --constraint constraints.txt --upgrade pip
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable ".[train]"

@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 from planner.setup.cuda_allocator import VARIABLES
@@ -29,13 +28,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Plans are for the allocator that the environment asks for: here for what suits the machine.
 for _name in VARIABLES:
     os.environ.pop(_name, None)
-
-
-# A loaded machine may take long for an example.
-hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("any machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

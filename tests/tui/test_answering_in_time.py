@@ -8,7 +8,7 @@ import sys
 from itertools import groupby
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.style import Style
 from textual.widgets import Select
@@ -92,6 +92,7 @@ def cell_by_cell(data: BarData, width: int) -> list[tuple[str, Style]]:
     return cells
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 10**10), max_size=9),
     upper=st.integers(0, 10**11),

@@ -5,7 +5,7 @@ import random
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.base.errors import InputError
@@ -43,6 +43,7 @@ def test_totals_and_percentiles_of_known_lengths() -> None:
     )
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 400))
 def test_truncation_counts_what_is_cut(lengths: list[int], limit: int) -> None:
     truncation = make(lengths).truncation(limit)
@@ -50,6 +51,7 @@ def test_truncation_counts_what_is_cut(lengths: list[int], limit: int) -> None:
     assert truncation.tokens == sum(lengths) - sum(min(length, limit) for length in lengths)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 400))
 def test_packing_makes_as_many_sequences_as_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
     packing = make(lengths).packing(capacity)
@@ -74,6 +76,7 @@ def test_batches_of_one_need_no_padding() -> None:
     assert padding.waste == 0
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 20))
 def test_histogram_holds_every_example_once(lengths: list[int], bins: int) -> None:
     histogram = make(lengths).histogram(bins)
@@ -82,6 +85,7 @@ def test_histogram_holds_every_example_once(lengths: list[int], bins: int) -> No
         assert count == sum(first <= length <= last for length in lengths)
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_json_round_trip(lengths: list[int]) -> None:
     stats = make(lengths)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.base.errors import FieldError, InputError, UnknownNameError
@@ -130,6 +130,7 @@ def test_a_typo_gets_a_suggestion(text: str, suggested: str) -> None:
         parse_gpu(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30) | st.from_regex(r"[0-9x]{0,4}[0-9.e+-]{0,6} ?(gb|g|GiB)?", fullmatch=True))
 def test_any_text_gives_a_request_or_one_line(text: str) -> None:
     message = ""

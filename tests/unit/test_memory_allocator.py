@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.memory.allocators.expandable import empty_allocator
@@ -89,6 +89,7 @@ def test_an_emptied_cache_gives_back_segments_that_are_wholly_free() -> None:
     allocator.free(held)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(MIN_LARGE_ALLOCATION, 64 * MIB), min_size=2, max_size=20), st.data())
 def test_blocks_never_merge_across_segments(sizes: list[int], data: st.DataObject) -> None:
     """Freed in any order, segments that were asked for one after the other serve one request each."""
@@ -112,6 +113,7 @@ def test_blocks_never_merge_across_segments(sizes: list[int], data: st.DataObjec
     assert other.reserved_bytes == larger
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(ALLOCATORS),
     st.lists(st.integers(1, 64 * MIB), max_size=40),
@@ -191,6 +193,7 @@ def test_nodes_run_last_first_and_early_stop_forgets() -> None:
     assert sizes_of(tape) == (10.0,)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(*[st.floats(0, 100) for _ in range(9)]),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.memory.allocators.native import MIB
@@ -166,6 +166,7 @@ def live_bytes(events: Iterable[int], sizes: list[int]) -> list[int]:
     return [sum(sizes[block] for block in held) for held in holdings(events)]
 
 
+@settings(deadline=None)
 @given(graphs())
 def test_reuse_leaves_peak_and_end_as_they_were(graph: tuple[list[int], list[int]]) -> None:
     events, sizes = graph

@@ -233,7 +233,7 @@ SETUPS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(knobs=SETUPS, model=st.sampled_from(MODELS), gpu=st.sampled_from(list(gpu_catalog())))
 def test_no_forecast_exceeds_the_roofline(knobs: dict[str, object], model: ModelSpec, gpu: object) -> None:
     card = gpu_catalog().get(gpu.id)  # type: ignore[attr-defined]
