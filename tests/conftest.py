@@ -49,7 +49,10 @@ def _compiler() -> str:
     return f"torch-{torch}-{sys.implementation.cache_tag}-{zlib.crc32(flags):08x}"
 
 
-TOGETHER = {"tests/unit/test_docs.py": "tests/unit/test_accuracy.py"}
+TOGETHER = {
+    f"tests/unit/test_{name}.py": "tests/unit/test_accuracy.py"
+    for name in ("docs", "memory_records", "throughput_fit")
+}
 """Files that ask the same of the planner, which takes seconds and is then remembered by the process."""
 
 

@@ -51,7 +51,10 @@ def output_of(arguments: tuple[str, ...]) -> str:
     return f"exit code {done.returncode}\n" + done.stdout.decode("utf-8")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "compare-gpu" else ()) for name in COMMANDS],
+)
 def test_output_is_as_committed(name: str) -> None:
     if name in WORDED_BY_PYTHON and sys.version_info >= (3, 13):
         pytest.skip("help is compared where it was written, on Python 3.11 and 3.12")

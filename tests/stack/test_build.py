@@ -21,6 +21,8 @@ from planner.base.errors import InputError, MissingExtraError, VramwiseError
 from planner.data.reader import TrainingData
 from planner.setup.training_setup import OPTIMIZERS, TrainingSetup
 
+pytestmark = pytest.mark.slow
+
 MODEL = str(PROFILES / "demo" / "model")
 DATA = PROFILES / "demo" / "data" / "train.jsonl"
 CPU = torch.device("cpu")

@@ -147,6 +147,7 @@ def test_config_saved_by_the_installed_transformers_is_recognised(model_id: str,
     assert resolve_model(str(tmp_path)).layers == load_shipped(model_id).layers
 
 
+@pytest.mark.slow
 def test_resolving_a_changed_llama_describes_it_in_a_child_without_its_code(tmp_path: Path) -> None:
     config = config_of("llama-3.2-1b") | {
         "num_hidden_layers": 3,
@@ -177,6 +178,7 @@ def test_what_is_not_understood_is_named(config: dict[str, Any], message: str) -
         inspect_config(config, model_id="x", hub_id="x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -198,6 +200,7 @@ def test_ten_million_layers_are_refused_before_anything_is_built(monkeypatch: py
         inspect_in_child({"model_type": "llama", "num_hidden_layers": 10_000_000}, model_id="x", hub_id="x")
 
 
+@pytest.mark.slow
 def test_child_is_ended_in_time_and_bounded_in_memory() -> None:
     config = config_of("llama-3.2-1b") | {"num_hidden_layers": 2}
     with pytest.raises(InputError, match="took more than"):

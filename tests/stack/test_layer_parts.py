@@ -39,6 +39,8 @@ from .layer_parts import (
 from .like_cuda import like_cuda
 from .real_steps import first_step
 
+pytestmark = pytest.mark.slow
+
 LENGTH, BATCH = 512, 2
 QLORA: dict[str, Any] = {"method": "qlora"}
 DORA = {**QLORA, "use_dora": True}

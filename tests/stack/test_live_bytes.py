@@ -47,6 +47,8 @@ TOLERANCE = 0.0005
 DORA_TOLERANCE = 0.0015
 """Beside DoRA's vectors of one value an output."""
 
+pytestmark = pytest.mark.slow
+
 SUBSET = ("q_proj", "v_proj")
 
 Case = tuple[str, dict[str, Any]]

@@ -12,6 +12,8 @@ from launcher.measuring.measured_run import MOST_STEPS, WARM_UP_STEPS, MeasuredR
 from launcher.measuring.profile import Profile
 from tests.stack.test_build import make_setup, make_trainer
 
+pytestmark = pytest.mark.slow
+
 SLOW_SECONDS, NEVER_SECONDS = 0.0, 1e9
 
 

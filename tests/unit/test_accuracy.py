@@ -11,7 +11,13 @@ import pytest
 
 from launcher.cli import run
 from planner.calibration import accuracy as accuracy_module
-from planner.calibration.accuracy import Accuracy, accuracy, shipped_records, speed_accuracy
+from planner.calibration.accuracy import (
+    Accuracy,
+    SpeedAccuracy,
+    accuracy,
+    shipped_records,
+    speed_accuracy,
+)
 from planner.calibration.memory_fit import Residual, held_out_residuals
 from planner.calibration.records import RunRecord
 from planner.calibration.samples import Resolve
@@ -26,24 +32,37 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", autouse=True)
 def _fitted_once() -> Iterator[None]:
     """Each fit to all records takes seconds: every test is given the same."""
-    known: dict[object, tuple[Residual, ...]] = {}
+    errors: dict[object, tuple[Residual, ...]] = {}
+    speeds: dict[object, tuple[SpeedAccuracy, ...]] = {}
 
-    def once(
+    def errors_once(
         records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, allocator: str
     ) -> tuple[Residual, ...]:
         key = (tuple(record.id for record in records), gpu.id, allocator)
-        if key not in known:
-            known[key] = held_out_residuals(records, gpu, resolve, allocator=allocator)
-        return known[key]
+        if key not in errors:
+            errors[key] = held_out_residuals(records, gpu, resolve, allocator=allocator)
+        return errors[key]
+
+    def speed_once(records: Sequence[RunRecord]) -> tuple[SpeedAccuracy, ...]:
+        key = tuple(record.id for record in records)
+        if key not in speeds:
+            speeds[key] = speed_accuracy(records)
+        return speeds[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy_module, "held_out_residuals", once)
+        patch.setattr(accuracy_module, "held_out_residuals", errors_once)
+        patch.setattr(accuracy_module, "speed_accuracy", speed_once)
         yield
 
 
 @pytest.fixture(scope="module")
 def found(_fitted_once: None) -> tuple[Accuracy, ...]:
     return accuracy(shipped_records())
+
+
+@pytest.fixture(scope="module")
+def speed(_fitted_once: None) -> tuple[SpeedAccuracy, ...]:
+    return accuracy_module.speed_accuracy(shipped_records())
 
 
 def test_each_model_is_judged_by_a_fit_without_it(found: tuple[Accuracy, ...]) -> None:
@@ -112,8 +131,8 @@ def test_json_holds_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(model["summary"]["runs"] for model in speed["models"]) == speed["held_out"]["runs"]
 
 
-def test_speed_is_as_right_as_the_documentation_says() -> None:
-    reference, *others = sorted(speed_accuracy(shipped_records()), key=lambda one: one.gpu != "h100-80gb")
+def test_speed_is_as_right_as_the_documentation_says(speed: tuple[SpeedAccuracy, ...]) -> None:
+    reference, *others = sorted(speed, key=lambda one: one.gpu != "h100-80gb")
     assert reference.held_out is not None
     assert reference.held_out.runs >= 140
     assert reference.held_out.median < 0.04
@@ -163,18 +182,22 @@ def test_each_table_says_in_words_which_allocator_its_runs_had(
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_no_number_is_cut(
-    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    width: int,
+    found: tuple[Accuracy, ...],
+    speed: tuple[SpeedAccuracy, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     assert run(["accuracy"]) == 0
     text = capsys.readouterr().out
-    worst = next(one for one in accuracy(shipped_records()) if one.gpu == "h100-80gb").overall[1].worst
+    worst = next(one for one in found if one.gpu == "h100-80gb").overall[1].worst
     assert worst is not None
     assert f"{100 * worst:+.2f}" in text
-    speed = next(one for one in speed_accuracy(shipped_records()) if one.gpu == "h100-80gb")
-    assert speed.held_out is not None
-    assert f"{100 * speed.held_out.percentile_90:.1f}" in text
-    last = speed_accuracy(shipped_records())[-1]
+    reference = next(one for one in speed if one.gpu == "h100-80gb")
+    assert reference.held_out is not None
+    assert f"{100 * reference.held_out.percentile_90:.1f}" in text
+    last = speed[-1]
     assert all(line.rstrip() for line in text.splitlines()[-len(last.models) :])
 
 

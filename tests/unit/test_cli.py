@@ -275,6 +275,7 @@ def test_models_and_gpus_are_listed(cli: Cli) -> None:
     assert "On this machine" in cli("gpus", "4090").out
 
 
+@pytest.mark.slow
 def test_compare_tells_cards_and_lengths(cli: Cli) -> None:
     rows = json.loads(
         cli("compare", "--model", "llama-3.1-8b", "--gpu", "8GB", "--gpu", "24GB", "--json").out

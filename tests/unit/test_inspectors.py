@@ -34,6 +34,7 @@ def test_without_one_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         installed_inspector(CONFIG, model_id="x", hub_id="a/x")
 
 
+@pytest.mark.slow
 def test_plan_describes_an_architecture_outside_the_catalog(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     model = tmp_path / "mine"

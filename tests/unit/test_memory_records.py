@@ -195,6 +195,7 @@ def test_an_allocators_reserve_rests_on_its_own_runs() -> None:
 
 @pytest.mark.parametrize(("allocator", "runs", "driver"), [(EXPANDABLE, 120, 40), (NATIVE, 150, 20)])
 @pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.slow
 def test_the_interval_covers_every_held_out_record(
     replay: bool, allocator: str, runs: int, driver: int
 ) -> None:
