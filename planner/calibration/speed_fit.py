@@ -213,6 +213,6 @@ def _timed(record: RunRecord) -> bool:
 
 def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | None:
     try:
-        return step_work(record.setup, resolve(record.setup.model), padded=record.padded)
+        return step_work(record.run(resolve(record.setup.model)))
     except NotModelledError:
         return None

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
-from planner.setup.attention import SKIPS_MASKED, attention_implementation, keeps_attention
-from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
+from planner.setup.attention import SKIPS_MASKED
+from planner.setup.run import TrainingRun
+from planner.setup.training_setup import ALL_LINEAR
 
 # Attention's backward with flash or memory-efficient kernels: five matmuls (the scores again, dV, dP, dQ, dK)
 # against the forward's two (Dao 2023, arXiv:2307.08691, section 4.1).
@@ -66,33 +67,13 @@ class MatrixFlops(NamedTuple):
         return sum(self)
 
 
-class _Same:
-    """A model as a cache key by identity: hashing hundreds of parameters takes longer than an estimate."""
-
-    __slots__ = ("model",)
-
-    def __init__(self, model: ModelSpec) -> None:
-        self.model = model
-
-    def __hash__(self) -> int:
-        return id(self.model)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.model is self.model
-
-
-def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> LinearWork:
-    """Sum up the model's matrix weights; remembered for each model object and choice of targets."""
-    return _linear_work(_Same(model), target_modules)
-
-
-def matrix_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> MatrixFlops:
+def matrix_flops(run: TrainingRun) -> MatrixFlops:
     """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward."""
-    forward, backward = pass_flops(setup, model, padded=padded)
+    forward, backward = pass_flops(run)
     return MatrixFlops(*map(operator.add, forward, backward))
 
 
-def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[MatrixFlops, MatrixFlops]:
+def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
     """Count the matmuls of a micro-step's forward pass, and of its backward pass with what it recomputes.
 
     A weight that is trained has three matmuls a token (forward, input gradient, weight gradient), a frozen
@@ -100,9 +81,9 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple
     logits in the forward and again in the backward, then the hidden states' gradient
     (trl/kernels/chunked_logprob.py:347), and with a trained head its weight gradient.
     """
-    work = linear_work(model, setup.target_modules)
-    tokens = setup.tokens_per_micro_step
-    recomputed = checkpointed_share(setup, model)
+    setup, tokens = run.setup, run.micro_step.tokens
+    work = linear_work(run.model, setup.target_modules)
+    recomputed = checkpointed_share(run)
     trained = not setup.uses_lora
     adapter = norm = 0.0
     if setup.uses_lora:
@@ -112,8 +93,8 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple
             norm = 2.0 * setup.lora_r * work.wrapped_weights
     layers = 2.0 * work.active_weights * tokens
     head = 2.0 * work.head_weights * tokens
-    attention, masked, wide = _attention_flops(setup, model, padded=padded)
-    again = _attention_again(setup, model, recomputed)
+    attention, masked, wide = _attention_flops(run)
+    again = _attention_again(run, recomputed)
     return (
         MatrixFlops(
             layers=layers,
@@ -134,74 +115,59 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple
     )
 
 
-def checkpointed_share(setup: TrainingSetup, model: ModelSpec) -> float:
+def checkpointed_share(run: TrainingRun) -> float:
     """Share of the decoder layers' forward that runs again in the backward.
 
     An activation memory budget recomputes about as much of a compiled layer as it does not let it keep.
     """
-    if setup.activation_memory_budget is not None:
-        return 1.0 - setup.activation_memory_budget
-    if not setup.gradient_checkpointing:
-        return 0.0
-    if setup.checkpointed_layers is None:
-        return 1.0
-    return min(setup.checkpointed_layers, model.num_hidden_layers) / model.num_hidden_layers
+    if run.setup.activation_memory_budget is not None:
+        return 1.0 - run.setup.activation_memory_budget
+    layers = run.model.num_hidden_layers
+    return min(run.checkpointed_layers, layers) / layers
 
 
-def attention_pairs(
-    setup: TrainingSetup, layer: LayerSpec, implementation: str, *, padded: bool = False
-) -> float:
+def attention_pairs(run: TrainingRun, layer: LayerSpec, kernel: str) -> float:
     """Query-key pairs that one head computes in a micro-step.
 
     Flash and flex attention skip what is masked. SDPA does so only without a mask tensor. Eager computes
     every pair. A packed batch is one long row.
     """
+    setup = run.setup
     length, batch = setup.max_length, setup.per_device_train_batch_size
     window = layer.sliding_window
-    if implementation in SKIPS_MASKED:
+    if run.attention in SKIPS_MASKED:
         if window is None or window >= length:
             return batch * length * (length + 1) / 2
         return batch * (window * (window + 1) / 2 + (length - window) * window)
     if setup.packing:
         return float((batch * length) ** 2)
-    if implementation == "eager" or has_mask(setup, layer, implementation, padded=padded):
+    if run.attention == "eager" or kernel == "masked":
         return float(batch * length * length)
     return batch * length * (length + 1) / 2
 
 
-def has_mask(setup: TrainingSetup, layer: LayerSpec, implementation: str, *, padded: bool) -> bool:
-    """Whether SDPA gets a mask tensor: for padded and packed batches, and windows shorter than the sequence
-    (transformers/integrations/sdpa_attention.py:43-52).
-    """
-    windowed = layer.sliding_window is not None and layer.sliding_window < setup.max_length
-    return implementation == "sdpa" and (setup.packing or padded or windowed)
-
-
-def _attention_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[float, float, float]:
+def _attention_flops(run: TrainingRun) -> tuple[float, float, float]:
     """Attention's share of the forward pass: of layers without a mask, of those with one, and of the latter
     those with wide heads apart.
     """
-    implementation = attention_implementation(setup, model)
     found = [0.0, 0.0, 0.0]
-    for layer in model.layers:
-        pairs = attention_pairs(setup, layer, implementation, padded=padded)
+    for layer, kernel in zip(run.model.layers, run.attention_kernels, strict=True):
+        pairs = attention_pairs(run, layer, kernel)
         # QK^T and PV: 2 operations an element of the head each.
-        masked = has_mask(setup, layer, implementation, padded=padded)
-        kind = 0 if not masked else 1 if layer.head_dim <= WIDE_HEAD else 2
+        kind = 0 if kernel != "masked" else 1 if layer.head_dim <= WIDE_HEAD else 2
         found[kind] += 4.0 * layer.count * layer.query_size * pairs
     return found[0], found[1], found[2]
 
 
-def _attention_again(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> float:
+def _attention_again(run: TrainingRun, recomputed: float) -> float:
     """Attention's operations in the backward pass, recomputed ones too, for each of the forward pass."""
-    eager = attention_implementation(setup, model) == "eager"
-    again = 0.0 if keeps_attention(setup, model) else recomputed
-    return again + (EAGER_ATTENTION_BACKWARD if eager else ATTENTION_BACKWARD)
+    again = 0.0 if run.keeps_attention else recomputed
+    return again + (EAGER_ATTENTION_BACKWARD if run.attention == "eager" else ATTENTION_BACKWARD)
 
 
 @functools.lru_cache(maxsize=256)
-def _linear_work(key: _Same, target_modules: str | tuple[str, ...]) -> LinearWork:
-    model = key.model
+def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> LinearWork:
+    """Sum up the model's matrix weights for one choice of LoRA targets."""
     active = 0.0
     linear = [0, 0]
     wrapped = [0, 0, 0, 0]

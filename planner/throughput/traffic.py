@@ -5,7 +5,7 @@ What activations cost is counted from the replay of the layers (work.py).
 
 from __future__ import annotations
 
-from planner.models.spec import ModelSpec
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import LinearWork, checkpointed_share, linear_work
 
@@ -53,10 +53,10 @@ def trained_parameters(setup: TrainingSetup, work: LinearWork) -> int:
     return adapter + work.wrapped_outputs if setup.use_dora else adapter
 
 
-def weight_bytes(setup: TrainingSetup, model: ModelSpec) -> float:
+def weight_bytes(run: TrainingRun) -> float:
     """Bytes of a micro-step's weights: larger than any GPU's cache, so that every step moves them."""
-    work = linear_work(model, setup.target_modules)
-    forwards = 1 + checkpointed_share(setup, model)
+    setup, work = run.setup, linear_work(run.model, run.setup.target_modules)
+    forwards = 1 + checkpointed_share(run)
     total = 0.0
     if setup.method == "qlora":
         wide = 2.2 if setup.dtype == "float32" else 1.0

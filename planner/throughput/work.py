@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.memory.decoder.groups import Segment, segments
-from planner.memory.decoder.layer import replay
-from planner.memory.held.micro_step import micro_step
-from planner.memory.held.trainables import trainables
+from planner.memory.decoder.groups import DecoderSetup, decoder_setup, groups_of
+from planner.memory.decoder.layer import run_layer
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec, ModelSpec
-from planner.setup.attention import attention_implementation
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
 from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS, trained_parameters
@@ -161,11 +159,11 @@ def layer_work(
     first = NOTHING
     if checkpointed:
         alone = _CountingTape(saves=False)
-        replay(alone, layer, knobs, Value(alone.tokens(0), False))
+        run_layer(alone, layer, knobs, Value(alone.tokens(0), False))
         first = alone.made()
     tape = _CountingTape(saves=True)
     hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
-    output = replay(tape, layer, knobs, hidden)
+    output = run_layer(tape, layer, knobs, hidden)
     forward, kept = tape.made(), tape.kept()
     output.grad = tape.tokens(layer.hidden_size * output.width)
     tape.backward()
@@ -175,14 +173,13 @@ def layer_work(
     return LayerWork(forward, NOTHING, backward, kept)
 
 
-def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> StepWork:
-    """Count the work of a setup's steps, sequences full."""
-    attention = attention_implementation(setup, model)
-    parts, _ = segments(setup, model, trainables(setup, model), attention=attention, padded=padded)
-    shape = micro_step(setup)
-    made = _all_layers(parts)
-    flops = pass_flops(setup, model, padded=padded)
-    share = checkpointed_share(setup, model)
+def step_work(run: TrainingRun) -> StepWork:
+    """Count the work of a run's steps, sequences full."""
+    setup, model = run.setup, run.model
+    shape = run.micro_step
+    made = _all_layers(model, decoder_setup(run))
+    flops = pass_flops(run)
+    share = checkpointed_share(run)
     linear = linear_work(model, setup.target_modules)
     python = _python_runs(setup, model, linear.wrapped_count, made.liger_kernels)
     passes = tuple(
@@ -190,7 +187,7 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             layer_flops=part.layers,
             adapter_flops=part.adapter,
             head_flops=part.head,
-            attention_flops=0.0 if attention == "eager" else part.attention,
+            attention_flops=0.0 if run.attention == "eager" else part.attention,
             masked_attention_flops=part.masked_attention,
             wide_masked_attention_flops=part.wide_masked_attention,
             written_bytes=tensors.bytes_at(shape.tokens, shape.scores) - tensors.constant,
@@ -234,18 +231,12 @@ class _AllLayers(NamedTuple):
     liger_kernels: int
 
 
-_ALL_LAYERS: dict[int, tuple[tuple[Segment, ...], _AllLayers]] = {}
-_MOST_REMEMBERED = 4096
-
-
-def _all_layers(parts: tuple[Segment, ...]) -> _AllLayers:
-    """Sum up segments; remembered by the tuple itself: hashing its knobs takes longer than an estimate."""
-    known = _ALL_LAYERS.get(id(parts))
-    if known is not None and known[0] is parts:
-        return known[1]
+@lru_cache(maxsize=4096)
+def _all_layers(model: ModelSpec, decoder: DecoderSetup) -> _AllLayers:
+    """Sum up a model's layers."""
     forward = recomputed = backward = kept = NOTHING
     liger = 0
-    for part in parts:
+    for part in groups_of(model, decoder)[0]:
         count = len(part.indices)
         one = layer_work(
             part.layer,
@@ -261,11 +252,7 @@ def _all_layers(parts: tuple[Segment, ...]) -> _AllLayers:
         alone = part.checkpointed or part.knobs.compiled
         kept = kept.plus(inputs if alone else one.kept, count)
         liger += count * _liger_kernels(part.layer)
-    found = _AllLayers(forward, recomputed, backward, kept, liger)
-    if len(_ALL_LAYERS) >= _MOST_REMEMBERED:
-        _ALL_LAYERS.clear()
-    _ALL_LAYERS[id(parts)] = (parts, found)
-    return found
+    return _AllLayers(forward, recomputed, backward, kept, liger)
 
 
 class _PythonRuns(NamedTuple):
