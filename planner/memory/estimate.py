@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
@@ -47,7 +47,8 @@ def estimate_memory(
     gpu_name = gpu.id if gpu else None
     allocator = allocator or planned_allocator()
     measured = coefficients or coefficients_for(gpu_name, allocator)
-    resident, timeline, step = _live(run, gpu, measured, allocator=allocator)
+    live = live_memory(run, gpu=gpu, coefficients=measured, allocator=allocator)
+    resident, timeline, step = live.resident, live.timeline, live.peak
     evaluation = timeline.forward_only(_head(run, timeline.final_norm.output_width, evaluating=True))
     terms = _reserve_terms(resident, timeline)
     replayed = None
@@ -76,22 +77,35 @@ def estimate_memory(
 def reserve_terms(run: TrainingRun, *, gpu: GpuSpec | None, allocator: str) -> ReserveTerms:
     """What the allocator's reserve is fitted to, for a run that was measured."""
     measured = coefficients_for(gpu.id if gpu else None, allocator)
-    resident, timeline, _ = _live(run, gpu, measured, allocator=allocator)
-    return _reserve_terms(resident, timeline)
+    live = live_memory(run, gpu=gpu, coefficients=measured, allocator=allocator)
+    return _reserve_terms(live.resident, live.timeline)
 
 
-def _live(
-    run: TrainingRun, gpu: GpuSpec | None, measured: Coefficients, *, allocator: str
-) -> tuple[Resident, StepTimeline, StepMoment]:
-    """What is there between steps, the step's timeline, and its peak."""
-    resident = resident_memory(run, gpu, measured, allocator=allocator)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveMemory:
+    """What is there between steps, the step's timeline, and the moment of its peak."""
+
+    resident: Resident
+    timeline: StepTimeline
+    peak: StepMoment
+
+
+def live_memory(
+    run: TrainingRun, *, gpu: GpuSpec | None, coefficients: Coefficients, allocator: str
+) -> LiveMemory:
+    """Count a run's live bytes.
+
+    Raises:
+        InputError: target_modules that the model does not have.
+    """
+    resident = resident_memory(run, gpu, coefficients, allocator=allocator)
     timeline = _timeline(run)
     step = max(
         timeline.largest(),
         timeline.optimizer_step(resident.optimizer.temporary_bytes),
         key=lambda moment: moment.total_bytes,
     )
-    return resident, timeline, step
+    return LiveMemory(resident=resident, timeline=timeline, peak=step)
 
 
 def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import matrix_flops
 
@@ -108,7 +109,7 @@ def test_layers_adapter_and_attention_are_counted_to_the_operation(
         | knobs
     )
     real = model()
-    flops = matrix_flops(setup, spec(real))
+    flops = matrix_flops(TrainingRun(setup=setup, model=spec(real)))
     expected = flops.layers + flops.adapter + flops.attention
     # The rotation's angles are a batched matmul of its own: positions by frequencies, once a forward.
     rotary = 2 * setup.max_length * (HIDDEN // HEADS // 2)

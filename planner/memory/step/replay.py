@@ -64,6 +64,11 @@ class CudaSizes:
     workspace_bytes: int
     tuning_bytes: int
 
+    @classmethod
+    def of(cls, gpu: GpuSpec | None) -> CudaSizes:
+        """A GPU's sizes (null: of one that is not known)."""
+        return cls(workspace_bytes=workspace_block_bytes(gpu), tuning_bytes=tuning_buffer_bytes(gpu))
+
 
 _WHOLE: dict[tuple[TrainingRun, CudaSizes, str], ReplayedMemory] = {}
 """Replays that ran to their end."""
@@ -79,7 +84,7 @@ def replay_steps(
     Raises:
         InputError: target_modules that the model does not have.
     """
-    sizes = CudaSizes(workspace_bytes=workspace_block_bytes(gpu), tuning_bytes=tuning_buffer_bytes(gpu))
+    sizes = CudaSizes.of(gpu)
     known = _WHOLE.get((run, sizes, allocator))
     if known is None:
         if len(_WHOLE) >= MAX_KNOWN:

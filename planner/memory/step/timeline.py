@@ -81,7 +81,7 @@ class StepTimeline:
         self._gradients = [
             0.0 if shape.accumulating else at(group.memory.gradients, tokens, scores) for group in groups
         ]
-        self._offloaded_input = (
+        self.offloaded_input_bytes = (
             max(group.input_bytes_per_token for group in groups) * tokens if offloads else 0
         )
         # PEFT marks the embedding's output as a leaf that wants a gradient; scaling it makes a second tensor.
@@ -94,10 +94,14 @@ class StepTimeline:
 
     def largest(self) -> StepMoment:
         """The peak of the step."""
-        moments = [*self._head_moments(), *self._layer_moments()]
+        moments = self.moments()
         if self.embedding_gradient_bytes:
             moments.append(self._embedding_backward())
         return max(moments, key=lambda moment: moment.total_bytes)
+
+    def moments(self) -> list[StepMoment]:
+        """Every moment of the decoder stack and of the head that can be the peak."""
+        return [*self._head_moments(), *self._layer_moments()]
 
     def optimizer_step(self, temporary_bytes: int) -> StepMoment:
         """Gradients of everything trained, and what the optimizer needs for a moment."""
@@ -158,12 +162,12 @@ class StepTimeline:
         if not self.offloads:
             return 0
         if index < self._layers - 1:
-            return self._offloaded_input
+            return self.offloaded_input_bytes
         return int(at(self.final_norm.saved, self.shape.tokens, self.shape.scores))
 
     def _stashed(self, index: int) -> int:
         """Inputs of layers below that offloading still holds in forward, the embeddings beside them."""
-        return min(index, self.stash - 1) * self._offloaded_input
+        return min(index, self.stash - 1) * self.offloaded_input_bytes
 
     def _kept_below(self, index: int) -> int:
         layers = sum(
