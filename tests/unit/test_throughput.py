@@ -196,7 +196,7 @@ def test_attention_of_wide_heads_is_counted_apart_where_it_has_a_mask() -> None:
     card = gpu_catalog().get("h100-80gb")
     rates = rates_for(card)
     assert rates is not None
-    assert rates.wide_masked_attention_flop_seconds > 1.2 * rates.masked_attention_flop_seconds
+    assert rates.seconds["wide_masked_attention_flop"] > 1.2 * rates.seconds["masked_attention_flop"]
 
 
 @pytest.mark.parametrize(("attention", "kept"), [("sdpa", True), ("flex_attention", False), ("eager", False)])
