@@ -22,7 +22,7 @@ from planner.setup.attention import attention_implementation
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.by_kind import ByKind
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
-from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS, trained_parameters
+from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
 
 
 class Made(NamedTuple):
@@ -151,13 +151,14 @@ def layer_work(
 def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> StepWork:
     """Count the work of a setup's steps, sequences full."""
     attention = attention_implementation(setup, model)
-    parts, _ = segments(setup, model, trainables(setup, model), attention=attention, padded=padded)
+    trained = trainables(setup, model)
+    parts, _ = segments(setup, model, trained, attention=attention, padded=padded)
     shape = micro_step(setup)
     made = _all_layers(parts)
     flops = pass_flops(setup, model, padded=padded)
     share = checkpointed_share(setup, model)
-    linear = linear_work(model, setup.target_modules)
-    python = _python_runs(setup, model, linear.wrapped_count, made.liger_kernels)
+    wrapped = linear_work(model, setup.target_modules).wrapped_count
+    python = _python_runs(setup, model, wrapped, made.liger_kernels)
     offloaded = made.kept.bytes_at(shape.tokens, shape.scores) if setup.activation_offloading else 0.0
     single = setup.dtype == "float32"
     forward, backward = (
@@ -188,7 +189,6 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             (flops[1], made.backward, made.recomputed, share, 1.0 + share),
         )
     )
-    trained = 2 * linear.wrapped_count if setup.uses_lora else linear.all_tensors
     return StepWork(
         total_flops=sum(part.total for part in flops),
         forward=forward,
@@ -196,8 +196,8 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
         micro_step=_ONE_MICRO_STEP,
         optimizer_step=ByKind.counted(
             "optimizer_step",
-            optimizer_byte=trained_parameters(setup, linear) * OPTIMIZER[setup.optim],
-            optimizer_call=trained * OPTIMIZER_CALLS.get(setup.optim, 1.0),
+            optimizer_byte=trained.elements * OPTIMIZER[setup.optim],
+            optimizer_call=trained.tensor_count * OPTIMIZER_CALLS.get(setup.optim, 1.0),
         ),
     )
 

@@ -13,10 +13,14 @@ from planner.base.errors import FieldError, InputError
 from planner.calibration.accuracy import shipped_records
 from planner.calibration.speed_problem import UNKNOWNS, RatesProblem, host_factor
 from planner.gpus.catalog import gpu_catalog
+from planner.memory.held.trainables import trainables
+from planner.models.catalog import catalog_ids, load_shipped
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.by_kind import ByKind
 from planner.throughput.microbenchmarks import Slowdown
 from planner.throughput.rates import Rates, micro_step_time, rates_for, scaled_rates
-from planner.throughput.work import StepWork
+from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
+from planner.throughput.work import StepWork, step_work
 from planner.throughput.work_kinds import SCALES, WORK_KINDS, Per, WorkKind
 
 NAMES = [kind.name for kind in WORK_KINDS]
@@ -145,3 +149,42 @@ def test_work_of_a_kind_that_is_not_in_the_table_or_not_counted_there_is_refused
 def test_a_row_that_no_time_is_computed_from_is_refused(changed: dict[str, object], named: str) -> None:
     with pytest.raises(FieldError, match=named):
         dataclasses.replace(WORK_KINDS[0], **changed)  # type: ignore[arg-type]
+
+
+OPTIM = "adamw_8bit"
+TRAINED: dict[str, dict[str, object]] = {
+    "qlora": {"method": "qlora"},
+    "lora": {"method": "lora"},
+    "full": {"method": "full"},
+    "dora": {"method": "qlora", "use_dora": True},
+    "targets": {"method": "lora", "target_modules": ["o_proj"]},
+}
+
+
+@pytest.mark.parametrize("knobs", TRAINED.values(), ids=TRAINED)
+def test_the_optimizer_steps_over_what_memory_says_is_trained(knobs: dict[str, object]) -> None:
+    """Elements and tensors of every catalog model: adapters of experts too, magnitudes, all weights."""
+    for name in catalog_ids():
+        model = load_shipped(name)
+        setup = TrainingSetup.from_dict({"model": name, "max_length": 512, "optim": OPTIM} | knobs)
+        trained = trainables(setup, model)
+        step = step_work(setup, model).optimizer_step
+        assert step["optimizer_byte"] / OPTIMIZER[OPTIM] == trained.elements, name
+        tensors = sum(tensor.count for tensor in trained.tensors)
+        assert step["optimizer_call"] / OPTIMIZER_CALLS.get(OPTIM, 1.0) == tensors, name
+
+
+@pytest.mark.parametrize(
+    ("targets", "tensors", "millions"),
+    [("all-linear", 672, 996.5), (["q_proj", "k_proj", "v_proj", "o_proj"], 384, 13.4)],
+    ids=["all-linear", "attention"],
+)
+def test_what_is_trained_of_a_mixture_is_its_experts_above_all(
+    targets: str | list[str], tensors: int, millions: float
+) -> None:
+    setup = TrainingSetup.from_dict(
+        {"model": "qwen3-30b-a3b", "max_length": 512, "optim": OPTIM, "target_modules": targets}
+    )
+    step = step_work(setup, load_shipped(setup.model)).optimizer_step
+    assert step["optimizer_call"] == tensors
+    assert round(step["optimizer_byte"] / OPTIMIZER[OPTIM] / 1e6, 1) == millions
