@@ -57,6 +57,11 @@ class Trained:
         return sum(t.elements * t.count for t in self.tensors)
 
     @property
+    def tensor_count(self) -> int:
+        """How many tensors hold them: what an optimizer that updates one at a time runs for."""
+        return sum(t.count for t in self.tensors)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all of them, and of their gradients."""
         return sum(t.size_bytes * t.count for t in self.tensors)
@@ -89,8 +94,22 @@ def _full(model: ModelSpec, width: int) -> Trained:
     return Trained(tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_width=width)
 
 
-def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
-    targets, rank, width = adapter.target_modules, adapter.rank, adapter.width
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapted:
+    """Parameters that get an adapter: linear layers' weights, stacked experts, and routers' weights."""
+
+    linears: tuple[Parameter, ...]
+    experts: tuple[Parameter, ...]
+    routers: tuple[Parameter, ...]
+
+
+def adapted(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Adapted:
+    """What PEFT puts an adapter on. Routers get one with all-linear alone.
+
+    Raises:
+        FieldError: target_modules names a module that the model does not have.
+        InputError: it names some of the experts' matrices, which are adapted together.
+    """
     linears = [
         p
         for p in model.parameters
@@ -98,29 +117,37 @@ def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
     ]
     experts = [p for p in model.parameters if p.kind in EXPERT_NAMES and len(p.shape) == 3]
     routers = [p for p in model.parameters if p.module_class.endswith("Router") and p.kind == "weight"]
-    if targets == ALL_LINEAR:
-        chosen, with_experts = linears, bool(experts)
-    else:
-        chosen = [p for p in linears if any(_matches(p, target) for target in targets)]
-        with_experts = _targets_experts(targets, experts)
-        _refuse_unknown(targets, linears, experts)
+    if target_modules == ALL_LINEAR:
+        return Adapted(
+            linears=tuple(linears), experts=tuple(experts), routers=tuple(routers) if experts else ()
+        )
+    chosen = [p for p in linears if any(_matches(p, target) for target in target_modules)]
+    with_experts = _targets_experts(target_modules, experts)
+    _refuse_unknown(target_modules, linears, experts)
+    return Adapted(linears=tuple(chosen), experts=tuple(experts) if with_experts else (), routers=())
+
+
+def expert_rank(parameter: Parameter, rank: int) -> int:
+    """Rank of one expert's adapter: PEFT doubles that of the fused tensor."""
+    return 2 * rank if parameter.kind == "gate_up_proj" else rank
+
+
+def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
+    found, rank, width = adapted(model, adapter.target_modules), adapter.rank, adapter.width
     tensors: list[TrainedTensor] = []
-    for p in chosen:
+    for p in found.linears:
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
         if adapter.variant.magnitudes:
             tensors.append(_magnitude(p))
-    if with_experts:
-        for p in experts:
-            fused = 2 * rank if p.kind == "gate_up_proj" else rank
-            tensors += _pair(p.name, p.shape[1:], fused, p.count, p.shape[0], width)
-        if targets == ALL_LINEAR:
-            for p in routers:
-                tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
+    for p in found.experts:
+        tensors += _pair(p.name, p.shape[1:], expert_rank(p, rank), p.count, p.shape[0], width)
+    for p in found.routers:
+        tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
     return Trained(
         tensors=tuple(tensors),
-        ranks=tuple((p.module_name, rank) for p in chosen),
-        experts_rank=rank if with_experts else 0,
-        router_rank=rank if with_experts and routers and targets == ALL_LINEAR else 0,
+        ranks=tuple((p.module_name, rank) for p in found.linears),
+        experts_rank=rank if found.experts else 0,
+        router_rank=rank if found.routers else 0,
         element_width=width,
     )
 

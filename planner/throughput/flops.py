@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.setup.adapters import Adapter
 from planner.setup.attention import SKIPS_MASKED
 from planner.setup.run import TrainingRun
-from planner.setup.training_setup import ALL_LINEAR
+from planner.setup.trained import adapted, expert_rank
 
 # Attention's backward with flash or memory-efficient kernels: five matmuls (the scores again, dV, dP, dQ, dK)
 # against the forward's two (Dao 2023, arXiv:2307.08691, section 4.1).
@@ -32,19 +34,21 @@ class LinearWork:
 
     `active_weights` are weight elements that multiply each token; `linear_weights` those in nn.Linear, which
     QLoRA holds in 4 bits; `wrapped_*` are sums over the layers that an adapter wraps: input and output
-    widths, weight elements, and how many there are. `trainable_tensors` counts all parameter tensors.
+    widths, weight elements, and how many there are. `folded_weights` are elements of experts that adapters
+    are folded into, those of fused tensors, whose rank is doubled, twice; `folded_router_weights` those of
+    routers; `folded_active_weights` those of both that multiply each token.
     """
 
     active_weights: int
     linear_weights: int
-    linear_count: int
     wrapped_inputs: int
     wrapped_outputs: int
     wrapped_weights: int
     wrapped_count: int
+    folded_weights: int
+    folded_router_weights: int
+    folded_active_weights: int
     head_weights: int
-    all_parameters: int
-    all_tensors: int
 
 
 class MatrixFlops(NamedTuple):
@@ -67,6 +71,20 @@ class MatrixFlops(NamedTuple):
         return sum(self)
 
 
+class AdapterFlops(NamedTuple):
+    """Operations that adapters add to one micro-step.
+
+    `products` are those of tokens with the adapters of linear layers, of one pass; `forward` and `backward`
+    what each pass computes of weights alone, whatever its tokens; `folded_gradients` the gradients of weights
+    that adapters are folded into.
+    """
+
+    products: float
+    forward: float
+    backward: float
+    folded_gradients: float
+
+
 def matrix_flops(run: TrainingRun) -> MatrixFlops:
     """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward."""
     forward, backward = pass_flops(run)
@@ -84,34 +102,51 @@ def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
     setup, tokens = run.setup, run.micro_step.tokens
     work = linear_work(run.model, setup.target_modules)
     recomputed = checkpointed_share(run)
-    trained = not setup.uses_lora
-    adapter = norm = 0.0
-    if setup.uses_lora:
-        adapter = 2.0 * setup.lora_r * (work.wrapped_inputs + work.wrapped_outputs) * tokens
-        if setup.use_dora:
-            # The norm of W + BA needs BA itself, in each forward (peft/tuners/lora/dora.py:86-98).
-            norm = 2.0 * setup.lora_r * work.wrapped_weights
     layers = 2.0 * work.active_weights * tokens
     head = 2.0 * work.head_weights * tokens
     attention, masked, wide = _attention_flops(run)
     again = _attention_again(run, recomputed)
+    trained = run.adapter is None
+    adapter = AdapterFlops(0.0, 0.0, 0.0, 0.0) if run.adapter is None else _adapter_flops(run, run.adapter)
     return (
         MatrixFlops(
             layers=layers,
-            adapter=adapter + norm,
+            adapter=adapter.products + adapter.forward,
             head=head,
             attention=attention,
             masked_attention=masked,
             wide_masked_attention=wide,
         ),
         MatrixFlops(
-            layers=layers * (1 + recomputed + trained),
-            adapter=adapter * (2 + recomputed) + norm * recomputed,
+            layers=layers * (1 + recomputed + trained) + adapter.folded_gradients,
+            adapter=adapter.products * (2 + recomputed) + adapter.forward * recomputed + adapter.backward,
             head=head * (2 + trained),
             attention=attention * again,
             masked_attention=masked * again,
             wide_masked_attention=wide * again,
         ),
+    )
+
+
+def _adapter_flops(run: TrainingRun, adapter: Adapter) -> AdapterFlops:
+    """Count them.
+
+    Experts and routers are parameters, which PEFT adapts by folding BA into the weight, of all experts, in
+    each forward (peft/tuners/lora/layer.py: ParamWrapper). Of experts it does so twice: torch evaluates a
+    parametrisation when it is registered, and again where the weight is used
+    (torch/nn/utils/parametrize.py: ParametrizationList); of routers BA is computed once, before. The backward
+    pass computes the folded weight's gradient, as of a trained one, and from it those of A and of B.
+    """
+    work = linear_work(run.model, adapter.target_modules)
+    tokens, rank = run.micro_step.tokens, adapter.rank
+    # The norm of W + BA needs BA itself, in each forward (peft/tuners/lora/dora.py:86-98).
+    norm = 2.0 * rank * work.wrapped_weights if adapter.variant.magnitudes else 0.0
+    experts, routers = 2.0 * rank * work.folded_weights, 2.0 * rank * work.folded_router_weights
+    return AdapterFlops(
+        products=2.0 * rank * (work.wrapped_inputs + work.wrapped_outputs) * tokens,
+        forward=norm + 2 * experts + routers,
+        backward=2 * (experts + routers),
+        folded_gradients=2.0 * work.folded_active_weights * tokens,
     )
 
 
@@ -168,36 +203,27 @@ def _attention_again(run: TrainingRun, recomputed: float) -> float:
 @functools.lru_cache(maxsize=256)
 def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> LinearWork:
     """Sum up the model's matrix weights for one choice of LoRA targets."""
-    active = 0.0
-    linear = [0, 0]
-    wrapped = [0, 0, 0, 0]
-    for parameter in model.parameters:
-        if not parameter.in_decoder_layer or len(parameter.shape) < 2:
-            continue
-        elements = parameter.elements * parameter.count
-        active += elements * _routed_share(parameter, model)
-        if parameter.module_class != "Linear":
-            continue
-        linear[0] += elements
-        linear[1] += parameter.count
-        if _is_target(parameter, target_modules):
-            outputs, inputs = parameter.shape
-            wrapped[0] += inputs * parameter.count
-            wrapped[1] += outputs * parameter.count
-            wrapped[2] += elements
-            wrapped[3] += parameter.count
+    found = adapted(model, target_modules)
+    folded = found.experts + found.routers
+    weights = [p for p in model.parameters if p.in_decoder_layer and len(p.shape) >= 2]
+    linears = [p for p in weights if p.module_class == "Linear"]
     return LinearWork(
-        active_weights=round(active),
-        linear_weights=linear[0],
-        linear_count=linear[1],
-        wrapped_inputs=wrapped[0],
-        wrapped_outputs=wrapped[1],
-        wrapped_weights=wrapped[2],
-        wrapped_count=wrapped[3],
+        active_weights=_active(weights, model),
+        linear_weights=sum(p.elements * p.count for p in linears),
+        wrapped_inputs=sum(p.shape[1] * p.count for p in found.linears),
+        wrapped_outputs=sum(p.shape[0] * p.count for p in found.linears),
+        wrapped_weights=sum(p.elements * p.count for p in found.linears),
+        wrapped_count=sum(p.count for p in found.linears),
+        folded_weights=sum(p.elements * p.count * expert_rank(p, 1) for p in found.experts),
+        folded_router_weights=sum(p.elements * p.count for p in found.routers),
+        folded_active_weights=_active(folded, model),
         head_weights=model.vocab_size * model.hidden_size,
-        all_parameters=model.parameter_count,
-        all_tensors=sum(p.count for p in model.parameters if not p.tied),
     )
+
+
+def _active(parameters: Iterable[Parameter], model: ModelSpec) -> int:
+    """Weight elements that multiply each token."""
+    return round(sum(p.elements * p.count * _routed_share(p, model) for p in parameters))
 
 
 def _routed_share(parameter: Parameter, model: ModelSpec) -> float:
@@ -208,10 +234,3 @@ def _routed_share(parameter: Parameter, model: ModelSpec) -> float:
         if layer.experts:
             return layer.experts_per_token / layer.experts
     return 1.0
-
-
-def _is_target(parameter: Parameter, target_modules: str | tuple[str, ...]) -> bool:
-    if target_modules == ALL_LINEAR:
-        return True
-    module = parameter.name.rsplit(".", 1)[0]
-    return any(module == target or module.endswith(f".{target}") for target in target_modules)

@@ -22,6 +22,7 @@ from planner.throughput.rates import (
 )
 from planner.throughput.traffic import weight_bytes
 from planner.throughput.work import StepWork, step_work
+from planner.throughput.work_kinds import kinds_of
 
 # bfloat16 without hardware for it: 9.85 against 88.9 TFLOPS in float16 on a V100S, 5.14 against 39.0 on an
 # RTX 2080 (https://github.com/fanghostt/transformers-benchmarks).
@@ -160,7 +161,8 @@ def _limits(gpu: GpuSpec) -> tuple[float, float]:
 
 def _moved_bytes(work: StepWork) -> float:
     """Bytes written for later kernels to read, of one micro-step."""
-    return sum(part.written_bytes + part.weight_bytes for part in (work.forward, work.backward))
+    traffic = kinds_of("pass", "traffic")
+    return sum(sum(part[kind.name] for kind in traffic) for part in (work.forward, work.backward))
 
 
 def _refuse_unmodelled(run: TrainingRun) -> None:
