@@ -11,14 +11,15 @@ from planner.base.units import DTYPE_WIDTH
 class Stack:
     """One trainer's habits, as far as memory and speed depend on them.
 
-    `adapter_dtype` is what it casts adapters on a quantised base to. Its output head works on tiles of
-    `head_tokens` tokens by `head_vocabulary` entries of the vocabulary. Its activation offloading keeps
-    `offload_stash` tensors on the GPU until their copies are done. `kept_attention` are the attention
-    implementations whose outputs its selective checkpointing keeps.
+    `adapter_dtype` is what it casts adapters on a quantised base to. Its output head, `head_words` for
+    people, works on tiles of `head_tokens` tokens by `head_vocabulary` entries of the vocabulary. Its
+    activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
+    `kept_attention` are the attention implementations whose outputs its selective checkpointing keeps.
     """
 
     name: str
     adapter_dtype: str
+    head_words: str
     head_tokens: int
     head_vocabulary: int
     offload_stash: int
@@ -34,6 +35,7 @@ TRL = Stack(
     name="trl",
     # sft_trainer.py:908-911
     adapter_dtype="bfloat16",
+    head_words="TRL's tiled log-probabilities",
     # trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE; trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE
     head_tokens=4096,
     head_vocabulary=32_768,

@@ -114,8 +114,7 @@ class CachingAllocator:
         self.run((-1,), (0,), [address])
 
     def run(self, events: Sequence[int], units: Sequence[int], slots: list[int]) -> None:
-        """Replay events: n allocates block n of `units[n]` and notes its address in `slots`, -1 - n frees it.
-
+        """Replay events (planner/memory/tape/events.py): block n has `units[n]`, and its address `slots[n]`.
         One loop over local names: a plan replays some 100,000 events.
         """
         small, large = self._small, self._large

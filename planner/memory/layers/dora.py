@@ -56,45 +56,77 @@ def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int
         result = Value(narrow, True, base.width)
     tape.free(taken.wide)
 
-    def backward() -> None:
-        grad = tape.take_grad(result)
-        if result.width != wide:
-            cast = tape.tokens(outputs * wide)
-            tape.free(grad)
-            grad = cast
-        # The base layer's part of the gradient is cast at once where it is narrower.
-        to_output = tape.tokens(outputs * base.width) if result.width != wide else None
-        to_product = tape.tokens(outputs * wide)
-        to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
-        tape.free(saved_up)
-        tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
-        up_grad = tape.tokens(outputs * width)
-        tape.free(to_up, to_product)
-        to_base, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
-        tape.free(saved_base)
-        tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
-        weight_gradient(tape, kind, outputs, MAGNITUDE_BYTES)
-        also = None
-        if second is not None:
-            also = _second_backward(tape, kind, x, taken, second, inputs, outputs, to_base)
-            if to_output is not None:
-                tape.free(grad)
-            total = to_output or grad
-        else:
-            total = tape.tokens(outputs * base.width)
-            tape.free(to_base, grad)
-            if to_output is not None:
-                tape.free(total)
-                total = to_output
-        adapter_backward(tape, kind, x, taken, inputs, outputs, up_grad, saved_input, saved_down, also=also)
-        tape.free(*casts)
-        if x.requires_grad:
-            base_backward(tape, kind, x, total, base.width, inputs, outputs)
-        else:
-            tape.free(total)
-
-    tape.nodes.append(backward)
+    saved = _Saved(
+        input=saved_input,
+        down=saved_down,
+        base=saved_base,
+        up=saved_up,
+        casts=casts,
+        taken=taken,
+        second=second,
+        base_width=base.width,
+    )
+    tape.nodes.append(lambda: _dora_backward(tape, kind, x, saved, result, inputs, outputs))
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Saved:
+    """What DoRA's backward reads: the adapter's input and lora_A's product of it, the base layer's output,
+    lora_B's product, copies of weights, and how the input was taken and the base layer applied again.
+    """
+
+    input: Buffer | None
+    down: Buffer | None
+    base: Buffer | None
+    up: Buffer | None
+    casts: tuple[Buffer, ...]
+    taken: AdapterInput
+    second: _SecondBase | None
+    base_width: int
+
+
+def _dora_backward(
+    tape: Tape, kind: LinearKind, x: Value, saved: _Saved, result: Value, inputs: int, outputs: int
+) -> None:
+    """Backward of scaling and magnitude, then of the adapter and of the base layer."""
+    width, wide = kind.adapter_compute_width, MAGNITUDE_BYTES
+    base_width, second = saved.base_width, saved.second
+    grad = tape.take_grad(result)
+    if result.width != wide:
+        cast = tape.tokens(outputs * wide)
+        tape.free(grad)
+        grad = cast
+    # The base layer's part of the gradient is cast at once where it is narrower.
+    to_output = tape.tokens(outputs * base_width) if result.width != wide else None
+    to_product = tape.tokens(outputs * wide)
+    to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
+    tape.free(saved.up)
+    tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
+    up_grad = tape.tokens(outputs * width)
+    tape.free(to_up, to_product)
+    to_base, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
+    tape.free(saved.base)
+    tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
+    weight_gradient(tape, kind, outputs, MAGNITUDE_BYTES)
+    also = None
+    if second is not None:
+        also = _second_backward(tape, kind, x, saved.taken, second, inputs, outputs, to_base)
+        if to_output is not None:
+            tape.free(grad)
+        total = to_output or grad
+    else:
+        total = tape.tokens(outputs * base_width)
+        tape.free(to_base, grad)
+        if to_output is not None:
+            tape.free(total)
+            total = to_output
+    adapter_backward(tape, kind, x, saved.taken, inputs, outputs, up_grad, saved.input, saved.down, also=also)
+    tape.free(*saved.casts)
+    if x.requires_grad:
+        base_backward(tape, kind, x, total, base_width, inputs, outputs)
+    else:
+        tape.free(total)
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from planner.memory.allocators.native import CachingAllocator
 from planner.memory.decoder.program import Program
+from planner.memory.tape.events import FREE_INPUT, block_of, frees
 
 FETCHED_AT_ONCE = 3
 """Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
@@ -99,14 +100,14 @@ class OffloadReplay:
         """Bring back what a layer's backward reads; returns its events without frees of those blocks."""
         if program.keeps_input_alone:
             own[0] = self.stream.allocate(self.input_bytes)
-            return tuple(event for event in program.backward if event != -1)
+            return tuple(event for event in program.backward if event != FREE_INPUT)
         # One after the other: what the node at work and the two before it read is there at a time.
         largest = sorted(program.kept_once, key=lambda block: units[block])[-FETCHED_AT_ONCE:]
         self.stream.run(largest, units, own)
         self.end_backward()
         self._previous = [own[block] for block in largest]
         fetched = set(program.kept_once)
-        return tuple(event for event in program.backward if -1 - event not in fetched)
+        return tuple(event for event in program.backward if not (frees(event) and block_of(event) in fetched))
 
     @staticmethod
     def blocks_of(program: Program) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
+from planner.memory.tape.events import FREE_INPUT
 from planner.setup.run import TrainingRun
 
 ADAPTER_STEPS = 2
@@ -232,7 +233,8 @@ class StepReplay:
                 if not program.keeps_input:
                     # The model's forward pass holds the embeddings in a variable.
                     at_first, forward = (
-                        tuple(event for event in events if event != -1) for events in (at_first, forward)
+                        tuple(event for event in events if event != FREE_INPUT)
+                        for events in (at_first, forward)
                     )
                 allocator.run(at_first, units, own)
                 if takes_workspaces:

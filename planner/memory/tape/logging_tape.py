@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from planner.memory.tape.events import free
 from planner.memory.tape.tape import Buffer, Tape
 
 BlockBytes = tuple[float, float, float]
@@ -67,7 +68,7 @@ class LoggingTape(Tape):
             if buffer.holders > 1:
                 buffer.holders -= 1
             else:
-                self.events.append(-1 - number(buffer))
+                self.events.append(free(number(buffer)))
 
     def save(self, buffer: Buffer) -> Buffer | None:
         """Hold a buffer for backward, when this replay saves at all."""
