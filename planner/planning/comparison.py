@@ -14,7 +14,7 @@ from planner.search.evaluator import Evaluator
 from planner.search.longest import longest_length
 from planner.setup import defaults
 from planner.setup.defaults import DEFAULT_LENGTHS
-from planner.setup.run import TrainingRun
+from planner.setup.run import Runs
 from planner.setup.training_setup import TrainingSetup
 
 
@@ -90,16 +90,16 @@ def smallest_cards(
     from planner.memory import estimate_memory
     from planner.setup.methods import with_method
 
-    lengths = defaults.lengths(model, given_length, None)
+    lengths, runs = defaults.lengths(model, given_length, None), Runs(model)
     found = []
     for method in methods:
         for length in lengths:
             setup = with_method(base, method).replace(max_length=length)
-            about = estimate_memory(TrainingRun(setup=setup, model=model)).peak_upper_bytes
-            gpu = smallest_gpu_for(setup, model, about)
+            about = estimate_memory(runs.of(setup)).peak_upper_bytes
+            gpu = smallest_gpu_for(setup, runs, about)
             needed = about
             if gpu is not None:
-                run = TrainingRun(setup=native(setup, gpu), model=model)
+                run = runs.of(native(setup, gpu))
                 needed = estimate_memory(run, gpu=gpu, replay=True).peak_upper_bytes
             found.append(
                 SmallestCard(

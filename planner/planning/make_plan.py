@@ -134,7 +134,7 @@ def _methods(evaluator: Evaluator, best: Candidate, *, fits: bool) -> tuple[Meth
         candidate = best if own else evaluator.try_evaluate(with_method(best.setup, method))
         if candidate is None:
             continue
-        gpu = smallest_gpu_for(candidate.setup, evaluator.model, candidate.peak_upper_bytes, confirm=False)
+        gpu = smallest_gpu_for(candidate.setup, evaluator.runs, candidate.peak_upper_bytes, confirm=False)
         if own and fits and (gpu is None or gpu.usable_bytes > evaluator.gpu.usable_bytes):
             gpu = evaluator.gpu
         found.append(

@@ -111,3 +111,19 @@ class TrainingRun:
         """
         setup, model = self.setup, self.model
         return model.scales_embeddings_outside and setup.uses_lora and setup.gradient_checkpointing
+
+
+class Runs:
+    """A model's runs, each made once, so that what follows from a setup is worked out once."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        self.model = model
+        self._known: dict[tuple[TrainingSetup, bool], TrainingRun] = {}
+
+    def of(self, setup: TrainingSetup, *, padded: bool = False) -> TrainingRun:
+        """A setup's run."""
+        found = self._known.get((setup, padded))
+        if found is None:
+            found = TrainingRun(setup=setup, model=self.model, padded=padded)
+            self._known[setup, padded] = found
+        return found
