@@ -31,21 +31,24 @@ def make_plan(
     allow_network: bool = False,
     inspector: Inspector | None = None,
     target: GpuTarget | None = None,
+    model: ModelSpec | None = None,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
     `stats` are the lengths of the request's data where they have been measured with the model's tokenizer;
     without them they are estimated from the size of the texts.
     `inspector` describes models that equal none of the catalog (it needs the training stack); with
-    `allow_network` the config of a Hub id may be fetched. `target` stands in for the request's GPU: a card of
-    which less is to be used than it has.
+    `allow_network` the config of a Hub id may be fetched. `model` is the request's where it has been looked
+    up already: describing one takes seconds. `target` stands in for the request's GPU: a card of which less
+    is to be used than it has, or one that is known already.
 
     Raises:
         InputError: model, GPU, data or knobs are not usable.
         MissingExtraError: the model's architecture needs the training stack, which is not installed.
     """
     target = resolve_gpu(request.gpu, display=request.display) if target is None else target
-    model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
+    if model is None:
+        model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
     examples = None if stats is None else Examples(stats)
