@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.runs import stack
 from planner.answers.plan import Plan
-from planner.base.errors import ExitCode, InputError, MissingExtraError
+from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs
 from planner.commands.plan import add_request_arguments, request_from
 from planner.commands.program import StoreOnce, say, whole_number
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from planner.models.spec import ModelSpec
     from planner.setup.request import KnobValue
 
-NEEDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "psutil")
 # Stands in for planning where this machine has no GPU; the run is then on the CPU.
 CARD_WITHOUT_GPU = "16GB"
 
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.data is None:
         raise InputError("the following arguments are required: --data")
-    _require_stack()
+    stack.require("train")
     from launcher.runs.job import create_planned_run, model_source
     from planner.models.catalog import resolve_model
     from planner.planning.make_plan import make_plan
@@ -85,12 +84,6 @@ def run(args: argparse.Namespace) -> int:
         dataset.read_dataset(wish.eval_data)
     folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
     return _follow(folder, plan)
-
-
-def _require_stack() -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError("train", ", ".join(missing))
 
 
 def _has_gpu() -> bool:

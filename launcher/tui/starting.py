@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
-from launcher.runs import supervisor
+from launcher.runs import stack, supervisor
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
 from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
 from planner.answers.plan import Plan
-from planner.base.errors import InputError, MissingExtraError
+from planner.base.errors import InputError
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
-
-_TRAINING_STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "psutil")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +30,7 @@ def refuse_what_cannot_start(sizing: Sizing) -> None:
         MissingExtraError: the training stack is not installed.
         InputError: several GPUs.
     """
-    for name in _TRAINING_STACK:
-        # Looked for, not imported: the training stack must not be loaded into this process.
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtraError("training", name)
+    stack.require("training")
     if sizing.card.target.count > 1:
         raise InputError("a run on several GPUs is sized here but cannot be started from here")
 
