@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from planner.base.errors import FieldError, InputError
+from planner.base.json_codec import NOT_IN_JSON
 from planner.gpus.target import GpuTarget
 from planner.memory.breakdown import MemoryBreakdown
 from planner.setup.request import PlanRequest
@@ -161,7 +162,8 @@ class Advice:
     """A change to the plan, estimated like the plan itself.
 
     `flags` are what to type. `peak_upper_bytes` is what has to fit after the change, `change_bytes` how much
-    more (or, negative, less) than now. `effect` says what it costs or brings.
+    more (or, negative, less) than now. `effect` says what it costs or brings. `setup` is what the change
+    leads to: null where no setup can do it (closing a program), and for advice read from JSON.
     """
 
     title: str
@@ -171,6 +173,7 @@ class Advice:
     change_bytes: int
     fits: bool
     tokens_per_second: float | None
+    setup: TrainingSetup | None = field(default=None, compare=False, metadata=NOT_IN_JSON)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

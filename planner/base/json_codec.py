@@ -10,11 +10,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from planner.base.errors import FieldError, InputError
 
 T = TypeVar("T")
+NOT_IN_JSON: Mapping[str, bool] = MappingProxyType({"in_json": False})
+"""Metadata of a field that is left out of the JSON; it has a default, which it takes when read back."""
 
 
 def encode(value: Any) -> Any:
@@ -109,7 +112,7 @@ _KNOWN_HINTS: dict[type, dict[str, Any]] = {}
 
 
 def _names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
+    return tuple(field.name for field in dataclasses.fields(kind) if field.metadata.get("in_json", True))
 
 
 def _hints(kind: type) -> dict[str, Any]:
