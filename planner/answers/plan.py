@@ -158,6 +158,18 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerUp:
+    """A setup that lost (in Alternative's words), how much faster it is (negative: slower), what it lacks."""
+
+    strategy: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    lost: str
+    faster: float
+    lacking_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
     """A change to the plan, estimated like the plan itself.
 
@@ -224,6 +236,8 @@ class Plan:
     `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make
     it fit or how to use what is left. `assumptions` are everything that was chosen without being asked.
     `frontier` is by rising memory. Plans written before it and `other_cards` were added have neither.
+    `neighbours` are the points of the frontier around the plan's own, and `runners_up` the setups that a
+    reader would ask about: chosen for a reader with the plan, and no part of its JSON.
     """
 
     request: PlanRequest
@@ -246,6 +260,8 @@ class Plan:
     notes: tuple[Note, ...]
     frontier: tuple[FrontierPoint, ...] = ()
     other_cards: tuple[OtherCard, ...] = ()
+    neighbours: tuple[FrontierPoint, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
+    runners_up: tuple[RunnerUp, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
 
     @property
     def headroom_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.answers.plan import Alternative, MethodFigures, Plan, PlannedModel
+from planner.answers.plan import Advice, Alternative, MethodFigures, Plan, PlannedModel
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.memory.held.trainables import trainables
@@ -17,7 +17,7 @@ from planner.planning.schedule import make_duration, make_schedule, summarise_da
 from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.search.cards import smallest_card
 from planner.search.evaluator import Candidate, Evaluator
-from planner.search.frontier import frontier
+from planner.search.frontier import around_the_chosen, frontier, runners_up
 from planner.setup.attention import attention_implementation
 from planner.setup.request import PlanRequest
 from planner.setup.training_setup import METHODS, TrainingSetup
@@ -53,8 +53,18 @@ def make_plan(
         stats = read_stats(request.data)
     examples = None if stats is None else Examples(stats)
     evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples)
-    chosen = choose(request, target, evaluator, stats)
-    best = chosen.tried.candidate
+    return _plan(request, target, evaluator, stats, choose(request, target, evaluator, stats))
+
+
+def _plan(
+    request: PlanRequest,
+    target: GpuTarget,
+    evaluator: Evaluator,
+    stats: DatasetStats | None,
+    chosen: Chosen,
+) -> Plan:
+    """What was chosen, and all that is said about it."""
+    model, examples, best = evaluator.model, evaluator.examples, chosen.tried.candidate
     setup = best.setup
     schedule = make_schedule(request, setup, model, examples, chosen.effective_batch_size)
     data = None if examples is None else summarise_data(str(request.data), examples, setup)
@@ -72,6 +82,8 @@ def make_plan(
         duration=duration,
         smallest=card,
     )
+    others = _alternatives(chosen, evaluator)
+    points = frontier(chosen.result.tried, chosen.tried, evaluator, tokens=chosen.tokens)
     return Plan(
         request=request,
         gpu=target,
@@ -86,18 +98,25 @@ def make_plan(
         loading=load_needs(model, setup, best.memory),
         data=data,
         methods=_methods(evaluator, best, fits=chosen.fits),
-        alternatives=_alternatives(chosen, evaluator),
-        advice=(
-            use_what_is_left(evaluator, setup, request, chosen.effective_batch_size)
-            if chosen.fits
-            else make_it_fit(evaluator, setup, target)
-        ),
+        alternatives=others,
+        advice=_advice(request, target, evaluator, chosen),
         smallest_gpu=card,
         assumptions=assumptions(request, target, setup, schedule, data, chosen),
         notes=model_notes(model, setup, best.memory, target.usable_bytes),
-        frontier=frontier(chosen.result.tried, chosen.tried, evaluator, tokens=chosen.tokens),
+        frontier=points,
         other_cards=other_cards(question, evaluator),
+        neighbours=around_the_chosen(points),
+        runners_up=runners_up(others, points, target.usable_bytes),
     )
+
+
+def _advice(
+    request: PlanRequest, target: GpuTarget, evaluator: Evaluator, chosen: Chosen
+) -> tuple[Advice, ...]:
+    setup = chosen.tried.candidate.setup
+    if chosen.fits:
+        return use_what_is_left(evaluator, setup, request, chosen.effective_batch_size)
+    return make_it_fit(evaluator, setup, target)
 
 
 def read_stats(path: str) -> DatasetStats:
