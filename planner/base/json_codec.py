@@ -37,15 +37,6 @@ def encode_fields(value: Any) -> dict[str, Any]:
     return {name: encode(getattr(value, name)) for name in _names(type(value))}
 
 
-def decode(kind: type[T], values: object, where: str = "") -> T:
-    """Read a dataclass back from its JSON form.
-
-    Raises:
-        InputError: an unknown or missing key, or a value of another type; the message names where.
-    """
-    return typing.cast(T, _decode(kind, values, where or kind.__name__))
-
-
 def decode_fields(kind: type[T], values: object, where: str = "") -> T:
     """Read a dataclass by its fields, for use inside its own `from_dict`.
 

@@ -90,11 +90,6 @@ def replay_steps(
     return known
 
 
-def forget_replays() -> None:
-    """Forget remembered replays, so that the next one is made anew (benchmarks)."""
-    _KNOWN.clear()
-
-
 class StepReplay:
     """One setup's training through an allocator of its own."""
 
