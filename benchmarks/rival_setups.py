@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measured import MEASURED_ON
-from launcher.measuring.measured_run import WARM_UP_STEPS, steady_steps
+from launcher.measuring.measured_run import STEADY_SECONDS, WARM_UP_STEPS, most_steps
 from launcher.measuring.profile import Profile
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.target import GpuTarget
@@ -200,7 +201,8 @@ def _run_seconds(profile: Profile) -> float:
     seconds += FIRST_STEP_SECONDS[setup.kernels]
     step = estimate_step(TrainingRun(setup=setup, model=model), gpu_catalog().get(MEASURED_ON))
     one = step.seconds_per_optimizer_step
-    return seconds + (WARM_UP_STEPS + steady_steps(profile, one)) * one
+    steady = min(max(profile.steps, math.ceil(STEADY_SECONDS / one)), most_steps(profile))
+    return seconds + (WARM_UP_STEPS + steady) * one
 
 
 def _graphs(setup: TrainingSetup) -> tuple[tuple[object, ...], ...]:

@@ -28,6 +28,7 @@ from planner.memory.measured.coefficients import (
 )
 from planner.memory.measured.coverage import coverage_of, model_traits, run_traits
 from planner.memory.step.replay import replay_steps
+from planner.setup.stack import TRL
 
 MARGIN_BYTES = 256 * MIB
 """Constant part of the interval: about two of the allocator's larger cached blocks in the records."""
@@ -42,7 +43,6 @@ beyond their interval (20261122-114c6c992997, 20261122-f247692c1b93, 20261122-dc
 were replayed in the order of their traces.
 """
 MIN_RECORDS = 3
-STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,9 +243,7 @@ def _fit(samples: Sequence[Sample], pool: Sequence[Sample], gpu: GpuSpec, name: 
         gpu=gpu.id,
         allocator=pool[0].record.allocator,
         stack_versions=tuple(
-            (package, version)
-            for package, version in latest.environment.versions
-            if package in STACK_PACKAGES
+            (package, version) for package, version in latest.environment.versions if package in TRL.packages
         ),
     )
 

@@ -6,7 +6,6 @@ user data folder.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -216,6 +215,3 @@ def all_records() -> tuple[RunRecord, ...]:
                 for record in read_records(path):
                     found.setdefault(record.id, record)
     return tuple(found.values())
-
-
-FIELD_NAMES = tuple(field.name for field in dataclasses.fields(RunRecord))

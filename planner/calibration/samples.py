@@ -127,12 +127,3 @@ def _managed(breakdown: MemoryBreakdown) -> int:
     """Managed memory in an estimate: what is outside reserved memory and is not the context."""
     context = next(c.size_bytes for c in breakdown.components if c.name == "context")
     return breakdown.process_bytes - breakdown.reserved_bytes - context
-
-
-def usable_records(
-    records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, allocator: str
-) -> list[RunRecord]:
-    """Records of that GPU and allocator that ran to their end and whose setups are modelled."""
-    return [
-        sample.record for sample in samples_of(records, gpu, resolve) if sample.record.allocator == allocator
-    ]

@@ -50,10 +50,7 @@ def _whole_checkpoints(setup: TrainingSetup) -> bool:
 
 
 def _refuse_compiled(run: TrainingRun) -> None:
-    """Refuse what compiled layers have not been measured with, naming the knob beside compile.
-
-    A budget with dropout trains on wrong gradients, and is refused by the launcher as well.
-    """
+    """Refuse what compiled layers have not been measured with, naming the knob beside compile."""
     setup = run.setup
     for name, measured in (
         ("kernels", "none"),
@@ -70,6 +67,17 @@ def _refuse_compiled(run: TrainingRun) -> None:
         raise NotModelledError("compile=regional with attn_implementation", run.attention)
     if any(layer.experts for layer in run.model.layers):
         raise NotModelledError("compile=regional with experts of model", run.model.id)
+    refuse_other_dropout_masks(setup)
+
+
+def refuse_other_dropout_masks(setup: TrainingSetup) -> None:
+    """Refuse what would train on wrong gradients, whoever plans it or runs it.
+
+    Seen on torch 2.11 and 2.13, where the budget recomputes random numbers without their seed.
+
+    Raises:
+        InputError: a budget with dropout.
+    """
     if setup.activation_memory_budget is not None and setup.lora_dropout:
         raise InputError(
             "activation_memory_budget needs lora_dropout 0: torch would draw other dropout masks for the "

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.base import validate
+from planner.base.errors import FieldError
 from planner.base.units import DTYPE_WIDTH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """One trainer's habits, as far as memory and speed depend on them.
+    """A training stack, named after its trainer, as far as memory and speed depend on it.
 
+    `packages` are those whose releases change memory or speed: records and coefficients carry their versions.
     `adapter_dtype` is what it casts adapters on a quantised base to. Its output head, `head_words` for
     people, works on tiles of `head_tokens` tokens by `head_vocabulary` entries of the vocabulary. Its
     activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
@@ -18,12 +21,21 @@ class Stack:
     """
 
     name: str
+    packages: tuple[str, ...]
     adapter_dtype: str
     head_words: str
     head_tokens: int
     head_vocabulary: int
     offload_stash: int
     kept_attention: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        validate.text("stack", self.name)
+        if not self.packages:
+            raise FieldError("packages", self.packages, "at least one package")
+        validate.choice("adapter_dtype", self.adapter_dtype, DTYPE_WIDTH)
+        for field in ("head_tokens", "head_vocabulary", "offload_stash"):
+            validate.integer(field, getattr(self, field), minimum=1, maximum=2**24)
 
     @property
     def adapter_width(self) -> int:
@@ -33,6 +45,7 @@ class Stack:
 
 TRL = Stack(
     name="trl",
+    packages=("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
     # sft_trainer.py:908-911
     adapter_dtype="bfloat16",
     head_words="TRL's tiled log-probabilities",

@@ -21,7 +21,7 @@ from planner.calibration.records import (
     append_record,
     read_records,
 )
-from planner.calibration.samples import clean_context_bytes, own_process_bytes, usable_records
+from planner.calibration.samples import clean_context_bytes, own_process_bytes, samples_of
 from planner.gpus.catalog import gpu_catalog
 from planner.memory import estimate_memory
 from planner.memory.measured.coefficients import (
@@ -62,7 +62,8 @@ def shipped() -> tuple[RunRecord, ...]:
 
 
 def usable(allocator: str) -> list[RunRecord]:
-    return usable_records(shipped_records(), H100, load_shipped, allocator=allocator)
+    samples = samples_of(shipped_records(), H100, load_shipped)
+    return [sample.record for sample in samples if sample.record.allocator == allocator]
 
 
 def synthetic(number: int, setup: TrainingSetup, **changes: Any) -> RunRecord:
@@ -391,7 +392,7 @@ def test_what_cannot_calibrate_is_left_out_or_refused() -> None:
         dataclasses.replace(records[3], setup=records[3].setup.replace(num_processes=2, distributed="ddp")),
         dataclasses.replace(records[4], environment=dataclasses.replace(records[4].environment, gpu_id="l4")),
     ]
-    assert usable_records(odd, H100, load_shipped, allocator=NATIVE) == []
+    assert samples_of(odd, H100, load_shipped) == []
     shared = [dataclasses.replace(record, isolated=False) for record in records]
     with pytest.raises(InputError, match="context"):
         calibrate(shared, H100, load_shipped, name="x", allocator=NATIVE)

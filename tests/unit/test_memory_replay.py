@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from planner.calibration.accuracy import shipped_records
 from planner.calibration.records import RunRecord
-from planner.calibration.samples import CAP_SHARE, usable_records
+from planner.calibration.samples import CAP_SHARE, samples_of
 from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.allocators.expandable import empty_allocator
@@ -239,7 +239,8 @@ def held_out_errors(record: RunRecord) -> tuple[float, float]:
 def test_replayed_memory_against_measured_runs(
     allocator: str, middle: float, nineteen_in_twenty: float, most: float
 ) -> None:
-    records = usable_records(shipped_records(), H100, load_shipped, allocator=allocator)
+    samples = samples_of(shipped_records(), H100, load_shipped)
+    records = [sample.record for sample in samples if sample.record.allocator == allocator]
     sample = random.Random(0).sample(records, min(200, len(records)))
     errors = [held_out_errors(record) for record in sample]
     allocated = sorted(abs(error) for error, _ in errors)

@@ -21,6 +21,7 @@ from planner.models.catalog import resolve_model
 from planner.planning.estimation import Estimator
 from planner.planning.make_plan import make_plan
 from planner.search.cards import cards_by_memory
+from planner.search.frontier import runners_up
 from planner.setup import defaults
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE, VARIABLE
 from planner.setup.request import PlanRequest, make_request
@@ -282,7 +283,7 @@ def test_the_reason_why_a_setup_lost_is_told(lost: str, told: str) -> None:
     others = tuple(one for one in plan.alternatives if one.lost == lost)
     assert others
     out = Console(file=io.StringIO(), width=100)
-    print_runners_up(out, dataclasses.replace(plan, alternatives=others, frontier=()))
+    print_runners_up(out, dataclasses.replace(plan, runners_up=runners_up(others, (), plan.gpu.usable_bytes)))
     assert told in out.file.getvalue()  # type: ignore[attr-defined]
 
 

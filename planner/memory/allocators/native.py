@@ -40,15 +40,6 @@ def block_units(size_bytes: int) -> int:
     return -(-size_bytes // MIN_BLOCK) or 1
 
 
-def segment_size(size_bytes: int) -> int:
-    """Size of the segment that the driver is asked for when no cached block serves a (rounded) request."""
-    if size_bytes <= SMALL_SIZE:
-        return SMALL_SEGMENT
-    if size_bytes < MIN_LARGE_ALLOCATION:
-        return LARGE_SEGMENT
-    return -(-size_bytes // LARGE_ROUNDING) * LARGE_ROUNDING
-
-
 class CachingAllocator:
     """Replays requests. Addresses and sizes are counted in units of 512 bytes; segments lie a unit apart, so
     that blocks never merge across.

@@ -96,11 +96,6 @@ def replay_steps(
     return known
 
 
-def forget_replays() -> None:
-    """Forget remembered replays, so that the next one is made anew (benchmarks)."""
-    _WHOLE.clear()
-
-
 class StepReplay:
     """One run's training through an allocator of its own."""
 
