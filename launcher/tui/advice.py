@@ -5,7 +5,6 @@ Made for a worker thread: a search takes longer than a keystroke may.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,12 +21,14 @@ from planner.planning.advice import make_it_fit, use_what_is_left
 from planner.search import TOKENS, Tried, search
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.frontier import around_the_chosen, frontier
+from planner.setup.knobs import KNOBS
+from planner.setup.methods import refused_by
 from planner.setup.request import PlanRequest
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
 
 # An automatic choice that brings less speed than this is not worth a line.
 _LEAST_GAIN = 0.02
-_TYPES = {field.name: field.type for field in dataclasses.fields(TrainingSetup)}
+_KINDS = {knob.name: knob.kind for knob in KNOBS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,11 +133,11 @@ def apply_flags(setup: TrainingSetup, flags: str) -> TrainingSetup | None:
         name = words.pop(0).removeprefix("--").replace("-", "_")
         if words and not words[0].startswith("--"):
             values[name] = _value(name, words.pop(0))
-        elif name.removeprefix("no_") in _TYPES and name.startswith("no_"):
+        elif name.removeprefix("no_") in _KINDS and name.startswith("no_"):
             values[name.removeprefix("no_")] = False
         else:
             values[name] = True
-    unknown = [name for name in values if name not in _TYPES]
+    unknown = [name for name in values if name not in FIELD_NAMES]
     if unknown:
         raise InputError(f"advice names what is no knob: {', '.join(unknown)}")
     if not values:
@@ -145,16 +146,16 @@ def apply_flags(setup: TrainingSetup, flags: str) -> TrainingSetup | None:
         values.update(checkpointed_layers=None, activation_memory_budget=None)
     if "lora_r" in values:
         values["lora_alpha"] = None
-    if values.get("method") == "full":
-        values.update(lora_alpha=None, lora_dropout=0.0, target_modules="all-linear", use_dora=False)
+    if "method" in values:
+        values |= refused_by(values["method"])
     return setup.replace(**values)
 
 
 def _value(name: str, text: str) -> object:
-    kind = str(_TYPES.get(name, "str"))
-    if kind.startswith("int"):
+    kind = _KINDS.get(name)
+    if kind == "int":
         return int(text)
-    return float(text) if kind.startswith("float") else text
+    return float(text) if kind == "float" else text
 
 
 def _change(advice: Advice, setup: TrainingSetup | None) -> Change:
