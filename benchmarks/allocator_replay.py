@@ -22,6 +22,7 @@ from planner.memory import estimate_memory
 from planner.memory.step.replay import forget_replays
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS
+from planner.setup.run import TrainingRun
 
 GPU = "h100-80gb"
 FIGURES: dict[str, Callable[[Residual], float | None]] = {
@@ -63,7 +64,10 @@ def seconds(records: Sequence[RunRecord], *, replay: bool) -> list[float]:
 def _estimate(record: RunRecord, *, replay: bool) -> None:
     gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
     estimate_memory(
-        record.setup, model, gpu=gpu, padded=record.padded, replay=replay, allocator=record.allocator
+        TrainingRun(setup=record.setup, model=model, padded=record.padded),
+        gpu=gpu,
+        replay=replay,
+        allocator=record.allocator,
     )
 
 

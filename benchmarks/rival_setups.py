@@ -12,6 +12,7 @@ from planner.gpus.catalog import gpu_catalog
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import load_shipped
 from planner.search.evaluator import Candidate, Evaluator
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import estimate_step
 
@@ -197,7 +198,7 @@ def _run_seconds(profile: Profile) -> float:
     model = load_shipped(setup.model)
     seconds = TRAINER_SECONDS + BUILD_SECONDS_PER_PARAMETER * model.parameter_count
     seconds += FIRST_STEP_SECONDS[setup.kernels]
-    step = estimate_step(setup, model, gpu_catalog().get(MEASURED_ON))
+    step = estimate_step(TrainingRun(setup=setup, model=model), gpu_catalog().get(MEASURED_ON))
     one = step.seconds_per_optimizer_step
     return seconds + (WARM_UP_STEPS + steady_steps(profile, one)) * one
 

@@ -34,6 +34,7 @@ from planner.gpus.detect import LocalGpu, local_gpus
 from planner.memory import estimate_memory
 from planner.models.catalog import resolve_model
 from planner.setup.cuda_allocator import machine_allocator
+from planner.setup.run import TrainingRun
 
 STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "liger-kernel")
 LEFT_OVER_LIMIT_BYTES = 2**20
@@ -226,10 +227,8 @@ def _predict(profile: Profile) -> Predicted | None:
     gpu = local_gpus()[0].spec
     try:
         breakdown = estimate_memory(
-            profile.setup,
-            model,
+            TrainingRun(setup=profile.setup, model=model, padded=profile.mixes_lengths),
             gpu=gpu,
-            padded=profile.mixes_lengths,
             replay=True,
             allocator=process_allocator(os.environ),
         )

@@ -17,7 +17,9 @@ from typing import Any
 from planner.base import validate
 from planner.base.data_files import PROFILES, user_data_dir
 from planner.base.errors import FieldError, InputError
+from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import ALLOCATORS, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 RECORD_SCHEMA_VERSION = 1
@@ -128,6 +130,10 @@ class RunRecord:
         rows are, whatever their examples' lengths.
         """
         return self.source == "calibrate" and (self.setup.packing or not self.lengths)
+
+    def run(self, model: ModelSpec) -> TrainingRun:
+        """What was measured, on the model that the setup names."""
+        return TrainingRun(setup=self.setup, model=model, padded=self.padded)
 
     def phase(self, name: str) -> MeasuredPhase | None:
         """A measured phase by name; None when it was not measured."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from planner.base.units import DTYPE_BYTES
 from planner.memory.breakdown import Component, PhaseMemory
 from planner.memory.measured.coefficients import Coefficients, Distance, ReserveTerms
 from planner.memory.measured.cuda_terms import managed_process_bytes
 from planner.memory.step.replay import ReplayedMemory
 from planner.memory.step.resident import Resident
 from planner.memory.step.timeline import StepMoment
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 
 
 def phases(
@@ -74,7 +73,7 @@ def phases(
 
 
 def components(
-    setup: TrainingSetup,
+    run: TrainingRun,
     measured: Coefficients,
     resident: Resident,
     step: StepMoment,
@@ -88,7 +87,7 @@ def components(
     """
     weights, optimizer = resident.weights, resident.optimizer
     counted = resident.allocated_bytes + step.total_bytes
-    width = DTYPE_BYTES[setup.dtype] * 8
+    bits = run.storage.width * 8
     managed = managed_process_bytes(optimizer.managed_bytes)
     rows = (
         (
@@ -99,7 +98,7 @@ def components(
         ),
         (
             "weights_unquantized",
-            f"weights kept in {width} bits",
+            f"weights kept in {bits} bits",
             weights.unquantized_bytes + resident.upcast_bytes,
             "embeddings, output head, norms, biases, routers and experts as transformers leaves them",
         ),
@@ -120,7 +119,7 @@ def components(
             "optimizer",
             "optimizer",
             optimizer.allocated_bytes + managed,
-            f"{setup.optim}: state by tensor, as torch or bitsandbytes lays it out",
+            f"{run.setup.optim}: state by tensor, as torch or bitsandbytes lays it out",
         ),
         (
             "activations",
@@ -145,7 +144,7 @@ def components(
         (
             "context",
             "CUDA context",
-            measured.context_of(setup),
+            measured.context_of(run.setup),
             f"context, kernels and libraries (measured: {measured.name})",
         ),
     )

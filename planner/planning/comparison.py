@@ -14,6 +14,7 @@ from planner.search.evaluator import Evaluator
 from planner.search.longest import longest_length
 from planner.setup import defaults
 from planner.setup.defaults import DEFAULT_LENGTHS
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 
@@ -94,11 +95,12 @@ def smallest_cards(
     for method in methods:
         for length in lengths:
             setup = with_method(base, method).replace(max_length=length)
-            about = estimate_memory(setup, model).peak_upper_bytes
+            about = estimate_memory(TrainingRun(setup=setup, model=model)).peak_upper_bytes
             gpu = smallest_gpu_for(setup, model, about)
             needed = about
             if gpu is not None:
-                needed = estimate_memory(native(setup, gpu), model, gpu=gpu, replay=True).peak_upper_bytes
+                run = TrainingRun(setup=native(setup, gpu), model=model)
+                needed = estimate_memory(run, gpu=gpu, replay=True).peak_upper_bytes
             found.append(
                 SmallestCard(
                     method=method,

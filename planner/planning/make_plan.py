@@ -5,9 +5,7 @@ from __future__ import annotations
 from planner.answers.plan import Alternative, MethodFigures, Plan, PlannedModel
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
-from planner.memory.held.trainables import trainables
 from planner.models.catalog import Inspector, resolve_model
-from planner.models.spec import ModelSpec
 from planner.planning.advice import make_it_fit, use_what_is_left
 from planner.planning.assumptions import assumptions
 from planner.planning.choosing import Chosen, choose, policy_lengths
@@ -18,9 +16,9 @@ from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.search.cards import smallest_card
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.frontier import frontier
-from planner.setup.attention import attention_implementation
 from planner.setup.request import PlanRequest
-from planner.setup.training_setup import METHODS, TrainingSetup
+from planner.setup.run import TrainingRun
+from planner.setup.training_setup import METHODS
 from planner.throughput.epoch import Examples
 
 
@@ -72,7 +70,7 @@ def make_plan(
     return Plan(
         request=request,
         gpu=target,
-        model=_planned_model(model, setup),
+        model=_planned_model(evaluator.run(setup)),
         fits=chosen.fits,
         setup=setup,
         strategy=chosen.tried.strategy,
@@ -80,7 +78,7 @@ def make_plan(
         memory=best.memory,
         speed=best.speed,
         duration=duration,
-        loading=load_needs(model, setup, best.memory),
+        loading=load_needs(evaluator.run(setup), best.memory),
         data=data,
         methods=_methods(evaluator, best, fits=chosen.fits),
         alternatives=_alternatives(chosen, evaluator),
@@ -110,16 +108,17 @@ def read_stats(path: str) -> DatasetStats:
     return estimated_lengths(Path(path))
 
 
-def _planned_model(model: ModelSpec, setup: TrainingSetup) -> PlannedModel:
+def _planned_model(run: TrainingRun) -> PlannedModel:
+    model = run.model
     return PlannedModel(
         id=model.id,
         hub_id=model.hub_id,
         architecture=model.architecture,
         parameter_count=model.parameter_count,
-        trainable_parameters=trainables(setup, model).elements,
+        trainable_parameters=run.trained.elements,
         num_hidden_layers=model.num_hidden_layers,
         max_position_embeddings=model.max_position_embeddings,
-        attn_implementation=attention_implementation(setup, model),
+        attn_implementation=run.attention,
         source=model.source,
     )
 

@@ -10,6 +10,7 @@ from planner.gpus.spec import GpuSpec
 from planner.memory import estimate_memory
 from planner.models.spec import ModelSpec
 from planner.search.evaluator import Evaluator
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 # Cards differ in what the driver and cuBLAS take by far less than the rest; smaller cards are not tried.
@@ -81,13 +82,13 @@ def fits_on(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec, *, confirm: bo
     Raises:
         NotModelledError: a knob whose memory is not modelled.
     """
-    own = native(setup, gpu)
-    fitted = estimate_memory(own, model, gpu=gpu)
+    run = TrainingRun(setup=native(setup, gpu), model=model)
+    fitted = estimate_memory(run, gpu=gpu)
     if not confirm:
         return fitted.fits(gpu.usable_bytes)
     if fitted.peak_lower_bytes > gpu.usable_bytes:
         return False
-    return estimate_memory(own, model, gpu=gpu, replay=True).fits(gpu.usable_bytes)
+    return estimate_memory(run, gpu=gpu, replay=True).fits(gpu.usable_bytes)
 
 
 def native(setup: TrainingSetup, gpu: GpuSpec) -> TrainingSetup:

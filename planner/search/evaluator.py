@@ -8,6 +8,7 @@ from planner.base.errors import NotModelledError
 from planner.gpus.spec import GpuSpec
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.spec import ModelSpec
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
 from planner.throughput.epoch import EpochTime, Examples
@@ -67,6 +68,7 @@ class Evaluator:
         self.examples = examples
         self.padded = padded if examples is None else examples.mixed
         self._longest = None if examples is None or examples.stats.estimated else examples.stats.longest
+        self._runs: dict[tuple[TrainingSetup, bool], TrainingRun] = {}
         self._known: dict[TrainingSetup, Candidate] = {}
         self._memories: dict[TrainingSetup, MemoryBreakdown] = {}
         self._replays: dict[TrainingSetup, MemoryBreakdown] = {}
@@ -140,7 +142,7 @@ class Evaluator:
         return found
 
     def _step(self, setup: TrainingSetup) -> StepEstimate | None:
-        return forecast(setup, self.model, self.gpu, padded=self._padded(setup))
+        return forecast(self.run(setup), self.gpu)
 
     def _epoch(self, setup: TrainingSetup, speed: StepEstimate | None) -> EpochTime | None:
         if self.examples is None or speed is None:
@@ -149,13 +151,22 @@ class Evaluator:
 
     def _memory(self, setup: TrainingSetup, *, replay: bool, whole: bool = False) -> MemoryBreakdown:
         return estimate_memory(
-            self._as_batched(setup),
-            self.model,
+            self._run(self._as_batched(setup), self._padded(setup)),
             gpu=self.gpu,
-            padded=self._padded(setup),
             replay=replay,
             limit_bytes=None if whole else self.usable_bytes,
         )
+
+    def run(self, setup: TrainingSetup) -> TrainingRun:
+        """A setup's run with the data's batches, made once."""
+        return self._run(setup, self._padded(setup))
+
+    def _run(self, setup: TrainingSetup, padded: bool) -> TrainingRun:
+        found = self._runs.get((setup, padded))
+        if found is None:
+            found = TrainingRun(setup=setup, model=self.model, padded=padded)
+            self._runs[setup, padded] = found
+        return found
 
     def _padded(self, setup: TrainingSetup) -> bool:
         return self.padded and setup.per_device_train_batch_size > 1 and not setup.packing

@@ -32,7 +32,7 @@ from launcher.measuring.random_weights import build_random_model
 from launcher.models.inspect import inspect_config
 from launcher.runs.folder import TrainingJob
 from launcher.training import build
-from planner.base.units import DTYPE_BYTES
+from planner.base.units import DTYPE_WIDTH
 from planner.setup.training_setup import TrainingSetup
 
 from .attribution import head_span, peak_of
@@ -137,7 +137,7 @@ def attributed(
         stacks,
         origins,
         weight_elements=frozenset(parameter.elements for parameter in weights),
-        compute_bytes=DTYPE_BYTES[setup.dtype],
+        compute_width=DTYPE_WIDTH[setup.dtype],
     )
     return {"peak": peak.to_dict(), "head": head_span(events, stacks, origins).to_dict()}
 

@@ -26,6 +26,7 @@ from planner.commands.program import Parser
 from planner.memory import estimate_memory
 from planner.planning.make_plan import make_plan
 from planner.setup.request import PlanRequest, make_request
+from planner.setup.run import TrainingRun
 
 from .conftest import MakeApp, settle
 
@@ -115,7 +116,9 @@ async def test_a_change_is_answered_by_the_fitted_estimate_and_then_refined(
         first = screen_of(pilot).sizing
         assert first is not None
         assert first.setup.max_length == 6144
-        assert first.memory == estimate_memory(first.setup, first.model, gpu=first.card.spec)
+        assert first.memory == estimate_memory(
+            TrainingRun(setup=first.setup, model=first.model), gpu=first.card.spec
+        )
         assert "refining" in shown_text(pilot)
         let_go.set()
         await settle(pilot)

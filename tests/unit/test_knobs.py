@@ -20,6 +20,7 @@ from planner.setup.knob import METHODS, Counted, Form, Knob, Line, Need
 from planner.setup.knobs import KNOBS
 from planner.setup.methods import refused_by, with_method
 from planner.setup.request import KNOB_NAMES, planned
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
 from planner.text.plan import knob_lines
 from tests.write_docs import knobs_page
@@ -236,9 +237,9 @@ def test_a_made_up_knob_has_a_row_on_the_form() -> None:
 
 def test_a_made_up_knob_counts_in_what_runs_cover() -> None:
     count = knob_counter(MORE)
-    assert ("warp_drive", "off") in count(warped(), MODEL)
-    assert ("warp_drive", "impulse") in count(warped(warp_drive="impulse"), MODEL)
-    assert "warp_drive" not in dict(count(warped(method="full"), MODEL))
+    assert ("warp_drive", "off") in count(TrainingRun(setup=warped(), model=MODEL))
+    assert ("warp_drive", "impulse") in count(TrainingRun(setup=warped(warp_drive="impulse"), model=MODEL))
+    assert "warp_drive" not in dict(count(TrainingRun(setup=warped(method="full"), model=MODEL)))
     assert "warp_drive" in together(MORE)
 
 

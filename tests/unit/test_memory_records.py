@@ -36,6 +36,7 @@ from planner.memory.measured.files import coefficients_for, coefficients_name
 from planner.memory.step.replay import ReplayedMemory, replay_steps
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 H100 = gpu_catalog().get("h100-80gb")
@@ -67,7 +68,9 @@ def usable(allocator: str) -> list[RunRecord]:
 def synthetic(number: int, setup: TrainingSetup, **changes: Any) -> RunRecord:
     """A record that is exactly what KNOWN says."""
     model, allocator = load_shipped(setup.model), changes.get("allocator", NATIVE)
-    found = estimate_memory(setup, model, gpu=H100, coefficients=KNOWN, allocator=allocator)
+    found = estimate_memory(
+        TrainingRun(setup=setup, model=model), gpu=H100, coefficients=KNOWN, allocator=allocator
+    )
     step = MeasuredPhase(
         name="step",
         allocated_bytes=found.allocated_bytes,
@@ -176,7 +179,10 @@ def test_an_allocators_reserve_rests_on_its_own_runs() -> None:
     for record in synthetic_records(EXPANDABLE):
         model = load_shipped(record.setup.model)
         found = estimate_memory(
-            record.setup, model, gpu=H100, coefficients=doubled, allocator=record.allocator
+            TrainingRun(setup=record.setup, model=model),
+            gpu=H100,
+            coefficients=doubled,
+            allocator=record.allocator,
         )
         step = MeasuredPhase(
             name="step",
@@ -208,10 +214,8 @@ def test_the_interval_covers_every_held_out_record(
         step = record.phase("step")
         assert step is not None
         predicted = estimate_memory(
-            record.setup,
-            load_shipped(record.setup.model),
+            TrainingRun(setup=record.setup, model=load_shipped(record.setup.model), padded=record.padded),
             gpu=H100,
-            padded=record.padded,
             coefficients=found.coefficients,
             replay=replay,
             allocator=allocator,
@@ -270,10 +274,8 @@ def test_allocated_memory_against_measured_runs(allocator: str) -> None:
         step = record.phase("step")
         assert step is not None
         found = estimate_memory(
-            record.setup,
-            load_shipped(record.setup.model),
+            TrainingRun(setup=record.setup, model=load_shipped(record.setup.model), padded=record.padded),
             gpu=H100,
-            padded=record.padded,
             allocator=allocator,
             replay=True,
         )
@@ -307,7 +309,9 @@ def step_and_replay(run: RunRecord) -> tuple[MeasuredPhase, ReplayedMemory]:
     step = run.phase("step")
     assert step is not None
     model = load_shipped(run.setup.model)
-    return step, replay_steps(run.setup, model, gpu=H100, padded=run.padded, allocator=run.allocator)
+    return step, replay_steps(
+        TrainingRun(setup=run.setup, model=model, padded=run.padded), gpu=H100, allocator=run.allocator
+    )
 
 
 @pytest.mark.parametrize("kernels", ["none", "liger"])
@@ -345,7 +349,7 @@ def test_gemma_3_with_ligers_kernels_reserves_what_its_replay_does() -> None:
 def test_offloading_adds_to_the_context_once_a_step_has_run() -> None:
     setup = TrainingSetup(model="llama-3.1-8b", max_length=2048)
     plain, offloaded = (
-        estimate_memory(one, load_shipped(one.model), gpu=H100)
+        estimate_memory(TrainingRun(setup=one, model=load_shipped(one.model)), gpu=H100)
         for one in (setup, setup.replace(activation_offloading=True))
     )
     beside = [one.process_bytes - one.reserved_bytes for one in (plain, offloaded)]

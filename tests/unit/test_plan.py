@@ -24,6 +24,7 @@ from planner.search.cards import cards_by_memory
 from planner.setup import defaults
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE, VARIABLE
 from planner.setup.request import PlanRequest, make_request
+from planner.setup.run import TrainingRun
 from planner.text.choice import print_runners_up
 
 Cli = Callable[..., Any]
@@ -106,7 +107,9 @@ def test_a_plan_is_for_the_allocator_that_its_run_gets_and_says_which(
     assert said in text
     allocator = EXPANDABLE if setting is None else NATIVE
     model = resolve_model("qwen2.5-14b")
-    again = estimate_memory(plan.setup, model, gpu=plan.gpu.spec, replay=True, allocator=allocator)
+    again = estimate_memory(
+        TrainingRun(setup=plan.setup, model=model), gpu=plan.gpu.spec, replay=True, allocator=allocator
+    )
     assert plan.memory.process_bytes == again.process_bytes
 
 
@@ -202,7 +205,9 @@ def test_every_advice_is_what_its_flags_give(request_: PlanRequest, cli: Cli) ->
         flags = dict(zip(shlex.split(advice.flags)[::2], shlex.split(advice.flags)[1::2], strict=True))
         changes = {k[2:].replace("-", "_"): int(v) if v.isdigit() else v for k, v in flags.items()}
         setup = plan.setup.replace(**changes)
-        memory = estimate_memory(setup, resolve_model(setup.model), gpu=plan.gpu.spec)
+        memory = estimate_memory(
+            TrainingRun(setup=setup, model=resolve_model(setup.model)), gpu=plan.gpu.spec
+        )
         assert memory.peak_upper_bytes == advice.peak_upper_bytes
         assert memory.fits(plan.gpu.usable_bytes) == advice.fits
 

@@ -1,6 +1,6 @@
 """Programs: what a layer allocates and frees, in order, as events that the allocator can replay.
 
-The same replays that give live bytes (planner/memory/decoder/layer.py, norms.py) are written down by a tape
+The operations that give live bytes (planner/memory/decoder/layer.py, norms.py) are written down by a tape
 that logs. A program has no sizes of its own: bytes are linear in tokens and attention scores, as on the tape.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.memory.allocators.native import block_units
-from planner.memory.decoder.layer import replay
+from planner.memory.decoder.layer import run_layer
 from planner.memory.decoder.live_bytes import gradients_before
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.norms import norm
-from planner.memory.tape.logging_tape import Coefficients, LoggedBlock, LoggingTape, number
+from planner.memory.tape.logging_tape import BlockBytes, LoggedBlock, LoggingTape, number
 from planner.memory.tape.tape import GRADIENTS, Value
 from planner.models.spec import LayerSpec
 
@@ -37,7 +37,7 @@ class Program:
     `single` ones in fp32 rather than the compute dtype.
     """
 
-    blocks: tuple[Coefficients, ...]
+    blocks: tuple[BlockBytes, ...]
     forward: tuple[int, ...]
     backward: tuple[int, ...]
     checkpointed: bool
@@ -76,7 +76,7 @@ def layer_program(
         return _checkpointed(layer, knobs)
     tape = LoggingTape(saves=True)
     hidden = Value(tape.given(), input_requires_grad)
-    output = replay(tape, layer, knobs, hidden)
+    output = run_layer(tape, layer, knobs, hidden)
     return _both_passes(tape, hidden, output)
 
 
@@ -84,7 +84,7 @@ def layer_program(
 def norm_program(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     """Program of the norm after the last decoder layer."""
     tape = LoggingTape(saves=True)
-    hidden = Value(tape.given(), True, knobs.stream_bytes)
+    hidden = Value(tape.given(), True, knobs.stream_width)
     output = norm(tape, layer, knobs.accumulating(False), hidden, layer.hidden_size)
     return _both_passes(tape, hidden, output)
 
@@ -115,11 +115,11 @@ def _both_passes(tape: LoggingTape, hidden: Value, output: Value) -> Program:
 
 def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     first = LoggingTape(saves=False)
-    result = number(replay(first, layer, knobs, Value(first.given(), True)).buffer)
+    result = number(run_layer(first, layer, knobs, Value(first.given(), True)).buffer)
     tape = LoggingTape(saves=True)
     tape.blocks, tape.slots = first.blocks.copy(), first.slots.copy()
     hidden = Value(LoggedBlock((0.0, 0.0, 0.0), 0, 0), True)
-    output = replay(tape, layer, knobs, hidden)
+    output = run_layer(tape, layer, knobs, hidden)
     tape.free(output.buffer)
     recomputed = _stopped_early(tape.events, tape.last_save_event)
     known: dict[int, int] = {}

@@ -16,7 +16,7 @@ from planner.models.spec import LayerSpec
 
 def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
     """Replay routing and experts of one layer; `kind` is that of the experts' tensors."""
-    width = kind.compute_bytes
+    width = kind.compute_width
     routed = layer.experts_per_token
     inner = layer.expert_intermediate_size
     hidden = layer.hidden_size
@@ -90,16 +90,16 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
 def _weight_grad(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
     """Gradient of the folded weights (freed once the adapter has its own), or of trained experts (kept)."""
     if kind.rank:
-        return tape.fixed(elements * kind.compute_bytes)
+        return tape.fixed(elements * kind.compute_width)
     if kind.trained:
-        weight_gradient(tape, kind, elements, kind.adapter_bytes)
+        weight_gradient(tape, kind, elements, kind.adapter_width)
     return None
 
 
 def _adapter_grads(tape: Tape, layer: LayerSpec, kind: LinearKind, widths: int) -> None:
     """Gradients of the experts' adapters, `widths` elements an expert; the fused tensor's rank is doubled."""
     if kind.rank:
-        weight_gradient(tape, kind, layer.experts * widths, kind.adapter_bytes)
+        weight_gradient(tape, kind, layer.experts * widths, kind.adapter_width)
 
 
 def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[Buffer | None, ...]:
@@ -109,7 +109,7 @@ def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[B
     saved_input = tape.save(x.buffer)
     if not kind.rank:
         return (saved_input,)
-    folded = tape.fixed(layer.experts * layer.hidden_size * kind.compute_bytes)
+    folded = tape.fixed(layer.experts * layer.hidden_size * kind.compute_width)
     saved = (saved_input, tape.save(folded))
     tape.free(folded)
     return saved
@@ -118,15 +118,15 @@ def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[B
 def _router_backward(
     tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, saved: tuple[Buffer | None, ...]
 ) -> None:
-    logits_grad = tape.tokens(layer.experts * kind.compute_bytes)
+    logits_grad = tape.tokens(layer.experts * kind.compute_width)
     elements = layer.experts * layer.hidden_size
-    folded_grad = tape.fixed(elements * kind.compute_bytes) if kind.rank else None
+    folded_grad = tape.fixed(elements * kind.compute_width) if kind.rank else None
     if kind.trained:
-        weight_gradient(tape, kind, elements, kind.adapter_bytes)
-    x_grad = tape.tokens(layer.hidden_size * kind.compute_bytes)
+        weight_gradient(tape, kind, elements, kind.adapter_width)
+    x_grad = tape.tokens(layer.hidden_size * kind.compute_width)
     tape.free(logits_grad, *saved)
     if kind.rank:
         adapter = kind.rank * (layer.experts + layer.hidden_size)
-        weight_gradient(tape, kind, adapter, kind.adapter_bytes)
+        weight_gradient(tape, kind, adapter, kind.adapter_width)
     tape.free(folded_grad)
     tape.add_grad(x, x_grad, view=True)

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from operator import attrgetter
 from typing import Any
 
 from planner.base.errors import InputError
 from planner.models.spec import ModelSpec
-from planner.setup.attention import attention_implementation
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 
-Value = tuple[str, str]
+Trait = tuple[str, str]
 PADDED = "padded batches"
 """What batches are, beside the knobs."""
-_MODEL_VALUES: dict[tuple[str, int], frozenset[Value]] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +31,16 @@ class Coverage:
     the largest length, tokens of a micro-step, rank and parameter count.
     """
 
-    values: frozenset[Value]
+    values: frozenset[Trait]
     pairs: frozenset[tuple[str, str]]
     max_length: int
     max_tokens: int
     max_rank: int
     max_parameters: int
 
-    def outside(self, setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[str, ...]:
-        """What of a setup no run had, each in a few plain words; empty where all of it was measured."""
-        own, layout = setup_values(setup, model, padded=padded), model_values(model)
+    def outside(self, run: TrainingRun) -> tuple[str, ...]:
+        """What of a run no measured one had, each in a few plain words; empty where all was measured."""
+        own, layout = run_traits(run), model_traits(run.model)
         missing = own - self.values
         found = [f"no run with {knob}={value} among the records" for knob, value in sorted(missing)]
         found += [
@@ -55,16 +54,17 @@ class Coverage:
         ]
         if together:
             found.append(f"no run with {', or with '.join(together)} together among the records")
-        found += self._beyond(setup, model)
+        found += self._beyond(run)
         return tuple(found)
 
-    def _beyond(self, setup: TrainingSetup, model: ModelSpec) -> Iterator[str]:
+    def _beyond(self, run: TrainingRun) -> Iterator[str]:
+        setup = run.setup
         rank = setup.lora_r if setup.uses_lora else 0
         for name, value, largest in (
             ("length", setup.max_length, self.max_length),
-            ("tokens of a micro-step", setup.tokens_per_micro_step, self.max_tokens),
+            ("tokens of a micro-step", run.micro_step.tokens, self.max_tokens),
             ("rank", rank, self.max_rank),
-            ("parameters", model.parameter_count, self.max_parameters),
+            ("parameters", run.model.parameter_count, self.max_parameters),
         ):
             if value > largest:
                 yield f"{name} {value:,} beyond the largest measured, {largest:,}"
@@ -107,19 +107,19 @@ class Coverage:
             raise InputError(f"not a coverage: {error}") from error
 
 
-def coverage_of(runs: Iterable[tuple[TrainingSetup, ModelSpec, bool]]) -> Coverage:
-    """What runs cover, given as (setup, model, padded)."""
-    values: set[Value] = set()
+def coverage_of(runs: Iterable[TrainingRun]) -> Coverage:
+    """What measured runs cover."""
+    values: set[Trait] = set()
     pairs: set[tuple[str, str]] = set()
     length = tokens = rank = parameters = 0
-    for setup, model, padded in runs:
-        own = setup_values(setup, model, padded=padded)
-        values |= own | model_values(model)
+    for run in runs:
+        setup, own = run.setup, run_traits(run)
+        values |= own | model_traits(run.model)
         pairs.update(_pairs(own))
         length = max(length, setup.max_length)
-        tokens = max(tokens, setup.tokens_per_micro_step)
+        tokens = max(tokens, run.micro_step.tokens)
         rank = max(rank, setup.lora_r if setup.uses_lora else 0)
-        parameters = max(parameters, model.parameter_count)
+        parameters = max(parameters, run.model.parameter_count)
     return Coverage(
         values=frozenset(values),
         pairs=frozenset(pairs),
@@ -130,56 +130,56 @@ def coverage_of(runs: Iterable[tuple[TrainingSetup, ModelSpec, bool]]) -> Covera
     )
 
 
-def setup_values(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> frozenset[Value]:
-    """A setup's values, those that its method does not use left out."""
-    found = _count(setup, model)
-    return frozenset((*found, (PADDED, "true"))) if padded else frozenset(found)
+def run_traits(run: TrainingRun) -> frozenset[Trait]:
+    """A run's traits by its knobs, those that its method does not use left out."""
+    found = _count(run)
+    return frozenset((*found, (PADDED, "true"))) if run.padded else frozenset(found)
 
 
-def model_values(model: ModelSpec) -> frozenset[Value]:
-    """A model's values: the layouts of its layers that decide what a step asks for."""
-    key = (model.id, model.parameter_count)
-    if key not in _MODEL_VALUES:
-        found = {
-            ("tied_embeddings", _word(model.tied_embeddings)),
-            ("embedding_multiplier", _word(model.embedding_multiplier)),
-            ("final_logit_softcapping", _word(model.final_logit_softcapping)),
-            ("rotary_tables", str(model.rotary_tables)),
+@lru_cache(maxsize=512)
+def model_traits(model: ModelSpec) -> frozenset[Trait]:
+    """A model's traits: the layouts of its layers that decide what a step asks for."""
+    found = {
+        ("tied_embeddings", _word(model.tied_embeddings)),
+        ("embedding_multiplier", _word(model.embedding_multiplier)),
+        ("final_logit_softcapping", _word(model.final_logit_softcapping)),
+        ("rotary_tables", str(model.rotary_tables)),
+    }
+    for layer in model.layers:
+        norms = "inputs and outputs" if layer.output_norms else "inputs"
+        found |= {
+            ("norm", layer.norm),
+            ("normed", norms if layer.input_norms else "outputs"),
+            ("qk_norm", layer.qk_norm),
+            ("fused_qkv", _word(layer.fused_qkv)),
+            ("fused_gate_up", _word(layer.fused_gate_up)),
+            ("gated_mlp", _word(layer.gated_mlp)),
+            ("rotary", _word(layer.rotary)),
+            ("partial_rotary", _word(layer.rotary_dim not in (None, layer.head_dim))),
+            ("sliding_window", _word(layer.sliding_window is not None)),
+            ("attention_softcap", _word(layer.attention_softcap)),
+            ("attention_dropout", _word(layer.attention_dropout > 0)),
+            ("experts", _word(layer.experts > 0)),
         }
-        for layer in model.layers:
-            norms = "inputs and outputs" if layer.output_norms else "inputs"
-            found |= {
-                ("norm", layer.norm),
-                ("normed", norms if layer.input_norms else "outputs"),
-                ("qk_norm", layer.qk_norm),
-                ("fused_qkv", _word(layer.fused_qkv)),
-                ("fused_gate_up", _word(layer.fused_gate_up)),
-                ("gated_mlp", _word(layer.gated_mlp)),
-                ("rotary", _word(layer.rotary)),
-                ("partial_rotary", _word(layer.rotary_dim not in (None, layer.head_dim))),
-                ("sliding_window", _word(layer.sliding_window is not None)),
-                ("attention_softcap", _word(layer.attention_softcap)),
-                ("attention_dropout", _word(layer.attention_dropout > 0)),
-                ("experts", _word(layer.experts > 0)),
-            }
-        _MODEL_VALUES[key] = frozenset(found)
-    return _MODEL_VALUES[key]
+    return frozenset(found)
 
 
-def _checkpointed(setup: TrainingSetup, model: ModelSpec) -> str:
+def _checkpointed(run: TrainingRun) -> str:
+    setup = run.setup
     if not setup.gradient_checkpointing or setup.checkpointed_layers == 0:
         return "no layer"
-    return "all layers" if setup.checkpointed_layers in (None, model.num_hidden_layers) else "some layers"
+    every = (None, run.model.num_hidden_layers)
+    return "all layers" if setup.checkpointed_layers in every else "some layers"
 
 
-_AS_RUN: dict[str, Callable[[TrainingSetup, ModelSpec], str]] = {
-    "attn_implementation": attention_implementation,
+_AS_RUN: dict[str, Callable[[TrainingRun], str]] = {
+    "attn_implementation": lambda run: run.attention,
     "gradient_checkpointing": _checkpointed,
 }
 
 
-def knob_counter(knobs: tuple[Knob, ...]) -> Callable[[TrainingSetup, ModelSpec], list[Value]]:
-    """What gives a setup's values of the knobs that count, made once and called for every setup."""
+def knob_counter(knobs: tuple[Knob, ...]) -> Callable[[TrainingRun], list[Trait]]:
+    """What gives a run's traits by the knobs that count, made once and called for every run."""
     counted = [(knob, knob.counted) for knob in knobs if knob.counted is not None]
     values_of = attrgetter("method", *(knob.name for knob, _ in counted))
     rows = tuple(
@@ -192,14 +192,14 @@ def knob_counter(knobs: tuple[Knob, ...]) -> Callable[[TrainingSetup, ModelSpec]
         for knob, how in counted
     )
 
-    def count(setup: TrainingSetup, model: ModelSpec) -> list[Value]:
-        method, *values = values_of(setup)
+    def count(run: TrainingRun) -> list[Trait]:
+        method, *values = values_of(run.setup)
         found = []
         for (knob, as_run, usual, other), value in zip(rows, values, strict=True):
             if method not in knob.methods:
                 continue
             if as_run is not None:
-                found.append((knob.name, as_run(setup, model)))
+                found.append((knob.name, as_run(run)))
             elif value != knob.default:
                 found.append(other or (knob.name, plain(value)))
             elif usual is not None:
@@ -221,7 +221,7 @@ _USUAL = frozenset(
 )
 
 
-def _pairs(values: frozenset[Value]) -> Iterator[tuple[str, str]]:
+def _pairs(values: frozenset[Trait]) -> Iterator[tuple[str, str]]:
     unusual = sorted(
         f"{knob}={value}" for knob, value in values if knob in _TOGETHER and (knob, value) not in _USUAL
     )

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from planner.memory.allocators.native import CachingAllocator
 from planner.memory.decoder.program import Program
-from planner.memory.step.timeline import OFFLOAD_STASH
 
 FETCHED_AT_ONCE = 3
 """Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
@@ -28,17 +27,19 @@ class OffloadReplay:
     """Which blocks of a setup's micro-steps are on the GPU; those that come back have their own allocator.
 
     `input_bytes` is the size of a layer's input, `norm_bytes` of what the final norm saves; `waits` says that
-    inputs that came back stay in their stream's pool until the GPU is through with them. What was brought
+    inputs that came back stay in their stream's pool until the GPU is through with them, `stash` how many
+    tensors on their way to the host the stack holds. What was brought
     back for a node is let go after the next one.
     """
 
     def __init__(
-        self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int, waits: bool
+        self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int, waits: bool, stash: int
     ) -> None:
         self.compute = allocator
         self.stream = type(allocator)()
         self.input_bytes, self.norm_bytes = input_bytes, norm_bytes
         self._waiting = WAITING if waits else 0
+        self._stash_size = stash
         self.peak_bytes = 0
         self._previous: list[int] = []
         self._stash: deque[int] = deque()
@@ -64,7 +65,7 @@ class OffloadReplay:
     def keep(self, blocks: Sequence[int]) -> None:
         """Blocks that forward leaves: the earliest beyond the stash are let go."""
         self._stash.extend(blocks)
-        while len(self._stash) > OFFLOAD_STASH - 1:
+        while len(self._stash) > self._stash_size - 1:
             self.compute.free(self._stash.popleft())
 
     def end_forward(self) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from planner.memory.tape.tape import Buffer, Tape
 
-Coefficients = tuple[float, float, float]
+BlockBytes = tuple[float, float, float]
 """Bytes of a block: constant, per token, per score element."""
 
 
@@ -15,7 +15,7 @@ class LoggedBlock(Buffer):
 
     __slots__ = ("number",)
 
-    def __init__(self, coefficients: Coefficients, slot: int, number: int) -> None:
+    def __init__(self, coefficients: BlockBytes, slot: int, number: int) -> None:
         super().__init__(*coefficients, slot)
         self.number = number
 
@@ -27,7 +27,7 @@ class LoggingTape(Tape):
 
     def __init__(self, *, saves: bool) -> None:
         super().__init__(saves=saves)
-        self.blocks: list[Coefficients] = []
+        self.blocks: list[BlockBytes] = []
         self.slots: list[int] = []
         self.events: list[int] = []
         self.casts: list[int] = []
