@@ -85,4 +85,4 @@ def other_fields(others: Mapping[str, Any]) -> str:
 def field_of(message: str) -> str | None:
     """The knob that a message about two knobs begins with."""
     first = message.split(" ", 1)[0].rstrip(":")
-    return first if first in knobs.KNOB_FIELDS else None
+    return first if first in knobs.FORM_FIELDS else None

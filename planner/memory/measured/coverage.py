@@ -7,43 +7,22 @@ come together, and by sizes. What no run had is named, and widens the interval
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
+from operator import attrgetter
 from typing import Any
 
 from planner.base.errors import InputError
 from planner.models.spec import ModelSpec
+from planner.setup.knob import Knob, plain
+from planner.setup.knobs import KNOBS
 from planner.setup.run import TrainingRun
-from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
 
 Trait = tuple[str, str]
-_PLAIN = frozenset(
-    {
-        ("method", "qlora"),
-        ("dtype", "bfloat16"),
-        ("attn_implementation", "sdpa"),
-        ("kernels", "none"),
-        ("compile", "none"),
-        ("gradient_checkpointing", "all layers"),
-    }
-)
-_TOGETHER = (
-    "method",
-    "dtype",
-    "attn_implementation",
-    "kernels",
-    "compile",
-    "gradient_checkpointing",
-    "use_dora",
-    "prepare_for_kbit_training",
-    "selective_checkpointing",
-    "activation_offloading",
-    "packing",
-    "padded batches",
-)
-"""Knobs whose layers ask for other blocks: any two that are not as usual have to be measured together."""
+PADDED = "padded batches"
+"""What batches are, beside the knobs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,38 +132,8 @@ def coverage_of(runs: Iterable[TrainingRun]) -> Coverage:
 
 def run_traits(run: TrainingRun) -> frozenset[Trait]:
     """A run's traits by its knobs, those that its method does not use left out."""
-    setup = run.setup
-    found = [
-        ("method", setup.method),
-        ("dtype", setup.dtype),
-        ("optim", setup.optim),
-        ("attn_implementation", run.attention),
-        ("kernels", setup.kernels),
-        ("compile", setup.compile),
-        ("gradient_checkpointing", _checkpointed(setup, run.model)),
-        ("gradient_accumulation_steps", "1" if setup.gradient_accumulation_steps == 1 else "several"),
-    ]
-    if setup.uses_lora:
-        found.append(("lora_dropout", "0" if setup.lora_dropout == 0 else "above 0"))
-        found.append(("target_modules", ALL_LINEAR if setup.target_modules == ALL_LINEAR else "a list"))
-    if setup.method == "qlora":
-        found.append(("bnb_4bit_quant_type", setup.bnb_4bit_quant_type))
-        found.append(("bnb_4bit_use_double_quant", _word(setup.bnb_4bit_use_double_quant)))
-    if setup.activation_memory_budget is not None:
-        found.append(("activation_memory_budget", "set"))
-    found += [
-        (name, "true")
-        for name, value in (
-            ("use_dora", setup.use_dora),
-            ("prepare_for_kbit_training", setup.prepare_for_kbit_training),
-            ("selective_checkpointing", setup.selective_checkpointing),
-            ("activation_offloading", setup.activation_offloading),
-            ("packing", setup.packing),
-            ("padded batches", run.padded),
-        )
-        if value
-    ]
-    return frozenset(found)
+    found = _count(run)
+    return frozenset((*found, (PADDED, "true"))) if run.padded else frozenset(found)
 
 
 @lru_cache(maxsize=512)
@@ -215,15 +164,66 @@ def model_traits(model: ModelSpec) -> frozenset[Trait]:
     return frozenset(found)
 
 
-def _checkpointed(setup: TrainingSetup, model: ModelSpec) -> str:
+def _checkpointed(run: TrainingRun) -> str:
+    setup = run.setup
     if not setup.gradient_checkpointing or setup.checkpointed_layers == 0:
         return "no layer"
-    return "all layers" if setup.checkpointed_layers in (None, model.num_hidden_layers) else "some layers"
+    every = (None, run.model.num_hidden_layers)
+    return "all layers" if setup.checkpointed_layers in every else "some layers"
+
+
+_AS_RUN: dict[str, Callable[[TrainingRun], str]] = {
+    "attn_implementation": lambda run: run.attention,
+    "gradient_checkpointing": _checkpointed,
+}
+
+
+def knob_counter(knobs: tuple[Knob, ...]) -> Callable[[TrainingRun], list[Trait]]:
+    """What gives a run's traits by the knobs that count, made once and called for every run."""
+    counted = [(knob, knob.counted) for knob in knobs if knob.counted is not None]
+    values_of = attrgetter("method", *(knob.name for knob, _ in counted))
+    rows = tuple(
+        (
+            knob,
+            _AS_RUN[knob.name] if how.as_run else None,
+            (knob.name, plain(knob.default)) if how.default else None,
+            (knob.name, how.others) if how.others else None,
+        )
+        for knob, how in counted
+    )
+
+    def count(run: TrainingRun) -> list[Trait]:
+        method, *values = values_of(run.setup)
+        found = []
+        for (knob, as_run, usual, other), value in zip(rows, values, strict=True):
+            if method not in knob.methods:
+                continue
+            if as_run is not None:
+                found.append((knob.name, as_run(run)))
+            elif value != knob.default:
+                found.append(other or (knob.name, plain(value)))
+            elif usual is not None:
+                found.append(usual)
+        return found
+
+    return count
+
+
+def together(knobs: tuple[Knob, ...]) -> frozenset[str]:
+    """Names of knobs any two of which have to be measured together where they are not as usual."""
+    return frozenset(knob.name for knob in knobs if knob.counted is not None and knob.counted.together)
+
+
+_count = knob_counter(KNOBS)
+_TOGETHER = together(KNOBS) | {PADDED}
+_USUAL = frozenset(
+    (knob.name, knob.counted.usual or plain(knob.default)) for knob in KNOBS if knob.counted is not None
+)
 
 
 def _pairs(values: frozenset[Trait]) -> Iterator[tuple[str, str]]:
     unusual = sorted(
-        f"{knob}={value}" for knob, value in values if knob in _TOGETHER and (knob, value) not in _PLAIN
+        f"{knob}={value}" for knob, value in values if knob in _TOGETHER and (knob, value) not in _USUAL
     )
     return combinations(unusual, 2)
 
