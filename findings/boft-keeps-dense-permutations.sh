@@ -39,7 +39,7 @@ for width in (1024, 4096):
     buffers = dict(model.named_buffers())
     held = sum(buffer.nbytes for buffer in buffers.values())
     saved = sum(tensor.nbytes for tensor in get_peft_model_state_dict(model).values())
-    identity = all(torch.equal(b, torch.eye(width).expand_as(b)) for b in buffers.values())
+    identity = all(b.shape == (1, width, width) and torch.equal(b[0], torch.eye(width)) for b in buffers.values())
     print(
         f"width {width}: weight {weight.nbytes:,} bytes, adapter {adapter:,} (saved {saved:,}), "
         f"buffers {held:,}, the identity: {identity}; {trained:,} of {every:,} parameters"
