@@ -62,7 +62,7 @@ types:
 serve: $(VENV)/.demo
 	$(BIN)/vramwise tui
 
-# Rewrites docs/commands.md and the outputs in README.md from what the commands print.
+# Rewrites docs/commands.md, docs/knobs.md and the outputs in README.md from what the commands print.
 docs:
 	$(BIN)/python -m tests.write_docs
 

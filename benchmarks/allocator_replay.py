@@ -15,13 +15,14 @@ from benchmarks.results import write_result
 from planner.calibration.accuracy import shipped_records
 from planner.calibration.memory_fit import Residual, calibrate
 from planner.calibration.records import RunRecord
-from planner.calibration.samples import usable_records
+from planner.calibration.samples import samples_of
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.memory import estimate_memory
-from planner.memory.step.replay import forget_replays
+from planner.memory.step import replay as remembering
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS
+from planner.setup.run import TrainingRun
 
 GPU = "h100-80gb"
 FIGURES: dict[str, Callable[[Residual], float | None]] = {
@@ -53,7 +54,7 @@ def seconds(records: Sequence[RunRecord], *, replay: bool) -> list[float]:
     found = []
     for record in records:
         _estimate(record, replay=replay)
-        forget_replays()
+        remembering._WHOLE.clear()
         begun = time.perf_counter()
         _estimate(record, replay=replay)
         found.append(time.perf_counter() - begun)
@@ -63,7 +64,10 @@ def seconds(records: Sequence[RunRecord], *, replay: bool) -> list[float]:
 def _estimate(record: RunRecord, *, replay: bool) -> None:
     gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
     estimate_memory(
-        record.setup, model, gpu=gpu, padded=record.padded, replay=replay, allocator=record.allocator
+        TrainingRun(setup=record.setup, model=model, padded=record.padded),
+        gpu=gpu,
+        replay=replay,
+        allocator=record.allocator,
     )
 
 
@@ -71,7 +75,8 @@ def compare(gpu: GpuSpec, allocator: str) -> dict[str, Any]:
     """Errors and times of both ways, over the runs of a GPU with one of torch's allocators."""
     records = shipped_records()
     found = calibrate(records, gpu, load_shipped, name=gpu.id, allocator=allocator)
-    usable = usable_records(records, gpu, load_shipped, allocator=allocator)
+    samples = samples_of(records, gpu, load_shipped)
+    usable = [sample.record for sample in samples if sample.record.allocator == allocator]
     modes = {}
     for name, residuals, replay in (
         ("allocator replayed", found.residuals, True),

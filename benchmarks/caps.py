@@ -24,6 +24,7 @@ from planner.models.catalog import load_shipped
 from planner.planning.make_plan import make_plan
 from planner.setup.cuda_allocator import machine_allocator
 from planner.setup.request import PlanRequest
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 MEASURED_ON = "h100-80gb"
@@ -52,7 +53,10 @@ def _estimate(setup: TrainingSetup, allocator: str | None = None) -> MemoryBreak
     """Of a run with an allocator; null for the one that the profiles made here are measured with."""
     gpu = gpu_catalog().get(MEASURED_ON)
     return estimate_memory(
-        setup, load_shipped(setup.model), gpu=gpu, replay=True, allocator=allocator or machine_allocator()
+        TrainingRun(setup=setup, model=load_shipped(setup.model)),
+        gpu=gpu,
+        replay=True,
+        allocator=allocator or machine_allocator(),
     )
 
 

@@ -18,6 +18,7 @@ from planner.base.data_files import PROFILES
 from planner.base.errors import NotModelledError
 from planner.gpus.catalog import gpu_catalog
 from planner.models.catalog import load_shipped
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import NoForecastError, estimate_step
 
@@ -117,7 +118,7 @@ def forecasts() -> tuple[tuple[ExternalRun, ...], Counter[str]]:
         gpu = gpu_catalog().get(GPUS[row["gpu"]])
         try:
             setup = setup_of(row)
-            step = estimate_step(setup, load_shipped(setup.model), gpu)
+            step = estimate_step(TrainingRun(setup=setup, model=load_shipped(setup.model)), gpu)
         except (InexpressibleError, NotModelledError, NoForecastError) as reason:
             left_out[str(reason)] += 1
             continue

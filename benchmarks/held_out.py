@@ -9,12 +9,13 @@ from planner.calibration.accuracy import shipped_records
 from planner.calibration.memory_fit import Calibration, Residual, calibrate
 from planner.calibration.records import RunRecord
 from planner.gpus.catalog import gpu_catalog
-from planner.memory.measured.coverage import Value, model_values, setup_values
+from planner.memory.measured.coverage import Trait, model_traits, run_traits
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.run import TrainingRun
 
 PLAIN = "QLoRA, every layer checkpointed, no other knob"
-KNOBS: dict[str, Value] = {
+KNOBS: dict[str, Trait] = {
     "LoRA": ("method", "lora"),
     "full": ("method", "full"),
     "dropout": ("lora_dropout", "above 0"),
@@ -67,7 +68,7 @@ class Compared:
     record: RunRecord
     residual: Residual
     fitted: Residual
-    values: frozenset[Value]
+    values: frozenset[Trait]
 
     def is_of(self, label: str) -> bool:
         """Whether the run has the knob that KNOBS calls so, or is PLAIN.
@@ -108,6 +109,8 @@ def compared(gpu_id: str, allocator: str = EXPANDABLE) -> tuple[Compared, ...]:
     )
 
 
-def _values(record: RunRecord) -> frozenset[Value]:
+def _values(record: RunRecord) -> frozenset[Trait]:
     model = load_shipped(record.setup.model)
-    return setup_values(record.setup, model, padded=record.padded) | model_values(model)
+    return run_traits(TrainingRun(setup=record.setup, model=model, padded=record.padded)) | model_traits(
+        model
+    )

@@ -14,6 +14,7 @@ from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.memory import estimate_memory
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import machine_allocator
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 MEASURED_ON = "h100-80gb"
@@ -32,7 +33,9 @@ def capped_target(card: str) -> GpuTarget:
 
 def memory_cap_bytes(setup: TrainingSetup, usable_bytes: int) -> int:
     """The allocator's cap that leaves a process so much: context and managed memory lie outside it."""
-    found = estimate_memory(setup, load_shipped(setup.model), gpu=gpu_catalog().get(MEASURED_ON))
+    found = estimate_memory(
+        TrainingRun(setup=setup, model=load_shipped(setup.model)), gpu=gpu_catalog().get(MEASURED_ON)
+    )
     return usable_bytes - (found.process_bytes - found.reserved_bytes)
 
 

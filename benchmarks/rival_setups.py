@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measured import MEASURED_ON
-from launcher.measuring.measured_run import WARM_UP_STEPS, steady_steps
+from launcher.measuring.measured_run import STEADY_SECONDS, WARM_UP_STEPS, most_steps
 from launcher.measuring.profile import Profile
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import load_shipped
 from planner.search.evaluator import Candidate, Evaluator
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import estimate_step
 
@@ -197,9 +199,10 @@ def _run_seconds(profile: Profile) -> float:
     model = load_shipped(setup.model)
     seconds = TRAINER_SECONDS + BUILD_SECONDS_PER_PARAMETER * model.parameter_count
     seconds += FIRST_STEP_SECONDS[setup.kernels]
-    step = estimate_step(setup, model, gpu_catalog().get(MEASURED_ON))
+    step = estimate_step(TrainingRun(setup=setup, model=model), gpu_catalog().get(MEASURED_ON))
     one = step.seconds_per_optimizer_step
-    return seconds + (WARM_UP_STEPS + steady_steps(profile, one)) * one
+    steady = min(max(profile.steps, math.ceil(STEADY_SECONDS / one)), most_steps(profile))
+    return seconds + (WARM_UP_STEPS + steady) * one
 
 
 def _graphs(setup: TrainingSetup) -> tuple[tuple[object, ...], ...]:

@@ -14,6 +14,7 @@ from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 
 GIB = 2**30
 GPU = "h100-80gb"
@@ -26,7 +27,10 @@ def estimated(record: RunRecord, *, replay: bool = False) -> MemoryBreakdown:
     """What the model says of a run."""
     gpu, model = gpu_catalog().get(record.environment.gpu_id), load_shipped(record.setup.model)
     return estimate_memory(
-        record.setup, model, gpu=gpu, padded=record.padded, replay=replay, allocator=record.allocator
+        TrainingRun(setup=record.setup, model=model, padded=record.padded),
+        gpu=gpu,
+        replay=replay,
+        allocator=record.allocator,
     )
 
 

@@ -1,9 +1,10 @@
 """Writes what the documentation quotes: `python -m tests.write_docs [--check] [PAGE ...]`.
 
 `--check` tells whether it still holds; without pages it is all of them. docs/commands.md is the help of every
-command. In README.md, the block after `<!-- output: COMMAND -->` is what the command prints, or its first
-lines with `COMMAND | head -N`. docs/throughput.md has the table of benchmarks/external_runs.py. What
-benchmarks/memory_tables.py computes is in docs/memory-model.md and README.md after `<!-- memory: NAME -->`.
+command, docs/knobs.md the rows of KNOBS. In README.md, the block after `<!-- output: COMMAND -->` is what the
+command prints, or its first lines with `COMMAND | head -N`. docs/throughput.md has the table of
+benchmarks/external_runs.py. What benchmarks/memory_tables.py computes is in docs/memory-model.md and
+README.md after `<!-- memory: NAME -->`.
 """
 
 from __future__ import annotations
@@ -20,17 +21,30 @@ from unittest import mock
 
 from benchmarks import external_runs, memory_tables
 from launcher import cli
+from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
 from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
+from planner.setup.knob import METHODS, SECTIONS, Knob, plain
+from planner.setup.knobs import KNOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 COMMANDS = ROOT / "docs" / "commands.md"
+KNOBS_PAGE = ROOT / "docs" / "knobs.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
 MEMORY = ROOT / "docs" / "memory-model.md"
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
+_KNOBS_PREAMBLE = """# Knobs
+
+Every key of a training setup but `model`: of a line that `vramwise estimate` reads, of a plan's JSON, and as
+an option, `--lora-r` for `lora_r`. A default is the setup's; where `plan` takes another one, or chooses, a
+column says so. `make docs` writes this file; a test compares it.
+"""
+_KNOBS_HEAD = """| key | what it is | accepted | default | `plan` takes | conditions |
+| --- | --- | --- | --- | --- | --- |
+"""
 
 
 def output_of(arguments: Sequence[str]) -> str:
@@ -59,6 +73,35 @@ def _section(title: str, arguments: list[str]) -> str:
     return f"## {title}\n\n```text\n{output_of(arguments)}```\n"
 
 
+def knobs_page(knobs: tuple[Knob, ...] = KNOBS) -> str:
+    """The text of docs/knobs.md."""
+    parts = [_KNOBS_PREAMBLE]
+    for section in SECTIONS:
+        lines = [_knob_line(knob) for knob in knobs if knob.section == section]
+        parts.append(f"## {section}\n\n{_KNOBS_HEAD}{''.join(lines)}")
+    return "\n".join(parts)
+
+
+def _knob_line(knob: Knob) -> str:
+    default = "required" if knob.required else f"`{plain(knob.default)}`"
+    if knob.null:
+        default += f": {knob.null}"
+    of_plan = default_of_option(knob) if knob.unset != "{default}" else ""
+    accepted = knob.accepted + (", null" if knob.null else "")
+    cells = (f"`{knob.name}`", knob.help, accepted, default, of_plan, _conditions(knob))
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _conditions(knob: Knob) -> str:
+    """What values of a knob need of other knobs, in words."""
+    needs = [] if knob.methods == METHODS else [f"method {' or '.join(knob.methods)}"]
+    needs += [need.told for need in knob.needs]
+    if not needs or knob.kept:
+        return "".join(f"used with {need}" for need in needs)
+    free = " and ".join(f"`{plain(value)}`" for value in (knob.default, *knob.free))
+    return f"all but {free} need {' and '.join(needs)}"
+
+
 def readme(text: str) -> str:
     """README.md with its quotations as they are now."""
     printed = _OUTPUT.sub(lambda match: match[1] + _printed(match[2], match[3]) + match[5], text)
@@ -80,6 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
     written: dict[Path, Callable[[str], str]] = {
         COMMANDS: lambda _: commands_page(),
+        KNOBS_PAGE: lambda _: knobs_page(),
         README: readme,
         THROUGHPUT: throughput,
         MEMORY: memory_tables.written,

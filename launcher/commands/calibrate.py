@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from launcher.runs import stack
 from planner.base import validate
-from planner.base.errors import ExitCode, MissingExtraError
+from planner.base.errors import ExitCode
 from planner.commands.program import say
 from planner.gpus.detect import LocalGpu, local_gpus
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from planner.calibration.memory_fit import Calibration
     from planner.calibration.speed_fit import SpeedFit
 
-STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 MAX_MINUTES = 24 * 60
 
 
@@ -39,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """
     minutes = validate.number("minutes", args.minutes, minimum=0.1, maximum=MAX_MINUTES)
     gpu = local_gpus()[0]
-    for package in STACK:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError("calibrate", package)
+    stack.require("calibrate")
     from launcher.measuring.calibrate import (
         coefficients_file,
         fit,

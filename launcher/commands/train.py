@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.runs import stack
 from planner.answers.plan import Plan
-from planner.base.errors import ExitCode, InputError, MissingExtraError
+from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs
 from planner.commands.plan import add_request_arguments, request_from
 from planner.commands.program import StoreOnce, say, whole_number
 
 if TYPE_CHECKING:
-    from launcher.runs.folder import RunFolder, TrainingJob
+    from launcher.runs.folder import RunFolder
+    from launcher.runs.job import JobWish
     from planner.data.lengths import DatasetStats
     from planner.models.spec import ModelSpec
-    from planner.setup.request import KnobValue, PlanRequest
+    from planner.setup.request import KnobValue
 
-NEEDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "psutil")
 # Stands in for planning where this machine has no GPU; the run is then on the CPU.
 CARD_WITHOUT_GPU = "16GB"
 
@@ -56,10 +55,21 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.data is None:
         raise InputError("the following arguments are required: --data")
-    _require_stack()
+    stack.require("train")
+    from launcher.runs.job import create_planned_run, model_source
+    from planner.models.catalog import resolve_model
+    from planner.planning.make_plan import make_plan
+
     on_gpu = _has_gpu()
-    request = _request(args, on_gpu)
-    plan = _plan(args, request)
+    if args.gpu is None and not on_gpu:
+        args.gpu = CARD_WITHOUT_GPU
+    request = request_from(args)
+    model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
+    if not on_gpu:
+        knobs = {**_for_the_cpu(model), **request.fixed}
+        request = dataclasses.replace(request, knobs=tuple(knobs.items()))
+    wish = _wish(args, model_source(args.model, model))
+    plan = make_plan(request, model=model, stats=_measured_stats(wish))
     _show(plan)
     if not on_gpu:
         say(f"no NVIDIA GPU here: planned for {request.gpu}, trained on this machine's CPU")
@@ -67,17 +77,13 @@ def run(args: argparse.Namespace) -> int:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
 
-    from launcher.training import build
+    from launcher.training import build, dataset
 
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
-    folder = _create(args, plan)
+    if wish.eval_data is not None:
+        dataset.read_dataset(wish.eval_data)
+    folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
     return _follow(folder, plan)
-
-
-def _require_stack() -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError("train", ", ".join(missing))
 
 
 def _has_gpu() -> bool:
@@ -89,19 +95,6 @@ def _has_gpu() -> bool:
         return False
 
 
-def _request(args: argparse.Namespace, on_gpu: bool) -> PlanRequest:
-    if args.gpu is None and not on_gpu:
-        args.gpu = CARD_WITHOUT_GPU
-    request = request_from(args)
-    if on_gpu:
-        return request
-    from planner.models.catalog import resolve_model
-
-    model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
-    knobs = {**_for_the_cpu(model), **request.fixed}
-    return dataclasses.replace(request, knobs=tuple(knobs.items()))
-
-
 def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:
     """What a plan may not choose for a run on the CPU, where the launcher refuses it."""
     return {
@@ -111,31 +104,29 @@ def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:
     }
 
 
-def _plan(args: argparse.Namespace, request: PlanRequest) -> Plan:
-    from planner.planning.make_plan import make_plan
+def _wish(args: argparse.Namespace, model_source: str) -> JobWish:
+    from launcher.runs.job import JobWish
 
-    stats = _measured_stats(args)
-    return make_plan(request, stats=stats, allow_network=args.allow_download, inspector=args.inspector)
+    return JobWish(
+        model_source=model_source,
+        data=Path(args.data),
+        eval_data=None if args.eval_data is None else Path(args.eval_data),
+        max_steps=args.max_steps,
+        save_steps=args.save_steps,
+        eval_steps=args.eval_steps,
+        seed=args.seed,
+        assistant_only_loss=args.assistant_only_loss,
+        allow_download=args.allow_download,
+    )
 
 
-def _measured_stats(args: argparse.Namespace) -> DatasetStats:
+def _measured_stats(wish: JobWish) -> DatasetStats:
     """Lengths of the data as the model's own tokenizer makes them."""
     from launcher.training import build, dataset
 
-    data = dataset.read_dataset(Path(args.data))
-    tokenizer = build.load_tokenizer(model_source(args), allow_download=args.allow_download)
-    return dataset.measure_stats(data, tokenizer, assistant_only_loss=args.assistant_only_loss)
-
-
-def model_source(args: argparse.Namespace) -> str:
-    """Where the weights are: the folder or Hub id as given, else the Hub id of the catalog's model."""
-    from planner.models.catalog import resolve_model
-
-    model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
-    folder = Path(args.model).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve())
-    return args.model if "/" in args.model else model.hub_id
+    data = dataset.read_dataset(wish.data)
+    tokenizer = build.load_tokenizer(wish.model_source, allow_download=wish.allow_download)
+    return dataset.measure_stats(data, tokenizer, assistant_only_loss=wish.assistant_only_loss)
 
 
 def _show(plan: Plan) -> None:
@@ -144,42 +135,6 @@ def _show(plan: Plan) -> None:
 
     show(lambda out: print_plan(out, plan))
     print(flush=True)
-
-
-def _job(args: argparse.Namespace, plan: Plan) -> TrainingJob:
-    from launcher.runs.folder import TrainingJob
-
-    schedule = plan.schedule
-    return TrainingJob(
-        setup=plan.setup,
-        model_source=model_source(args),
-        data_path=str(Path(args.data).resolve()),
-        eval_data_path=None if args.eval_data is None else str(Path(args.eval_data).resolve()),
-        learning_rate=schedule.learning_rate,
-        num_train_epochs=schedule.num_train_epochs,
-        max_steps=args.max_steps,
-        warmup_ratio=schedule.warmup_ratio,
-        lr_scheduler_type=schedule.lr_scheduler_type,
-        seed=42 if args.seed is None else args.seed,
-        save_steps=args.save_steps,
-        eval_steps=args.eval_steps,
-        assistant_only_loss=args.assistant_only_loss,
-        allow_download=args.allow_download,
-        gpu_index=plan.gpu.position or 0,
-    )
-
-
-def _create(args: argparse.Namespace, plan: Plan) -> RunFolder:
-    from launcher.runs.folder import create_run_folder
-    from planner.base.data_files import write_atomically
-
-    if args.eval_data is not None:
-        from launcher.training.dataset import read_dataset
-
-        read_dataset(Path(args.eval_data))
-    folder = create_run_folder(args.runs.expanduser(), _job(args, plan), name=args.name)
-    write_atomically(folder.plan, json.dumps(plan.to_dict(), indent=2) + "\n")
-    return folder
 
 
 def _follow(folder: RunFolder, plan: Plan) -> int:

@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
         runs_root=args.runs.expanduser(),
         run=None if args.run is None else RunFolder(args.run.resolve()),
         data=args.data,
-        model_source=str(Path(args.model).expanduser().resolve()) if Path(args.model).is_dir() else None,
     )
     shorten_pauses()
     app.run()

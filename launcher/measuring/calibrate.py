@@ -28,6 +28,7 @@ from planner.memory import estimate_memory
 from planner.memory.measured.files import coefficients_name
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import machine_allocator
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.microbenchmarks import forget_microbenchmarks, own_file
 
@@ -95,7 +96,8 @@ def choose(gpu: LocalGpu, done: Sequence[RunRecord]) -> tuple[tuple[Profile, ...
 
     def wanted(profile: Profile) -> bool:
         model = load_shipped(profile.setup.model)
-        need = estimate_memory(profile.setup, model, gpu=gpu.spec, allocator=allocator)
+        run = TrainingRun(setup=profile.setup, model=model)
+        need = estimate_memory(run, gpu=gpu.spec, allocator=allocator)
         return need.peak_upper_bytes <= limit and profile.setup not in known
 
     return tuple(filter(wanted, UNPAGED)), tuple(filter(wanted, PAGED))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 import time
 import warnings
@@ -33,11 +32,6 @@ to the next: 0.49 and 0.61 s (run 20261122-7e3203c71714), 0.52 and 0.41 (2026112
 def most_steps(profile: Profile) -> int:
     """Steps after warm-up, at most; runs on lengths of real data count the tokens of those they ask for."""
     return profile.steps if profile.lengths else max(profile.steps, MOST_STEPS)
-
-
-def steady_steps(profile: Profile, seconds: float) -> int:
-    """Steps after warm-up, where each takes so long."""
-    return min(max(profile.steps, math.ceil(STEADY_SECONDS / seconds)), most_steps(profile))
 
 
 def load_config(model_id: str) -> PretrainedConfig:

@@ -11,17 +11,16 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from launcher.measuring.kernel_clock import CPU_SIZES, GPU_SIZES, KernelClock, eager_block
+from launcher.runs import stack
 from launcher.training.build import allow_tf32
 from planner.base.data_files import write_atomically
 from planner.gpus.detect import local_gpus
 from planner.throughput.microbenchmarks import AttentionRate, MatrixRate, Microbenchmarks
 
-STACK = ("torch", "transformers", "peft", "bitsandbytes")
 RANK = 16
 SECONDS = 40.0
 """What all measurements may take together once the libraries are loaded."""
@@ -65,7 +64,7 @@ class Bench:
             gpu_name=gpu_name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             dtype=str(self.dtype).removeprefix("torch."),
-            versions=tuple((package, metadata.version(package)) for package in STACK),
+            versions=stack.versions(),
             matrix=matrix,
             adapter=adapter,
             attention=attention,

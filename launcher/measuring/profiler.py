@@ -17,9 +17,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 from launcher.measuring.kernel_clock import GPU_SIZES, KernelClock, eager_block
 from launcher.measuring.measured_run import MeasuredRun
 from launcher.measuring.profile import Profile, read_profiles
+from launcher.runs import stack
 from launcher.runs.allocator import process_allocator
 from planner.base.errors import InputError, VramwiseError
 from planner.calibration.records import Environment, Predicted, RunRecord, append_record
@@ -34,8 +34,8 @@ from planner.gpus.detect import LocalGpu, local_gpus
 from planner.memory import estimate_memory
 from planner.models.catalog import resolve_model
 from planner.setup.cuda_allocator import machine_allocator
+from planner.setup.run import TrainingRun
 
-STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "liger-kernel")
 LEFT_OVER_LIMIT_BYTES = 2**20
 
 
@@ -185,7 +185,7 @@ class Profiler:
             total_bytes=properties.total_memory,
             driver=_driver_version(),
             python=platform.python_version(),
-            versions=tuple(_versions()),
+            versions=stack.versions(),
         )
 
     def _record(
@@ -226,10 +226,8 @@ def _predict(profile: Profile) -> Predicted | None:
     gpu = local_gpus()[0].spec
     try:
         breakdown = estimate_memory(
-            profile.setup,
-            model,
+            TrainingRun(setup=profile.setup, model=model, padded=profile.mixes_lengths),
             gpu=gpu,
-            padded=profile.mixes_lengths,
             replay=True,
             allocator=process_allocator(os.environ),
         )
@@ -242,14 +240,6 @@ def _predict(profile: Profile) -> Predicted | None:
         process_upper_bytes=breakdown.process_upper_bytes,
         coefficients=breakdown.basis.coefficients,
     )
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in STACK:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
 
 
 def _driver_version() -> str:

@@ -21,10 +21,13 @@ from typing import Any
 from planner.base import validate
 from planner.base.data_files import write_atomically
 from planner.base.errors import FieldError, InputError, VramwiseError
+from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
 
 JOB_SCHEMA_VERSION = 1
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+SEED = 42
+"""Of order, adapter and dropout, where none is asked for: transformers' own (TrainingArguments.seed)."""
 END_STATES = ("finished", "stopped", "failed", "oom", "diverged")
 
 
@@ -58,14 +61,14 @@ class TrainingJob:
     model_source: str
     data_path: str
     eval_data_path: str | None = None
-    learning_rate: float = 2e-4
-    num_train_epochs: float = 1.0
+    learning_rate: float = defaults.LORA_LEARNING_RATE
+    num_train_epochs: float = defaults.EPOCHS
     max_steps: int | None = None
-    warmup_ratio: float = 0.03
-    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = defaults.WARMUP_RATIO
+    lr_scheduler_type: str = defaults.LR_SCHEDULER_TYPE
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    seed: int = 42
+    seed: int = SEED
     logging_steps: int = 1
     save_steps: int | None = None
     eval_steps: int | None = None

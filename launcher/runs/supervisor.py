@@ -20,11 +20,10 @@ from types import ModuleType
 
 from launcher.runs.allocator import allocator_environment
 from launcher.runs.events import EndEvent, LogEvent, StartEvent, WarningEvent, read_events
-from launcher.runs.folder import END_STATES, RunBusyError, RunFolder, hold_lock
+from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from planner.base.data_files import write_atomically
 from planner.base.errors import MissingExtraError
 
-RUN_STATES = ("created", "starting", "running", "killed", *END_STATES)
 # Two readings of a process's creation time may differ by the clock's correction in between.
 CREATE_TIME_TOLERANCE_SECONDS = 2.0
 POLL_SECONDS = 0.1

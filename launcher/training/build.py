@@ -1,7 +1,8 @@
-"""TrainingSetup and TrainingJob -> tokenizer, model, LoraConfig, SFTConfig, SFTTrainer.
+"""TrainingSetup and TrainingJob -> tokenizer, model, LoraConfig, SFTTrainer.
 
-The only place that knows the arguments of transformers, PEFT, bitsandbytes and TRL. Every argument that
-changes memory, speed or result is given, so that an upstream default cannot change a run.
+Beside arguments.py (SFTConfig) the only place that knows the arguments of transformers, PEFT, bitsandbytes
+and TRL. Every argument that changes memory, speed or result is given, so that an upstream default cannot
+change a run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.runs.folder import TrainingJob
+from launcher.training.arguments import sft_config
 from planner.base.errors import InputError, MissingExtraError, shorten
+from planner.memory.refusals import refuse_other_dropout_masks
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
         TrainerCallback,
     )
-    from trl import SFTConfig
 
     from launcher.training.callbacks import LaunchedTrainer
 
@@ -44,12 +46,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
         raise InputError(f"num_processes={setup.num_processes}: the launcher runs one process so far")
     if setup.dtype == "float16" and setup.method == "full":
         raise InputError("dtype=float16 with method full: gradients of float16 weights cannot be unscaled")
-    if setup.activation_memory_budget is not None and setup.lora_dropout > 0:
-        # Seen on torch 2.11 and 2.13, where the budget recomputes random numbers without their seed.
-        raise InputError(
-            "activation_memory_budget needs lora_dropout 0: torch would draw other dropout masks for the "
-            "backward pass than in the forward pass, and train on wrong gradients"
-        )
+    refuse_other_dropout_masks(setup)
     if setup.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
         raise MissingExtraError("kernels=liger", "the package liger-kernel")
     if setup.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -165,86 +162,6 @@ def load_model(
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return shorten(lines[0] if lines else type(error).__name__, 200)
-
-
-def sft_config(
-    setup: TrainingSetup, job: TrainingJob, *, output_dir: Path, on_gpu: bool, evaluates: bool
-) -> SFTConfig:
-    """TRL's arguments of the run."""
-    from trl import SFTConfig
-
-    eval_strategy = ("steps" if job.eval_steps else "epoch") if evaluates else "no"
-    checkpointing_kwargs = {"use_reentrant": False} if setup.gradient_checkpointing else None
-    return SFTConfig(
-        output_dir=str(output_dir),
-        # batches and length
-        per_device_train_batch_size=setup.per_device_train_batch_size,
-        per_device_eval_batch_size=setup.per_device_train_batch_size,
-        gradient_accumulation_steps=setup.gradient_accumulation_steps,
-        max_length=setup.max_length,
-        truncation_mode="keep_start",
-        packing=setup.packing,
-        packing_strategy="bfd",
-        padding_free=False,
-        # A packed batch is one row; padded to all that it could hold, it has the same shape every time.
-        pad_to_multiple_of=setup.tokens_per_micro_step if setup.packing else None,
-        eval_packing=setup.packing,
-        shuffle_dataset=False,
-        # loss
-        completion_only_loss=None,
-        assistant_only_loss=job.assistant_only_loss,
-        loss_type="nll",
-        label_smoothing_factor=0.0,
-        average_tokens_across_devices=True,
-        # memory and speed
-        gradient_checkpointing=setup.gradient_checkpointing,
-        gradient_checkpointing_kwargs=checkpointing_kwargs,
-        activation_offloading=setup.activation_offloading,
-        use_liger_kernel=setup.kernels == "liger",
-        torch_compile=False,
-        torch_empty_cache_steps=None,
-        auto_find_batch_size=False,
-        use_cache=False,
-        bf16=setup.dtype == "bfloat16",
-        fp16=setup.dtype == "float16",
-        tf32=None,  # allow_tf32() sets it
-        use_cpu=not on_gpu,
-        optim=setup.optim,
-        dataloader_num_workers=0,  # docs/decisions.md
-        dataloader_pin_memory=on_gpu,
-        dataloader_drop_last=False,
-        train_sampling_strategy=setup.train_sampling_strategy,
-        # optimisation
-        learning_rate=job.learning_rate,
-        lr_scheduler_type=job.lr_scheduler_type,
-        warmup_steps=job.warmup_ratio,
-        weight_decay=job.weight_decay,
-        max_grad_norm=job.max_grad_norm,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_epsilon=1e-8,
-        num_train_epochs=job.num_train_epochs,
-        max_steps=job.max_steps or -1,
-        seed=job.seed,
-        data_seed=job.seed,
-        # what is written, and to whom: the run folder alone
-        logging_strategy="steps",
-        logging_steps=job.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy=eval_strategy,
-        eval_steps=job.eval_steps if evaluates else None,
-        prediction_loss_only=True,
-        save_strategy="steps" if job.save_steps else "no",
-        save_steps=job.save_steps or 500,
-        save_total_limit=None,
-        save_only_model=False,
-        load_best_model_at_end=False,
-        report_to="none",
-        push_to_hub=False,
-        disable_tqdm=True,
-        trust_remote_code=False,
-    )
 
 
 def build_trainer(

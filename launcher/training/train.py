@@ -14,11 +14,11 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from launcher.runs import stack
 from launcher.runs.allocator import fall_back, process_allocator
 from launcher.runs.events import EndEvent, EventWriter, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, hold_lock
@@ -28,7 +28,6 @@ from planner.base.errors import InputError, VramwiseError, shorten
 if TYPE_CHECKING:
     import torch
 
-REPORTED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 # Said by torch's CPU allocator, by CUDA calls outside torch's allocator, and by cuBLAS.
 OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -264,11 +263,7 @@ def _environment(device: torch.device) -> dict[str, str | int | float | None]:
     import torch
 
     values: dict[str, str | int | float | None] = {"python": platform.python_version()}
-    for package in REPORTED_PACKAGES:
-        try:
-            values[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            values[package] = None
+    values |= stack.versions()
     values["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     values["cuda"] = torch.version.cuda
     values["cpu_threads"] = torch.get_num_threads()

@@ -5,11 +5,8 @@ Made for a worker thread: a search takes longer than a keystroke may.
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from launcher.tui import knobs
 from launcher.tui.cards import Card
@@ -27,11 +24,10 @@ from planner.setup.training_setup import TrainingSetup
 
 # An automatic choice that brings less speed than this is not worth a line.
 _LEAST_GAIN = 0.02
-_TYPES = {field.name: field.type for field in dataclasses.fields(TrainingSetup)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class Offer:
     """A change that helps. `setup` is what it leads to, None for what no knob can do (closing a program)."""
 
     title: str
@@ -51,31 +47,34 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Advised:
-    """What was worked out for a sizing: changes that help, and the frontier of the planner's search."""
+class Suggestions:
+    """What was worked out for a sizing: changes that help, and the frontier of the planner's search; or why
+    neither could be.
+    """
 
-    changes: tuple[Change, ...] = ()
+    offers: tuple[Offer, ...] = ()
     points: tuple[FrontierPoint, ...] = ()
+    refusal: str = ""
 
 
-def work_out(sizing: Sizing) -> Advised:
+def work_out(sizing: Sizing) -> Suggestions:
     """Changes and frontier at the sizing's length, method, adapter and effective batch.
 
     Raises:
         InputError: the effective batch cannot be had in another way.
     """
     evaluator = Evaluator(sizing.model, sizing.card.spec, sizing.card.usable_bytes)
-    return Advised(changes=changes(sizing, evaluator), points=points(sizing, evaluator))
+    return Suggestions(offers=offers(sizing, evaluator), points=points(sizing, evaluator))
 
 
-def changes(sizing: Sizing, evaluator: Evaluator) -> tuple[Change, ...]:
+def offers(sizing: Sizing, evaluator: Evaluator) -> tuple[Offer, ...]:
     """What makes the setup fit or, when it fits, what uses the memory that is left."""
     if sizing.verdict is not Verdict.FITS:
         found = make_it_fit(evaluator, sizing.setup, sizing.card.target)
-        return tuple(_change(one, apply_flags(sizing.setup, one.flags)) for one in found)
+        return tuple(_offer(one, one.setup) for one in found)
     request = PlanRequest(model=sizing.setup.model)
     found = use_what_is_left(evaluator, sizing.setup, request)
-    rest = tuple(change for one in found if (change := _searched(evaluator, sizing, one)) is not None)
+    rest = tuple(offer for one in found if (offer := _searched(evaluator, sizing, one)) is not None)
     faster = _faster(evaluator, sizing)
     return rest if faster is None else (faster, *rest)
 
@@ -120,45 +119,8 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
     )
 
 
-def apply_flags(setup: TrainingSetup, flags: str) -> TrainingSetup | None:
-    """The setup that flags such as "--lora-r 32 --no-use-dora" lead to; None when there are none.
-
-    Raises:
-        InputError: a flag names no field of a setup.
-    """
-    values: dict[str, Any] = {}
-    words = shlex.split(flags)
-    while words:
-        name = words.pop(0).removeprefix("--").replace("-", "_")
-        if words and not words[0].startswith("--"):
-            values[name] = _value(name, words.pop(0))
-        elif name.removeprefix("no_") in _TYPES and name.startswith("no_"):
-            values[name.removeprefix("no_")] = False
-        else:
-            values[name] = True
-    unknown = [name for name in values if name not in _TYPES]
-    if unknown:
-        raise InputError(f"advice names what is no knob: {', '.join(unknown)}")
-    if not values:
-        return None
-    if values.get("gradient_checkpointing"):
-        values.update(checkpointed_layers=None, activation_memory_budget=None)
-    if "lora_r" in values:
-        values["lora_alpha"] = None
-    if values.get("method") == "full":
-        values.update(lora_alpha=None, lora_dropout=0.0, target_modules="all-linear", use_dora=False)
-    return setup.replace(**values)
-
-
-def _value(name: str, text: str) -> object:
-    kind = str(_TYPES.get(name, "str"))
-    if kind.startswith("int"):
-        return int(text)
-    return float(text) if kind.startswith("float") else text
-
-
-def _change(advice: Advice, setup: TrainingSetup | None) -> Change:
-    return Change(
+def _offer(advice: Advice, setup: TrainingSetup | None) -> Offer:
+    return Offer(
         title=advice.title,
         effect=advice.effect,
         peak_upper_bytes=advice.peak_upper_bytes,
@@ -168,24 +130,25 @@ def _change(advice: Advice, setup: TrainingSetup | None) -> Change:
     )
 
 
-def _searched(evaluator: Evaluator, sizing: Sizing, one: Advice) -> Change | None:
+def _searched(evaluator: Evaluator, sizing: Sizing, one: Advice) -> Offer | None:
     """A change with the fastest way to run it, which is told where it is another one than now."""
-    best = _fastest(evaluator, apply_flags(sizing.searched_from, one.flags))
+    if one.setup is None:
+        return None
+    best = _fastest(evaluator, one.setup.replace(optim=sizing.asked_optim))
     if best is None:
         return None
-    told = _change(one, best.setup)
-    as_now = best.setup == apply_flags(sizing.setup, one.flags)
-    return told if as_now else replace(told, effect=_ways(best.setup))
+    told = _offer(one, best.setup)
+    return told if best.setup == one.setup else replace(told, effect=_ways(best.setup))
 
 
-def _faster(evaluator: Evaluator, sizing: Sizing) -> Change | None:
+def _faster(evaluator: Evaluator, sizing: Sizing) -> Offer | None:
     best = _fastest(evaluator, sizing.searched_from)
     now = None if sizing.step is None else sizing.step.tokens_per_second
     if best is None or now is None or best.tokens_per_second is None:
         return None
     if best.tokens_per_second < now * (1 + _LEAST_GAIN):
         return None
-    return Change(
+    return Offer(
         title=_ways(best.setup),
         effect="the automatic choice",
         peak_upper_bytes=best.peak_upper_bytes,
@@ -206,8 +169,6 @@ def _ways(setup: TrainingSetup) -> str:
     return ", ".join(ways)
 
 
-def _fastest(evaluator: Evaluator, base: TrainingSetup | None) -> Candidate | None:
-    if base is None:
-        return None
+def _fastest(evaluator: Evaluator, base: TrainingSetup) -> Candidate | None:
     result = search(base, evaluator, effective_batch_size=base.effective_batch_size, fixed={})
     return None if result.chosen is None else result.chosen.candidate

@@ -14,6 +14,7 @@ from textual.message import Message
 from textual.widgets import HelpPanel
 
 from launcher.runs.folder import RunFolder
+from launcher.runs.job import model_source
 from launcher.tui import runs, starting
 from launcher.tui.cards import Card
 from launcher.tui.screens.confirm import Confirm
@@ -34,8 +35,7 @@ _STATE_COLOURS = {"running": "primary", "finished": "success", "stopped": "warni
 class VramwiseApp(App[None]):
     """Sizing first, with a run over it when a run folder is given.
 
-    `runs_root` is where run folders are looked for and made, `data` and `model_source` what the form for a
-    new run starts with.
+    `runs_root` is where run folders are looked for and made, `data` what the form for a new run starts with.
     """
 
     TITLE = "vramwise"
@@ -78,7 +78,6 @@ class VramwiseApp(App[None]):
         runs_root: Path,
         run: RunFolder | None = None,
         data: str = "",
-        model_source: str | None = None,
     ) -> None:
         super().__init__()
         self.register_theme(DARK)
@@ -88,7 +87,6 @@ class VramwiseApp(App[None]):
         self._run = run
         self._runs_root = runs_root
         self._data = data
-        self._model_source = model_source
         self._started: list[starting.Started] = []
 
     def on_mount(self) -> None:
@@ -119,13 +117,10 @@ class VramwiseApp(App[None]):
         )
 
     def _ask_wish(self, sizing: Sizing) -> None:
-        source = self._model_source or (sizing.model.hub_id or sizing.setup.model)
-        if Path(sizing.setup.model).is_dir():
-            source = sizing.setup.model
         setup = sizing.setup
         form = StartRun(
             title=f"Train {setup.model} with {setup.method} at {setup.max_length:,} tokens",
-            model_source=source,
+            model_source=model_source(setup.model, sizing.model),
             data=self._data,
             runs=str(self._runs_root),
         )

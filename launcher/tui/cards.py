@@ -17,13 +17,12 @@ DETECTED, SIZE, CATALOG = "this machine", "plain size", "catalog"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
     """A card to size for. `group` says where it comes from; `argument` is what `--gpu` takes, None for this
-    machine's own GPU, of which `position` is the place among those that a trainer sees.
+    machine's own GPU.
     """
 
     target: GpuTarget
     group: str
     argument: str | None
-    position: int = 0
 
     @property
     def spec(self) -> GpuSpec:
@@ -99,6 +98,7 @@ def _local(gpu: LocalGpu, position: int) -> Card:
         usable_bytes=gpu.free_bytes,
         held_bytes=gpu.spec.usable_bytes - gpu.free_bytes,
         index=gpu.index,
+        position=position,
         notes=("what other processes hold is counted",),
     )
-    return Card(target=target, group=DETECTED, argument=None, position=position)
+    return Card(target=target, group=DETECTED, argument=None)

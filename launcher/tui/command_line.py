@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from launcher.tui.sizing import Sizing
 from planner.setup import defaults
+from planner.setup.options import option
 from planner.setup.training_setup import TrainingSetup
 
 _CHOSEN_OTHERWISE = (
@@ -26,11 +27,6 @@ def plan_command(sizing: Sizing) -> str:
     return shlex.join(["vramwise", "plan", *flags(sizing)])
 
 
-def train_command(sizing: Sizing, data: str) -> str:
-    """`train` for the same setup and a data file."""
-    return shlex.join(["vramwise", "train", *flags(sizing), "--data", data])
-
-
 def flags(sizing: Sizing) -> Sequence[str]:
     """Flags for model, card and knobs; what `plan` would choose otherwise is always told."""
     setup = sizing.setup
@@ -42,13 +38,5 @@ def flags(sizing: Sizing) -> Sequence[str]:
         if name in ("model", "num_processes", "distributed"):
             continue
         if name in _CHOSEN_OTHERWISE or value != default.to_dict()[name]:
-            words += _flag(name.replace("_", "-"), value)
+            words += option(name, value)
     return words
-
-
-def _flag(name: str, value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", ",".join(str(item) for item in value)]
-    return [f"--{name}", str(value)]

@@ -33,6 +33,7 @@ from planner.answers.plan import Plan
 from planner.base.errors import InputError, MissingExtraError, VramwiseError
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.catalog import resolve_model
+from planner.setup.run import TrainingRun
 
 LOG_LINES = 200
 RECENT_STEPS = 20
@@ -272,7 +273,8 @@ def _prediction(folder: RunFolder, job: TrainingJob) -> Prediction | None:
     except (OSError, ValueError, VramwiseError):
         pass
     try:
-        memory = estimate_memory(job.setup, resolve_model(job.setup.model))
+        run = TrainingRun(setup=job.setup, model=resolve_model(job.setup.model))
+        memory = estimate_memory(run)
     except VramwiseError:
         return None
     return Prediction(memory=memory, usable_bytes=None, stored=False)

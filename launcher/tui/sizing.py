@@ -9,6 +9,7 @@ from launcher.tui.cards import Card
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import REPLAYED
 from planner.models.spec import ModelSpec
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import NoForecastError, StepEstimate, estimate_step
 
@@ -74,10 +75,11 @@ def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: 
         InputError: the setup is not possible for the model, or its memory is not modelled.
     """
     setup = on_all_cards(setup, card)
-    memory = estimate_memory(setup, model, gpu=card.spec)
+    run = TrainingRun(setup=setup, model=model)
+    memory = estimate_memory(run, gpu=card.spec)
     step, no_step = None, ""
     try:
-        step = estimate_step(setup, model, card.spec)
+        step = estimate_step(run, card.spec)
     except NoForecastError as error:
         no_step = str(error)
     return Sizing(
@@ -97,7 +99,8 @@ def refine(sizing: Sizing) -> Sizing:
     Raises:
         InputError: as size_up.
     """
-    memory = estimate_memory(sizing.setup, sizing.model, gpu=sizing.card.spec, replay=True)
+    run = TrainingRun(setup=sizing.setup, model=sizing.model)
+    memory = estimate_memory(run, gpu=sizing.card.spec, replay=True)
     return replace(sizing, memory=memory)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from planner.base.errors import FieldError, InputError
+from planner.base.json_codec import NOT_IN_JSON
 from planner.gpus.target import GpuTarget
 from planner.memory.breakdown import MemoryBreakdown
 from planner.setup.request import PlanRequest
@@ -157,11 +158,24 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerUp:
+    """A setup that lost (in Alternative's words), how much faster it is (negative: slower), what it lacks."""
+
+    strategy: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    lost: str
+    faster: float
+    lacking_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
     """A change to the plan, estimated like the plan itself.
 
     `flags` are what to type. `peak_upper_bytes` is what has to fit after the change, `change_bytes` how much
-    more (or, negative, less) than now. `effect` says what it costs or brings.
+    more (or, negative, less) than now. `effect` says what it costs or brings. `setup` is what the change
+    leads to: null where no setup can do it (closing a program), and for advice read from JSON.
     """
 
     title: str
@@ -171,6 +185,7 @@ class Advice:
     change_bytes: int
     fits: bool
     tokens_per_second: float | None
+    setup: TrainingSetup | None = field(default=None, compare=False, metadata=NOT_IN_JSON)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,6 +236,8 @@ class Plan:
     `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make
     it fit or how to use what is left. `assumptions` are everything that was chosen without being asked.
     `frontier` is by rising memory. Plans written before it and `other_cards` were added have neither.
+    `neighbours` are the points of the frontier around the plan's own, and `runners_up` the setups that a
+    reader would ask about: chosen for a reader with the plan, and no part of its JSON.
     """
 
     request: PlanRequest
@@ -243,6 +260,8 @@ class Plan:
     notes: tuple[Note, ...]
     frontier: tuple[FrontierPoint, ...] = ()
     other_cards: tuple[OtherCard, ...] = ()
+    neighbours: tuple[FrontierPoint, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
+    runners_up: tuple[RunnerUp, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
 
     @property
     def headroom_bytes(self) -> int:

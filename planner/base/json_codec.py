@@ -10,11 +10,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from planner.base.errors import FieldError, InputError
 
 T = TypeVar("T")
+NOT_IN_JSON: Mapping[str, bool] = MappingProxyType({"in_json": False})
+"""Metadata of a field that is left out of the JSON; it has a default, which it takes when read back."""
 
 
 def encode(value: Any) -> Any:
@@ -32,15 +35,6 @@ def encode(value: Any) -> Any:
 def encode_fields(value: Any) -> dict[str, Any]:
     """JSON form of a dataclass by its fields, for use inside its own `to_dict`."""
     return {name: encode(getattr(value, name)) for name in _names(type(value))}
-
-
-def decode(kind: type[T], values: object, where: str = "") -> T:
-    """Read a dataclass back from its JSON form.
-
-    Raises:
-        InputError: an unknown or missing key, or a value of another type; the message names where.
-    """
-    return typing.cast(T, _decode(kind, values, where or kind.__name__))
 
 
 def decode_fields(kind: type[T], values: object, where: str = "") -> T:
@@ -109,7 +103,7 @@ _KNOWN_HINTS: dict[type, dict[str, Any]] = {}
 
 
 def _names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
+    return tuple(field.name for field in dataclasses.fields(kind) if field.metadata.get("in_json", True))
 
 
 def _hints(kind: type) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 FP32 = 4
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of an element in fp32."""
+DTYPE_WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of an element by dtype."""
 
 MIB = 2**20

@@ -26,8 +26,9 @@ from planner.memory.measured.coefficients import (
     KindShares,
     interval_kind,
 )
-from planner.memory.measured.coverage import coverage_of, model_values, setup_values
+from planner.memory.measured.coverage import coverage_of, model_traits, run_traits
 from planner.memory.step.replay import replay_steps
+from planner.setup.stack import TRL
 
 MARGIN_BYTES = 256 * MIB
 """Constant part of the interval: about two of the allocator's larger cached blocks in the records."""
@@ -42,7 +43,6 @@ beyond their interval (20261122-114c6c992997, 20261122-f247692c1b93, 20261122-dc
 were replayed in the order of their traces.
 """
 MIN_RECORDS = 3
-STACK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ def calibrate(
     things = held_out_things(shortfalls[True], constant_bytes=REPLAY_MARGIN_BYTES, slack=REPLAY_MARGIN_SLACK)
     fitted = dataclasses.replace(
         _fit(samples, pool, gpu, name),
-        coverage=coverage_of((s.record.setup, s.model, s.record.padded) for s in measured),
+        coverage=coverage_of(sample.run for sample in measured),
         model_ids=tuple(sorted({sample.record.setup.model for sample in measured})),
     )
     return Calibration(
@@ -230,7 +230,7 @@ def _fit(samples: Sequence[Sample], pool: Sequence[Sample], gpu: GpuSpec, name: 
         name=name,
         context_bytes=context,
         context_spread_bytes=max(0, spread),
-        coverage=coverage_of((s.record.setup, s.model, s.record.padded) for s in samples),
+        coverage=coverage_of(sample.run for sample in samples),
         workspace_bytes=max(0, int(statistics.median(sample.workspace_bytes for sample in samples))),
         reserve_constant_bytes=int(constant),
         reserve_per_byte=tuple(slopes),
@@ -243,9 +243,7 @@ def _fit(samples: Sequence[Sample], pool: Sequence[Sample], gpu: GpuSpec, name: 
         gpu=gpu.id,
         allocator=pool[0].record.allocator,
         stack_versions=tuple(
-            (package, version)
-            for package, version in latest.environment.versions
-            if package in STACK_PACKAGES
+            (package, version) for package, version in latest.environment.versions if package in TRL.packages
         ),
     )
 
@@ -254,19 +252,11 @@ def _residual(
     sample: Sample, fitted: Coefficients, gpu: GpuSpec, *, replay: bool
 ) -> tuple[Residual, Shortfall]:
     """Errors of a held-out record, and what it needed beyond its expected figure."""
-    record, setup, model = sample.record, sample.record.setup, sample.model
+    record, run, setup = sample.record, sample.run, sample.record.setup
     step = record.phase("step")
     if step is None:
         raise InputError(f"{record.id}: no step was measured")
-    predicted = estimate_memory(
-        setup,
-        model,
-        gpu=gpu,
-        padded=record.padded,
-        coefficients=fitted,
-        replay=replay,
-        allocator=record.allocator,
-    )
+    predicted = estimate_memory(run, gpu=gpu, coefficients=fitted, replay=replay, allocator=record.allocator)
     own = sample.own_process_bytes
     # The driver's figure moves by a chunk of managed memory: the reserve has to be covered by itself too.
     beyond = predicted.process_bytes - predicted.reserved_bytes
@@ -280,18 +270,16 @@ def _residual(
     )
     scale = int(sum(sample.terms))
     if replay:
-        scale = replay_steps(
-            setup, model, gpu=gpu, padded=record.padded, allocator=record.allocator
-        ).largest_block_bytes
+        scale = replay_steps(run, gpu=gpu, allocator=record.allocator).largest_block_bytes
     return residual, Shortfall(
         beyond_bytes=measured - predicted.process_bytes,
         scale_bytes=scale,
         kind=interval_kind(setup),
-        things=setup_values(setup, model, padded=record.padded) | model_values(model),
+        things=run_traits(run) | model_traits(run.model),
         sizes=(
             setup.max_length,
-            setup.tokens_per_micro_step,
+            run.micro_step.tokens,
             setup.lora_r if setup.uses_lora else 0,
-            model.parameter_count,
+            run.model.parameter_count,
         ),
     )

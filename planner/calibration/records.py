@@ -6,7 +6,6 @@ user data folder.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,9 @@ from typing import Any
 from planner.base import validate
 from planner.base.data_files import PROFILES, user_data_dir
 from planner.base.errors import FieldError, InputError
+from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import ALLOCATORS, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 RECORD_SCHEMA_VERSION = 1
@@ -129,6 +130,10 @@ class RunRecord:
         """
         return self.source == "calibrate" and (self.setup.packing or not self.lengths)
 
+    def run(self, model: ModelSpec) -> TrainingRun:
+        """What was measured, on the model that the setup names."""
+        return TrainingRun(setup=self.setup, model=model, padded=self.padded)
+
     def phase(self, name: str) -> MeasuredPhase | None:
         """A measured phase by name; None when it was not measured."""
         return next((phase for phase in self.phases if phase.name == name), None)
@@ -210,6 +215,3 @@ def all_records() -> tuple[RunRecord, ...]:
                 for record in read_records(path):
                     found.setdefault(record.id, record)
     return tuple(found.values())
-
-
-FIELD_NAMES = tuple(field.name for field in dataclasses.fields(RunRecord))

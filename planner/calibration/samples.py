@@ -16,6 +16,7 @@ from planner.memory.estimate import estimate_memory, reserve_terms
 from planner.memory.measured.cuda_terms import managed_process_bytes, offloading_context_bytes
 from planner.memory.measured.files import coefficients_for
 from planner.models.spec import ModelSpec
+from planner.setup.run import TrainingRun
 
 CAP_SHARE = 0.85
 """Share of a memory cap below which a run never met it, so that its allocator gave no cached block back."""
@@ -33,7 +34,7 @@ class Sample:
     """
 
     record: RunRecord
-    model: ModelSpec
+    run: TrainingRun
     terms: tuple[float, ...]
     reserve_bytes: int
     managed_bytes: int
@@ -99,22 +100,18 @@ def samples_of(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> 
             continue
         if not record.fills_its_length:
             continue
-        model, allocator = resolve(record.setup.model), record.allocator
+        run, allocator = record.run(resolve(record.setup.model)), record.allocator
         bare = dataclasses.replace(coefficients_for(gpu.id, allocator), gpu=gpu.id, workspace_bytes=0)
         try:
-            breakdown = estimate_memory(
-                record.setup, model, gpu=gpu, padded=record.padded, allocator=allocator
-            )
+            breakdown = estimate_memory(run, gpu=gpu, allocator=allocator)
         except NotModelledError:
             continue
-        without_workspace = estimate_memory(
-            record.setup, model, gpu=gpu, padded=record.padded, coefficients=bare, allocator=allocator
-        )
-        terms = reserve_terms(record.setup, model, gpu=gpu, padded=record.padded, allocator=allocator)
+        without_workspace = estimate_memory(run, gpu=gpu, coefficients=bare, allocator=allocator)
+        terms = reserve_terms(run, gpu=gpu, allocator=allocator)
         found.append(
             Sample(
                 record=record,
-                model=model,
+                run=run,
                 terms=tuple(float(value) for value in terms.as_tuple()),
                 reserve_bytes=step.reserved_bytes - step.allocated_bytes,
                 managed_bytes=_managed(breakdown),
@@ -130,12 +127,3 @@ def _managed(breakdown: MemoryBreakdown) -> int:
     """Managed memory in an estimate: what is outside reserved memory and is not the context."""
     context = next(c.size_bytes for c in breakdown.components if c.name == "context")
     return breakdown.process_bytes - breakdown.reserved_bytes - context
-
-
-def usable_records(
-    records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve, *, allocator: str
-) -> list[RunRecord]:
-    """Records of that GPU and allocator that ran to their end and whose setups are modelled."""
-    return [
-        sample.record for sample in samples_of(records, gpu, resolve) if sample.record.allocator == allocator
-    ]

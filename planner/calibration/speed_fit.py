@@ -79,27 +79,15 @@ def fit_rates(
     """
     import numpy as np
 
-    runs = [record for record in records if record.environment.gpu_id == gpu_id and _timed(record)]
-    pairs = [(record, work) for record in runs if (work := _work(record, resolve)) is not None]
+    pairs = _timed_work(records, gpu_id, resolve)
     needed = MIN_RUNS if start is None else MIN_RUNS_FROM_START
     if len(pairs) < needed:
         raise TooFewRunsError(f"{gpu_id}: {len(pairs)} timed runs are too few for rates; {needed} are needed")
-    begin = {name: START[name] if start is None else getattr(start, name) for name in START}
-    timed = [record for record, _ in pairs]
-    block = _usual_block(timed)
-    problem, residuals = min(
-        (
-            (problem, _held_out(problem, timed))
-            for problem in (
-                RatesProblem(pairs, begin, held, block) for held in (FIRMNESS if start else FIRMNESS[:1])
-            )
-        ),
-        key=lambda pair: fmean(abs(one.error) for one in telling(pair[1])) if pair[1] else 0.0,
-    )
-    solution = np.exp(problem.factors(problem.solve(np.arange(len(pairs)))))
+    block = _usual_block([record for record, _ in pairs])
+    problem, residuals = _best_held(pairs, start, block)
     rates = Rates(
         gpu=gpu_id,
-        **{name: float(value * begin[name]) for name, value in zip(begin, solution, strict=True)},
+        seconds=problem.rates(problem.solve(np.arange(len(pairs)))),
         low=UNCALIBRATED[0],
         high=UNCALIBRATED[1],
         launch_low=UNCALIBRATED[0],
@@ -114,6 +102,30 @@ def fit_rates(
     }
     residuals = tuple(replace(one, launches=one.record_id in launches) for one in residuals)
     return SpeedFit(rates=_with_intervals(rates, telling(residuals)), residuals=residuals)
+
+
+def _timed_work(
+    records: Sequence[RunRecord], gpu_id: str, resolve: Callable[[str], ModelSpec]
+) -> list[tuple[RunRecord, StepWork]]:
+    """One GPU's timed runs and their work, without those whose work is not counted."""
+    runs = [record for record in records if record.environment.gpu_id == gpu_id and _timed(record)]
+    return [(record, work) for record in runs if (work := _work(record, resolve)) is not None]
+
+
+def _best_held(
+    pairs: Sequence[tuple[RunRecord, StepWork]], start: Rates | None, host_block_seconds: float | None
+) -> tuple[RatesProblem, tuple[SpeedResidual, ...]]:
+    """The equations held at their start as firmly as forecasts models left out best, and those errors."""
+    begin = START if start is None else start.seconds
+    timed = [record for record, _ in pairs]
+    problems = [
+        RatesProblem(pairs, begin, firmness, host_block_seconds)
+        for firmness in (FIRMNESS if start else FIRMNESS[:1])
+    ]
+    return min(
+        ((problem, _held_out(problem, timed)) for problem in problems),
+        key=lambda pair: fmean(abs(one.error) for one in telling(pair[1])) if pair[1] else 0.0,
+    )
 
 
 def _with_intervals(rates: Rates, residuals: Sequence[SpeedResidual]) -> Rates:
@@ -213,6 +225,6 @@ def _timed(record: RunRecord) -> bool:
 
 def _work(record: RunRecord, resolve: Callable[[str], ModelSpec]) -> StepWork | None:
     try:
-        return step_work(record.setup, resolve(record.setup.model), padded=record.padded)
+        return step_work(record.run(resolve(record.setup.model)))
     except NotModelledError:
         return None

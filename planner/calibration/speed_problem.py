@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from planner.calibration.records import RunRecord
+from planner.throughput.by_kind import ByKind
 from planner.throughput.rates import OVERLAP, beside_copies
-from planner.throughput.work import PassWork, StepWork
+from planner.throughput.work import StepWork
+from planner.throughput.work_kinds import WORK_KINDS, WorkKind, kinds_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,35 +18,16 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-START = {
-    "layer_flop_seconds": 1 / 6e14,
-    "attention_flop_seconds": 1 / 4e14,
-    "masked_attention_flop_seconds": 1 / 2e14,
-    "wide_masked_attention_flop_seconds": 1 / 2e14,
-    "head_flop_seconds": 1 / 5e14,
-    "adapter_flop_seconds": 1 / 6e14,
-    # TF32: half the rate of 16 bits.
-    "single_flop_seconds": 1 / 3e14,
-    "written_byte_seconds": 1e-12,
-    "weight_byte_seconds": 1e-12,
-    "offloaded_byte_seconds": 2e-11,
-    "launch_seconds": 3e-5,
-    "quantized_call_seconds": 1.5e-4,
-    "lora_call_seconds": 3e-5,
-    "liger_call_seconds": 1e-4,
-    "selected_launch_seconds": 3e-5,
-    "eager_layer_seconds": 1e-3,
-    "compiled_layer_seconds": 1e-3,
-    "compiled_call_seconds": 5e-4,
-    "micro_step_seconds": 4e-3,
-    "optimizer_byte_seconds": 5e-13,
-    "optimizer_call_seconds": 1e-4,
-}
+START = ByKind(numbers=tuple(kind.start for kind in WORK_KINDS))
 """Where the reference's fit starts: roughly an H100 and its host."""
-GPU_TERMS, HOST_TERMS = 10, 8
-COPIED = GPU_TERMS - 1
-"""Where START has the GPU's copies to the host, which lie beside its work."""
-HOST_RATES = ("launch_seconds", "call_seconds", "_layer_seconds", "micro_step_seconds")
+_GPU, _COPIES = kinds_of("pass", "matrix", "traffic"), kinds_of("pass", "copies")
+_HOST, _BESIDE = kinds_of("pass", "host"), kinds_of("micro_step", "host")
+_MOVED, _CALLED = kinds_of("optimizer_step", "traffic"), kinds_of("optimizer_step", "host")
+_GROUPS = (_GPU, _COPIES, _HOST, _BESIDE, _MOVED, _CALLED)
+UNKNOWNS: tuple[WorkKind, ...] = tuple(itertools.chain(*_GROUPS))
+"""Every kind of work, those together whose seconds are added up."""
+_ENDS = tuple(itertools.accumulate(map(len, _GROUPS)))
+_SLICES = tuple(slice(end - len(group), end) for group, end in zip(_GROUPS, _ENDS, strict=True))
 PRIOR, COMMON_PRIOR = 0.3, 0.2
 """How firmly a logarithm is held at its start, beside a run's weight of one, and how firmly a factor that all
 rates of the GPU or all of the host share. From starts off by 25% a rate, or twofold in all, these forecast
@@ -67,50 +51,63 @@ class RatesProblem:
     def __init__(
         self,
         pairs: Sequence[tuple[RunRecord, StepWork]],
-        begin: Mapping[str, float],
+        begin: ByKind,
         firmness: float,
         host_block_seconds: float | None,
     ) -> None:
         import numpy as np
 
-        start = np.array(list(begin.values()))
+        self._begin = begin
+        works = [work for _, work in pairs]
         self._passes = [
-            np.array([_pass_terms(work, part) for work, part in rows]) * start[: GPU_TERMS + HOST_TERMS]
-            for rows in (
-                [(work, work.forward) for _, work in pairs],
-                [(work, work.backward) for _, work in pairs],
-            )
+            self._seconds([work.forward for work in works], _GPU + _COPIES + _HOST),
+            self._seconds([work.backward for work in works], _GPU + _COPIES + _HOST),
         ]
-        ends = [(1.0, work.optimizer_bytes, work.optimizer_calls) for _, work in pairs]
-        self._ends = np.array(ends) * start[GPU_TERMS + HOST_TERMS :]
+        self._beside = self._seconds([work.micro_step for work in works], _BESIDE)
+        self._moved = self._seconds([work.optimizer_step for work in works], _MOVED)
+        self._called = self._seconds([work.optimizer_step for work in works], _CALLED)
         self._host = np.array([host_factor(record, host_block_seconds) for record, _ in pairs])
         self._weights = np.array([_weight(record, host_block_seconds) for record, _ in pairs])
         self._accumulated = np.array([r.setup.gradient_accumulation_steps for r, _ in pairs], dtype=float)
         self.seconds = np.array([step_seconds(record) for record, _ in pairs])
-        of_host = np.array([name.endswith(HOST_RATES) for name in START])
+        of_host = np.array([kind.side == "host" for kind in UNKNOWNS])
         self._shared = np.stack([~of_host, of_host], axis=1).astype(float)
-        self._priors = firmness * np.array([PRIOR] * len(START) + [COMMON_PRIOR] * 2)
+        self._priors = firmness * np.array([PRIOR] * len(UNKNOWNS) + [COMMON_PRIOR] * 2)
+
+    def _seconds(self, works: Sequence[ByKind], kinds: Sequence[WorkKind]) -> Array:
+        """Seconds of each work's kinds at the rates that the fit starts from."""
+        import numpy as np
+
+        amounts = np.array([[work[kind.name] for kind in kinds] for work in works], dtype=float)
+        seconds: Array = amounts * np.array([self._begin[kind.name] for kind in kinds])
+        return seconds
 
     def factors(self, solution: Array) -> Array:
-        """Logarithms of each rate's whole factor."""
-        whole: Array = solution[: len(START)] + self._shared @ solution[len(START) :]
+        """Logarithms of each rate's whole factor, in the order of UNKNOWNS."""
+        whole: Array = solution[: len(UNKNOWNS)] + self._shared @ solution[len(UNKNOWNS) :]
         return whole
+
+    def rates(self, solution: Array) -> ByKind:
+        """Seconds for a unit of each kind of work."""
+        import numpy as np
+
+        found = zip(UNKNOWNS, np.exp(self.factors(solution)), strict=True)
+        return ByKind.of({kind.name: float(factor * self._begin[kind.name]) for kind, factor in found})
 
     def predict(self, solution: Array, runs: NDArray[np.int64]) -> Array:
         """Seconds of a step."""
         import numpy as np
 
         rate = np.exp(self.factors(solution))
-        micro_step, *update = GPU_TERMS + HOST_TERMS + np.arange(3)
+        gpu, copies, host, beside, moved, called = _SLICES
         slower = self._host[runs]
-        micro = self._ends[runs, 0] * rate[micro_step] * slower
+        micro = self._beside[runs] @ rate[beside] * slower
         for terms in self._passes:
-            work = terms[runs, :COPIED] @ rate[:COPIED]
-            gpu = beside_copies(work, terms[runs, COPIED] * rate[COPIED])
-            host = terms[runs, GPU_TERMS:] @ rate[GPU_TERMS:micro_step] * slower
-            micro = micro + (gpu**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
-        moved, called = (self._ends[runs, 1 + k] * rate[update[k]] for k in range(2))
-        seconds: Array = micro * self._accumulated[runs] + moved + called * slower
+            computed = beside_copies(terms[runs, gpu] @ rate[gpu], terms[runs, copies] @ rate[copies])
+            launched = terms[runs, host] @ rate[host] * slower
+            micro = micro + (computed**OVERLAP + launched**OVERLAP) ** (1 / OVERLAP)
+        steps = micro * self._accumulated[runs] + self._moved[runs] @ rate[moved]
+        seconds: Array = steps + self._called[runs] @ rate[called] * slower
         return seconds
 
     def _errors(self, solution: Array, runs: NDArray[np.int64]) -> Array:
@@ -149,30 +146,6 @@ class RatesProblem:
             if better < 1e-7:
                 break
         return solution
-
-
-def _pass_terms(work: StepWork, part: PassWork) -> tuple[float, ...]:
-    """A pass's work in the order of START."""
-    return (
-        0.0 if work.single else part.layer_flops,
-        part.attention_flops,
-        part.masked_attention_flops,
-        part.wide_masked_attention_flops,
-        0.0 if work.single else part.head_flops,
-        part.adapter_flops,
-        part.layer_flops + part.head_flops if work.single else 0.0,
-        part.written_bytes,
-        part.weight_bytes,
-        work.offloaded_bytes,
-        part.launches,
-        part.quantized_calls,
-        part.lora_calls,
-        part.liger_calls,
-        part.selected_launches,
-        part.eager_layers,
-        part.compiled_layers,
-        part.compiled_calls,
-    )
 
 
 def host_factor(record: RunRecord, host_block_seconds: float | None) -> float:

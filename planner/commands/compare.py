@@ -71,17 +71,17 @@ def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanReque
 
 
 def _pairs(args: argparse.Namespace) -> int:
+    from planner.models.catalog import resolve_model
     from planner.planning.comparison import row_of
     from planner.planning.make_plan import make_plan
 
     if len(args.model) * len(args.gpu) > MAX_PAIRS:
         raise InputError(f"at most {MAX_PAIRS} pairs of --model and --gpu are compared at once")
     inspector = getattr(args, "inspector", None)
-    rows = [
-        row_of(make_plan(_request(args, model, gpu), allow_network=args.allow_download, inspector=inspector))
-        for model in args.model
-        for gpu in args.gpu
-    ]
+    rows = []
+    for name in args.model:
+        model = resolve_model(name, allow_network=args.allow_download, inspector=inspector)
+        rows += [row_of(make_plan(_request(args, name, gpu), model=model)) for gpu in args.gpu]
     if args.json:
         return _print_json("rows", rows)
     from planner.text.figures import show

@@ -134,17 +134,6 @@ class DatasetStats:
                 return length
         return self.longest
 
-    def histogram(self, bins: int = 10) -> tuple[tuple[int, int, int], ...]:
-        """(first length, last length, examples) of bins of equal width from 1 to the longest."""
-        validate.integer("bins", bins, minimum=1, maximum=10_000)
-        width = max(1, math.ceil(self.longest / bins))
-        counts = Counter[int]()
-        for length, count in self.lengths:
-            counts[(length - 1) // width] += count
-        return tuple(
-            (i * width + 1, (i + 1) * width, counts[i]) for i in range(math.ceil(self.longest / width))
-        )
-
     def truncation(self, max_length: int) -> Truncation:
         """What TRL's `max_length` drops."""
         _check_length(max_length)

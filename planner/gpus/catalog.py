@@ -15,7 +15,6 @@ from planner.base.units import MIB
 from planner.gpus.spec import GpuSpec, has_native_bfloat16, reserved_bytes_upper_bound
 
 CATALOG_FILE = PROFILES / "gpus.toml"
-SOURCES_FILE = PROFILES / "gpu_sources.toml"
 
 # ECC takes a sixteenth of GDDR6 memory (RTX A6000: 49140 MiB without, 46068 with), drivers' totals differ by
 # tens of MiB, and two sizes of one name differ by a sixth at the least (RTX 3080).
@@ -86,12 +85,6 @@ def gpu_catalog() -> GpuCatalog:
         tables = tomllib.load(file)
     gpus = tuple(_gpu(id_, table) for id_, table in tables.items())
     return GpuCatalog(gpus, _index(gpus))
-
-
-def load_sources() -> dict[str, dict[str, str]]:
-    """Read where each figure comes from: card id -> field of gpus.toml -> source."""
-    with SOURCES_FILE.open("rb") as file:
-        return tomllib.load(file)
 
 
 def _gpu(id_: str, table: dict[str, Any]) -> GpuSpec:

@@ -84,11 +84,6 @@ class GpuSpec:
         return "bfloat16" if self.supports_bfloat16 else "float16"
 
     @property
-    def usable_bytes_with_display(self) -> int:
-        """What is left for training when a desktop runs on the card (DISPLAY_BYTES less)."""
-        return max(0, self.usable_bytes - DISPLAY_BYTES)
-
-    @property
     def peak_matrix_flops_per_second(self) -> float | None:
         """The rate no matmul exceeds: the published one, or a measured one above it (boost clocks)."""
         rates = (self.matrix_flops_per_second, self.measured_matrix_flops_per_second)

@@ -1,15 +1,14 @@
-"""estimate_memory: one GPU's memory for one setup, by phase and by component."""
+"""estimate_memory: one GPU's memory for one run, by phase and by component."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from planner.base.units import DTYPE_BYTES
 from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
-from planner.memory.decoder.groups import segments
+from planner.memory.decoder.groups import layer_groups
+from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import HeadMemory, head_memory, head_shape
-from planner.memory.held.micro_step import embedding_scratch_bytes, keeps_raw_embedding, micro_step
 from planner.memory.layers.norms import norm_saves_input
 from planner.memory.measured.coefficients import Coefficients, ReserveTerms, basis_of, interval_kind
 from planner.memory.measured.files import coefficients_for
@@ -18,18 +17,14 @@ from planner.memory.report import components, phases
 from planner.memory.step.replay import replay_steps
 from planner.memory.step.resident import Resident, resident_memory
 from planner.memory.step.timeline import StepMoment, StepShape, StepTimeline
-from planner.models.spec import ModelSpec
-from planner.setup.attention import attention_implementation
 from planner.setup.cuda_allocator import planned_allocator
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 
 
 def estimate_memory(
-    setup: TrainingSetup,
-    model: ModelSpec,
+    run: TrainingRun,
     *,
     gpu: GpuSpec | None = None,
-    padded: bool = False,
     coefficients: Coefficients | None = None,
     replay: bool = False,
     limit_bytes: int | None = None,
@@ -37,32 +32,32 @@ def estimate_memory(
 ) -> MemoryBreakdown:
     """Estimate one GPU's memory.
 
-    `padded` says whether batches mix lengths (a mask is then built); `gpu` decides cuBLAS workspaces and
-    which measured coefficients apply, unless `coefficients` are given. With `replay` allocated and reserved
-    bytes are those of torch's allocator after whole steps, replayed (tens of milliseconds); without it live
-    bytes are counted and what the allocator reserves beside them is fitted (a tenth of a millisecond). A
-    replay ends early once more than `limit_bytes` are needed: what it then says is that it is too much.
-    `allocator` is the one that torch is told to use (planner/setup/cuda_allocator.py), null for the one that
-    a run started from here would get.
+    `gpu` decides cuBLAS workspaces and which measured coefficients apply, unless `coefficients` are given.
+    With `replay` allocated and reserved bytes are those of torch's allocator after whole steps, replayed
+    (tens of milliseconds); without it live bytes are counted and what the allocator reserves beside them is
+    fitted (a tenth of a millisecond). A replay ends early once more than `limit_bytes` are needed: what it
+    then says is that it is too much. `allocator` is the one that torch is told to use
+    (planner/setup/cuda_allocator.py), null for the one that a run started from here would get.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
         InputError: target_modules that the model does not have, or more checkpointed layers than it has.
     """
-    refuse_unmodelled(setup, model)
+    refuse_unmodelled(run)
     gpu_name = gpu.id if gpu else None
     allocator = allocator or planned_allocator()
     measured = coefficients or coefficients_for(gpu_name, allocator)
-    resident, timeline, step = _replayed(setup, model, gpu, measured, padded=padded, allocator=allocator)
-    evaluation = timeline.forward_only(_head(setup, model, timeline.final_norm.output_bytes, evaluating=True))
+    live = live_memory(run, gpu=gpu, coefficients=measured, allocator=allocator)
+    resident, timeline, step = live.resident, live.timeline, live.peak
+    evaluation = timeline.forward_only(_head(run, timeline.final_norm.output_width, evaluating=True))
     terms = _reserve_terms(resident, timeline)
     replayed = None
-    context = measured.context_of(setup)
+    context = measured.context_of(run.setup)
     if replay:
         limit = None if limit_bytes is None else limit_bytes - context
-        replayed = replay_steps(setup, model, gpu=gpu, padded=padded, allocator=allocator, limit_bytes=limit)
-    distance = measured.distance(setup, model, gpu_name, padded=padded)
-    kind = interval_kind(setup)
+        replayed = replay_steps(run, gpu=gpu, allocator=allocator, limit_bytes=limit)
+    distance = measured.distance(run, gpu_name)
+    kind = interval_kind(run.setup)
     found = phases(
         measured, resident, step, evaluation, terms, replayed, distance, kind=kind, context_bytes=context
     )
@@ -73,39 +68,44 @@ def estimate_memory(
         reserved_bytes=step_phase.reserved_bytes,
         process_bytes=step_phase.process_bytes,
         process_upper_bytes=step_phase.process_upper_bytes,
-        components=components(setup, measured, resident, step, step_phase, replayed=replay),
+        components=components(run, measured, resident, step, step_phase, replayed=replay),
         phases=found,
-        basis=basis_of(measured, model, gpu_name, distance, replayed=replay),
+        basis=basis_of(measured, run.model, gpu_name, distance, replayed=replay),
     )
 
 
-def reserve_terms(
-    setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool, allocator: str
-) -> ReserveTerms:
-    """What the allocator's reserve is fitted to, for a setup that was measured."""
+def reserve_terms(run: TrainingRun, *, gpu: GpuSpec | None, allocator: str) -> ReserveTerms:
+    """What the allocator's reserve is fitted to, for a run that was measured."""
     measured = coefficients_for(gpu.id if gpu else None, allocator)
-    resident, timeline, _ = _replayed(setup, model, gpu, measured, padded=padded, allocator=allocator)
-    return _reserve_terms(resident, timeline)
+    live = live_memory(run, gpu=gpu, coefficients=measured, allocator=allocator)
+    return _reserve_terms(live.resident, live.timeline)
 
 
-def _replayed(
-    setup: TrainingSetup,
-    model: ModelSpec,
-    gpu: GpuSpec | None,
-    measured: Coefficients,
-    *,
-    padded: bool,
-    allocator: str,
-) -> tuple[Resident, StepTimeline, StepMoment]:
-    """What is there between steps, the step's timeline, and its peak."""
-    resident = resident_memory(setup, model, gpu, measured, padded=padded, allocator=allocator)
-    timeline = _timeline(setup, model, resident, padded=padded)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveMemory:
+    """What is there between steps, the step's timeline, and the moment of its peak."""
+
+    resident: Resident
+    timeline: StepTimeline
+    peak: StepMoment
+
+
+def live_memory(
+    run: TrainingRun, *, gpu: GpuSpec | None, coefficients: Coefficients, allocator: str
+) -> LiveMemory:
+    """Count a run's live bytes.
+
+    Raises:
+        InputError: target_modules that the model does not have.
+    """
+    resident = resident_memory(run, gpu, coefficients, allocator=allocator)
+    timeline = _timeline(run)
     step = max(
         timeline.largest(),
         timeline.optimizer_step(resident.optimizer.temporary_bytes),
         key=lambda moment: moment.total_bytes,
     )
-    return resident, timeline, step
+    return LiveMemory(resident=resident, timeline=timeline, peak=step)
 
 
 def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:
@@ -118,37 +118,34 @@ def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:
     )
 
 
-def _head(
-    setup: TrainingSetup, model: ModelSpec, hidden_bytes: int, *, evaluating: bool = False
-) -> HeadMemory:
-    return head_memory(head_shape(setup, model, hidden_bytes), evaluating=evaluating)
+def _head(run: TrainingRun, hidden_width: int, *, evaluating: bool = False) -> HeadMemory:
+    return head_memory(head_shape(run, hidden_width), evaluating=evaluating)
 
 
-def _timeline(setup: TrainingSetup, model: ModelSpec, resident: Resident, *, padded: bool) -> StepTimeline:
-    attention = attention_implementation(setup, model)
-    parts, final_norm = segments(setup, model, resident.trained, attention=attention, padded=padded)
-    shape = micro_step(setup)
-    width = DTYPE_BYTES[setup.dtype]
-    embedding = model.vocab_size * model.hidden_size * width if setup.method == "full" else 0
-    last = max(parts, key=lambda part: part.indices[-1])
-    leaving = last.replay.output_bytes
+def _timeline(run: TrainingRun) -> StepTimeline:
+    groups, final_norm = layer_groups(run)
+    shape, model = run.micro_step, run.model
+    embedding = model.vocab_size * model.hidden_size * run.storage.width if run.adapter is None else 0
+    last = max(groups, key=lambda group: group.indices[-1])
+    leaving = last.memory.output_width
     # Counted by the final norm where that saves them.
-    counted = norm_saves_input(replace(last.knobs, stream_bytes=leaving))
+    counted = norm_saves_input(replace(last.knobs, stream_width=leaving))
     return StepTimeline(
-        parts=parts,
-        offloads=setup.activation_offloading,
-        raw_embedding=keeps_raw_embedding(setup, model),
+        groups=groups,
+        offloads=run.setup.activation_offloading,
+        stash=run.stack.offload_stash,
+        raw_embedding=run.keeps_raw_embedding,
         final_norm=final_norm,
-        head=_head(setup, model, final_norm.output_bytes),
-        trained=resident.trained,
+        head=_head(run, final_norm.output_width),
+        trained=run.trained,
         embedding_gradient_bytes=embedding,
         embedding_scratch_bytes=embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),
         tied=model.tied_embeddings,
         shape=StepShape(
             tokens=shape.tokens,
             scores=shape.scores,
-            hidden_bytes_per_token=model.hidden_size * shape.stream_bytes,
+            hidden_bytes_per_token=model.hidden_size * shape.stream_width,
             leaving_bytes_per_token=0 if counted else model.hidden_size * leaving,
-            accumulating=setup.gradient_accumulation_steps > 1,
+            accumulating=run.setup.gradient_accumulation_steps > 1,
         ),
     )

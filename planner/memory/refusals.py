@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from planner.base.errors import FieldError, InputError, NotModelledError
-from planner.models.spec import ModelSpec
-from planner.setup.attention import attention_implementation
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODELLED_EXPERTS = (None, "grouped_mm")
 
 
-def refuse_unmodelled(setup: TrainingSetup, model: ModelSpec) -> None:
+def refuse_unmodelled(run: TrainingRun) -> None:
     """Refuse what the memory model has no terms for.
 
     Raises:
         NotModelledError: a knob of the contract, by name.
         FieldError: more checkpointed layers than the model has.
     """
+    setup, model, attention = run.setup, run.model, run.attention
     if setup.compile != "none":
-        _refuse_compiled(setup, model)
-    if setup.num_processes > 1 and setup.distributed != "ddp":
-        raise NotModelledError("distributed", setup.distributed)
-    if setup.num_processes > 1:
-        raise NotModelledError("num_processes", setup.num_processes)
-    attention = attention_implementation(setup, model)
+        _refuse_compiled(run)
+    several = run.parallelism
+    if not several.is_single and several.strategy != "ddp":
+        raise NotModelledError("distributed", several.strategy)
+    if not several.is_single:
+        raise NotModelledError("num_processes", several.num_processes)
     if attention not in MODELLED_ATTENTION:
         raise NotModelledError("attn_implementation", attention)
     if any(layer.attention_softcap for layer in model.layers) and attention == "sdpa":
@@ -49,11 +49,9 @@ def _whole_checkpoints(setup: TrainingSetup) -> bool:
     return setup.gradient_checkpointing and not partly
 
 
-def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
-    """Refuse what compiled layers have not been measured with, naming the knob beside compile.
-
-    A budget with dropout trains on wrong gradients, and is refused by the launcher as well.
-    """
+def _refuse_compiled(run: TrainingRun) -> None:
+    """Refuse what compiled layers have not been measured with, naming the knob beside compile."""
+    setup = run.setup
     for name, measured in (
         ("kernels", "none"),
         ("use_dora", False),
@@ -65,11 +63,21 @@ def _refuse_compiled(setup: TrainingSetup, model: ModelSpec) -> None:
         raise NotModelledError("compile=regional, layers not checkpointed and activation_offloading", True)
     if setup.dtype == "float32":
         raise NotModelledError("compile=regional with dtype", setup.dtype)
-    attention = attention_implementation(setup, model)
-    if attention not in ("sdpa", "flex_attention"):
-        raise NotModelledError("compile=regional with attn_implementation", attention)
-    if any(layer.experts for layer in model.layers):
-        raise NotModelledError("compile=regional with experts of model", model.id)
+    if run.attention not in ("sdpa", "flex_attention"):
+        raise NotModelledError("compile=regional with attn_implementation", run.attention)
+    if any(layer.experts for layer in run.model.layers):
+        raise NotModelledError("compile=regional with experts of model", run.model.id)
+    refuse_other_dropout_masks(setup)
+
+
+def refuse_other_dropout_masks(setup: TrainingSetup) -> None:
+    """Refuse what would train on wrong gradients, whoever plans it or runs it.
+
+    Seen on torch 2.11 and 2.13, where the budget recomputes random numbers without their seed.
+
+    Raises:
+        InputError: a budget with dropout.
+    """
     if setup.activation_memory_budget is not None and setup.lora_dropout:
         raise InputError(
             "activation_memory_budget needs lora_dropout 0: torch would draw other dropout masks for the "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from planner.base.units import DTYPE_BYTES
+from dataclasses import dataclass
+
 from planner.memory.breakdown import Component, PhaseMemory
 from planner.memory.measured.coefficients import Coefficients, Distance, ReserveTerms
 from planner.memory.measured.cuda_terms import managed_process_bytes
 from planner.memory.step.replay import ReplayedMemory
 from planner.memory.step.resident import Resident
 from planner.memory.step.timeline import StepMoment
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 
 
 def phases(
@@ -73,8 +74,51 @@ def phases(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComponentText:
+    """What a component is called and where its bytes come from; words in braces are a run's."""
+
+    name: str
+    title: str
+    origin: str
+
+
+def _text(name: str, title: str, origin: str) -> ComponentText:
+    return ComponentText(name=name, title=title, origin=origin)
+
+
+COMPONENTS = (
+    _text("weights_4bit", "weights in 4 bits", "half a byte for each quantised weight"),
+    _text(
+        "weights_unquantized",
+        "weights kept in {bits} bits",
+        "embeddings, output head, norms, biases, routers and experts as transformers leaves them",
+    ),
+    _text(
+        "quantization_constants",
+        "quantisation constants",
+        "bitsandbytes: one constant per 64 weights, themselves quantised with double quantisation",
+    ),
+    _text("adapter", "adapter", "rank x (inputs + outputs) of each target module"),
+    _text("gradients", "gradients", "in the trained parameters' dtype, alive at the peak"),
+    _text("optimizer", "optimizer", "{optim}: state by tensor, as torch or bitsandbytes lays it out"),
+    _text("activations", "activations", "checkpoints, what layers save for backward, and the layer at work"),
+    _text("head_and_loss", "head and loss", "{head}"),
+    _text(
+        "workspace", "workspace", "dequantised weights of the layer at work, optimizer temporaries, cuBLAS"
+    ),
+    _text(
+        "allocator",
+        "allocator reserve",
+        "rounding, and cached blocks that do not fit what is asked for ({reserve})",
+    ),
+    _text("context", "CUDA context", "context, kernels and libraries (measured: {coefficients})"),
+)
+"""In the order in which people think of them."""
+
+
 def components(
-    setup: TrainingSetup,
+    run: TrainingRun,
     measured: Coefficients,
     resident: Resident,
     step: StepMoment,
@@ -82,74 +126,38 @@ def components(
     *,
     replayed: bool,
 ) -> tuple[Component, ...]:
-    """The parts of the step's process bytes, in the order in which people think of them.
+    """The parts of the step's process bytes.
 
     What the allocator holds beyond the counted parts is its reserve: cached blocks, unsplit tails, rounding.
     """
     weights, optimizer = resident.weights, resident.optimizer
     counted = resident.allocated_bytes + step.total_bytes
-    width = DTYPE_BYTES[setup.dtype] * 8
-    managed = managed_process_bytes(optimizer.managed_bytes)
-    rows = (
-        (
-            "weights_4bit",
-            "weights in 4 bits",
-            weights.quantized_bytes,
-            "half a byte for each quantised weight",
-        ),
-        (
-            "weights_unquantized",
-            f"weights kept in {width} bits",
-            weights.unquantized_bytes + resident.upcast_bytes,
-            "embeddings, output head, norms, biases, routers and experts as transformers leaves them",
-        ),
-        (
-            "quantization_constants",
-            "quantisation constants",
-            weights.constants_bytes,
-            "bitsandbytes: one constant per 64 weights, themselves quantised with double quantisation",
-        ),
-        ("adapter", "adapter", resident.adapter_bytes, "rank x (inputs + outputs) of each target module"),
-        (
-            "gradients",
-            "gradients",
-            step.gradient_bytes,
-            "in the trained parameters' dtype, alive at the peak",
-        ),
-        (
-            "optimizer",
-            "optimizer",
-            optimizer.allocated_bytes + managed,
-            f"{setup.optim}: state by tensor, as torch or bitsandbytes lays it out",
-        ),
-        (
-            "activations",
-            "activations",
-            step.kept_bytes + step.live_bytes + resident.tables_bytes,
-            "checkpoints, what layers save for backward, and the layer at work",
-        ),
-        ("head_and_loss", "head and loss", step.head_bytes, "TRL's tiled log-probabilities"),
-        (
-            "workspace",
-            "workspace",
-            step.workspace_bytes + resident.cublas_bytes,
-            "dequantised weights of the layer at work, optimizer temporaries, cuBLAS",
-        ),
-        (
-            "allocator",
-            "allocator reserve",
-            weights.rounding_bytes + phase.reserved_bytes - counted,
-            "rounding, and cached blocks that do not fit what is asked for "
-            + ("(torch's allocator replayed)" if replayed else "(measured)"),
-        ),
-        (
-            "context",
-            "CUDA context",
-            measured.context_of(setup),
-            f"context, kernels and libraries (measured: {measured.name})",
-        ),
-    )
+    sizes = {
+        "weights_4bit": weights.quantized_bytes,
+        "weights_unquantized": weights.unquantized_bytes + resident.upcast_bytes,
+        "quantization_constants": weights.constants_bytes,
+        "adapter": resident.adapter_bytes,
+        "gradients": step.gradient_bytes,
+        "optimizer": optimizer.allocated_bytes + managed_process_bytes(optimizer.managed_bytes),
+        "activations": step.kept_bytes + step.live_bytes + resident.tables_bytes,
+        "head_and_loss": step.head_bytes,
+        "workspace": step.workspace_bytes + resident.cublas_bytes,
+        "allocator": weights.rounding_bytes + phase.reserved_bytes - counted,
+        "context": measured.context_of(run.setup),
+    }
+    words = {
+        "bits": run.storage.width * 8,
+        "optim": run.setup.optim,
+        "head": run.stack.head_words,
+        "reserve": "torch's allocator replayed" if replayed else "measured",
+        "coefficients": measured.name,
+    }
     return tuple(
-        Component(name=name, title=title, size_bytes=size, origin=origin)
-        for name, title, size, origin in rows
+        Component(
+            name=row.name,
+            title=row.title.format(**words),
+            size_bytes=sizes[row.name],
+            origin=row.origin.format(**words),
+        )
+        for row in COMPONENTS
     )

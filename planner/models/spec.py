@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from planner.base import validate
@@ -18,10 +19,6 @@ from planner.base.errors import FieldError, InputError
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
-
-
-# Totals by table; the table is kept beside its total, so that an id is never that of another one.
-_COUNTS: dict[int, tuple[tuple[Parameter, ...], int]] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +62,11 @@ class Parameter:
     def in_decoder_layer(self) -> bool:
         """Whether it belongs to the repeated decoder layers."""
         return "*" in self.name
+
+    @property
+    def is_output_head(self) -> bool:
+        """Whether it belongs to the output head (a Linear outside the decoder layers)."""
+        return self.module_class == "Linear" and not self.in_decoder_layer
 
     @property
     def elements(self) -> int:
@@ -157,7 +159,7 @@ class LayerSpec:
         return self.num_key_value_heads * self.head_dim
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model's exact shapes.
 
@@ -202,19 +204,37 @@ class ModelSpec:
         if positions != list(range(len(positions))) or not positions:
             raise InputError(f"{self.id}: the layer recipes do not cover the decoder layers once each")
 
-    @property
+    def __hash__(self) -> int:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> int:
+        """Of all fields, made once: a spec is the key of most of what is remembered. What has the same digest
+        is compared field by field.
+        """
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
+    @cached_property
     def num_hidden_layers(self) -> int:
         """Number of decoder layers."""
         return sum(layer.count for layer in self.layers)
 
-    @property
+    @cached_property
     def parameter_count(self) -> int:
         """All parameters, tied ones once: the published total."""
-        known = _COUNTS.get(id(self.parameters))
-        if known is None or known[0] is not self.parameters:
-            count = sum(p.elements * p.count for p in self.parameters if not p.tied)
-            known = _COUNTS[id(self.parameters)] = (self.parameters, count)
-        return known[1]
+        return sum(p.elements * p.count for p in self.parameters if not p.tied)
+
+    @cached_property
+    def has_biased_linear(self) -> bool:
+        """Whether the decoder layers have a Linear with a bias, which torch computes by cuBLASLt."""
+        return any(
+            p.module_class == "Linear" and p.kind == "bias" and p.in_decoder_layer for p in self.parameters
+        )
+
+    @cached_property
+    def scales_embeddings_outside(self) -> bool:
+        """Whether the embeddings' output is scaled outside the embedding's own module."""
+        return self.embedding_multiplier and not any("Scaled" in p.module_class for p in self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -10,7 +10,7 @@ from planner.answers.plan import Advice
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import ModelSummary, list_models, resolve_model
 from planner.models.spec import ModelSpec
-from planner.planning.savings import Change, all_together, savings
+from planner.planning.savings import Change, all_together, change, change_to, savings
 from planner.search import search
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.longest import longest_length
@@ -28,10 +28,11 @@ KEPT = ("packing", "train_sampling_strategy", "attn_implementation")
 def make_it_fit(evaluator: Evaluator, setup: TrainingSetup, target: GpuTarget) -> tuple[Advice, ...]:
     """Changes to a setup that does not fit: those that make it fit first, then by bytes saved."""
     now = evaluator.evaluate(setup).peak_upper_bytes
-    found = [_advice(evaluator, change, now) for change in savings(setup, evaluator.model, target)]
+    kinds = savings(setup, evaluator.model, target)
+    found = [_estimated(evaluator, one, now) for kind in kinds for one in kind]
     combined = all_together(setup, evaluator.model, target)
     useful = [one for one in found if one is not None and one.change_bytes < 0]
-    together = None if combined is None else _advice(evaluator, combined, now)
+    together = None if combined is None else _estimated(evaluator, combined, now)
     if together is not None and len(useful) > 1 and not any(one.fits for one in useful):
         useful.append(together)
     # Changes come with the least harm first, and the sort keeps that order among those that fit.
@@ -51,37 +52,30 @@ def use_what_is_left(
     now = evaluator.evaluate(setup).peak_upper_bytes
     found = []
     for group in (*_spendings(setup), _longer(evaluator, setup, request)):
-        for change in group:
-            best = _searched(evaluator, change.setup, effective, request)
-            if best is None:
-                continue
-            found.append(
-                Advice(
-                    title=change.title,
-                    flags=change.flags,
-                    effect=change.effect,
-                    peak_upper_bytes=best.peak_upper_bytes,
-                    change_bytes=best.peak_upper_bytes - now,
-                    fits=True,
-                    tokens_per_second=best.tokens_per_second,
-                )
-            )
-            break
+        for spending in group:
+            best = _searched(evaluator, spending.setup, effective, request)
+            if best is not None:
+                found.append(_advice(spending, best, now, fits=True))
+                break
     return tuple(found)
 
 
-def _advice(evaluator: Evaluator, change: Change, now: int) -> Advice | None:
-    candidate = evaluator.try_evaluate(change.setup)
-    if candidate is None:
-        return None
+def _estimated(evaluator: Evaluator, one: Change, now: int) -> Advice | None:
+    candidate = evaluator.try_evaluate(one.setup)
+    return None if candidate is None else _advice(one, candidate, now, fits=evaluator.fits(candidate))
+
+
+def _advice(one: Change, candidate: Candidate, now: int, *, fits: bool) -> Advice:
+    """A change with the figures of a setup that makes it."""
     return Advice(
-        title=change.title,
-        flags=change.flags,
-        effect=change.effect,
+        title=one.title,
+        flags=one.flags,
+        effect=one.effect,
         peak_upper_bytes=candidate.peak_upper_bytes,
         change_bytes=candidate.peak_upper_bytes - now,
-        fits=evaluator.fits(candidate),
+        fits=fits,
         tokens_per_second=candidate.tokens_per_second,
+        setup=one.setup,
     )
 
 
@@ -104,17 +98,12 @@ def _smaller_model(evaluator: Evaluator, setup: TrainingSetup, now: int) -> Advi
     """The largest smaller model of the family that fits with the same setup."""
     for summary in _family(evaluator.model):
         other = Evaluator(resolve_model(summary.id), evaluator.gpu, evaluator.usable_bytes)
-        candidate = other.try_evaluate(setup.replace(model=summary.id))
+        smaller = change(
+            setup, f"{summary.id} instead", "the largest of its family that fits", model=summary.id
+        )
+        candidate = other.try_evaluate(smaller.setup)
         if candidate is not None and other.fits(candidate):
-            return Advice(
-                title=f"{summary.id} instead",
-                flags=f"--model {summary.id}",
-                effect="the largest of its family that fits",
-                peak_upper_bytes=candidate.peak_upper_bytes,
-                change_bytes=candidate.peak_upper_bytes - now,
-                fits=True,
-                tokens_per_second=candidate.tokens_per_second,
-            )
+            return _advice(smaller, candidate, now, fits=True)
     return None
 
 
@@ -136,24 +125,13 @@ def _spendings(setup: TrainingSetup) -> Iterator[tuple[Change, ...]]:
     """Groups of changes that need more memory; of each group the first that fits is wanted."""
     if setup.uses_lora:
         yield tuple(
-            Change(
-                title=f"rank {rank}",
-                flags=f"--lora-r {rank}",
-                effect="a larger adapter",
-                setup=setup.replace(lora_r=rank, lora_alpha=None),
-            )
+            change(setup, f"rank {rank}", "a larger adapter", lora_r=rank, lora_alpha=None)
             for rank in LARGE_RANKS
             if rank > setup.lora_r
         )
     if setup.method == "qlora":
-        yield (
-            Change(
-                title="16-bit LoRA",
-                flags="--method lora",
-                effect="no quantisation of the base",
-                setup=with_method(setup, "lora"),
-            ),
-        )
+        unquantised = with_method(setup, "lora")
+        yield (change_to(setup, "16-bit LoRA", "no quantisation of the base", unquantised),)
 
 
 def _longer(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) -> tuple[Change, ...]:
@@ -171,14 +149,7 @@ def _longer(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) ->
         length = longest_length(evaluator, smallest, start=setup.max_length, limit=limit)
     if length is None or length < setup.max_length * WORTH_MENTIONING:
         return ()
-    return (
-        Change(
-            title=f"length {length:,}",
-            flags=f"--max-length {length}",
-            effect="the longest that fits",
-            setup=setup.replace(max_length=length),
-        ),
-    )
+    return (change(setup, f"length {length:,}", "the longest that fits", max_length=length),)
 
 
 def _searched(

@@ -8,7 +8,6 @@ from typing import Any
 from planner.base.errors import NotModelledError
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget
-from planner.memory.held.trainables import trainables
 from planner.models.spec import ModelSpec
 from planner.search import TOKENS, SearchResult, Tried, finish_seconds, search
 from planner.search.evaluator import Evaluator
@@ -101,7 +100,7 @@ def _raise_rank(
     setup = found.tried.candidate.setup
     if stats is None or not setup.uses_lora or "lora_r" in request.fixed:
         return found
-    ranks = defaults.ranks(stats.loss_tokens, trainables(setup, evaluator.model).elements, DEFAULT_RANK)
+    ranks = defaults.ranks(stats.loss_tokens, evaluator.run(setup).trained.elements, DEFAULT_RANK)
     now = finish_seconds(found.tried.candidate, found.tokens)
     for rank in ranks:
         higher = _at(

@@ -14,6 +14,7 @@ from planner.search.evaluator import Evaluator
 from planner.search.longest import longest_length
 from planner.setup import defaults
 from planner.setup.defaults import DEFAULT_LENGTHS
+from planner.setup.run import Runs
 from planner.setup.training_setup import TrainingSetup
 
 
@@ -89,16 +90,17 @@ def smallest_cards(
     from planner.memory import estimate_memory
     from planner.setup.methods import with_method
 
-    lengths = defaults.lengths(model, given_length, None)
+    lengths, runs = defaults.lengths(model, given_length, None), Runs(model)
     found = []
     for method in methods:
         for length in lengths:
             setup = with_method(base, method).replace(max_length=length)
-            about = estimate_memory(setup, model).peak_upper_bytes
-            gpu = smallest_gpu_for(setup, model, about)
+            about = estimate_memory(runs.of(setup)).peak_upper_bytes
+            gpu = smallest_gpu_for(setup, runs, about)
             needed = about
             if gpu is not None:
-                needed = estimate_memory(native(setup, gpu), model, gpu=gpu, replay=True).peak_upper_bytes
+                run = runs.of(native(setup, gpu))
+                needed = estimate_memory(run, gpu=gpu, replay=True).peak_upper_bytes
             found.append(
                 SmallestCard(
                     method=method,

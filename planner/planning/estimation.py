@@ -11,6 +11,7 @@ from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import Basis
 from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
 from planner.throughput.roofline import forecast
@@ -70,11 +71,12 @@ class Estimator:
             InputError: the model is unknown, or does not have what the setup asks of it.
         """
         model = self._model(setup.model)
-        memory = estimate_memory(setup, model, gpu=self.target.spec, replay=replay)
+        run = TrainingRun(setup=setup, model=model)
+        memory = estimate_memory(run, gpu=self.target.spec, replay=replay)
         return Estimate(
             setup=setup,
             memory=memory,
-            speed=forecast(setup, model, self.target.spec),
+            speed=forecast(run, self.target.spec),
             fits=memory.fits(self.target.usable_bytes),
         )
 

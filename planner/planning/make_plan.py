@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from planner.answers.plan import Alternative, MethodFigures, Plan, PlannedModel
+from planner.answers.plan import Advice, Alternative, MethodFigures, Plan, PlannedModel
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
-from planner.memory.held.trainables import trainables
 from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
 from planner.planning.advice import make_it_fit, use_what_is_left
@@ -17,10 +16,10 @@ from planner.planning.schedule import make_duration, make_schedule, summarise_da
 from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.search.cards import smallest_card
 from planner.search.evaluator import Candidate, Evaluator
-from planner.search.frontier import frontier
-from planner.setup.attention import attention_implementation
+from planner.search.frontier import around_the_chosen, frontier, runners_up
 from planner.setup.request import PlanRequest
-from planner.setup.training_setup import METHODS, TrainingSetup
+from planner.setup.run import TrainingRun
+from planner.setup.training_setup import METHODS
 from planner.throughput.epoch import Examples
 
 
@@ -31,27 +30,40 @@ def make_plan(
     allow_network: bool = False,
     inspector: Inspector | None = None,
     target: GpuTarget | None = None,
+    model: ModelSpec | None = None,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
     `stats` are the lengths of the request's data where they have been measured with the model's tokenizer;
     without them they are estimated from the size of the texts.
     `inspector` describes models that equal none of the catalog (it needs the training stack); with
-    `allow_network` the config of a Hub id may be fetched. `target` stands in for the request's GPU: a card of
-    which less is to be used than it has.
+    `allow_network` the config of a Hub id may be fetched. `model` is the request's where it has been looked
+    up already: describing one takes seconds. `target` stands in for the request's GPU: a card of which less
+    is to be used than it has, or one that is known already.
 
     Raises:
         InputError: model, GPU, data or knobs are not usable.
         MissingExtraError: the model's architecture needs the training stack, which is not installed.
     """
     target = resolve_gpu(request.gpu, display=request.display) if target is None else target
-    model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
+    if model is None:
+        model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
     examples = None if stats is None else Examples(stats)
     evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples)
-    chosen = choose(request, target, evaluator, stats)
-    best = chosen.tried.candidate
+    return _plan(request, target, evaluator, stats, choose(request, target, evaluator, stats))
+
+
+def _plan(
+    request: PlanRequest,
+    target: GpuTarget,
+    evaluator: Evaluator,
+    stats: DatasetStats | None,
+    chosen: Chosen,
+) -> Plan:
+    """What was chosen, and all that is said about it."""
+    model, examples, best = evaluator.model, evaluator.examples, chosen.tried.candidate
     setup = best.setup
     schedule = make_schedule(request, setup, model, examples, chosen.effective_batch_size)
     data = None if examples is None else summarise_data(str(request.data), examples, setup)
@@ -69,10 +81,12 @@ def make_plan(
         duration=duration,
         smallest=card,
     )
+    others = _alternatives(chosen, evaluator)
+    points = frontier(chosen.result.tried, chosen.tried, evaluator, tokens=chosen.tokens)
     return Plan(
         request=request,
         gpu=target,
-        model=_planned_model(model, setup),
+        model=_planned_model(evaluator.run(setup)),
         fits=chosen.fits,
         setup=setup,
         strategy=chosen.tried.strategy,
@@ -80,21 +94,28 @@ def make_plan(
         memory=best.memory,
         speed=best.speed,
         duration=duration,
-        loading=load_needs(model, setup, best.memory),
+        loading=load_needs(evaluator.run(setup), best.memory),
         data=data,
         methods=_methods(evaluator, best, fits=chosen.fits),
-        alternatives=_alternatives(chosen, evaluator),
-        advice=(
-            use_what_is_left(evaluator, setup, request, chosen.effective_batch_size)
-            if chosen.fits
-            else make_it_fit(evaluator, setup, target)
-        ),
+        alternatives=others,
+        advice=_advice(request, target, evaluator, chosen),
         smallest_gpu=card,
         assumptions=assumptions(request, target, setup, schedule, data, chosen),
         notes=model_notes(model, setup, best.memory, target.usable_bytes),
-        frontier=frontier(chosen.result.tried, chosen.tried, evaluator, tokens=chosen.tokens),
+        frontier=points,
         other_cards=other_cards(question, evaluator),
+        neighbours=around_the_chosen(points),
+        runners_up=runners_up(others, points, target.usable_bytes),
     )
+
+
+def _advice(
+    request: PlanRequest, target: GpuTarget, evaluator: Evaluator, chosen: Chosen
+) -> tuple[Advice, ...]:
+    setup = chosen.tried.candidate.setup
+    if chosen.fits:
+        return use_what_is_left(evaluator, setup, request, chosen.effective_batch_size)
+    return make_it_fit(evaluator, setup, target)
 
 
 def read_stats(path: str) -> DatasetStats:
@@ -110,16 +131,17 @@ def read_stats(path: str) -> DatasetStats:
     return estimated_lengths(Path(path))
 
 
-def _planned_model(model: ModelSpec, setup: TrainingSetup) -> PlannedModel:
+def _planned_model(run: TrainingRun) -> PlannedModel:
+    model = run.model
     return PlannedModel(
         id=model.id,
         hub_id=model.hub_id,
         architecture=model.architecture,
         parameter_count=model.parameter_count,
-        trainable_parameters=trainables(setup, model).elements,
+        trainable_parameters=run.trained.elements,
         num_hidden_layers=model.num_hidden_layers,
         max_position_embeddings=model.max_position_embeddings,
-        attn_implementation=attention_implementation(setup, model),
+        attn_implementation=run.attention,
         source=model.source,
     )
 
@@ -135,7 +157,7 @@ def _methods(evaluator: Evaluator, best: Candidate, *, fits: bool) -> tuple[Meth
         candidate = best if own else evaluator.try_evaluate(with_method(best.setup, method))
         if candidate is None:
             continue
-        gpu = smallest_gpu_for(candidate.setup, evaluator.model, candidate.peak_upper_bytes, confirm=False)
+        gpu = smallest_gpu_for(candidate.setup, evaluator.runs, candidate.peak_upper_bytes, confirm=False)
         if own and fits and (gpu is None or gpu.usable_bytes > evaluator.gpu.usable_bytes):
             gpu = evaluator.gpu
         found.append(

@@ -6,8 +6,8 @@ import math
 
 from planner.answers.plan import LoadNeeds, Note
 from planner.memory.breakdown import MemoryBreakdown
-from planner.memory.held.micro_step import micro_step
 from planner.models.spec import ModelSpec
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.work import step_work
 
@@ -21,31 +21,31 @@ TENSORS_AT_ONCE = 2
 SAVED_COPIES = 3
 
 
-def load_needs(model: ModelSpec, setup: TrainingSetup, memory: MemoryBreakdown) -> LoadNeeds:
+def load_needs(run: TrainingRun, memory: MemoryBreakdown) -> LoadNeeds:
     """Download, disk and host memory to load the model, train and save the result."""
-    largest = max(p.elements for p in model.parameters) * PUBLISHED_BYTES_PER_PARAMETER
+    largest = max(p.elements for p in run.model.parameters) * PUBLISHED_BYTES_PER_PARAMETER
     trained = sum(c.size_bytes for c in memory.components if c.name == "adapter")
-    download = model.download_bytes
+    download = run.model.download_bytes
     return LoadNeeds(
         download_bytes=download,
         disk_bytes=None if download is None else download + SAVED_COPIES * trained,
-        host_memory_bytes=HOST_PROCESS_BYTES + max(TENSORS_AT_ONCE * largest, offloaded_bytes(setup, model)),
+        host_memory_bytes=HOST_PROCESS_BYTES + max(TENSORS_AT_ONCE * largest, offloaded_bytes(run)),
     )
 
 
-def offloaded_bytes(setup: TrainingSetup, model: ModelSpec) -> int:
+def offloaded_bytes(run: TrainingRun) -> int:
     """Pinned host memory for what activation offloading takes off the GPU, at most.
 
     torch rounds pinned blocks up to a power of two (aten/src/ATen/core/CachingHostAllocator.h, allocate).
     Where every layer is checkpointed each leaves its input; else what layers keep is taken at twice its size.
     """
+    setup, model, shape = run.setup, run.model, run.micro_step
     if not setup.activation_offloading:
         return 0
     if setup.gradient_checkpointing and setup.checkpointed_layers is None:
-        shape = micro_step(setup)
-        block = shape.tokens * model.hidden_size * shape.stream_bytes
+        block = shape.tokens * model.hidden_size * shape.stream_width
         return model.num_hidden_layers * (1 << (block - 1).bit_length())
-    return 2 * int(step_work(setup, model).offloaded_bytes)
+    return 2 * int(step_work(run).offloaded_bytes)
 
 
 def model_notes(

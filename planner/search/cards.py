@@ -8,8 +8,8 @@ from planner.answers.plan import CardAdvice
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.memory import estimate_memory
-from planner.models.spec import ModelSpec
 from planner.search.evaluator import Evaluator
+from planner.setup.run import Runs
 from planner.setup.training_setup import TrainingSetup
 
 # Cards differ in what the driver and cuBLAS take by far less than the rest; smaller cards are not tried.
@@ -26,7 +26,7 @@ def cards_by_memory() -> tuple[GpuSpec, ...]:
 
 def smallest_gpu_for(
     setup: TrainingSetup,
-    model: ModelSpec,
+    runs: Runs,
     about_bytes: int,
     *,
     above_bytes: int = 0,
@@ -43,7 +43,7 @@ def smallest_gpu_for(
     for gpu in cards_by_memory():
         if gpu.usable_bytes <= max(above_bytes, CLEARLY_TOO_SMALL * about_bytes):
             continue
-        if fits_on(gpu, setup, model, confirm=confirm):
+        if fits_on(gpu, setup, runs, confirm=confirm):
             return gpu
     return None
 
@@ -56,13 +56,13 @@ def smallest_card(evaluator: Evaluator, setup: TrainingSetup, lengths: tuple[int
     """
     shortest = setup.replace(max_length=min(lengths))
     about = evaluator.evaluate(shortest).peak_upper_bytes
-    gpu = smallest_gpu_for(shortest, evaluator.model, about, above_bytes=evaluator.usable_bytes)
+    gpu = smallest_gpu_for(shortest, evaluator.runs, about, above_bytes=evaluator.usable_bytes)
     if gpu is None:
         return None
     longest = next(
         length
         for length in sorted(lengths, reverse=True)
-        if fits_on(gpu, setup.replace(max_length=length), evaluator.model)
+        if fits_on(gpu, setup.replace(max_length=length), evaluator.runs)
     )
     return CardAdvice(
         gpu=gpu.id,
@@ -73,7 +73,7 @@ def smallest_card(evaluator: Evaluator, setup: TrainingSetup, lengths: tuple[int
     )
 
 
-def fits_on(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec, *, confirm: bool = True) -> bool:
+def fits_on(gpu: GpuSpec, setup: TrainingSetup, runs: Runs, *, confirm: bool = True) -> bool:
     """Whether a setup fits on a card that holds nothing else, in the 16-bit type that the card computes in.
 
     With `confirm` the allocator's replay decides where the fitted estimate does not rule it out.
@@ -81,13 +81,13 @@ def fits_on(gpu: GpuSpec, setup: TrainingSetup, model: ModelSpec, *, confirm: bo
     Raises:
         NotModelledError: a knob whose memory is not modelled.
     """
-    own = native(setup, gpu)
-    fitted = estimate_memory(own, model, gpu=gpu)
+    run = runs.of(native(setup, gpu))
+    fitted = estimate_memory(run, gpu=gpu)
     if not confirm:
         return fitted.fits(gpu.usable_bytes)
     if fitted.peak_lower_bytes > gpu.usable_bytes:
         return False
-    return estimate_memory(own, model, gpu=gpu, replay=True).fits(gpu.usable_bytes)
+    return estimate_memory(run, gpu=gpu, replay=True).fits(gpu.usable_bytes)
 
 
 def native(setup: TrainingSetup, gpu: GpuSpec) -> TrainingSetup:

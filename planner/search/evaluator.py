@@ -8,6 +8,7 @@ from planner.base.errors import NotModelledError
 from planner.gpus.spec import GpuSpec
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.spec import ModelSpec
+from planner.setup.run import Runs, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
 from planner.throughput.epoch import EpochTime, Examples
@@ -49,7 +50,8 @@ class Evaluator:
     """Estimates setups of one model on one card, each once.
 
     `examples` are the data, where it is known: no batch is longer than its longest example, whatever
-    max_length allows, unless that length is a guess. `padded` says that examples differ in length.
+    max_length allows, unless that length is a guess. `padded` says that examples differ in length. `runs` are
+    those of the model that are known already.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Evaluator:
         *,
         padded: bool = False,
         examples: Examples | None = None,
+        runs: Runs | None = None,
     ) -> None:
         self.model = model
         self.gpu = gpu
@@ -67,6 +70,7 @@ class Evaluator:
         self.examples = examples
         self.padded = padded if examples is None else examples.mixed
         self._longest = None if examples is None or examples.stats.estimated else examples.stats.longest
+        self.runs = Runs(model) if runs is None else runs
         self._known: dict[TrainingSetup, Candidate] = {}
         self._memories: dict[TrainingSetup, MemoryBreakdown] = {}
         self._replays: dict[TrainingSetup, MemoryBreakdown] = {}
@@ -74,7 +78,9 @@ class Evaluator:
 
     def on(self, gpu: GpuSpec) -> Evaluator:
         """The same model and data on another card, which holds nothing else."""
-        return Evaluator(self.model, gpu, gpu.usable_bytes, padded=self.padded, examples=self.examples)
+        return Evaluator(
+            self.model, gpu, gpu.usable_bytes, padded=self.padded, examples=self.examples, runs=self.runs
+        )
 
     @property
     def compiles(self) -> bool:
@@ -140,7 +146,7 @@ class Evaluator:
         return found
 
     def _step(self, setup: TrainingSetup) -> StepEstimate | None:
-        return forecast(setup, self.model, self.gpu, padded=self._padded(setup))
+        return forecast(self.run(setup), self.gpu)
 
     def _epoch(self, setup: TrainingSetup, speed: StepEstimate | None) -> EpochTime | None:
         if self.examples is None or speed is None:
@@ -149,13 +155,15 @@ class Evaluator:
 
     def _memory(self, setup: TrainingSetup, *, replay: bool, whole: bool = False) -> MemoryBreakdown:
         return estimate_memory(
-            self._as_batched(setup),
-            self.model,
+            self.runs.of(self._as_batched(setup), padded=self._padded(setup)),
             gpu=self.gpu,
-            padded=self._padded(setup),
             replay=replay,
             limit_bytes=None if whole else self.usable_bytes,
         )
+
+    def run(self, setup: TrainingSetup) -> TrainingRun:
+        """A setup's run with the data's batches."""
+        return self.runs.of(setup, padded=self._padded(setup))
 
     def _padded(self, setup: TrainingSetup) -> bool:
         return self.padded and setup.per_device_train_batch_size > 1 and not setup.packing

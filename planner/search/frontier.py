@@ -7,9 +7,8 @@ which do not fit. `runners_up` says in a few lines why the nearest of the others
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from planner.answers.plan import Alternative, FrontierPoint
+from planner.answers.plan import Alternative, FrontierPoint, RunnerUp
 from planner.memory.breakdown import REPLAYED
 from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.search.evaluator import Evaluator
@@ -67,18 +66,6 @@ def around_the_chosen(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, .
     first = max(0, at - SHOWN_BELOW)
     shown = tuple(points[first : at + SHOWN_ABOVE + 1])
     return shown if first == 0 else (points[0], *shown[1:])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunnerUp:
-    """A setup that lost (in Alternative's words), how much faster it is (negative: slower), what it lacks."""
-
-    strategy: str
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    lost: str
-    faster: float
-    lacking_bytes: int
 
 
 def runners_up(

@@ -8,7 +8,6 @@ from typing import Any
 
 from planner.search.choice import Tried, replayed
 from planner.search.evaluator import Evaluator
-from planner.setup.attention import keeps_attention
 from planner.setup.training_setup import TrainingSetup
 
 CHECKPOINTED = "checkpointed"
@@ -80,7 +79,7 @@ def _between(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterato
 def _keeping_attention(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
     """Every layer checkpointed but for its attention, or as few as fit; nothing where none is kept."""
     kept = setup.replace(gradient_checkpointing=True, selective_checkpointing=True)
-    if not keeps_attention(kept, evaluator.model):
+    if not evaluator.run(kept).keeps_attention:
         return
     selective = _possible(kept, prefix + CHECKPOINTED + ATTENTION_KEPT, evaluator)
     if selective is None:

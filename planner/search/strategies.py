@@ -8,7 +8,6 @@ from typing import Any
 
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
-from planner.setup.attention import attention_implementation
 from planner.setup.training_setup import TrainingSetup
 
 FLEX_CAPABILITY = (8, 0)
@@ -85,7 +84,7 @@ def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any
         yield AS_GIVEN
     if fixed.get("packing", True) and base.train_sampling_strategy == "random":
         yield PACKED
-        default = attention_implementation(base, evaluator.model)
+        default = evaluator.run(base).attention
         capability = evaluator.gpu.compute_capability
         if "attn_implementation" not in fixed and default == "sdpa" and capability >= FLEX_CAPABILITY:
             yield PACKED_FLEX

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
+from planner.setup.knob import Knob, KnobValue
+from planner.setup.knobs import KNOBS
+from planner.setup.training_setup import TrainingSetup
 
 
 def with_method(setup: TrainingSetup, method: str) -> TrainingSetup:
-    """Change the method; knobs that the new one does not know take their defaults."""
-    if setup.method == method:
-        return setup
-    changes: dict[str, object] = {"method": method, "prepare_for_kbit_training": False}
-    if method == "full":
-        changes |= {
-            "lora_alpha": None,
-            "lora_dropout": 0.0,
-            "target_modules": ALL_LINEAR,
-            "use_dora": False,
-            "use_rslora": False,
-        }
-    return setup.replace(**changes)
+    """Change the method; knobs that the new one refuses take their defaults."""
+    return setup if setup.method == method else setup.replace(method=method, **refused_by(method))
+
+
+def refused_by(method: str, knobs: tuple[Knob, ...] = KNOBS) -> dict[str, KnobValue | None]:
+    """Knobs of which a method refuses all values but the default, with those."""
+    return {knob.name: knob.default for knob in knobs if method not in knob.methods and not knob.kept}

@@ -8,14 +8,23 @@ from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError
-from planner.setup import defaults
-from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
+from planner.setup.knob import Knob, KnobValue
+from planner.setup.knobs import KNOBS
+from planner.setup.training_knobs import DEFAULT_RANK
+from planner.setup.training_setup import TrainingSetup
+
+__all__ = [
+    "DEFAULT_EFFECTIVE_BATCH_SIZE",
+    "DEFAULT_RANK",
+    "KNOB_NAMES",
+    "KnobValue",
+    "PlanRequest",
+    "make_request",
+    "planned",
+]
 
 DEFAULT_EFFECTIVE_BATCH_SIZE = 16
-DEFAULT_RANK = 16
-
-KnobValue = str | int | float | bool | tuple[str, ...]
-KNOB_NAMES = tuple(name for name in FIELD_NAMES if name != "model")
+KNOB_NAMES = tuple(knob.name for knob in KNOBS)
 # Stands in for the length while knobs are checked before a length is chosen.
 _ANY_LENGTH = 512
 
@@ -74,10 +83,7 @@ class PlanRequest:
         Raises:
             InputError: the values contradict each other.
         """
-        values: dict[str, Any] = {"optim": defaults.OPTIM, **chosen, **self.fixed}
-        if values.get("num_processes", 1) > 1:
-            values.setdefault("distributed", "ddp")
-        return TrainingSetup(model=self.model, **values)
+        return TrainingSetup(model=self.model, **planned({**chosen, **self.fixed}))
 
 
 def make_request(model: str, *, knobs: Mapping[str, Any] | None = None, **wishes: Any) -> PlanRequest:
@@ -90,6 +96,17 @@ def make_request(model: str, *, knobs: Mapping[str, Any] | None = None, **wishes
         (name, tuple(value) if isinstance(value, list) else value) for name, value in (knobs or {}).items()
     )
     return PlanRequest(model=model, knobs=pairs, **wishes)
+
+
+def planned(values: Mapping[str, Any], knobs: tuple[Knob, ...] = KNOBS) -> dict[str, Any]:
+    """Values by knob with what a plan takes where they say nothing, of knobs whose needs they meet."""
+    full = {knob.name: knob.default for knob in knobs} | dict(values)
+    taken = {
+        knob.name: knob.planned
+        for knob in knobs
+        if knob.planned is not None and all(full[need.other] != need.other_than for need in knob.needs)
+    }
+    return {**taken, **values}
 
 
 def _positive(field: str, value: object, maximum: float) -> None:

@@ -8,48 +8,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.setup.checks import setup_check
+from planner.setup.knob import METHODS
+from planner.setup.knobs import KNOBS
+from planner.setup.training_knobs import ALL_LINEAR, MAX_LENGTH, OPTIMIZERS
 
-METHODS = ("qlora", "lora", "full")
-DTYPES = ("bfloat16", "float16", "float32")
-QUANT_TYPES = ("nf4", "fp4")
-OPTIMIZERS = (
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adafactor",
-    "lion_8bit",
-    "paged_lion_8bit",
-    "sgd",
-)
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
-KERNELS = ("none", "liger")
-COMPILE = ("none", "regional")
-SAMPLING_STRATEGIES = ("random", "group_by_length")
-DISTRIBUTED = ("ddp", "fsdp")
-ALL_LINEAR = "all-linear"
+__all__ = ["ALL_LINEAR", "FIELD_NAMES", "MAX_LENGTH", "METHODS", "OPTIMIZERS", "TrainingSetup"]
 
-MAX_LENGTH = 2**24
-MAX_BATCH = 2**16
-MAX_ACCUMULATION = 2**20
-MAX_RANK = 2**14
-MAX_PROCESSES = 2**14
+# Untyped: a row's default is of any knob's type. A test compares the rows' kinds with the fields' types.
+_DEFAULTS: dict[str, Any] = {knob.name: knob.default for knob in KNOBS}
+_LISTS = tuple(knob.name for knob in KNOBS if knob.kind == "names")
+_check_knobs = setup_check(KNOBS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSetup:
     """One training run's knobs, validated at construction.
 
-    Defaults are the contract's, not TRL's. `lora_alpha=None` stands for twice the rank,
-    `checkpointed_layers=None` for all decoder layers, `attn_implementation=None` for what transformers
-    picks for the model, `activation_memory_budget=None` for no budget, `distributed=None` for one process.
-    LoRA and quantisation keys keep their defaults for methods that do not use them; a value other than the
-    default there is a contradiction and refused.
+    Defaults are the contract's, not TRL's. What each knob accepts, what null stands for and what it needs of
+    others is in its row of KNOBS. A knob that the method does not use has its default: another value is a
+    contradiction and refused, unless the row says that it is kept.
 
     Raises:
         FieldError: a value is outside what the field accepts.
@@ -58,72 +41,40 @@ class TrainingSetup:
 
     model: str
     max_length: int
-    method: str = "qlora"
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    dtype: str = "bfloat16"
-    bnb_4bit_use_double_quant: bool = True
-    bnb_4bit_quant_type: str = "nf4"
-    lora_r: int = 16
-    lora_alpha: int | None = None
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    use_dora: bool = False
-    use_rslora: bool = False
-    optim: str = "paged_adamw_8bit"
-    gradient_checkpointing: bool = True
-    checkpointed_layers: int | None = None
-    selective_checkpointing: bool = False
-    activation_offloading: bool = False
-    attn_implementation: str | None = None
-    kernels: str = "none"
-    compile: str = "none"
-    activation_memory_budget: float | None = None
-    prepare_for_kbit_training: bool = False
-    packing: bool = False
-    train_sampling_strategy: str = "random"
-    num_processes: int = 1
-    distributed: str | None = None
+    method: str = _DEFAULTS["method"]
+    per_device_train_batch_size: int = _DEFAULTS["per_device_train_batch_size"]
+    gradient_accumulation_steps: int = _DEFAULTS["gradient_accumulation_steps"]
+    dtype: str = _DEFAULTS["dtype"]
+    bnb_4bit_use_double_quant: bool = _DEFAULTS["bnb_4bit_use_double_quant"]
+    bnb_4bit_quant_type: str = _DEFAULTS["bnb_4bit_quant_type"]
+    lora_r: int = _DEFAULTS["lora_r"]
+    lora_alpha: int | None = _DEFAULTS["lora_alpha"]
+    lora_dropout: float = _DEFAULTS["lora_dropout"]
+    target_modules: str | tuple[str, ...] = _DEFAULTS["target_modules"]
+    use_dora: bool = _DEFAULTS["use_dora"]
+    use_rslora: bool = _DEFAULTS["use_rslora"]
+    optim: str = _DEFAULTS["optim"]
+    gradient_checkpointing: bool = _DEFAULTS["gradient_checkpointing"]
+    checkpointed_layers: int | None = _DEFAULTS["checkpointed_layers"]
+    selective_checkpointing: bool = _DEFAULTS["selective_checkpointing"]
+    activation_offloading: bool = _DEFAULTS["activation_offloading"]
+    attn_implementation: str | None = _DEFAULTS["attn_implementation"]
+    kernels: str = _DEFAULTS["kernels"]
+    compile: str = _DEFAULTS["compile"]
+    activation_memory_budget: float | None = _DEFAULTS["activation_memory_budget"]
+    prepare_for_kbit_training: bool = _DEFAULTS["prepare_for_kbit_training"]
+    packing: bool = _DEFAULTS["packing"]
+    train_sampling_strategy: str = _DEFAULTS["train_sampling_strategy"]
+    num_processes: int = _DEFAULTS["num_processes"]
+    distributed: str | None = _DEFAULTS["distributed"]
 
     def __post_init__(self) -> None:
         validate.text("model", self.model)
-        validate.integer("max_length", self.max_length, minimum=1, maximum=MAX_LENGTH)
-        validate.choice("method", self.method, METHODS)
-        validate.integer(
-            "per_device_train_batch_size", self.per_device_train_batch_size, minimum=1, maximum=MAX_BATCH
-        )
-        validate.integer(
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-            minimum=1,
-            maximum=MAX_ACCUMULATION,
-        )
-        validate.choice("dtype", self.dtype, DTYPES)
-        validate.boolean("bnb_4bit_use_double_quant", self.bnb_4bit_use_double_quant)
-        validate.choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
-        validate.integer("lora_r", self.lora_r, minimum=1, maximum=MAX_RANK)
-        if self.lora_alpha is not None:
-            validate.integer("lora_alpha", self.lora_alpha, minimum=1, maximum=MAX_RANK * 64)
-        validate.number("lora_dropout", self.lora_dropout, minimum=0.0, maximum=0.99)
-        object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
-        for name in _BOOLEANS:
-            validate.boolean(name, getattr(self, name))
-        validate.choice("optim", self.optim, OPTIMIZERS)
-        if self.checkpointed_layers is not None:
-            validate.integer("checkpointed_layers", self.checkpointed_layers, minimum=0, maximum=10_000)
-        if self.attn_implementation is not None:
-            validate.choice("attn_implementation", self.attn_implementation, ATTENTION_IMPLEMENTATIONS)
-        validate.choice("kernels", self.kernels, KERNELS)
-        validate.choice("compile", self.compile, COMPILE)
-        if self.activation_memory_budget is not None:
-            validate.number(
-                "activation_memory_budget", self.activation_memory_budget, minimum=0.0, maximum=1.0
-            )
-        validate.choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
-        validate.integer("num_processes", self.num_processes, minimum=1, maximum=MAX_PROCESSES)
-        if self.distributed is not None:
-            validate.choice("distributed", self.distributed, DISTRIBUTED)
-        _refuse_contradictions(self)
+        _check_knobs(self)
+        for name in _LISTS:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
 
     @property
     def alpha(self) -> int:
@@ -147,14 +98,12 @@ class TrainingSetup:
 
     def replace(self, **changes: Any) -> TrainingSetup:
         """Copy with fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
+        return TrainingSetup(**dict(zip(FIELD_NAMES, _values_of(self), strict=True)) | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: every key of the contract, lists for tuples."""
-        values = {name: getattr(self, name) for name in FIELD_NAMES}
-        if isinstance(self.target_modules, tuple):
-            values["target_modules"] = list(self.target_modules)
-        return values
+        values = zip(FIELD_NAMES, _values_of(self), strict=True)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingSetup:
@@ -165,9 +114,9 @@ class TrainingSetup:
         """
         if not isinstance(values, Mapping):
             raise InputError("a training setup must be a JSON object")
-        for key in values:
-            if key not in FIELD_NAMES:
-                raise FieldError("setup key", key, "one of " + ", ".join(FIELD_NAMES))
+        if not _FIELDS.issuperset(values):
+            unknown = next(key for key in values if key not in _FIELDS)
+            raise FieldError("setup key", unknown, "one of " + ", ".join(FIELD_NAMES))
         for key in ("model", "max_length"):
             if key not in values:
                 raise InputError(f"{key} is required in a training setup")
@@ -175,60 +124,5 @@ class TrainingSetup:
 
 
 FIELD_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(TrainingSetup))
-_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(TrainingSetup)
-    if field.default is not dataclasses.MISSING
-}
-_BOOLEANS = (
-    "use_dora",
-    "use_rslora",
-    "gradient_checkpointing",
-    "selective_checkpointing",
-    "activation_offloading",
-    "prepare_for_kbit_training",
-    "packing",
-)
-_LORA_ONLY = ("lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora")
-
-
-def _target_modules(value: object) -> str | tuple[str, ...]:
-    accepted = f'"{ALL_LINEAR}" or a non-empty list of module names'
-    if value == ALL_LINEAR:
-        return ALL_LINEAR
-    if not isinstance(value, list | tuple) or not value or len(value) > 1000:
-        raise FieldError("target_modules", value, accepted)
-    for item in value:
-        if not isinstance(item, str) or not item or not item.isprintable():
-            raise FieldError("target_modules", value, accepted)
-    if len(set(value)) != len(value):
-        raise FieldError("target_modules", value, "each module name once")
-    return tuple(value)
-
-
-def _refuse_contradictions(setup: TrainingSetup) -> None:
-    if setup.method == "full":
-        for name in _LORA_ONLY:
-            if getattr(setup, name) != _DEFAULTS[name]:
-                raise InputError(f"{name} applies to qlora and lora, but method is full")
-    if setup.method != "qlora" and setup.prepare_for_kbit_training:
-        raise InputError("prepare_for_kbit_training applies to qlora, but method is " + setup.method)
-    if not setup.gradient_checkpointing:
-        if setup.checkpointed_layers not in (None, 0):
-            raise InputError("checkpointed_layers needs gradient_checkpointing true")
-        if setup.selective_checkpointing:
-            raise InputError("selective_checkpointing needs gradient_checkpointing true")
-    if setup.activation_memory_budget is not None:
-        if setup.compile == "none":
-            raise InputError("activation_memory_budget needs compile regional")
-        if setup.gradient_checkpointing:
-            raise InputError("activation_memory_budget needs gradient_checkpointing false")
-    if setup.packing and setup.train_sampling_strategy != "random":
-        raise InputError(
-            f"train_sampling_strategy {setup.train_sampling_strategy} needs packing false: packed sequences "
-            "are all of one length"
-        )
-    if setup.num_processes == 1 and setup.distributed is not None:
-        raise InputError("distributed needs num_processes of at least 2")
-    if setup.num_processes > 1 and setup.distributed is None:
-        raise InputError("num_processes of 2 or more needs distributed: ddp or fsdp")
+_FIELDS = frozenset(FIELD_NAMES)
+_values_of = attrgetter(*FIELD_NAMES)

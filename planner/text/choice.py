@@ -5,8 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from planner.answers.plan import FrontierPoint, Plan
-from planner.search.frontier import RunnerUp, around_the_chosen, runners_up
+from planner.answers.plan import FrontierPoint, Plan, RunnerUp
 from planner.setup.training_setup import TrainingSetup
 from planner.text.figures import WIDE, bullets, columns, duration, figure, gib, heading, rate, yes_no
 
@@ -39,11 +38,11 @@ def print_methods(out: Console, plan: Plan) -> None:
 
 def print_frontier(out: Console, plan: Plan) -> None:
     """Print the setups that no other one beats in both speed and memory, those around the chosen one."""
-    if not plan.fits or len(plan.frontier) < 2:
+    shown = plan.neighbours
+    if not plan.fits or len(shown) < 2:
         return
     heading(out, "Speed against memory: the best of all that was tried")
     timed = plan.data is not None
-    shown = around_the_chosen(plan.frontier)
     if out.width < WIDE:
         bullets(out, [_in_words(one, timed=timed) for one in shown])
         return
@@ -78,8 +77,7 @@ def _in_words(one: FrontierPoint, *, timed: bool) -> str:
 
 def print_runners_up(out: Console, plan: Plan) -> None:
     """Print why the next best lost."""
-    shown = runners_up(plan.alternatives, plan.frontier, plan.gpu.usable_bytes)
-    if not shown or not plan.fits:
+    if not plan.runners_up or not plan.fits:
         return
     heading(out, "Why not another setup")
     rows = [
@@ -88,7 +86,7 @@ def print_runners_up(out: Console, plan: Plan) -> None:
             one.strategy,
             _lost(one),
         ]
-        for one in shown
+        for one in plan.runners_up
     ]
     columns(out, [("batch", "number"), ("", "text"), ("", "text")], rows)
 

@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from planner.answers.plan import Plan
+from planner.setup.knob import Knob, plain
+from planner.setup.knobs import KNOBS
+from planner.setup.training_setup import TrainingSetup
 from planner.text.choice import (
     METHOD_TITLES,
     print_advice,
@@ -125,16 +128,16 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     yield "checkpointing", _checkpointing(plan)
     yield "attention", model.attn_implementation
-    if setup.train_sampling_strategy != "random":
-        yield "sampling", setup.train_sampling_strategy
-    for name in ("kernels", "compile"):
-        if getattr(setup, name) != "none":
-            yield name, str(getattr(setup, name))
-    for name in ("activation_offloading", "prepare_for_kbit_training"):
-        if getattr(setup, name):
-            yield name.replace("_", " "), "on"
-    if setup.activation_memory_budget is not None:
-        yield "memory budget", f"{setup.activation_memory_budget:g}"
+    yield from knob_lines(setup)
+
+
+def knob_lines(setup: TrainingSetup, knobs: tuple[Knob, ...] = KNOBS) -> Iterator[tuple[str, str]]:
+    """Knobs that have a line of their own where they are not as by default."""
+    lines = [(knob.line.place, knob.line.label, knob) for knob in knobs if knob.line is not None]
+    for _, label, knob in sorted(lines, key=lambda line: line[0]):
+        value = getattr(setup, knob.name)
+        if value != knob.default:
+            yield label, "on" if value is True else plain(value)
 
 
 def _a_step(plan: Plan) -> str:

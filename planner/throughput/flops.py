@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
-from planner.setup.attention import SKIPS_MASKED, attention_implementation, keeps_attention
-from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
+from planner.setup.adapters import Adapter
+from planner.setup.attention import SKIPS_MASKED
+from planner.setup.run import TrainingRun
+from planner.setup.trained import adapted, expert_rank
 
 # Attention's backward with flash or memory-efficient kernels: five matmuls (the scores again, dV, dP, dQ, dK)
 # against the forward's two (Dao 2023, arXiv:2307.08691, section 4.1).
@@ -31,19 +34,21 @@ class LinearWork:
 
     `active_weights` are weight elements that multiply each token; `linear_weights` those in nn.Linear, which
     QLoRA holds in 4 bits; `wrapped_*` are sums over the layers that an adapter wraps: input and output
-    widths, weight elements, and how many there are. `trainable_tensors` counts all parameter tensors.
+    widths, weight elements, and how many there are. `folded_weights` are elements of experts that adapters
+    are folded into, those of fused tensors, whose rank is doubled, twice; `folded_router_weights` those of
+    routers; `folded_active_weights` those of both that multiply each token.
     """
 
     active_weights: int
     linear_weights: int
-    linear_count: int
     wrapped_inputs: int
     wrapped_outputs: int
     wrapped_weights: int
     wrapped_count: int
+    folded_weights: int
+    folded_router_weights: int
+    folded_active_weights: int
     head_weights: int
-    all_parameters: int
-    all_tensors: int
 
 
 class MatrixFlops(NamedTuple):
@@ -66,33 +71,27 @@ class MatrixFlops(NamedTuple):
         return sum(self)
 
 
-class _Same:
-    """A model as a cache key by identity: hashing hundreds of parameters takes longer than an estimate."""
+class AdapterFlops(NamedTuple):
+    """Operations that adapters add to one micro-step.
 
-    __slots__ = ("model",)
+    `products` are those of tokens with the adapters of linear layers, of one pass; `forward` and `backward`
+    what each pass computes of weights alone, whatever its tokens; `folded_gradients` the gradients of weights
+    that adapters are folded into.
+    """
 
-    def __init__(self, model: ModelSpec) -> None:
-        self.model = model
-
-    def __hash__(self) -> int:
-        return id(self.model)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.model is self.model
-
-
-def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> LinearWork:
-    """Sum up the model's matrix weights; remembered for each model object and choice of targets."""
-    return _linear_work(_Same(model), target_modules)
+    products: float
+    forward: float
+    backward: float
+    folded_gradients: float
 
 
-def matrix_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> MatrixFlops:
+def matrix_flops(run: TrainingRun) -> MatrixFlops:
     """Count the matmuls of one micro-step: forward, recompute of checkpointed layers, backward."""
-    forward, backward = pass_flops(setup, model, padded=padded)
+    forward, backward = pass_flops(run)
     return MatrixFlops(*map(operator.add, forward, backward))
 
 
-def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[MatrixFlops, MatrixFlops]:
+def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
     """Count the matmuls of a micro-step's forward pass, and of its backward pass with what it recomputes.
 
     A weight that is trained has three matmuls a token (forward, input gradient, weight gradient), a frozen
@@ -100,32 +99,27 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple
     logits in the forward and again in the backward, then the hidden states' gradient
     (trl/kernels/chunked_logprob.py:347), and with a trained head its weight gradient.
     """
-    work = linear_work(model, setup.target_modules)
-    tokens = setup.tokens_per_micro_step
-    recomputed = checkpointed_share(setup, model)
-    trained = not setup.uses_lora
-    adapter = norm = 0.0
-    if setup.uses_lora:
-        adapter = 2.0 * setup.lora_r * (work.wrapped_inputs + work.wrapped_outputs) * tokens
-        if setup.use_dora:
-            # The norm of W + BA needs BA itself, in each forward (peft/tuners/lora/dora.py:86-98).
-            norm = 2.0 * setup.lora_r * work.wrapped_weights
+    setup, tokens = run.setup, run.micro_step.tokens
+    work = linear_work(run.model, setup.target_modules)
+    recomputed = checkpointed_share(run)
     layers = 2.0 * work.active_weights * tokens
     head = 2.0 * work.head_weights * tokens
-    attention, masked, wide = _attention_flops(setup, model, padded=padded)
-    again = _attention_again(setup, model, recomputed)
+    attention, masked, wide = _attention_flops(run)
+    again = _attention_again(run, recomputed)
+    trained = run.adapter is None
+    adapter = AdapterFlops(0.0, 0.0, 0.0, 0.0) if run.adapter is None else _adapter_flops(run, run.adapter)
     return (
         MatrixFlops(
             layers=layers,
-            adapter=adapter + norm,
+            adapter=adapter.products + adapter.forward,
             head=head,
             attention=attention,
             masked_attention=masked,
             wide_masked_attention=wide,
         ),
         MatrixFlops(
-            layers=layers * (1 + recomputed + trained),
-            adapter=adapter * (2 + recomputed) + norm * recomputed,
+            layers=layers * (1 + recomputed + trained) + adapter.folded_gradients,
+            adapter=adapter.products * (2 + recomputed) + adapter.forward * recomputed + adapter.backward,
             head=head * (2 + trained),
             attention=attention * again,
             masked_attention=masked * again,
@@ -134,104 +128,102 @@ def pass_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple
     )
 
 
-def checkpointed_share(setup: TrainingSetup, model: ModelSpec) -> float:
+def _adapter_flops(run: TrainingRun, adapter: Adapter) -> AdapterFlops:
+    """Count them.
+
+    Experts and routers are parameters, which PEFT adapts by folding BA into the weight, of all experts, in
+    each forward (peft/tuners/lora/layer.py: ParamWrapper). Of experts it does so twice: torch evaluates a
+    parametrisation when it is registered, and again where the weight is used
+    (torch/nn/utils/parametrize.py: ParametrizationList); of routers BA is computed once, before. The backward
+    pass computes the folded weight's gradient, as of a trained one, and from it those of A and of B.
+    """
+    work = linear_work(run.model, adapter.target_modules)
+    tokens, rank = run.micro_step.tokens, adapter.rank
+    # The norm of W + BA needs BA itself, in each forward (peft/tuners/lora/dora.py:86-98).
+    norm = 2.0 * rank * work.wrapped_weights if adapter.variant.magnitudes else 0.0
+    experts, routers = 2.0 * rank * work.folded_weights, 2.0 * rank * work.folded_router_weights
+    return AdapterFlops(
+        products=2.0 * rank * (work.wrapped_inputs + work.wrapped_outputs) * tokens,
+        forward=norm + 2 * experts + routers,
+        backward=2 * (experts + routers),
+        folded_gradients=2.0 * work.folded_active_weights * tokens,
+    )
+
+
+def checkpointed_share(run: TrainingRun) -> float:
     """Share of the decoder layers' forward that runs again in the backward.
 
     An activation memory budget recomputes about as much of a compiled layer as it does not let it keep.
     """
-    if setup.activation_memory_budget is not None:
-        return 1.0 - setup.activation_memory_budget
-    if not setup.gradient_checkpointing:
-        return 0.0
-    if setup.checkpointed_layers is None:
-        return 1.0
-    return min(setup.checkpointed_layers, model.num_hidden_layers) / model.num_hidden_layers
+    if run.setup.activation_memory_budget is not None:
+        return 1.0 - run.setup.activation_memory_budget
+    layers = run.model.num_hidden_layers
+    return min(run.checkpointed_layers, layers) / layers
 
 
-def attention_pairs(
-    setup: TrainingSetup, layer: LayerSpec, implementation: str, *, padded: bool = False
-) -> float:
+def attention_pairs(run: TrainingRun, layer: LayerSpec, kernel: str) -> float:
     """Query-key pairs that one head computes in a micro-step.
 
     Flash and flex attention skip what is masked. SDPA does so only without a mask tensor. Eager computes
     every pair. A packed batch is one long row.
     """
+    setup = run.setup
     length, batch = setup.max_length, setup.per_device_train_batch_size
     window = layer.sliding_window
-    if implementation in SKIPS_MASKED:
+    if run.attention in SKIPS_MASKED:
         if window is None or window >= length:
             return batch * length * (length + 1) / 2
         return batch * (window * (window + 1) / 2 + (length - window) * window)
     if setup.packing:
         return float((batch * length) ** 2)
-    if implementation == "eager" or has_mask(setup, layer, implementation, padded=padded):
+    if run.attention == "eager" or kernel == "masked":
         return float(batch * length * length)
     return batch * length * (length + 1) / 2
 
 
-def has_mask(setup: TrainingSetup, layer: LayerSpec, implementation: str, *, padded: bool) -> bool:
-    """Whether SDPA gets a mask tensor: for padded and packed batches, and windows shorter than the sequence
-    (transformers/integrations/sdpa_attention.py:43-52).
-    """
-    windowed = layer.sliding_window is not None and layer.sliding_window < setup.max_length
-    return implementation == "sdpa" and (setup.packing or padded or windowed)
-
-
-def _attention_flops(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[float, float, float]:
+def _attention_flops(run: TrainingRun) -> tuple[float, float, float]:
     """Attention's share of the forward pass: of layers without a mask, of those with one, and of the latter
     those with wide heads apart.
     """
-    implementation = attention_implementation(setup, model)
     found = [0.0, 0.0, 0.0]
-    for layer in model.layers:
-        pairs = attention_pairs(setup, layer, implementation, padded=padded)
+    for layer, kernel in zip(run.model.layers, run.attention_kernels, strict=True):
+        pairs = attention_pairs(run, layer, kernel)
         # QK^T and PV: 2 operations an element of the head each.
-        masked = has_mask(setup, layer, implementation, padded=padded)
-        kind = 0 if not masked else 1 if layer.head_dim <= WIDE_HEAD else 2
+        kind = 0 if kernel != "masked" else 1 if layer.head_dim <= WIDE_HEAD else 2
         found[kind] += 4.0 * layer.count * layer.query_size * pairs
     return found[0], found[1], found[2]
 
 
-def _attention_again(setup: TrainingSetup, model: ModelSpec, recomputed: float) -> float:
+def _attention_again(run: TrainingRun, recomputed: float) -> float:
     """Attention's operations in the backward pass, recomputed ones too, for each of the forward pass."""
-    eager = attention_implementation(setup, model) == "eager"
-    again = 0.0 if keeps_attention(setup, model) else recomputed
-    return again + (EAGER_ATTENTION_BACKWARD if eager else ATTENTION_BACKWARD)
+    again = 0.0 if run.keeps_attention else recomputed
+    return again + (EAGER_ATTENTION_BACKWARD if run.attention == "eager" else ATTENTION_BACKWARD)
 
 
 @functools.lru_cache(maxsize=256)
-def _linear_work(key: _Same, target_modules: str | tuple[str, ...]) -> LinearWork:
-    model = key.model
-    active = 0.0
-    linear = [0, 0]
-    wrapped = [0, 0, 0, 0]
-    for parameter in model.parameters:
-        if not parameter.in_decoder_layer or len(parameter.shape) < 2:
-            continue
-        elements = parameter.elements * parameter.count
-        active += elements * _routed_share(parameter, model)
-        if parameter.module_class != "Linear":
-            continue
-        linear[0] += elements
-        linear[1] += parameter.count
-        if _is_target(parameter, target_modules):
-            outputs, inputs = parameter.shape
-            wrapped[0] += inputs * parameter.count
-            wrapped[1] += outputs * parameter.count
-            wrapped[2] += elements
-            wrapped[3] += parameter.count
+def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> LinearWork:
+    """Sum up the model's matrix weights for one choice of LoRA targets."""
+    found = adapted(model, target_modules)
+    folded = found.experts + found.routers
+    weights = [p for p in model.parameters if p.in_decoder_layer and len(p.shape) >= 2]
+    linears = [p for p in weights if p.module_class == "Linear"]
     return LinearWork(
-        active_weights=round(active),
-        linear_weights=linear[0],
-        linear_count=linear[1],
-        wrapped_inputs=wrapped[0],
-        wrapped_outputs=wrapped[1],
-        wrapped_weights=wrapped[2],
-        wrapped_count=wrapped[3],
+        active_weights=_active(weights, model),
+        linear_weights=sum(p.elements * p.count for p in linears),
+        wrapped_inputs=sum(p.shape[1] * p.count for p in found.linears),
+        wrapped_outputs=sum(p.shape[0] * p.count for p in found.linears),
+        wrapped_weights=sum(p.elements * p.count for p in found.linears),
+        wrapped_count=sum(p.count for p in found.linears),
+        folded_weights=sum(p.elements * p.count * expert_rank(p, 1) for p in found.experts),
+        folded_router_weights=sum(p.elements * p.count for p in found.routers),
+        folded_active_weights=_active(folded, model),
         head_weights=model.vocab_size * model.hidden_size,
-        all_parameters=model.parameter_count,
-        all_tensors=sum(p.count for p in model.parameters if not p.tied),
     )
+
+
+def _active(parameters: Iterable[Parameter], model: ModelSpec) -> int:
+    """Weight elements that multiply each token."""
+    return round(sum(p.elements * p.count * _routed_share(p, model) for p in parameters))
 
 
 def _routed_share(parameter: Parameter, model: ModelSpec) -> float:
@@ -242,10 +234,3 @@ def _routed_share(parameter: Parameter, model: ModelSpec) -> float:
         if layer.experts:
             return layer.experts_per_token / layer.experts
     return 1.0
-
-
-def _is_target(parameter: Parameter, target_modules: str | tuple[str, ...]) -> bool:
-    if target_modules == ALL_LINEAR:
-        return True
-    module = parameter.name.rsplit(".", 1)[0]
-    return any(module == target or module.endswith(f".{target}") for target in target_modules)

@@ -5,7 +5,8 @@ Shipped rates lie in profiles/calibration/throughput, a person's own in the user
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from planner.base import validate
 from planner.base.data_files import PROFILES, read_json, user_data_dir
 from planner.base.errors import InputError
 from planner.gpus.spec import GpuSpec
+from planner.throughput.by_kind import ByKind
 from planner.throughput.microbenchmarks import Microbenchmarks, Slowdown, microbenchmarks_of, slowdown
-from planner.throughput.work import PassWork, StepWork
+from planner.throughput.work import StepWork
+from planner.throughput.work_kinds import SCALES, WORK_KINDS, Scale, Side, WorkKind
 
 OVERLAP = 4.0
 """Power of the mean that joins GPU and host time: above the larger of two equal ones by 2^(1/4), 19%."""
@@ -25,43 +28,34 @@ UNCALIBRATED = (0.65, 1.5)
 """Interval of a forecast with another GPU's rates, as factors of it; runs beside it: docs/throughput.md."""
 
 
+def _positions(side: Side) -> tuple[int, ...]:
+    """Where a side's kinds stand in the table, in the order that their seconds are added up in.
+
+    What weights multiply comes first, then attention, then adapters (the order of SCALES): another order
+    changes a sum's last digit, and with it what plans and records say to the last digit.
+    """
+    rows = [(at, kind) for at, kind in enumerate(WORK_KINDS) if kind.side == side]
+    if side == "matrix":
+        rows.sort(key=lambda row: SCALES.index(row[1].scales_with))
+    return tuple(at for at, _ in rows)
+
+
+_MATRIX, _TRAFFIC = _positions("matrix"), _positions("traffic")
+_COPIES, _HOST = _positions("copies"), _positions("host")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Seconds for each unit of work on one GPU (`gpu`, its catalog id) and its host.
+    """Seconds for each unit of work on one GPU (`gpu`, its catalog id) and its host, by kind (work_kinds.py).
 
-    Of the GPU, a floating-point operation (`layer`, `head`, `adapter`, `attention`, `masked_attention`,
-    `wide_masked_attention`; `single` in fp32, by TF32 where the GPU has it) and a byte (`written`: tensors
-    that grow with the batch; `weight`: those that do not; `offloaded`: to the host or back; `optimizer`: an
-    optimizer step's). Of the host, what PassWork counts (`launch`, `quantized_call`, `lora_call`,
-    `liger_call`, `selected_launch`, `compiled_layer`, `compiled_call`), a micro-step, and an optimizer's run
-    of Python (`optimizer_call`). Between `low` and `high` times the forecast lie nine in ten runs of models
-    that the fit had not seen, where the GPU decides; `launch_low` and `launch_high` where the host does.
-    `record_ids` are the runs behind it. The host's rates are those of one that takes `host_block_seconds` for
-    the eager block of microbenchmarks (null: not known).
+    Between `low` and `high` times the forecast lie nine in ten runs of models that the fit had not seen,
+    where the GPU decides; `launch_low` and `launch_high` where the host does. `record_ids` are the runs
+    behind it. The host's rates are those of one that takes `host_block_seconds` for the eager block of
+    microbenchmarks (null: not known).
     """
 
     gpu: str
-    layer_flop_seconds: float
-    attention_flop_seconds: float
-    masked_attention_flop_seconds: float
-    wide_masked_attention_flop_seconds: float
-    head_flop_seconds: float
-    adapter_flop_seconds: float
-    single_flop_seconds: float
-    written_byte_seconds: float
-    weight_byte_seconds: float
-    offloaded_byte_seconds: float
-    optimizer_byte_seconds: float
-    launch_seconds: float
-    quantized_call_seconds: float
-    lora_call_seconds: float
-    liger_call_seconds: float
-    selected_launch_seconds: float
-    eager_layer_seconds: float
-    compiled_layer_seconds: float
-    compiled_call_seconds: float
-    micro_step_seconds: float
-    optimizer_call_seconds: float
+    seconds: ByKind
     low: float
     high: float
     launch_low: float
@@ -71,10 +65,10 @@ class Rates:
 
     def __post_init__(self) -> None:
         validate.text("rates gpu", self.gpu)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_seconds") and value is not None:
-                validate.number(field.name, value, minimum=0.0, maximum=10.0)
+        for kind, value in zip(WORK_KINDS, self.seconds.numbers, strict=True):
+            validate.number(kind.rate, value, minimum=0.0, maximum=10.0)
+        if self.host_block_seconds is not None:
+            validate.number("host_block_seconds", self.host_block_seconds, minimum=0.0, maximum=10.0)
         for name in ("low", "launch_low"):
             validate.number(name, getattr(self, name), minimum=0.0, maximum=1.0)
         for name in ("high", "launch_high"):
@@ -84,59 +78,62 @@ class Rates:
         """Factors on a forecast that waits for "compute", "bandwidth" or "launches"."""
         return (self.launch_low, self.launch_high) if bound_by == "launches" else (self.low, self.high)
 
-    def gpu_seconds(self, work: PassWork, *, single: bool) -> tuple[float, float]:
-        """GPU time of a pass: matrix work, and memory traffic."""
-        if single:
-            matrix = (work.layer_flops + work.head_flops) * self.single_flop_seconds
-        else:
-            matrix = work.layer_flops * self.layer_flop_seconds + work.head_flops * self.head_flop_seconds
-        matrix += work.attention_flops * self.attention_flop_seconds
-        matrix += work.masked_attention_flops * self.masked_attention_flop_seconds
-        matrix += work.wide_masked_attention_flops * self.wide_masked_attention_flop_seconds
-        matrix += work.adapter_flops * self.adapter_flop_seconds
-        traffic = work.written_bytes * self.written_byte_seconds
-        return matrix, traffic + work.weight_bytes * self.weight_byte_seconds
+    def gpu_seconds(self, work: ByKind) -> tuple[float, float]:
+        """GPU time: matrix work, and memory traffic."""
+        return self._of(_MATRIX, work), self._of(_TRAFFIC, work)
 
-    def host_seconds(self, work: PassWork) -> float:
-        """Host time of a pass."""
-        return (
-            work.launches * self.launch_seconds
-            + work.quantized_calls * self.quantized_call_seconds
-            + work.lora_calls * self.lora_call_seconds
-            + work.liger_calls * self.liger_call_seconds
-            + work.selected_launches * self.selected_launch_seconds
-            + work.eager_layers * self.eager_layer_seconds
-            + work.compiled_layers * self.compiled_layer_seconds
-            + work.compiled_calls * self.compiled_call_seconds
-        )
+    def copy_seconds(self, work: ByKind) -> float:
+        """Time of copies between the GPU and its host."""
+        return self._of(_COPIES, work)
+
+    def host_seconds(self, work: ByKind) -> float:
+        """Host time."""
+        return self._of(_HOST, work)
 
     def optimizer_seconds(self, work: StepWork, *, host_slower: float = 1.0) -> float:
         """Time of an optimizer step."""
-        moved = work.optimizer_bytes * self.optimizer_byte_seconds
-        return moved + work.optimizer_calls * self.optimizer_call_seconds * host_slower
+        computed, moved = self.gpu_seconds(work.optimizer_step)
+        return computed + moved + self.host_seconds(work.optimizer_step) * host_slower
+
+    def _of(self, positions: tuple[int, ...], work: ByKind) -> float:
+        amounts, seconds = work.numbers, self.seconds.numbers
+        total = 0.0
+        for at in positions:
+            total += amounts[at] * seconds[at]
+        return total
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
+        """JSON form: a field for each rate where `seconds` stands."""
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            if field.name == "seconds":
+                found |= {kind.rate: self.seconds[kind.name] for kind in WORK_KINDS}
+            else:
+                found[field.name] = getattr(self, field.name)
+        return found
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rates:
-        """Read the JSON form; files written before wide heads were told apart have one rate for both.
+        """Read the JSON form; a kind of work that was told apart later than the file has the rate that both
+        had (WorkKind.once_in).
 
         Raises:
             InputError: the JSON is not a set of rates.
         """
-        wide = "wide_masked_attention_flop_seconds"
         try:
-            return cls(
-                **{
-                    **values,
-                    wide: values.get(wide, values["masked_attention_flop_seconds"]),
-                    "record_ids": tuple(values["record_ids"]),
-                }
-            )
+            seconds = {kind.name: _rate_in(values, kind) for kind in WORK_KINDS}
+            rates = {kind.rate for kind in WORK_KINDS}
+            rest = {name: value for name, value in values.items() if name not in rates}
+            rest["record_ids"] = tuple(values["record_ids"])
+            return cls(seconds=ByKind.of(seconds), **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"not throughput rates: {error}") from error
+
+
+def _rate_in(values: Mapping[str, Any], kind: WorkKind) -> Any:
+    if kind.once_in is not None and kind.rate not in values:
+        return values[f"{kind.once_in}_seconds"]
+    return values[kind.rate]
 
 
 def overlapped(gpu_seconds: float, host_seconds: float) -> float:
@@ -169,12 +166,12 @@ def micro_step_time(
     The host waits for the GPU between forward and backward: TRL reads the loss's token accuracy there
     (trl/trainer/sft_trainer.py:1643-1644).
     """
-    seconds = rates.micro_step_seconds * host_slower
+    seconds = rates.host_seconds(work.micro_step) * host_slower
     matrix = moved = host = 0.0
     for part in (work.forward, work.backward):
-        computed, written = rates.gpu_seconds(part, single=work.single)
+        computed, written = rates.gpu_seconds(part)
         computed *= slower
-        copied = work.offloaded_bytes * rates.offloaded_byte_seconds
+        copied = rates.copy_seconds(part)
         written += beside_copies(computed + written, copied) - (computed + written)
         launched = rates.host_seconds(part) * host_slower
         seconds += overlapped(computed + written, launched)
@@ -214,43 +211,39 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
     over the cards of profiles/gpus.toml), else with the published rate; traffic with the published bandwidth;
     the host is taken to be alike. None where a rate is unknown.
     """
-    slower = measured_slowdown(gpu, reference)
-    matrix = slower.matrix if slower and slower.matrix else _published_matrix(gpu, reference)
-    traffic = slower.elementwise if slower and slower.elementwise else _published_traffic(gpu, reference)
+    factors = _scale_factors(gpu, reference, rates)
+    if factors is None:
+        return None
+    block = rates.host_block_seconds
+    return replace(
+        rates,
+        gpu=gpu.id,
+        seconds=ByKind.of(
+            {kind.name: rates.seconds[kind.name] * factors[kind.scales_with] for kind in WORK_KINDS}
+        ),
+        host_block_seconds=None if block is None else factors["launch"] * block,
+    )
+
+
+def _scale_factors(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> dict[Scale, float] | None:
+    """How many times as long as on the reference each kind of work takes; None where that is unknown."""
+    found = measured_slowdown(gpu, reference) or _NOTHING_MEASURED
+    matrix = found.matrix or _published_matrix(gpu, reference)
+    traffic = found.elementwise or _published_traffic(gpu, reference)
     if matrix is None or traffic is None:
         return None
-    found = slower or _NOTHING_MEASURED
     launch = host_slower(microbenchmarks_of(gpu.id), rates) or found.launch or 1.0
-    call = launch if rates.host_block_seconds else found.quantized_call or launch
-    factors = {
-        "layer_flop_seconds": matrix,
-        "attention_flop_seconds": found.attention or matrix,
-        "masked_attention_flop_seconds": found.attention or matrix,
-        "wide_masked_attention_flop_seconds": found.attention or matrix,
-        "head_flop_seconds": matrix,
-        "adapter_flop_seconds": found.adapter or matrix,
-        "single_flop_seconds": found.single or matrix,
-        "written_byte_seconds": traffic,
-        "weight_byte_seconds": found.dequantized or traffic,
-        "offloaded_byte_seconds": found.host_copy or 1.0,
-        "optimizer_byte_seconds": traffic,
-        "launch_seconds": launch,
-        "quantized_call_seconds": call,
-        "lora_call_seconds": call,
-        "liger_call_seconds": launch,
-        "selected_launch_seconds": launch,
-        "eager_layer_seconds": launch,
-        "compiled_layer_seconds": launch,
-        "compiled_call_seconds": call,
-        "micro_step_seconds": launch,
-        "optimizer_call_seconds": launch,
+    return {
+        "matrix": matrix,
+        "single": found.single or matrix,
+        "attention": found.attention or matrix,
+        "adapter": found.adapter or matrix,
+        "elementwise": traffic,
+        "dequantized": found.dequantized or traffic,
+        "host_copy": found.host_copy or 1.0,
+        "launch": launch,
+        "quantized_call": launch if rates.host_block_seconds else found.quantized_call or launch,
     }
-    values = rates.to_dict() | {"gpu": gpu.id}
-    if rates.host_block_seconds is not None:
-        values["host_block_seconds"] = launch * rates.host_block_seconds
-    for name, factor in factors.items():
-        values[name] *= factor
-    return Rates.from_dict(values)
 
 
 def host_slower(measured: Microbenchmarks | None, rates: Rates) -> float | None:

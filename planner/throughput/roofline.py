@@ -8,8 +8,7 @@ from functools import lru_cache
 from planner.base.errors import InputError
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
-from planner.models.spec import ModelSpec
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
     UNCALIBRATED,
@@ -23,6 +22,7 @@ from planner.throughput.rates import (
 )
 from planner.throughput.traffic import weight_bytes
 from planner.throughput.work import StepWork, step_work
+from planner.throughput.work_kinds import kinds_of
 
 # bfloat16 without hardware for it: 9.85 against 88.9 TFLOPS in float16 on a V100S, 5.14 against 39.0 on an
 # RTX 2080 (https://github.com/fanghostt/transformers-benchmarks).
@@ -56,34 +56,32 @@ class StepEstimate:
     basis: str
 
 
-def estimate_step(
-    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec, *, padded: bool = False
-) -> StepEstimate:
+def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     """Forecast a training step's time on a GPU.
 
     Time is, of the forward and of the backward pass, what the GPU needs (matmuls, attention, memory traffic,
     one after the other) or what the host needs to launch it, whichever is more, plus the optimizer step once
     an accumulation. A GPU without rates
-    of its own gets those of a measured one, scaled by its published rates. `padded` says that batches mix
-    lengths, so that attention has a mask.
+    of its own gets those of a measured one, scaled by its published rates.
 
     Raises:
         NoForecastError: the GPU's rates are unknown, or the setup has a knob without a time model.
         NotModelledError: a knob whose work is not counted.
     """
-    _refuse_unmodelled(setup)
+    setup = run.setup
+    _refuse_unmodelled(run)
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
-    work = step_work(setup, model, padded=padded)
+    work = step_work(run)
     slower = EMULATED_BFLOAT16 if setup.dtype != "float16" and not gpu.supports_bfloat16 else 1.0
     # Rates of runs hold for their host; this machine may have measured its own.
     host = host_slower(own_microbenchmarks_of(gpu.id), rates) or 1.0
     time = micro_step_time(rates, work, slower=slower, host_slower=host)
     micro = time.seconds
     step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work, host_slower=host)
-    tokens = setup.tokens_per_micro_step * setup.num_processes
-    roofline = tokens / max(work.total_flops / peak, weight_bytes(setup, model) / bandwidth)
+    tokens = run.micro_step.tokens * run.parallelism.num_processes
+    roofline = tokens / max(work.total_flops / peak, weight_bytes(run) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
     low, high = rates.interval(time.bound_by) if calibrated else UNCALIBRATED
     return StepEstimate(
@@ -163,13 +161,14 @@ def _limits(gpu: GpuSpec) -> tuple[float, float]:
 
 def _moved_bytes(work: StepWork) -> float:
     """Bytes written for later kernels to read, of one micro-step."""
-    return sum(part.written_bytes + part.weight_bytes for part in (work.forward, work.backward))
+    traffic = kinds_of("pass", "traffic")
+    return sum(sum(part[kind.name] for kind in traffic) for part in (work.forward, work.backward))
 
 
-def _refuse_unmodelled(setup: TrainingSetup) -> None:
-    if setup.distributed == "fsdp":
+def _refuse_unmodelled(run: TrainingRun) -> None:
+    if run.parallelism.strategy == "fsdp":
         raise NoForecastError("no throughput with distributed=fsdp: its communication is not modelled yet")
-    if setup.distributed is not None and not setup.uses_lora:
+    if not run.parallelism.is_single and run.adapter is None:
         raise NoForecastError("no throughput with full fine-tuning on several GPUs: not modelled yet")
 
 
@@ -186,11 +185,9 @@ def _basis(gpu: GpuSpec, known: KnownRates) -> str:
     )
 
 
-def forecast(
-    setup: TrainingSetup, model: ModelSpec, gpu: GpuSpec, *, padded: bool = False
-) -> StepEstimate | None:
-    """Speed of a setup, or None where the card's rates or a knob's time are unknown."""
+def forecast(run: TrainingRun, gpu: GpuSpec) -> StepEstimate | None:
+    """Speed of a run, or None where the card's rates or a knob's time are unknown."""
     try:
-        return estimate_step(setup, model, gpu, padded=padded)
+        return estimate_step(run, gpu)
     except NoForecastError:
         return None

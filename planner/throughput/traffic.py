@@ -5,9 +5,8 @@ What activations cost is counted from the replay of the layers (work.py).
 
 from __future__ import annotations
 
-from planner.models.spec import ModelSpec
-from planner.setup.training_setup import TrainingSetup
-from planner.throughput.flops import LinearWork, checkpointed_share, linear_work
+from planner.setup.run import TrainingRun
+from planner.throughput.flops import checkpointed_share, linear_work
 
 # bitsandbytes: 0.516 B read, absmax written and read in fp32, 2 B written (backends/cuda/ops.py:904-916).
 DEQUANTISE = 2.7
@@ -45,18 +44,10 @@ OPTIMIZER_CALLS = {
 }
 
 
-def trained_parameters(setup: TrainingSetup, work: LinearWork) -> int:
-    """Elements that the optimizer updates."""
-    if not setup.uses_lora:
-        return work.all_parameters
-    adapter = setup.lora_r * (work.wrapped_inputs + work.wrapped_outputs)
-    return adapter + work.wrapped_outputs if setup.use_dora else adapter
-
-
-def weight_bytes(setup: TrainingSetup, model: ModelSpec) -> float:
+def weight_bytes(run: TrainingRun) -> float:
     """Bytes of a micro-step's weights: larger than any GPU's cache, so that every step moves them."""
-    work = linear_work(model, setup.target_modules)
-    forwards = 1 + checkpointed_share(setup, model)
+    setup, work = run.setup, linear_work(run.model, run.setup.target_modules)
+    forwards = 1 + checkpointed_share(run)
     total = 0.0
     if setup.method == "qlora":
         wide = 2.2 if setup.dtype == "float32" else 1.0
@@ -66,5 +57,5 @@ def weight_bytes(setup: TrainingSetup, model: ModelSpec) -> float:
     if setup.use_dora:
         total += work.wrapped_weights * DORA_NORM * forwards
     if not setup.uses_lora and setup.gradient_accumulation_steps > 1:
-        total += work.all_parameters * 6.0
+        total += run.trained.elements * 6.0
     return total

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.memory.decoder.groups import Segment, segments
-from planner.memory.decoder.layer import replay
-from planner.memory.held.micro_step import micro_step
-from planner.memory.held.trainables import trainables
+from planner.memory.decoder.groups import DecoderSetup, decoder_setup, groups_of
+from planner.memory.decoder.layer import run_layer
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec, ModelSpec
-from planner.setup.attention import attention_implementation
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
+from planner.throughput.by_kind import ByKind
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
-from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS, trained_parameters
+from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
 
 
 class Made(NamedTuple):
@@ -60,51 +59,23 @@ class LayerWork(NamedTuple):
     kept: Made
 
 
-class PassWork(NamedTuple):
-    """Work of a micro-step's forward pass, or of its backward pass with what it recomputes.
-
-    `*_flops`: floating-point operations of the layers' matrices, the adapter's, the output head's and
-    attention's (fused kernels, apart where they take a mask, and there with wide heads; eager attention's are
-    in its tensors). `written_bytes` are the tensors that grow with the batch, `weight_bytes` those that do
-    not (dequantised weights above all). Of eager layers, `launches` counts tensors made, `quantized_calls`
-    and `lora_calls` runs of PEFT's Python around a 4-bit or 16-bit layer, `liger_calls` runs of Liger's,
-    `selected_launches` tensors made where selective checkpointing looks at each operation. Compiled are
-    `compiled_layers`, and `compiled_calls` of the 4-bit layers in them, whose kernels no compiler sees into.
-    """
-
-    layer_flops: float
-    adapter_flops: float
-    head_flops: float
-    attention_flops: float
-    masked_attention_flops: float
-    wide_masked_attention_flops: float
-    written_bytes: float
-    weight_bytes: float
-    launches: float
-    quantized_calls: float
-    lora_calls: float
-    liger_calls: float
-    selected_launches: float
-    eager_layers: float
-    compiled_layers: float
-    compiled_calls: float
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepWork:
-    """Work of one micro-step, and of one optimizer step.
-
-    `total_flops` has eager attention's too. `single` says that matrices are in fp32.
-    `offloaded_bytes` leave for the host in the forward pass and come back in the backward pass.
+    """Work by kind (work_kinds.py): of a micro-step's forward pass, of its backward pass with what that
+    recomputes, of the micro-step beside both, and of an optimizer step. `total_flops` has eager attention's
+    too.
     """
 
     total_flops: float
-    single: bool
-    forward: PassWork
-    backward: PassWork
-    offloaded_bytes: float
-    optimizer_bytes: float
-    optimizer_calls: float
+    forward: ByKind
+    backward: ByKind
+    micro_step: ByKind
+    optimizer_step: ByKind
+
+    @property
+    def offloaded_bytes(self) -> float:
+        """Bytes that leave for the host in the forward pass."""
+        return self.forward["offloaded_byte"]
 
 
 class _CountingTape(Tape):
@@ -161,11 +132,11 @@ def layer_work(
     first = NOTHING
     if checkpointed:
         alone = _CountingTape(saves=False)
-        replay(alone, layer, knobs, Value(alone.tokens(0), False))
+        run_layer(alone, layer, knobs, Value(alone.tokens(0), False))
         first = alone.made()
     tape = _CountingTape(saves=True)
     hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
-    output = replay(tape, layer, knobs, hidden)
+    output = run_layer(tape, layer, knobs, hidden)
     forward, kept = tape.made(), tape.kept()
     output.grad = tape.tokens(layer.hidden_size * output.width)
     tape.backward()
@@ -175,34 +146,39 @@ def layer_work(
     return LayerWork(forward, NOTHING, backward, kept)
 
 
-def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -> StepWork:
-    """Count the work of a setup's steps, sequences full."""
-    attention = attention_implementation(setup, model)
-    parts, _ = segments(setup, model, trainables(setup, model), attention=attention, padded=padded)
-    shape = micro_step(setup)
-    made = _all_layers(parts)
-    flops = pass_flops(setup, model, padded=padded)
-    share = checkpointed_share(setup, model)
-    linear = linear_work(model, setup.target_modules)
-    python = _python_runs(setup, model, linear.wrapped_count, made.liger_kernels)
-    passes = tuple(
-        PassWork(
-            layer_flops=part.layers,
-            adapter_flops=part.adapter,
-            head_flops=part.head,
-            attention_flops=0.0 if attention == "eager" else part.attention,
-            masked_attention_flops=part.masked_attention,
-            wide_masked_attention_flops=part.wide_masked_attention,
-            written_bytes=tensors.bytes_at(shape.tokens, shape.scores) - tensors.constant,
-            weight_bytes=tensors.constant,
-            launches=0 if setup.compile != "none" else tensors.launches,
-            selected_launches=dispatched.launches if setup.selective_checkpointing else 0,
-            quantized_calls=python.quantized * runs,
-            lora_calls=python.lora * runs,
-            liger_calls=python.liger * nodes,
-            eager_layers=python.eager_layers * runs,
-            compiled_layers=python.compiled_layers,
-            compiled_calls=python.compiled * nodes,
+def step_work(run: TrainingRun) -> StepWork:
+    """Count the work of a run's steps, sequences full."""
+    setup, model = run.setup, run.model
+    trained = run.trained
+    shape = run.micro_step
+    made = _all_layers(model, decoder_setup(run))
+    flops = pass_flops(run)
+    share = checkpointed_share(run)
+    wrapped = linear_work(model, setup.target_modules).wrapped_count
+    python = _python_runs(setup, model, wrapped, made.liger_kernels)
+    offloaded = made.kept.bytes_at(shape.tokens, shape.scores) if setup.activation_offloading else 0.0
+    single = setup.dtype == "float32"
+    forward, backward = (
+        ByKind.counted(
+            "pass",
+            layer_flop=0.0 if single else part.layers,
+            head_flop=0.0 if single else part.head,
+            single_flop=part.layers + part.head if single else 0.0,
+            adapter_flop=part.adapter,
+            attention_flop=0.0 if run.attention == "eager" else part.attention,
+            masked_attention_flop=part.masked_attention,
+            wide_masked_attention_flop=part.wide_masked_attention,
+            written_byte=tensors.bytes_at(shape.tokens, shape.scores) - tensors.constant,
+            weight_byte=tensors.constant,
+            offloaded_byte=offloaded,
+            launch=0.0 if setup.compile != "none" else tensors.launches,
+            selected_launch=dispatched.launches if setup.selective_checkpointing else 0.0,
+            quantized_call=python.quantized * runs,
+            lora_call=python.lora * runs,
+            liger_call=python.liger * nodes,
+            eager_layer=python.eager_layers * runs,
+            compiled_layer=python.compiled_layers,
+            compiled_call=python.compiled * nodes,
         )
         for part, tensors, dispatched, runs, nodes in (
             (flops[0], made.forward, made.forward, 1.0, 1.0),
@@ -210,18 +186,20 @@ def step_work(setup: TrainingSetup, model: ModelSpec, *, padded: bool = False) -
             (flops[1], made.backward, made.recomputed, share, 1.0 + share),
         )
     )
-    trained = 2 * linear.wrapped_count if setup.uses_lora else linear.all_tensors
     return StepWork(
         total_flops=sum(part.total for part in flops),
-        single=setup.dtype == "float32",
-        forward=passes[0],
-        backward=passes[1],
-        offloaded_bytes=made.kept.bytes_at(shape.tokens, shape.scores)
-        if setup.activation_offloading
-        else 0.0,
-        optimizer_bytes=trained_parameters(setup, linear) * OPTIMIZER[setup.optim],
-        optimizer_calls=trained * OPTIMIZER_CALLS.get(setup.optim, 1.0),
+        forward=forward,
+        backward=backward,
+        micro_step=_ONE_MICRO_STEP,
+        optimizer_step=ByKind.counted(
+            "optimizer_step",
+            optimizer_byte=trained.elements * OPTIMIZER[setup.optim],
+            optimizer_call=trained.tensor_count * OPTIMIZER_CALLS.get(setup.optim, 1.0),
+        ),
     )
+
+
+_ONE_MICRO_STEP = ByKind.counted("micro_step", micro_step=1.0)
 
 
 class _AllLayers(NamedTuple):
@@ -234,18 +212,12 @@ class _AllLayers(NamedTuple):
     liger_kernels: int
 
 
-_ALL_LAYERS: dict[int, tuple[tuple[Segment, ...], _AllLayers]] = {}
-_MOST_REMEMBERED = 4096
-
-
-def _all_layers(parts: tuple[Segment, ...]) -> _AllLayers:
-    """Sum up segments; remembered by the tuple itself: hashing its knobs takes longer than an estimate."""
-    known = _ALL_LAYERS.get(id(parts))
-    if known is not None and known[0] is parts:
-        return known[1]
+@lru_cache(maxsize=4096)
+def _all_layers(model: ModelSpec, decoder: DecoderSetup) -> _AllLayers:
+    """Sum up a model's layers."""
     forward = recomputed = backward = kept = NOTHING
     liger = 0
-    for part in parts:
+    for part in groups_of(model, decoder)[0]:
         count = len(part.indices)
         one = layer_work(
             part.layer,
@@ -261,11 +233,7 @@ def _all_layers(parts: tuple[Segment, ...]) -> _AllLayers:
         alone = part.checkpointed or part.knobs.compiled
         kept = kept.plus(inputs if alone else one.kept, count)
         liger += count * _liger_kernels(part.layer)
-    found = _AllLayers(forward, recomputed, backward, kept, liger)
-    if len(_ALL_LAYERS) >= _MOST_REMEMBERED:
-        _ALL_LAYERS.clear()
-    _ALL_LAYERS[id(parts)] = (parts, found)
-    return found
+    return _AllLayers(forward, recomputed, backward, kept, liger)
 
 
 class _PythonRuns(NamedTuple):

@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 for _module in ("trl", "peft", "bitsandbytes", "datasets"):
     pytest.importorskip(_module)
 
-from launcher import build, dataset  # noqa: E402 - what the optional stack lacks is skipped before
 from launcher.runs.folder import TrainingJob  # noqa: E402
+from launcher.training import build, dataset  # noqa: E402 - what the optional stack lacks is skipped before
 from launcher.training.callbacks import LaunchedTrainer  # noqa: E402
 from launcher.training.compilation import compile_decoder_layers, recompute_all  # noqa: E402
 from planner.base.data_files import PROFILES  # noqa: E402

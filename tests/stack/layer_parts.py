@@ -10,17 +10,18 @@ import bitsandbytes as bnb
 import torch
 
 from planner.memory.decoder import layer as decoder_layer
-from planner.memory.decoder.groups import Segment, segments
+from planner.memory.decoder.groups import LayerGroup, layer_groups
 from planner.memory.decoder.live_bytes import at
-from planner.memory.held.micro_step import micro_step
-from planner.memory.held.trainables import trainables
-from planner.memory.held.weights import upcast_bytes, weight_memory
+from planner.memory.held.weights import loaded_weights, upcast_bytes
 from planner.memory.layers import attention as attention_replay
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.linear import linear
 from planner.memory.layers.norms import norm
 from planner.memory.tape.tape import Tape, Value
 from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.micro_step import micro_step
+from planner.setup.objective import SFT
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 from .live_bytes import LiveBytes, tensors_of
@@ -79,9 +80,9 @@ def expected_parts(family: str, setup: TrainingSetup) -> dict[str, int]:
     """What the memory model says of the same parts."""
     model = spec_of(family)
     spec = model.layers[0]
-    trained = trainables(setup, model)
-    segment = _second_layer(setup, family)
-    knobs = segment.knobs
+    trained = TrainingRun(setup=setup, model=model).trained
+    group = _second_layer(setup, family)
+    knobs = group.knobs
     kind = knobs.kind("gate_proj")
     plain = replace(kind, rank=0, dora=False)
     inner = spec.intermediate_size
@@ -95,27 +96,28 @@ def expected_parts(family: str, setup: TrainingSetup) -> dict[str, int]:
     if not setup.uses_lora:
         del replays[ADAPTER]
     expected = {name: _kept_by_model(setup, knobs, part) for name, part in replays.items()}
-    weights = weight_memory(setup, model, EXPANDABLE)
-    frozen = weights.unquantized_bytes + upcast_bytes(setup, model)
+    run = TrainingRun(setup=setup, model=model)
+    weights = loaded_weights(model, run.storage, EXPANDABLE).memory
+    frozen = weights.unquantized_bytes + upcast_bytes(run)
     expected[PREPARATION] = frozen if setup.uses_lora else 0
     expected[ADAPTER_WEIGHTS] = trained.size_bytes
-    if segment.checkpointed:
-        tokens = micro_step(setup).tokens
-        kept = segment.input_bytes_per_token + segment.selected_bytes_per_token
-        expected[CHECKPOINT] = tokens * (kept + HIDDEN * segment.replay.output_bytes)
+    if group.checkpointed:
+        tokens = micro_step(setup, SFT).tokens
+        kept = group.input_bytes_per_token + group.selected_bytes_per_token
+        expected[CHECKPOINT] = tokens * (kept + HIDDEN * group.memory.output_width)
     return expected
 
 
-def _second_layer(setup: TrainingSetup, family: str) -> Segment:
+def _second_layer(setup: TrainingSetup, family: str) -> LayerGroup:
     model = spec_of(family)
-    parts, _ = segments(setup, model, trainables(setup, model), attention="sdpa", padded=False)
+    parts, _ = layer_groups(TrainingRun(setup=setup, model=model, padded=False))
     return next(part for part in parts if 1 in part.indices)
 
 
 def _kept_by_model(setup: TrainingSetup, knobs: LayerKnobs, part: Callable[[Tape, Value], Value]) -> int:
-    shape = micro_step(setup)
+    shape = micro_step(setup, SFT)
     tape = Tape(saves=True)
-    x = Value(tape.tokens(HIDDEN * knobs.stream_bytes), True, knobs.stream_bytes)
+    x = Value(tape.tokens(HIDDEN * knobs.stream_width), True, knobs.stream_width)
     part(tape, x)
     tape.free(x.buffer)
     return int(at(tape.live, shape.tokens, shape.scores))
@@ -124,7 +126,7 @@ def _kept_by_model(setup: TrainingSetup, knobs: LayerKnobs, part: Callable[[Tape
 def _kept(step: RealStep, module: Any, inputs: dict[str, Any]) -> int:
     """Bytes that a module leaves: its output, and what it keeps for backward, be it its input."""
     setup = step.setup
-    width = _second_layer(setup, setup.model).knobs.stream_bytes
+    width = _second_layer(setup, setup.model).knobs.stream_width
     dtype = torch.float32 if width == 4 else torch.bfloat16
     leaf = torch.randn(setup.per_device_train_batch_size, setup.max_length, HIDDEN).to(dtype).requires_grad_()
     tables = inputs.get("position_embeddings", ())

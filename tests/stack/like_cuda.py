@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from planner.memory.decoder import groups as segments
-from planner.memory.decoder import live_bytes as activations
+from planner.memory.decoder import groups, live_bytes
 from planner.memory.layers import dora, norms
 
 
@@ -39,10 +38,10 @@ def like_cuda() -> Iterator[None]:
 def forget_replays() -> None:
     """Forget what was replayed with other scratch buffers."""
     for known in (
-        activations.layer_replay,
-        activations.final_norm_replay,
-        activations._forward_moments,
-        activations.output_bytes,
+        live_bytes.layer_memory,
+        live_bytes.final_norm_memory,
+        live_bytes._forward_moments,
+        live_bytes.output_width,
+        groups.groups_of,
     ):
         known.cache_clear()
-    segments._SEGMENTS.clear()

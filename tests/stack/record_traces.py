@@ -17,7 +17,6 @@ import json
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,16 @@ from launcher.measuring.profile import Profile
 from launcher.measuring.profiler import Profiler
 from launcher.measuring.random_weights import build_random_model
 from launcher.models.inspect import inspect_config
+from launcher.runs import stack
 from launcher.runs.folder import TrainingJob
 from launcher.training import build
-from planner.base.units import DTYPE_BYTES
+from planner.base.units import DTYPE_WIDTH
 from planner.setup.training_setup import TrainingSetup
 
 from .attribution import head_span, peak_of
 
 STEPS = 4
 MAX_EVENTS = 2_000_000
-STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel")
 
 
 class _Recorder(TrainerCallback):  # type: ignore[misc]
@@ -113,7 +112,7 @@ def record(case: dict[str, Any], folder: Path) -> None:
         )
         trainer.train()
     events, stacks, origins = events_of(recorder.history)
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in STACK)
+    versions = ", ".join(f"{package} {version}" for package, version in stack.versions())
     about = f"allocations of one training step on {torch.cuda.get_device_name()} ({versions}), in order: "
     about += "a positive number is a block of that many bytes, -1-n frees the n-th block"
     kept = {**values, "config": config, "padded": padded}
@@ -137,7 +136,7 @@ def attributed(
         stacks,
         origins,
         weight_elements=frozenset(parameter.elements for parameter in weights),
-        compute_bytes=DTYPE_BYTES[setup.dtype],
+        compute_width=DTYPE_WIDTH[setup.dtype],
     )
     return {"peak": peak.to_dict(), "head": head_span(events, stacks, origins).to_dict()}
 

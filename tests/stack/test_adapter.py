@@ -15,7 +15,8 @@ from peft import get_peft_model
 
 from launcher.training import build
 from planner.base.errors import FieldError, InputError
-from planner.memory.held.trainables import Trainables, trainables
+from planner.setup.run import TrainingRun
+from planner.setup.trained import Trained
 from planner.setup.training_setup import TrainingSetup
 
 from .small_models import FAMILIES, load_model, spec_of
@@ -38,7 +39,7 @@ def make_setup(family: str, **knobs: Any) -> TrainingSetup:
     return TrainingSetup(**{"model": family, "max_length": 64, "lora_r": 8, **knobs})
 
 
-def sizes(trained: Trainables) -> Counter[int]:
+def sizes(trained: Trained) -> Counter[int]:
     found: Counter[int] = Counter()
     for tensor in trained.tensors:
         found[tensor.elements] += tensor.count
@@ -50,9 +51,9 @@ def test_adapter_tensors(family: str, targets: str | list[str]) -> None:
     setup = make_setup(family, method="lora", target_modules=targets)
     model = get_peft_model(load_model(family, setup), build.lora_config(setup))
     real = [p for p in model.parameters() if p.requires_grad]
-    expected = trainables(setup, spec_of(family))
+    expected = TrainingRun(setup=setup, model=spec_of(family)).trained
     assert sizes(expected) == Counter(p.numel() for p in real)
-    assert {p.element_size() for p in real} == {expected.element_bytes} == {4}
+    assert {p.element_size() for p in real} == {expected.element_width} == {4}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
@@ -66,17 +67,17 @@ def test_adapter_names_and_shapes(family: str) -> None:
             real[short.removesuffix(".default.weight"), tuple(parameter.shape)] += 1
     expected = {
         (tensor.name.replace(".weight.", "."), tensor.shape): tensor.count
-        for tensor in trainables(setup, spec_of(family)).tensors
+        for tensor in TrainingRun(setup=setup, model=spec_of(family)).trained.tensors
     }
     assert expected == real
 
 
 @pytest.mark.parametrize(
-    ("knobs", "element_bytes"),
+    ("knobs", "element_width"),
     [({}, 2), ({"method": "lora"}, 4), ({"method": "full"}, 2), ({"dtype": "float32"}, 2)],
     ids=["qlora", "lora", "full", "qlora-float32"],
 )
-def test_what_trl_trains(knobs: dict[str, Any], element_bytes: int, tmp_path: Path) -> None:
+def test_what_trl_trains(knobs: dict[str, Any], element_width: int, tmp_path: Path) -> None:
     """TRL casts a quantised model's adapters to bf16 and leaves the others as PEFT made them."""
     rank = {"lora_r": 4} if knobs.get("method") != "full" else {}
     setup = TrainingSetup(
@@ -84,9 +85,9 @@ def test_what_trl_trains(knobs: dict[str, Any], element_bytes: int, tmp_path: Pa
     )
     trainer = make_trainer(setup, tmp_path)
     real = [p for p in trainer.model.parameters() if p.requires_grad]
-    expected = trainables(setup, demo_spec())
+    expected = TrainingRun(setup=setup, model=demo_spec()).trained
     assert sizes(expected) == Counter(p.numel() for p in real)
-    assert {p.element_size() for p in real} == {expected.element_bytes} == {element_bytes}
+    assert {p.element_size() for p in real} == {expected.element_width} == {element_width}
 
 
 def demo_spec() -> Any:
@@ -99,7 +100,7 @@ def demo_spec() -> Any:
 def test_unknown_target_is_refused(family: str) -> None:
     setup = make_setup(family, target_modules=["q_proj", "query_key_value"])
     with pytest.raises(FieldError, match="query_key_value"):
-        trainables(setup, spec_of(family))
+        _ = TrainingRun(setup=setup, model=spec_of(family)).trained
 
 
 @pytest.mark.parametrize(
@@ -107,11 +108,16 @@ def test_unknown_target_is_refused(family: str) -> None:
 )
 def test_half_an_expert_is_refused(targets: list[str]) -> None:
     with pytest.raises(InputError, match="gate_proj"):
-        trainables(make_setup("qwen3_moe", target_modules=targets), spec_of("qwen3_moe"))
+        _ = TrainingRun(
+            setup=make_setup("qwen3_moe", target_modules=targets), model=spec_of("qwen3_moe")
+        ).trained
 
 
 def test_a_head_is_never_adapted() -> None:
     setup = make_setup("llama", method="lora")
     model = get_peft_model(load_model("llama", setup), build.lora_config(setup))
     assert not any("lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
-    assert not any("lm_head" in tensor.name for tensor in trainables(setup, spec_of("llama")).tensors)
+    assert not any(
+        "lm_head" in tensor.name
+        for tensor in TrainingRun(setup=setup, model=spec_of("llama")).trained.tensors
+    )

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 MODEL = str(PROFILES / "demo" / "model")
 DATA = PROFILES / "demo" / "data" / "train.jsonl"
 CPU = torch.device("cpu")
+BUDGET = {"compile": "regional", "gradient_checkpointing": False, "activation_memory_budget": 0.5}
 
 
 def make_setup(**changes: Any) -> TrainingSetup:
@@ -233,6 +234,7 @@ def test_parquet_holds_the_same_examples(tmp_path: Path) -> None:
         ({"dtype": "float16"}, False, "float16"),
         ({"activation_offloading": True}, False, "activation_offloading"),
         ({"compile": "regional"}, False, "compile"),
+        ({**BUDGET, "lora_dropout": 0.1}, True, "activation_memory_budget needs lora_dropout 0"),
         ({"packing": True, "attn_implementation": "flex_attention"}, False, "flex_attention"),
         ({"kernels": "liger"}, True, "liger"),
         ({"attn_implementation": "flash_attention_2"}, True, "flash_attention_2"),

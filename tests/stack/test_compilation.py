@@ -20,8 +20,8 @@ from launcher.training import build
 from launcher.training.callbacks import decoder_layers
 from launcher.training.compilation import compile_decoder_layers, recompute_all
 from planner.memory.compiled.kept import kept_names, kept_sizes
-from planner.memory.decoder.groups import segments
-from planner.memory.held.trainables import trainables
+from planner.memory.decoder.groups import layer_groups
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from tests.each import for_each
 from tests.stack.small_models import BASE, LAYERS, load_model, spec_of
@@ -123,7 +123,7 @@ def test_a_padded_layer_keeps_what_the_model_says(family: str) -> None:
         compile="regional",
     )
     spec = spec_of(family)
-    parts, _ = segments(setup, spec, trainables(setup, spec), attention="sdpa", padded=True)
+    parts, _ = layer_groups(TrainingRun(setup=setup, model=spec, padded=True))
     part = next(part for part in parts if 1 in part.indices)
     names = kept_names(part.layer, part.knobs, input_requires_grad=True) - {"x"}
     sizes = kept_sizes(part.layer, part.knobs)

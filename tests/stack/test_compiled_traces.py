@@ -14,6 +14,7 @@ from planner.memory import estimate_memory
 from planner.memory.allocators.native import MIB
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS
+from planner.setup.run import TrainingRun
 from tests.each import for_each
 from tests.stack.test_replayed_traces import step_of
 from tests.stack.test_traces import TRACES, load, moments
@@ -90,9 +91,7 @@ def test_measured_runs(run: RunRecord) -> None:
     assert step is not None
     found, counted = (
         estimate_memory(
-            run.setup,
-            load_shipped(run.setup.model),
-            padded=run.padded,
+            TrainingRun(setup=run.setup, model=load_shipped(run.setup.model), padded=run.padded),
             replay=replay,
             allocator=run.allocator,
         )

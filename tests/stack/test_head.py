@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
-from planner.memory.held.head import TOKEN_CHUNK, VOCABULARY_CHUNK, HeadShape, head_memory
+from planner.memory.held.head import HeadShape, head_memory
+from planner.setup.stack import TRL
 
 from .live_bytes import LiveBytes, tensors_of
 from .small_models import BASE
@@ -20,8 +21,8 @@ LENGTH, HIDDEN = 128, 64
 
 
 def test_tile_sizes_are_trls() -> None:
-    assert chunked_logprob.TOKEN_CHUNK_SIZE == TOKEN_CHUNK
-    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == VOCABULARY_CHUNK
+    assert TRL.head_tokens == chunked_logprob.TOKEN_CHUNK_SIZE
+    assert TRL.head_vocabulary == utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 def passes(vocabulary: int) -> LiveBytes:
@@ -42,10 +43,10 @@ def passes(vocabulary: int) -> LiveBytes:
 
 def test_logits_are_never_built() -> None:
     """No tensor as large as the logits, and a larger vocabulary needs no more memory."""
-    two, four = (passes(tiles * VOCABULARY_CHUNK) for tiles in (2, 4))
-    logits = LENGTH * 4 * VOCABULARY_CHUNK * 2
+    two, four = (passes(tiles * TRL.head_vocabulary) for tiles in (2, 4))
+    logits = LENGTH * 4 * TRL.head_vocabulary * 2
     # On the CPU torch ops stand in for the Triton kernel and hold a tile's numbers in fp32.
-    assert four.largest_bytes == (LENGTH - 1) * VOCABULARY_CHUNK * 4 < logits
+    assert four.largest_bytes == (LENGTH - 1) * TRL.head_vocabulary * 4 < logits
     assert four.peak_bytes == two.peak_bytes
 
 
@@ -56,10 +57,12 @@ def test_head_memory_grows_with_tokens_not_vocabulary() -> None:
             rows=tokens - 1,
             hidden_size=4096,
             vocab_size=vocabulary,
-            hidden_bytes=2,
-            weight_bytes=2,
-            compute_bytes=2,
+            hidden_width=2,
+            weight_width=2,
+            compute_width=2,
             trained=False,
+            tile_tokens=TRL.head_tokens,
+            tile_vocabulary=TRL.head_vocabulary,
         )
         return head_memory(shape, evaluating=False).backward_bytes
 

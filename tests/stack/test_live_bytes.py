@@ -29,12 +29,13 @@ import pytest
 pytest.importorskip("peft")
 
 from planner.memory.decoder.live_bytes import at
-from planner.memory.estimate import _replayed
+from planner.memory.estimate import live_memory
 from planner.memory.measured.files import coefficients_for
-from planner.memory.step.resident import INPUT_BYTES_PER_TOKEN, mask_windows
+from planner.memory.step.resident import INPUT_BYTES_PER_TOKEN
 from planner.memory.step.timeline import StepTimeline
 from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import METHODS, TrainingSetup
 
 from .like_cuda import like_cuda
@@ -126,11 +127,11 @@ def make_setup(family: str, **knobs: Any) -> TrainingSetup:
 def predict(family: str, setup: TrainingSetup) -> tuple[StepTimeline, ModelSpec, int, int]:
     """The step's timeline, the spec, bytes of rotary tables, positions and masks, and of the masks alone."""
     spec = spec_of(family)
-    resident, timeline, _ = _replayed(
-        setup, spec, None, coefficients_for(None, EXPANDABLE), padded=False, allocator=EXPANDABLE
-    )
-    masks = len(mask_windows(setup, spec, padded=False)) * timeline.shape.scores
-    tables = resident.tables_bytes - INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step
+    run = TrainingRun(setup=setup, model=spec)
+    live = live_memory(run, gpu=None, coefficients=coefficients_for(None, EXPANDABLE), allocator=EXPANDABLE)
+    timeline = live.timeline
+    masks = len(run.mask_windows) * timeline.shape.scores
+    tables = live.resident.tables_bytes - INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step
     if family == "olmo2":
         tables += tables - masks
     return timeline, spec, tables + POSITION_IDS_BYTES, masks
@@ -140,7 +141,7 @@ def largest(timeline: StepTimeline, prefix: str) -> int:
     """The largest moment of the decoder stack alone, which leaves the head's own gradient out."""
     return max(
         moment.total_bytes - timeline.head.gradient_bytes * prefix.startswith("backward")
-        for moment in (*timeline._head_moments(), *timeline._layer_moments())
+        for moment in timeline.moments()
         if moment.name.startswith(prefix)
     )
 

@@ -15,7 +15,7 @@ from bitsandbytes import functional
 
 from planner.memory.allocators.native import rounded
 from planner.memory.held.optimizer import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, optimizer_memory
-from planner.memory.held.trainables import trainables
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 from .test_adapter import demo_spec
@@ -54,7 +54,7 @@ def test_state_after_a_step(optim: str, method: str, tmp_path: Path) -> None:
     for parameter in trainer.model.parameters():
         parameter.grad = torch.full_like(parameter, 0.01) if parameter.requires_grad else None
     optimizer.step()
-    expected = optimizer_memory(optim, trainables(setup, demo_spec()))
+    expected = optimizer_memory(optim, TrainingRun(setup=setup, model=demo_spec()).trained)
     assert expected.managed_bytes == 0
     assert expected.allocated_bytes == state_bytes(optimizer)
 

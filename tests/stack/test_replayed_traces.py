@@ -17,8 +17,9 @@ import pytest
 from launcher.models.inspect import inspect_config
 from planner.memory.allocators.expandable import empty_allocator
 from planner.memory.allocators.native import MIB, CachingAllocator, rounded
-from planner.memory.step.replay import StepReplay
+from planner.memory.step.replay import CudaSizes, StepReplay
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from tests.each import for_each
 from tests.stack.attribution import live_bytes
@@ -62,7 +63,8 @@ def replay_of(name: str, allocator: str) -> tuple[StepReplay, list[int]]:
     config, padded = values.pop("config"), values.pop("padded")
     setup = TrainingSetup(model=name, **values)
     spec = inspect_config(config, model_id=name, hub_id=name)
-    return StepReplay(setup, spec, gpu=None, padded=padded, allocator=allocator), content["events"]
+    run = TrainingRun(setup=setup, model=spec, padded=padded)
+    return StepReplay(run, CudaSizes.of(None), allocator), content["events"]
 
 
 def requested(allocator: CachingAllocator, events: list[int]) -> None:

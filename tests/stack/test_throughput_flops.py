@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from launcher.training import build
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import matrix_flops
+
+from .small_models import load_model, spec_of
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 3, 64, 160, 4, 2, 512
 
@@ -68,22 +72,18 @@ def spec(real: LlamaForCausalLM) -> ModelSpec:
     )
 
 
-def counted(setup: TrainingSetup, real: LlamaForCausalLM) -> int:
+def counted(setup: TrainingSetup, real: PreTrainedModel) -> int:
     """FLOPs of the decoder's forward and backward; the head is left out, TRL runs its own."""
     network: torch.nn.Module = real
     if setup.uses_lora:
-        targets = (
-            setup.target_modules if isinstance(setup.target_modules, str) else list(setup.target_modules)
-        )
-        config = LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM")
-        network = get_peft_model(real, config)
+        network = get_peft_model(real, build.lora_config(setup))
     # Without it the first layer's frozen weights have no input gradient; TRL and transformers ask for it.
     real.enable_input_require_grads()
     if setup.gradient_checkpointing:
         # Early stop leaves out the last matmul of each recompute, which no saved tensor needs.
         real.gradient_checkpointing_enable({"use_reentrant": False})
     network.train()
-    tokens = torch.randint(VOCABULARY, (setup.per_device_train_batch_size, setup.max_length))
+    tokens = torch.randint(real.config.vocab_size, (setup.per_device_train_batch_size, setup.max_length))
     with FlopCounterMode(display=False) as counter, torch.utils.checkpoint.set_checkpoint_early_stop(False):
         real.model(tokens).last_hidden_state.sum().backward()
     return int(counter.get_total_flops())
@@ -108,8 +108,39 @@ def test_layers_adapter_and_attention_are_counted_to_the_operation(
         | knobs
     )
     real = model()
-    flops = matrix_flops(setup, spec(real))
+    flops = matrix_flops(TrainingRun(setup=setup, model=spec(real)))
     expected = flops.layers + flops.adapter + flops.attention
     # The rotation's angles are a batched matmul of its own: positions by frequencies, once a forward.
     rotary = 2 * setup.max_length * (HIDDEN // HEADS // 2)
+    assert counted(setup, real) == pytest.approx(expected + rotary, rel=1e-3)
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("qwen3_moe", "all-linear"),
+        ("mixtral", "all-linear"),
+        ("mixtral", ATTENTION),
+        ("qwen3_moe", (*ATTENTION, "gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_adapters_of_experts_are_counted_as_peft_folds_them(
+    family: str, targets: str | tuple[str, ...], gradient_checkpointing: bool
+) -> None:
+    """Torch counts the eager loop over experts, which multiplies what grouped products do."""
+    setup = TrainingSetup.from_dict(
+        {"model": family, "max_length": 32, "per_device_train_batch_size": 2, "method": "lora", "lora_r": 8}
+        | {"gradient_checkpointing": gradient_checkpointing, "attn_implementation": "eager"}
+        | {"target_modules": targets if isinstance(targets, str) else list(targets)}
+    )
+    real = load_model(family, setup)
+    real.set_attn_implementation("eager")
+    real.set_experts_implementation("eager")
+    flops = matrix_flops(TrainingRun(setup=setup, model=spec_of(family)))
+    expected = flops.layers + flops.adapter + flops.attention
+    rotary = 2 * setup.max_length * (64 // 2)
     assert counted(setup, real) == pytest.approx(expected + rotary, rel=1e-3)

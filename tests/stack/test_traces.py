@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from launcher.models.inspect import inspect_config
-from planner.base.units import DTYPE_BYTES
-from planner.memory.estimate import _replayed
-from planner.memory.held.head import TOKEN_CHUNK, VOCABULARY_CHUNK
+from planner.base.units import DTYPE_WIDTH
+from planner.memory.estimate import live_memory
 from planner.memory.measured.files import coefficients_for
 from planner.memory.step.timeline import StepMoment, StepTimeline
 from planner.setup.cuda_allocator import NATIVE
+from planner.setup.run import TrainingRun
+from planner.setup.stack import TRL
 from planner.setup.training_setup import TrainingSetup
 from tests.each import for_each
 
@@ -132,8 +133,11 @@ def load(name: str) -> Trace:
     config, padded = values.pop("config"), values.pop("padded")
     setup = TrainingSetup(model=name, **values)
     spec = inspect_config(config, model_id=name, hub_id=name)
-    resident, timeline, step = _replayed(
-        setup, spec, None, coefficients_for(None, NATIVE), padded=padded, allocator=NATIVE
+    found = live_memory(
+        TrainingRun(setup=setup, model=spec, padded=padded),
+        gpu=None,
+        coefficients=coefficients_for(None, NATIVE),
+        allocator=NATIVE,
     )
     return Trace(
         setup=setup,
@@ -141,9 +145,9 @@ def load(name: str) -> Trace:
         live=live_bytes(content["events"]),
         span=content.get("head") or span_by_tiles(setup, content["events"], padded=padded),
         peak=content.get("peak"),
-        timeline=timeline,
-        tables_bytes=resident.tables_bytes,
-        step=step,
+        timeline=found.timeline,
+        tables_bytes=found.resident.tables_bytes,
+        step=found.peak,
     )
 
 
@@ -153,7 +157,7 @@ def span_by_tiles(setup: TrainingSetup, events: list[int], *, padded: bool) -> d
     A padded or packed batch's tile is of the tokens that have a label, which such a trace does not tell.
     """
     rows = setup.tokens_per_micro_step - setup.per_device_train_batch_size
-    tile = min(rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * DTYPE_BYTES[setup.dtype]
+    tile = min(rows, TRL.head_tokens) * TRL.head_vocabulary * DTYPE_WIDTH[setup.dtype]
     found = [index for index, event in enumerate(events) if event == tile]
     if padded or len(found) < 2:
         return None
@@ -161,11 +165,7 @@ def span_by_tiles(setup: TrainingSetup, events: list[int], *, padded: bool) -> d
 
 
 def moments(trace: Trace, *, prefix: str) -> int:
-    found = [
-        moment.total_bytes
-        for moment in (*trace.timeline._head_moments(), *trace.timeline._layer_moments())
-        if moment.name.startswith(prefix)
-    ]
+    found = [moment.total_bytes for moment in trace.timeline.moments() if moment.name.startswith(prefix)]
     return max(found) + trace.tables_bytes
 
 
@@ -197,7 +197,7 @@ def test_every_trace_is_whole() -> None:
         left = 0
         if offloads(name):
             # What was fetched for the first layer stays until the next step asks for something.
-            left = 2 * load(name).timeline._offloaded_input
+            left = 2 * load(name).timeline.offloaded_input_bytes
         assert abs(load(name).live[-1]) < left + 2**16, name
 
 

@@ -13,12 +13,19 @@ pytest.importorskip("bitsandbytes")
 import bitsandbytes as bnb
 
 from planner.memory.allocators.native import rounded
-from planner.memory.held.weights import weight_memory
+from planner.memory.held.weights import WeightMemory, loaded_weights
+from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 from .live_bytes import constants_of
 from .small_models import FAMILIES, load_model, spec_of
+
+
+def loaded(setup: TrainingSetup, spec: ModelSpec, allocator: str) -> WeightMemory:
+    run = TrainingRun(setup=setup, model=spec)
+    return loaded_weights(spec, run.storage, allocator).memory
 
 
 def make_setup(family: str, **knobs: Any) -> TrainingSetup:
@@ -41,7 +48,7 @@ def nbytes(tensors: Iterable[Any]) -> int:
 def test_quantised_model(family: str, knobs: dict[str, Any]) -> None:
     setup = make_setup(family, **knobs)
     model = load_model(family, setup)
-    expected = weight_memory(setup, spec_of(family), EXPANDABLE)
+    expected = loaded(setup, spec_of(family), EXPANDABLE)
     quantised = [p for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)]
     assert quantised
     assert expected.quantized_bytes == nbytes(quantised)
@@ -59,7 +66,7 @@ def test_quantised_model(family: str, knobs: dict[str, Any]) -> None:
 def test_what_the_allocators_hand_out(family: str, method: str) -> None:
     """Every tensor rounded up in expandable segments; the default adds unsplit rests, and counts the same."""
     setup = make_setup(family, method=method)
-    expandable, native = (weight_memory(setup, spec_of(family), name) for name in (EXPANDABLE, NATIVE))
+    expandable, native = (loaded(setup, spec_of(family), name) for name in (EXPANDABLE, NATIVE))
     tensors = []
     for parameter in load_model(family, setup).parameters():
         tensors.append(parameter)
@@ -76,7 +83,7 @@ def test_what_the_allocators_hand_out(family: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_unquantised_model(family: str, method: str) -> None:
     setup = make_setup(family, method=method)
-    expected = weight_memory(setup, spec_of(family), EXPANDABLE)
+    expected = loaded(setup, spec_of(family), EXPANDABLE)
     assert expected.quantized_bytes == expected.constants_bytes == 0
     assert expected.unquantized_bytes == nbytes(list(load_model(family, setup).parameters()))
 

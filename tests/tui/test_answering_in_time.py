@@ -14,7 +14,7 @@ from rich.style import Style
 from textual.widgets import Select
 
 from launcher.tui.widgets.legend import Legend
-from launcher.tui.widgets.memory_bar import BarData, MemoryBar, Segment, bar_row
+from launcher.tui.widgets.memory_bar import BarData, BarPart, MemoryBar, bar_row
 from launcher.tui.widgets.phase_table import PhaseTable
 
 from .conftest import MakeApp, settle
@@ -64,12 +64,12 @@ async def test_parts_that_are_added_are_all_listed_at_once(make_app: MakeApp) ->
 
 
 def colour_at(data: BarData, half_cell: int, width: int) -> str | None:
-    """The colour of the segment in which the middle of a half cell lies, looked up by itself."""
+    """The colour of the part in which the middle of a half cell lies, looked up by itself."""
     start = 0
-    for segment in data.segments:
-        start += segment.size_bytes
+    for part in data.parts:
+        start += part.size_bytes
         if (2 * half_cell + 1) * data.scale_bytes < 4 * width * start:
-            return segment.colour
+            return part.colour
     return None
 
 
@@ -102,8 +102,8 @@ def cell_by_cell(data: BarData, width: int) -> list[tuple[str, Style]]:
 def test_the_bar_shows_each_byte_where_it_lies_in_few_stretches(
     sizes: list[int], upper: int, usable: int, width: int
 ) -> None:
-    segments = tuple(Segment(size, f"#0000{index:02}") for index, size in enumerate(sizes, 10))
-    data = BarData(segments=segments, peak_bytes=sum(sizes), upper_bytes=upper, usable_bytes=usable)
+    parts = tuple(BarPart(size, f"#0000{index:02}") for index, size in enumerate(sizes, 10))
+    data = BarData(parts=parts, peak_bytes=sum(sizes), upper_bytes=upper, usable_bytes=usable)
     row = bar_row(data, width, uncertain=UNCERTAIN, free=FREE, mark=MARK)
     cells = cell_by_cell(data, width)
     assert row.plain == "".join(character for character, _ in cells)

@@ -19,13 +19,14 @@ from launcher.tui.sizing import Sizing, Verdict, refine
 from launcher.tui.widgets.choice_knob import ChoiceKnob
 from launcher.tui.widgets.pick_button import PickButton
 from launcher.tui.widgets.verdict_line import VerdictLine
-from planner.base.errors import MissingExtraError
+from planner.base.errors import InputError, MissingExtraError
 from planner.commands import plan
 from planner.commands.knobs import given_knobs
 from planner.commands.program import Parser
 from planner.memory import estimate_memory
 from planner.planning.make_plan import make_plan
 from planner.setup.request import PlanRequest, make_request
+from planner.setup.run import TrainingRun
 
 from .conftest import MakeApp, settle
 
@@ -115,7 +116,9 @@ async def test_a_change_is_answered_by_the_fitted_estimate_and_then_refined(
         first = screen_of(pilot).sizing
         assert first is not None
         assert first.setup.max_length == 6144
-        assert first.memory == estimate_memory(first.setup, first.model, gpu=first.card.spec)
+        assert first.memory == estimate_memory(
+            TrainingRun(setup=first.setup, model=first.model), gpu=first.card.spec
+        )
         assert "refining" in shown_text(pilot)
         let_go.set()
         await settle(pilot)
@@ -397,6 +400,30 @@ async def test_advice_is_applied_with_enter(make_app: MakeApp) -> None:
         await pilot.press("home", "enter")
         await settle(pilot)
         assert verdict_of(pilot) is Verdict.FITS
+
+
+async def test_advice_is_given_whatever_else_the_setup_has(make_app: MakeApp) -> None:
+    """16-bit LoRA has no 4-bit base to prepare: the change takes that with it."""
+    async with make_app(model="qwen2.5-0.5b", gpu="24GB", prepare_for_kbit_training=True).run_test(
+        size=SIZE
+    ) as pilot:
+        await settle(pilot)
+        found = work_out(screen_of(pilot).sizing)  # type: ignore[arg-type]
+        (change,) = [offer for offer in found.offers if offer.title == "16-bit LoRA"]
+        assert change.setup is not None
+        assert change.setup.method == "lora"
+        assert not change.setup.prepare_for_kbit_training
+        assert "16-bit LoRA" in shown_text(pilot)
+
+
+async def test_why_there_is_no_advice_is_said(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Sizing) -> None:
+        raise InputError("the effective batch cannot be had")
+
+    monkeypatch.setattr(sizing_screen.advice, "work_out", refuse)
+    async with make_app().run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        assert "the effective batch cannot be had" in shown_text(pilot)
 
 
 async def test_the_command_line_is_copied(make_app: MakeApp) -> None:

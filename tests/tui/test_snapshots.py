@@ -99,9 +99,9 @@ def fixed_step(*_: object) -> StepEstimate:
     )
 
 
-def fixed_advice(answer: sizing.Sizing) -> advice.Advised:
+def fixed_advice(answer: sizing.Sizing) -> advice.Suggestions:
     """One change that can be applied, and a frontier of three."""
-    change = advice.Change(
+    offer = advice.Offer(
         title="length 2,048",
         effect="longer examples are cut",
         peak_upper_bytes=12 * GIB,
@@ -126,7 +126,7 @@ def fixed_advice(answer: sizing.Sizing) -> advice.Advised:
             ("compiled, not checkpointed", compiled.replace(gradient_checkpointing=False), 37, 530.0),
         )
     )
-    return advice.Advised(changes=(change,), points=points)
+    return advice.Suggestions(offers=(offer,), points=points)
 
 
 @pytest.fixture(autouse=True)

@@ -262,4 +262,4 @@ def test_rates_from_before_wide_heads_were_told_apart_have_one_for_both() -> Non
     assert Rates.from_dict(values) == rates
     del values["wide_masked_attention_flop_seconds"]
     found = Rates.from_dict(values)
-    assert found.wide_masked_attention_flop_seconds == rates.masked_attention_flop_seconds
+    assert found.seconds["wide_masked_attention_flop"] == rates.seconds["masked_attention_flop"]

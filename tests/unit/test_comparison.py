@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from planner.gpus.target import resolve_gpu
-from planner.planning.make_plan import comparison
+from planner.planning import comparison
 from planner.setup.training_setup import TrainingSetup
 
 

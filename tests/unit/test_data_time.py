@@ -13,6 +13,7 @@ from planner.data.batches import Lengths, padding
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import resolve_gpu
 from planner.models.catalog import resolve_model
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate, estimate_step
 from planner.throughput.epoch import Examples
@@ -45,7 +46,10 @@ def make_setup(**changes: object) -> TrainingSetup:
 
 
 def step_at(setup: TrainingSetup) -> StepEstimate:
-    return estimate_step(setup, resolve_model(MODEL), resolve_gpu("h100-80gb").spec, padded=not setup.packing)
+    return estimate_step(
+        TrainingRun(setup=setup, model=resolve_model(MODEL), padded=not setup.packing),
+        resolve_gpu("h100-80gb").spec,
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64])

@@ -77,15 +77,6 @@ def test_batches_of_one_need_no_padding() -> None:
 
 
 @settings(deadline=None)
-@given(LENGTHS, st.integers(1, 20))
-def test_histogram_holds_every_example_once(lengths: list[int], bins: int) -> None:
-    histogram = make(lengths).histogram(bins)
-    assert sum(count for _, _, count in histogram) == len(lengths)
-    for first, last, count in histogram:
-        assert count == sum(first <= length <= last for length in lengths)
-
-
-@settings(deadline=None)
 @given(LENGTHS)
 def test_json_round_trip(lengths: list[int]) -> None:
     stats = make(lengths)

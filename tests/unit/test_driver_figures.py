@@ -11,7 +11,7 @@ from planner.calibration.samples import (
     LOADED_BYTES,
     clean_context_bytes,
     own_process_bytes,
-    usable_records,
+    samples_of,
 )
 from planner.gpus.catalog import gpu_catalog
 from planner.models.catalog import load_shipped
@@ -32,8 +32,8 @@ def after_loading(record: RunRecord, process_bytes: int) -> RunRecord:
 def test_only_a_runs_own_driver_figure_counts() -> None:
     """What earlier runs in the process left shows in its context, or after loading."""
     clean = clean_context_bytes(shipped_records(), H100.id)
-    usable = usable_records(shipped_records(), H100, load_shipped, allocator=EXPANDABLE)
-    later = [record for record in usable if not record.isolated]
+    records = [sample.record for sample in samples_of(shipped_records(), H100, load_shipped)]
+    later = [record for record in records if record.allocator == EXPANDABLE and not record.isolated]
     found = [record for record in later if own_process_bytes(record, clean) is not None]
     assert len(found) >= 35
     record = found[0]

@@ -8,11 +8,11 @@ import pytest
 
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.memory.decoder.groups import Segment, segments
-from planner.memory.held.trainables import trainables
-from planner.memory.step.replay import StepReplay
+from planner.memory.decoder.groups import LayerGroup, layer_groups
+from planner.memory.step.replay import CudaSizes, StepReplay
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from tests.unit.families import DENSE
 
@@ -32,17 +32,19 @@ def setup_of(model: str, **knobs: Any) -> TrainingSetup:
 
 
 def estimated(model: str, **knobs: Any) -> MemoryBreakdown:
-    return estimate_memory(setup_of(model, **knobs), load_shipped(model), allocator=EXPANDABLE)
+    return estimate_memory(
+        TrainingRun(setup=setup_of(model, **knobs), model=load_shipped(model)), allocator=EXPANDABLE
+    )
 
 
-def parts_of(model: str, **knobs: Any) -> tuple[Segment, ...]:
+def parts_of(model: str, **knobs: Any) -> tuple[LayerGroup, ...]:
     setup, spec = setup_of(model, **knobs), load_shipped(model)
-    found, _ = segments(setup, spec, trainables(setup, spec), attention="sdpa", padded=False)
+    found, _ = layer_groups(TrainingRun(setup=setup, model=spec, padded=False))
     return found
 
 
-def kept_per_token(part: Segment) -> float:
-    return sum(size.per_token for size in part.replay.saved)
+def kept_per_token(part: LayerGroup) -> float:
+    return sum(size.per_token for size in part.memory.saved)
 
 
 def test_a_llama_layer_keeps_what_its_gradients_read() -> None:
@@ -59,7 +61,7 @@ def test_a_llama_layer_keeps_what_its_gradients_read() -> None:
 def test_a_compiled_checkpoint_keeps_the_input_alone(model: str) -> None:
     for part in parts_of(model):
         assert kept_per_token(part) == 2 * part.layer.hidden_size
-        assert part.replay.keeps_input
+        assert part.memory.keeps_input
     for part in parts_of(model, selective_checkpointing=True):
         layer = part.layer
         attention = 2 * layer.query_size + 4 * layer.num_attention_heads
@@ -103,9 +105,9 @@ def test_the_allocators_replay_agrees_with_the_count(
     """
     for packing in (False, True):
         setup, spec = setup_of(model, max_length=1024, packing=packing, **knobs), load_shipped(model)
-        counted = estimate_memory(setup, spec, allocator=allocator).allocated_bytes
-        replay = StepReplay(setup, spec, gpu=None, padded=False, allocator=allocator)
-        replayed = replay.run().step_allocated_bytes
+        counted = estimate_memory(TrainingRun(setup=setup, model=spec), allocator=allocator).allocated_bytes
+        replay = StepReplay(TrainingRun(setup=setup, model=spec), CudaSizes.of(None), allocator)
+        replayed = replay.play().step_allocated_bytes
         assert replayed == pytest.approx(counted, rel=tolerance)
 
 
@@ -117,7 +119,9 @@ def test_offloading_leaves_of_the_checkpoints_only_those_on_their_way(model: str
     checkpoints = spec.num_hidden_layers * setup.tokens_per_micro_step * spec.hidden_size * 2
     for replay in (False, True):
         kept, left = (
-            estimate_memory(one, spec, replay=replay, allocator=allocator).allocated_bytes
+            estimate_memory(
+                TrainingRun(setup=one, model=spec), replay=replay, allocator=allocator
+            ).allocated_bytes
             for one in (setup, offloaded)
         )
         assert 0.7 * checkpoints < kept - left < checkpoints

@@ -22,6 +22,7 @@ from planner.memory.measured.coverage import Coverage, coverage_of
 from planner.memory.measured.files import coefficients_for
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 H100 = gpu_catalog().get("h100-80gb")
@@ -30,12 +31,11 @@ PLAIN = TrainingSetup(model="llama-3.1-8b", max_length=4096)
 
 def estimated(setup: TrainingSetup, gpu: str = "h100-80gb", **options: object) -> MemoryBreakdown:
     return estimate_memory(
-        setup,
-        load_shipped(setup.model),
+        TrainingRun(setup=setup, model=load_shipped(setup.model)),
         gpu=gpu_catalog().get(gpu),
         replay=True,
         allocator=EXPANDABLE,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 
@@ -140,11 +140,12 @@ def test_a_calibration_without_coverage_says_so() -> None:
 
 
 def test_coverage_round_trips_and_is_checked() -> None:
-    runs = [(PLAIN.replace(packing=True, use_dora=True), load_shipped(PLAIN.model), True)]
-    found = coverage_of(runs)
+    model = load_shipped(PLAIN.model)
+    run = TrainingRun(setup=PLAIN.replace(packing=True, use_dora=True), model=model, padded=True)
+    found = coverage_of([run])
     assert Coverage.from_dict(json.loads(json.dumps(found.to_dict()))) == found
-    assert found.outside(*runs[0][:2], padded=True) == ()
-    assert found.outside(PLAIN, load_shipped(PLAIN.model), padded=False) == ()
+    assert found.outside(run) == ()
+    assert found.outside(TrainingRun(setup=PLAIN, model=model)) == ()
     wrong: tuple[dict[str, object], ...] = (
         {},
         {"values": {}},

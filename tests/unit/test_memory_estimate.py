@@ -14,6 +14,7 @@ from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.held.optimizer import MOMENTS
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import OPTIMIZERS, TrainingSetup
 from tests.unit.families import DENSE
 
@@ -47,7 +48,7 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
 
 
 def estimate(setup: TrainingSetup, *, padded: bool = False) -> MemoryBreakdown:
-    return estimate_memory(setup, load_shipped(setup.model), gpu=H100, padded=padded)
+    return estimate_memory(TrainingRun(setup=setup, model=load_shipped(setup.model), padded=padded), gpu=H100)
 
 
 def sized(model: str, **knobs: Any) -> MemoryBreakdown:
@@ -167,7 +168,9 @@ def test_the_contracts_figures(allocator: str, weights_gib: float) -> None:
     Expandable segments hold the tensors alone, torch's default the unsplit rests of its segments too.
     """
     setup = TrainingSetup(model="qwen2.5-14b", max_length=4096, attn_implementation="sdpa")
-    found = estimate_memory(setup, load_shipped(setup.model), gpu=H100, allocator=allocator)
+    found = estimate_memory(
+        TrainingRun(setup=setup, model=load_shipped(setup.model)), gpu=H100, allocator=allocator
+    )
     assert found.weights_bytes / GIB == pytest.approx(weights_gib, rel=0.0005)
     assert found.allocated_bytes / GIB == pytest.approx(12.52, rel=0.01)
 

@@ -196,7 +196,7 @@ def test_an_allocator_is_made_by_its_name_and_streams_have_the_same_kind() -> No
     for name, kind in ((NATIVE, CachingAllocator), (EXPANDABLE, ExpandableAllocator)):
         allocator = empty_allocator(name)
         assert type(allocator) is type(allocator.copy()) is kind
-        offload = OffloadReplay(allocator, input_bytes=MIB, norm_bytes=MIB, waits=False)
+        offload = OffloadReplay(allocator, input_bytes=MIB, norm_bytes=MIB, waits=False, stash=5)
         assert type(offload.stream) is kind
         assert offload.stream is not allocator
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from planner.base.errors import InputError, NotModelledError
 from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
-from planner.memory.decoder import groups as segments
+from planner.memory.decoder import groups
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from tests.unit.families import DENSE as MODELS
 
@@ -48,7 +49,10 @@ def estimate(
     setup: TrainingSetup, *, replay: bool = False, padded: bool = False, allocator: str = EXPANDABLE
 ) -> MemoryBreakdown:
     return estimate_memory(
-        setup, load_shipped(setup.model), gpu=H100, replay=replay, padded=padded, allocator=allocator
+        TrainingRun(setup=setup, model=load_shipped(setup.model), padded=padded),
+        gpu=H100,
+        replay=replay,
+        allocator=allocator,
     )
 
 
@@ -129,7 +133,7 @@ def test_selective_checkpointing_keeps_nothing_of_attention_it_does_not_know() -
 
     One after the other, from nothing remembered: layers that run the same kernels are replayed once.
     """
-    segments._SEGMENTS.clear()
+    groups.groups_of.cache_clear()
     for attention in ("flex_attention", "eager"):
         plain = make_setup("llama-3.2-1b", attn_implementation=attention)
         assert (

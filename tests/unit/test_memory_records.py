@@ -21,7 +21,7 @@ from planner.calibration.records import (
     append_record,
     read_records,
 )
-from planner.calibration.samples import clean_context_bytes, own_process_bytes, usable_records
+from planner.calibration.samples import clean_context_bytes, own_process_bytes, samples_of
 from planner.gpus.catalog import gpu_catalog
 from planner.memory import estimate_memory
 from planner.memory.measured.coefficients import (
@@ -36,6 +36,7 @@ from planner.memory.measured.files import coefficients_for, coefficients_name
 from planner.memory.step.replay import ReplayedMemory, replay_steps
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 H100 = gpu_catalog().get("h100-80gb")
@@ -61,13 +62,16 @@ def shipped() -> tuple[RunRecord, ...]:
 
 
 def usable(allocator: str) -> list[RunRecord]:
-    return usable_records(shipped_records(), H100, load_shipped, allocator=allocator)
+    samples = samples_of(shipped_records(), H100, load_shipped)
+    return [sample.record for sample in samples if sample.record.allocator == allocator]
 
 
 def synthetic(number: int, setup: TrainingSetup, **changes: Any) -> RunRecord:
     """A record that is exactly what KNOWN says."""
     model, allocator = load_shipped(setup.model), changes.get("allocator", NATIVE)
-    found = estimate_memory(setup, model, gpu=H100, coefficients=KNOWN, allocator=allocator)
+    found = estimate_memory(
+        TrainingRun(setup=setup, model=model), gpu=H100, coefficients=KNOWN, allocator=allocator
+    )
     step = MeasuredPhase(
         name="step",
         allocated_bytes=found.allocated_bytes,
@@ -176,7 +180,10 @@ def test_an_allocators_reserve_rests_on_its_own_runs() -> None:
     for record in synthetic_records(EXPANDABLE):
         model = load_shipped(record.setup.model)
         found = estimate_memory(
-            record.setup, model, gpu=H100, coefficients=doubled, allocator=record.allocator
+            TrainingRun(setup=record.setup, model=model),
+            gpu=H100,
+            coefficients=doubled,
+            allocator=record.allocator,
         )
         step = MeasuredPhase(
             name="step",
@@ -209,10 +216,8 @@ def test_the_interval_covers_every_held_out_record(
         step = record.phase("step")
         assert step is not None
         predicted = estimate_memory(
-            record.setup,
-            load_shipped(record.setup.model),
+            TrainingRun(setup=record.setup, model=load_shipped(record.setup.model), padded=record.padded),
             gpu=H100,
-            padded=record.padded,
             coefficients=found.coefficients,
             replay=replay,
             allocator=allocator,
@@ -271,10 +276,8 @@ def test_allocated_memory_against_measured_runs(allocator: str) -> None:
         step = record.phase("step")
         assert step is not None
         found = estimate_memory(
-            record.setup,
-            load_shipped(record.setup.model),
+            TrainingRun(setup=record.setup, model=load_shipped(record.setup.model), padded=record.padded),
             gpu=H100,
-            padded=record.padded,
             allocator=allocator,
             replay=True,
         )
@@ -308,7 +311,9 @@ def step_and_replay(run: RunRecord) -> tuple[MeasuredPhase, ReplayedMemory]:
     step = run.phase("step")
     assert step is not None
     model = load_shipped(run.setup.model)
-    return step, replay_steps(run.setup, model, gpu=H100, padded=run.padded, allocator=run.allocator)
+    return step, replay_steps(
+        TrainingRun(setup=run.setup, model=model, padded=run.padded), gpu=H100, allocator=run.allocator
+    )
 
 
 @pytest.mark.parametrize("kernels", ["none", "liger"])
@@ -346,7 +351,7 @@ def test_gemma_3_with_ligers_kernels_reserves_what_its_replay_does() -> None:
 def test_offloading_adds_to_the_context_once_a_step_has_run() -> None:
     setup = TrainingSetup(model="llama-3.1-8b", max_length=2048)
     plain, offloaded = (
-        estimate_memory(one, load_shipped(one.model), gpu=H100)
+        estimate_memory(TrainingRun(setup=one, model=load_shipped(one.model)), gpu=H100)
         for one in (setup, setup.replace(activation_offloading=True))
     )
     beside = [one.process_bytes - one.reserved_bytes for one in (plain, offloaded)]
@@ -388,7 +393,7 @@ def test_what_cannot_calibrate_is_left_out_or_refused() -> None:
         dataclasses.replace(records[3], setup=records[3].setup.replace(num_processes=2, distributed="ddp")),
         dataclasses.replace(records[4], environment=dataclasses.replace(records[4].environment, gpu_id="l4")),
     ]
-    assert usable_records(odd, H100, load_shipped, allocator=NATIVE) == []
+    assert samples_of(odd, H100, load_shipped) == []
     shared = [dataclasses.replace(record, isolated=False) for record in records]
     with pytest.raises(InputError, match="context"):
         calibrate(shared, H100, load_shipped, name="x", allocator=NATIVE)

@@ -11,20 +11,19 @@ from hypothesis import strategies as st
 
 from planner.calibration.accuracy import shipped_records
 from planner.calibration.records import RunRecord
-from planner.calibration.samples import CAP_SHARE, usable_records
+from planner.calibration.samples import CAP_SHARE, samples_of
 from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.allocators.expandable import empty_allocator
 from planner.memory.allocators.native import MIB
 from planner.memory.breakdown import FITTED, REPLAYED
-from planner.memory.decoder.groups import Segment, segments
-from planner.memory.decoder.live_bytes import layer_replay, peak
-from planner.memory.decoder.programs import part_program
-from planner.memory.held.trainables import trainables
+from planner.memory.decoder.groups import LayerGroup, layer_groups
+from planner.memory.decoder.live_bytes import layer_memory, peak
+from planner.memory.decoder.programs import group_program
 from planner.memory.step.replay import replay_steps
 from planner.models.catalog import load_shipped
-from planner.setup.attention import attention_implementation
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 H100 = gpu_catalog().get("h100-80gb")
@@ -45,21 +44,15 @@ def setup_of(model: str, **knobs: object) -> TrainingSetup:
     return TrainingSetup.from_dict({"model": model, "max_length": 512, **knobs})
 
 
-def parts_of(setup: TrainingSetup) -> tuple[Segment, ...]:
+def parts_of(setup: TrainingSetup) -> tuple[LayerGroup, ...]:
     model = load_shipped(setup.model)
-    found, _ = segments(
-        setup,
-        model,
-        trainables(setup, model),
-        attention=attention_implementation(setup, model),
-        padded=False,
-    )
+    found, _ = layer_groups(TrainingRun(setup=setup, model=model, padded=False))
     return found
 
 
-def live_peaks(part: Segment, tokens: int, scores: int) -> tuple[float, float]:
+def live_peaks(part: LayerGroup, tokens: int, scores: int) -> tuple[float, float]:
     """The most a program holds in forward and in backward, its input and the gradient given left out."""
-    program = part_program(part, accumulating=part.knobs.default.accumulating)
+    program = group_program(part, accumulating=part.knobs.default.accumulating)
     sizes = [a + b * tokens + c * scores for a, b, c in program.blocks]
     peaks, live = [], 0.0
     for events in (program.forward, program.backward):
@@ -79,7 +72,7 @@ def test_programs_hold_what_the_live_replay_counts(model: str, knobs: dict[str, 
     """The ordered events and the counted moments come from the same replay, so their peaks agree."""
     for part in parts_of(setup_of(model, **knobs)):
         tokens, scores = 2048, 2 * 1024**2
-        counted = layer_replay(
+        counted = layer_memory(
             part.layer,
             part.knobs,
             checkpointed=part.checkpointed,
@@ -99,7 +92,7 @@ def test_a_program_frees_all_but_what_it_says(name: str) -> None:
     for model in MODELS:
         for knobs in KNOBS:
             for part in parts_of(setup_of(model, **knobs)):
-                program = part_program(part, accumulating=False)
+                program = group_program(part, accumulating=False)
                 allocator = empty_allocator(name)
                 units = program.units(1024, 1024**2)
                 slots = [0] * len(units)
@@ -124,8 +117,12 @@ def test_replayed_parts_sum_and_lie_near_the_counted_ones(
     model: str, knobs: dict[str, object], allocator: str
 ) -> None:
     setup = setup_of(model, **knobs)
-    fitted = estimate_memory(setup, load_shipped(model), gpu=H100, allocator=allocator)
-    replayed = estimate_memory(setup, load_shipped(model), gpu=H100, replay=True, allocator=allocator)
+    fitted = estimate_memory(
+        TrainingRun(setup=setup, model=load_shipped(model)), gpu=H100, allocator=allocator
+    )
+    replayed = estimate_memory(
+        TrainingRun(setup=setup, model=load_shipped(model)), gpu=H100, replay=True, allocator=allocator
+    )
     assert sum(part.size_bytes for part in replayed.components) == replayed.process_bytes
     assert replayed.weights_bytes == fitted.weights_bytes
     # The count leaves out the default's unsplit rests, and what autocast and Adafactor hold beside the rest.
@@ -160,7 +157,9 @@ def test_twice_the_batch_or_rank_never_allocates_less(
     model = load_shipped(setup.model)
 
     def allocated(changed: TrainingSetup) -> int:
-        found = replay_steps(changed, model, gpu=H100, padded=False, allocator=allocator)
+        found = replay_steps(
+            TrainingRun(setup=changed, model=model, padded=False), gpu=H100, allocator=allocator
+        )
         return found.step_allocated_bytes
 
     assert allocated(setup) <= allocated(setup.replace(per_device_train_batch_size=2 * batch))
@@ -173,9 +172,9 @@ def test_accumulating_more_than_twice_changes_nothing(allocator: str) -> None:
     for knobs in ({}, {"method": "full"}):
         twice = setup_of("smollm2-135m", gradient_accumulation_steps=2, **knobs)
         often = twice.replace(gradient_accumulation_steps=16)
-        assert replay_steps(twice, model, gpu=H100, padded=False, allocator=allocator) == replay_steps(
-            often, model, gpu=H100, padded=False, allocator=allocator
-        )
+        assert replay_steps(
+            TrainingRun(setup=twice, model=model, padded=False), gpu=H100, allocator=allocator
+        ) == replay_steps(TrainingRun(setup=often, model=model, padded=False), gpu=H100, allocator=allocator)
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
@@ -183,12 +182,16 @@ def test_expandable_segments_hand_out_no_more_than_the_default(knobs: dict[str, 
     """The rest of a block is split off however small, so blocks in use come to the same or less."""
     setup, model = setup_of("smollm2-135m", **knobs), load_shipped("smollm2-135m")
     native, expandable = (
-        replay_steps(setup, model, gpu=H100, padded=False, allocator=name) for name in (NATIVE, EXPANDABLE)
+        replay_steps(TrainingRun(setup=setup, model=model, padded=False), gpu=H100, allocator=name)
+        for name in (NATIVE, EXPANDABLE)
     )
     assert expandable.load_allocated_bytes <= native.load_allocated_bytes
     assert expandable.step_allocated_bytes < native.step_allocated_bytes
     # A replay is remembered for its allocator.
-    assert replay_steps(setup, model, gpu=H100, padded=False, allocator=NATIVE) is native
+    assert (
+        replay_steps(TrainingRun(setup=setup, model=model, padded=False), gpu=H100, allocator=NATIVE)
+        is native
+    )
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
@@ -197,7 +200,9 @@ def test_paged_state_stays_out_of_the_allocator(allocator: str) -> None:
     setup = setup_of("llama-3.2-1b", method="full")
     found = [
         replay_steps(
-            setup.replace(optim=optim), model, gpu=H100, padded=False, allocator=allocator
+            TrainingRun(setup=setup.replace(optim=optim), model=model, padded=False),
+            gpu=H100,
+            allocator=allocator,
         ).step_reserved_bytes
         for optim in ("sgd", "paged_adamw_32bit", "adamw_8bit", "adamw_torch")
     ]
@@ -207,10 +212,8 @@ def test_paged_state_stays_out_of_the_allocator(allocator: str) -> None:
 
 def estimated(record: RunRecord) -> MemoryBreakdown:
     return estimate_memory(
-        record.setup,
-        load_shipped(record.setup.model),
+        TrainingRun(setup=record.setup, model=load_shipped(record.setup.model), padded=record.padded),
         gpu=H100,
-        padded=record.padded,
         replay=True,
         allocator=record.allocator,
     )
@@ -236,7 +239,8 @@ def held_out_errors(record: RunRecord) -> tuple[float, float]:
 def test_replayed_memory_against_measured_runs(
     allocator: str, middle: float, nineteen_in_twenty: float, most: float
 ) -> None:
-    records = usable_records(shipped_records(), H100, load_shipped, allocator=allocator)
+    samples = samples_of(shipped_records(), H100, load_shipped)
+    records = [sample.record for sample in samples if sample.record.allocator == allocator]
     sample = random.Random(0).sample(records, min(200, len(records)))
     errors = [held_out_errors(record) for record in sample]
     allocated = sorted(abs(error) for error, _ in errors)

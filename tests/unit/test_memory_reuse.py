@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from planner.memory.allocators.native import MIB
 from planner.memory.decoder.buffer_reuse import placed, reuse, tuned
 from planner.memory.decoder.program import Program
-from planner.memory.decoder.programs import part_program
+from planner.memory.decoder.programs import group_program
 from planner.memory.step.replay import replay_steps
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.run import TrainingRun
 from tests.unit.test_memory_replay import H100, parts_of, setup_of
 
 EMPTY = Program(
@@ -124,7 +125,11 @@ def test_only_the_first_step_times_kernels_and_a_larger_cache_reserves_more() ->
     reserved = []
     for cache in (2**20, 128 * 2**20):
         gpu = dataclasses.replace(H100, l2_cache_bytes=cache)
-        found = replay_steps(setup, load_shipped(setup.model), gpu=gpu, padded=False, allocator=EXPANDABLE)
+        found = replay_steps(
+            TrainingRun(setup=setup, model=load_shipped(setup.model), padded=False),
+            gpu=gpu,
+            allocator=EXPANDABLE,
+        )
         reserved.append((found.step_allocated_bytes, found.step_reserved_bytes))
     (small, few), (large, many) = reserved
     # The peak of a step is that of steady state; what the first one reserved stays.
@@ -181,7 +186,7 @@ def test_reuse_leaves_peak_and_end_as_they_were(graph: tuple[list[int], list[int
 @pytest.mark.parametrize("knobs", COMPILED, ids=str)
 def test_a_placed_program_holds_and_leaves_as_much(model: str, knobs: dict[str, object]) -> None:
     for part in parts_of(setup_of(model, compile="regional", **knobs)):
-        plain = part_program(part, accumulating=part.knobs.default.accumulating)
+        plain = group_program(part, accumulating=part.knobs.default.accumulating)
         tokens, scores = 2048, 1024**2
         found = placed(plain, tokens, scores)
         units = plain.units(tokens, scores)

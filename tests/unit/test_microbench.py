@@ -14,6 +14,7 @@ from planner.base.errors import InputError
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.models.catalog import load_shipped
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import NoForecastError, estimate_step
 from planner.throughput.microbenchmarks import (
@@ -172,17 +173,17 @@ def test_gpus_are_compared_over_shapes_that_both_have() -> None:
 
 
 def rate(setup: TrainingSetup, gpu: GpuSpec) -> float:
-    return estimate_step(setup, load_shipped(setup.model), gpu).tokens_per_second
+    return estimate_step(TrainingRun(setup=setup, model=load_shipped(setup.model)), gpu).tokens_per_second
 
 
 def test_measured_ratios_replace_published_ones() -> None:
     card = gpu_catalog().get("rtx-4090")
-    published = estimate_step(LARGE, load_shipped(LARGE.model), card)
+    published = estimate_step(TrainingRun(setup=LARGE, model=load_shipped(LARGE.model)), card)
     keep(kernels("h100-80gb"))
     # Microbenchmarks of one GPU alone compare with nothing.
     assert rate(LARGE, card) == published.tokens_per_second
     keep(kernels("rtx-4090", speed=0.1))
-    measured = estimate_step(LARGE, load_shipped(LARGE.model), card)
+    measured = estimate_step(TrainingRun(setup=LARGE, model=load_shipped(LARGE.model)), card)
     h100 = rate(LARGE, gpu_catalog().get("h100-80gb"))
     assert measured.tokens_per_second == pytest.approx(0.1 * h100, rel=0.05)
     assert "scaled by microbenchmarks" in measured.basis
@@ -206,7 +207,7 @@ def test_a_card_outside_the_catalog_is_forecast_once_measured() -> None:
         rate(LARGE, UNLISTED)
     keep(kernels("h100-80gb"))
     keep(kernels(UNLISTED.id, speed=0.3))
-    found = estimate_step(LARGE, load_shipped(LARGE.model), UNLISTED)
+    found = estimate_step(TrainingRun(setup=LARGE, model=load_shipped(LARGE.model)), UNLISTED)
     assert 0 < found.tokens_per_second <= found.roofline_tokens_per_second
 
 

@@ -21,9 +21,11 @@ from planner.models.catalog import resolve_model
 from planner.planning.estimation import Estimator
 from planner.planning.make_plan import make_plan
 from planner.search.cards import cards_by_memory
+from planner.search.frontier import runners_up
 from planner.setup import defaults
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE, VARIABLE
 from planner.setup.request import PlanRequest, make_request
+from planner.setup.run import TrainingRun
 from planner.text.choice import print_runners_up
 
 Cli = Callable[..., Any]
@@ -106,7 +108,9 @@ def test_a_plan_is_for_the_allocator_that_its_run_gets_and_says_which(
     assert said in text
     allocator = EXPANDABLE if setting is None else NATIVE
     model = resolve_model("qwen2.5-14b")
-    again = estimate_memory(plan.setup, model, gpu=plan.gpu.spec, replay=True, allocator=allocator)
+    again = estimate_memory(
+        TrainingRun(setup=plan.setup, model=model), gpu=plan.gpu.spec, replay=True, allocator=allocator
+    )
     assert plan.memory.process_bytes == again.process_bytes
 
 
@@ -202,7 +206,9 @@ def test_every_advice_is_what_its_flags_give(request_: PlanRequest, cli: Cli) ->
         flags = dict(zip(shlex.split(advice.flags)[::2], shlex.split(advice.flags)[1::2], strict=True))
         changes = {k[2:].replace("-", "_"): int(v) if v.isdigit() else v for k, v in flags.items()}
         setup = plan.setup.replace(**changes)
-        memory = estimate_memory(setup, resolve_model(setup.model), gpu=plan.gpu.spec)
+        memory = estimate_memory(
+            TrainingRun(setup=setup, model=resolve_model(setup.model)), gpu=plan.gpu.spec
+        )
         assert memory.peak_upper_bytes == advice.peak_upper_bytes
         assert memory.fits(plan.gpu.usable_bytes) == advice.fits
 
@@ -277,7 +283,7 @@ def test_the_reason_why_a_setup_lost_is_told(lost: str, told: str) -> None:
     others = tuple(one for one in plan.alternatives if one.lost == lost)
     assert others
     out = Console(file=io.StringIO(), width=100)
-    print_runners_up(out, dataclasses.replace(plan, alternatives=others, frontier=()))
+    print_runners_up(out, dataclasses.replace(plan, runners_up=runners_up(others, (), plan.gpu.usable_bytes)))
     assert told in out.file.getvalue()  # type: ignore[attr-defined]
 
 

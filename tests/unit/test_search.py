@@ -12,6 +12,7 @@ from planner.gpus.target import resolve_gpu
 from planner.models.catalog import resolve_model
 from planner.search import COMPILED, EAGER, batches, fewest_layers, finish_seconds, modes, search
 from planner.search.evaluator import Evaluator
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 GIB = 2**30
@@ -163,10 +164,10 @@ def test_a_knob_that_is_not_modelled_is_refused_when_fixed_and_never_tried(
     from planner.memory import estimate_memory
     from planner.search import evaluator as candidate
 
-    def refuse(setup: TrainingSetup, *args: Any, **kwargs: Any) -> Any:
-        if setup.kernels != "none":
-            raise NotModelledError("kernels", setup.kernels)
-        return estimate_memory(setup, *args, **kwargs)
+    def refuse(run: TrainingRun, **kwargs: Any) -> Any:
+        if run.setup.kernels != "none":
+            raise NotModelledError("kernels", run.setup.kernels)
+        return estimate_memory(run, **kwargs)
 
     monkeypatch.setattr(candidate, "estimate_memory", refuse)
     evaluator = evaluator_for("qwen2.5-0.5b", "24GB")

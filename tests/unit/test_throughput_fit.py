@@ -21,6 +21,7 @@ from planner.calibration.speed_fit import (
 )
 from planner.gpus.catalog import gpu_catalog
 from planner.models.catalog import load_shipped
+from planner.setup.run import TrainingRun
 from planner.throughput.rates import UNCALIBRATED, Rates, micro_step_time, rates_for
 from planner.throughput.work import step_work
 
@@ -144,7 +145,7 @@ def test_the_shipped_rates_are_what_the_records_give() -> None:
         shipped = known(gpu)
         found = fit_rates(shipped_records(), gpu, load_shipped, start=start_for(gpu_catalog().get(gpu))).rates
         assert found.record_ids == shipped.record_ids
-        assert found.layer_flop_seconds == pytest.approx(shipped.layer_flop_seconds, rel=0.02)
+        assert found.seconds["layer_flop"] == pytest.approx(shipped.seconds["layer_flop"], rel=0.02)
 
 
 def test_what_offloading_moves_is_what_layers_keep() -> None:
@@ -152,20 +153,21 @@ def test_what_offloading_moves_is_what_layers_keep() -> None:
     model = load_shipped(run.setup.model)
     kept = dataclasses.replace(run.setup, gradient_checkpointing=False)
     checkpointed = dataclasses.replace(run.setup, gradient_checkpointing=True)
-    inputs = step_work(checkpointed, model).offloaded_bytes
+    inputs = step_work(TrainingRun(setup=checkpointed, model=model)).offloaded_bytes
     assert inputs == model.num_hidden_layers * run.setup.tokens_per_micro_step * model.hidden_size * 2
-    assert step_work(kept, model).offloaded_bytes > 10 * inputs
+    assert step_work(TrainingRun(setup=kept, model=model)).offloaded_bytes > 10 * inputs
 
 
 def test_recomputing_is_the_backward_passs_work() -> None:
     setup = RUNS[0].setup
     model = load_shipped(setup.model)
     with_, without = (
-        step_work(dataclasses.replace(setup, gradient_checkpointing=value), model) for value in (True, False)
+        step_work(TrainingRun(setup=dataclasses.replace(setup, gradient_checkpointing=value), model=model))
+        for value in (True, False)
     )
-    assert with_.forward.layer_flops == without.forward.layer_flops
-    assert with_.backward.layer_flops == without.backward.layer_flops + with_.forward.layer_flops
-    assert with_.backward.launches > without.backward.launches
+    assert with_.forward["layer_flop"] == without.forward["layer_flop"]
+    assert with_.backward["layer_flop"] == without.backward["layer_flop"] + with_.forward["layer_flop"]
+    assert with_.backward["launch"] > without.backward["launch"]
 
 
 def test_runs_on_a_slow_host_do_not_make_the_rates_slow() -> None:
@@ -173,7 +175,7 @@ def test_runs_on_a_slow_host_do_not_make_the_rates_slow() -> None:
     true = known(REFERENCE_GPU)
     runs = []
     for index, run in enumerate(RUNS):
-        work = step_work(run.setup, load_shipped(run.setup.model), padded=run.padded)
+        work = step_work(TrainingRun(setup=run.setup, model=load_shipped(run.setup.model), padded=run.padded))
         slower = 2.0 if index % 2 else 1.0
         micro = micro_step_time(true, work, host_slower=slower).seconds
         accumulated = run.setup.gradient_accumulation_steps
@@ -197,7 +199,7 @@ def test_runs_of_an_earlier_trainer_count_less_once_there_are_some_of_todays() -
     true = known(REFERENCE_GPU)
 
     def made(run: RunRecord, slower: float, block: float | None) -> RunRecord:
-        work = step_work(run.setup, load_shipped(run.setup.model), padded=run.padded)
+        work = step_work(TrainingRun(setup=run.setup, model=load_shipped(run.setup.model), padded=run.padded))
         accumulated = run.setup.gradient_accumulation_steps
         step = micro_step_time(true, work).seconds * accumulated + true.optimizer_seconds(work)
         tokens = run.setup.tokens_per_micro_step * accumulated

@@ -169,8 +169,8 @@ class SizingScreen(Screen[None]):
         self.post_message(Refined(sizing, refined))
         try:
             found = advice.work_out(refined)
-        except InputError:
-            found = advice.Advised()
+        except InputError as error:
+            found = advice.Suggestions(refusal=str(error))
         if not overtaken():
             self.post_message(Advised(refined, found))
 
@@ -182,8 +182,9 @@ class SizingScreen(Screen[None]):
     @on(Advised)
     def _show_advice(self, event: Advised) -> None:
         if event.sizing is self.sizing:
-            self.query_one(AdvicePanel).show(event.sizing, event.found.changes)
-            self.query_one(FrontierPanel).show(event.sizing, event.found.points)
+            found = event.found
+            self.query_one(AdvicePanel).show(event.sizing, found.offers, refusal=found.refusal)
+            self.query_one(FrontierPanel).show(event.sizing, found.points, refusal=found.refusal)
 
     @on(SetupList.Applied)
     def _apply(self, event: SetupList.Applied) -> None:

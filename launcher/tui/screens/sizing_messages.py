@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual.message import Message
 
-from launcher.tui.advice import Advised as Advice
+from launcher.tui.advice import Suggestions
 from launcher.tui.sizing import Sizing
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
@@ -22,7 +22,7 @@ class Refined(Message):
 class Advised(Message):
     """Advice for a sizing has been worked out."""
 
-    def __init__(self, sizing: Sizing, found: Advice) -> None:
+    def __init__(self, sizing: Sizing, found: Suggestions) -> None:
         super().__init__()
         self.sizing = sizing
         self.found = found

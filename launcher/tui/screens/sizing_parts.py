@@ -12,7 +12,7 @@ from launcher.tui.screens.picker import Remark, Row
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, parameters, plain
 from launcher.tui.themes import component_colours
-from launcher.tui.widgets.memory_bar import BarData, Segment
+from launcher.tui.widgets.memory_bar import BarData, BarPart
 from planner.models.catalog import ModelSummary
 
 _VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
@@ -36,7 +36,7 @@ def bar(sizing: Sizing) -> BarData:
     memory = sizing.memory
     colours = component_colours(component.name for component in memory.components)
     return BarData(
-        segments=tuple(Segment(c.size_bytes, colours[c.name]) for c in memory.components if c.size_bytes),
+        parts=tuple(BarPart(c.size_bytes, colours[c.name]) for c in memory.components if c.size_bytes),
         peak_bytes=memory.peak_bytes,
         upper_bytes=memory.peak_upper_bytes,
         usable_bytes=sizing.card.usable_bytes,
@@ -85,4 +85,4 @@ def other_fields(others: Mapping[str, Any]) -> str:
 def field_of(message: str) -> str | None:
     """The knob that a message about two knobs begins with."""
     first = message.split(" ", 1)[0].rstrip(":")
-    return first if first in knobs.KNOB_FIELDS else None
+    return first if first in knobs.FORM_FIELDS else None

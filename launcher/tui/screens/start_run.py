@@ -17,6 +17,7 @@ from textual.widgets import Button, Input, Label, Static
 from launcher.tui.text import plain
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.setup import defaults
 
 MAX_STEPS = 10**9
 
@@ -49,7 +50,14 @@ class StartRun(ModalScreen[RunWish | None]):
     def __init__(self, *, title: str, model_source: str, data: str, runs: str) -> None:
         super().__init__()
         self._title = title
-        self._values = {"data": data, "model": model_source, "runs": runs, "epochs": "1", "steps": ""}
+        # What the form begins with.
+        self.values = {
+            "data": data,
+            "model": model_source,
+            "runs": runs,
+            "epochs": f"{defaults.EPOCHS:g}",
+            "steps": "",
+        }
 
     def compose(self) -> ComposeResult:
         """One field a line."""
@@ -66,7 +74,7 @@ class StartRun(ModalScreen[RunWish | None]):
                 with Horizontal(classes="knob-row"):
                     yield Label(label, classes="knob-label")
                     yield Input(
-                        self._values[name],
+                        self.values[name],
                         id=f"start-{name}",
                         compact=True,
                         placeholder=placeholder,
@@ -99,7 +107,7 @@ class StartRun(ModalScreen[RunWish | None]):
         """Check the fields and hand the wish back."""
         for place in self.query(".knob-error"):
             place.remove_class("shown")
-        texts = {name: self.query_one(f"#start-{name}", Input).value.strip() for name in self._values}
+        texts = {name: self.query_one(f"#start-{name}", Input).value.strip() for name in self.values}
         try:
             self.dismiss(read_wish(texts))
         except InputError as error:

@@ -1,10 +1,10 @@
-"""Changes that would help, each of which can be applied."""
+"""Offers that would help, each of which can be applied."""
 
 from __future__ import annotations
 
 from rich.text import Text
 
-from launcher.tui.advice import Change
+from launcher.tui.advice import Offer
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from launcher.tui.widgets.setup_list import SetupList
@@ -13,12 +13,12 @@ from planner.setup.training_setup import TrainingSetup
 _FIGURES = 10 + 7
 
 
-class AdvicePanel(SetupList[Change]):
+class AdvicePanel(SetupList[Offer]):
     """A summary and a list of changes."""
 
     name_ = "advice"
 
-    def note(self, now: Sizing, found: tuple[Change, ...]) -> str:
+    def note(self, now: Sizing, found: tuple[Offer, ...]) -> str:
         """What the list is, or why it is empty."""
         if found:
             return "tab to it, enter applies; memory, speed"
@@ -26,11 +26,11 @@ class AdvicePanel(SetupList[Change]):
             return "nothing that is modelled would use more of the card"
         return "no change helps: take a smaller model or a larger card"
 
-    def setup_of(self, item: Change) -> TrainingSetup | None:
+    def setup_of(self, item: Offer) -> TrainingSetup | None:
         """The changed setup; a change outside of it has none."""
         return item.setup
 
-    def line(self, now: Sizing, item: Change) -> Text:
+    def line(self, now: Sizing, item: Offer) -> Text:
         """The change, its memory and what it does to speed."""
         colours, width = self.app.theme_variables, self.title_width(_FIGURES)
         title = f"{item.title} ({item.effect})" if item.effect else item.title

@@ -7,7 +7,7 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.widgets import Select
 
-from launcher.tui.knobs import Knob, step
+from launcher.tui.knobs import Row, step
 
 
 class ChoiceKnob(Select[str], inherit_bindings=False):
@@ -21,19 +21,19 @@ class ChoiceKnob(Select[str], inherit_bindings=False):
         Binding("enter,space", "show_overlay", "Open the list", show=False, id="choice.open"),
     ]
 
-    def __init__(self, knob: Knob, value: str) -> None:
+    def __init__(self, row: Row, value: str) -> None:
         super().__init__(
-            [(choice, choice) for choice in knob.choices],
+            [(choice, choice) for choice in row.choices],
             value=value,
             allow_blank=False,
             compact=True,
-            id=f"knob-{knob.field}",
-            tooltip=knob.help,
+            id=f"knob-{row.field}",
+            tooltip=row.help,
         )
-        self.knob = knob
+        self.row = row
 
     def action_step(self, direction: int) -> None:
         """Go to the next value of the list."""
-        value = step(self.knob, str(self.value), direction)
+        value = step(self.row, str(self.value), direction)
         if value is not None:
             self.value = value

@@ -11,7 +11,7 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widgets import Input, Label, Select, Static
 
-from launcher.tui.knobs import KNOBS, Knob
+from launcher.tui.knobs import ROWS, Row
 from launcher.tui.text import plain
 from launcher.tui.widgets.choice_knob import ChoiceKnob
 from launcher.tui.widgets.number_knob import NumberKnob
@@ -42,23 +42,23 @@ class KnobForm(Vertical):
                 yield Label(label, classes="knob-label")
                 yield PickButton(id=f"pick-{name}")
             yield Static("", id=f"error-{name}", classes="knob-error")
-        for knob in KNOBS:
-            if knob.group:
-                yield Static(knob.group, classes="knob-group")
+        for row in ROWS:
+            if row.group:
+                yield Static(row.group, classes="knob-group")
             with Horizontal(classes="knob-row"):
-                yield Label(knob.label, classes="knob-label")
-                yield self._control(knob)
-            yield Static("", id=f"error-{knob.field}", classes="knob-error")
+                yield Label(row.label, classes="knob-label")
+                yield self._control(row)
+            yield Static("", id=f"error-{row.field}", classes="knob-error")
         yield Static("", id="error-form", classes="knob-error")
         yield Static("", id="other-fields", classes="note")
 
-    def _control(self, knob: Knob) -> Input | ChoiceKnob:
-        value = self._texts[knob.field]
-        if knob.choices:
-            return ChoiceKnob(knob, value)
-        if knob.numeric:
-            return NumberKnob(knob, value)
-        return TextKnob(knob, value)
+    def _control(self, row: Row) -> Input | ChoiceKnob:
+        value = self._texts[row.field]
+        if row.choices:
+            return ChoiceKnob(row, value)
+        if row.numeric:
+            return NumberKnob(row, value)
+        return TextKnob(row, value)
 
     @property
     def texts(self) -> dict[str, str]:
@@ -73,11 +73,11 @@ class KnobForm(Vertical):
     def set_texts(self, texts: Mapping[str, str]) -> None:
         """Replace the text of every knob at once, as one change that posts nothing."""
         self._texts = dict(texts)
-        for knob in KNOBS:
-            control = self.query_one(f"#knob-{knob.field}")
+        for row in ROWS:
+            control = self.query_one(f"#knob-{row.field}")
             with control.prevent(Input.Changed, Select.Changed):
                 if isinstance(control, ChoiceKnob | Input):
-                    control.value = texts[knob.field]
+                    control.value = texts[row.field]
         self._adapt()
 
     def show_error(self, field: str | None, message: str) -> None:
@@ -128,13 +128,13 @@ class KnobForm(Vertical):
     def _typed(self, event: Input.Changed) -> None:
         event.stop()
         if isinstance(event.input, NumberKnob | TextKnob):
-            self._change(event.input.knob.field, event.value)
+            self._change(event.input.row.field, event.value)
 
     @on(Select.Changed)
     def _chosen(self, event: Select.Changed) -> None:
         event.stop()
         if isinstance(event.select, ChoiceKnob):
-            self._change(event.select.knob.field, str(event.value))
+            self._change(event.select.row.field, str(event.value))
 
     def _change(self, field: str, text: str) -> None:
         if self._texts[field] == text:
@@ -145,9 +145,9 @@ class KnobForm(Vertical):
 
     def _adapt(self) -> None:
         """Disable what the other knobs leave no meaning; say what empty fields stand for."""
-        for knob in KNOBS:
-            if knob.needs:
-                self.query_one(f"#knob-{knob.field}").disabled = not knob.applies(self._texts)
+        for row in ROWS:
+            if row.unless:
+                self.query_one(f"#knob-{row.field}").disabled = not row.applies(self._texts)
         budget = self.query_one("#knob-activation_memory_budget", Input)
         budget.placeholder = "-" if budget.disabled else "all"
         rank = self._texts["lora_r"].strip()

@@ -16,7 +16,7 @@ _MINIMUM_WIDTH = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class BarPart:
     """One stretch of the bar."""
 
     size_bytes: int
@@ -25,17 +25,17 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BarData:
-    """What the bar shows: segments from the left, then up to `upper_bytes` as uncertain, the limit marked."""
+    """What the bar shows: parts from the left, then up to `upper_bytes` as uncertain, the limit marked."""
 
-    segments: tuple[Segment, ...]
+    parts: tuple[BarPart, ...]
     peak_bytes: int
     upper_bytes: int
     usable_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that all segments hold."""
-        return sum(segment.size_bytes for segment in self.segments)
+        """Bytes that all parts hold."""
+        return sum(part.size_bytes for part in self.parts)
 
     @property
     def scale_bytes(self) -> int:
@@ -112,12 +112,12 @@ def scale_row(data: BarData, width: int, *, muted: str, beyond: str) -> Text:
 
 
 def _half_cells(data: BarData, width: int) -> list[str | None]:
-    """The colour of each half cell; None beyond the last segment."""
+    """The colour of each half cell; None beyond the last part."""
     found: list[str | None] = []
     end = 0
-    for segment in data.segments:
-        end += segment.size_bytes
+    for part in data.parts:
+        end += part.size_bytes
         # Whole numbers: half cells whose middle, (i + 1/2) / (2 width) of the scale, lies before the end.
         reached = -((data.scale_bytes - 4 * width * end) // (2 * data.scale_bytes))
-        found += [segment.colour] * (reached - len(found))
+        found += [part.colour] * (reached - len(found))
     return found + [None] * (2 * width - len(found))

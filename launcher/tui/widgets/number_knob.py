@@ -9,7 +9,7 @@ from textual.binding import Binding, BindingType
 from textual.reactive import reactive
 from textual.widgets import Input
 
-from launcher.tui.knobs import Knob, step
+from launcher.tui.knobs import Row, step
 
 
 class NumberKnob(Input):
@@ -29,17 +29,17 @@ class NumberKnob(Input):
     # Input lays the screen out anew at every letter; the width of a knob's field does not depend on its text.
     value: reactive[str] = reactive("", init=False)
 
-    def __init__(self, knob: Knob, value: str, *, placeholder: str = "") -> None:
+    def __init__(self, row: Row, value: str, *, placeholder: str = "") -> None:
         super().__init__(
             value,
-            id=f"knob-{knob.field}",
+            id=f"knob-{row.field}",
             compact=True,
             placeholder=placeholder,
             restrict=r"[0-9.,eE+\-]*",
             max_length=14,
-            tooltip=knob.help,
+            tooltip=row.help,
         )
-        self.knob = knob
+        self.row = row
 
     def check_consume_key(self, key: str, character: str | None) -> bool:
         """Whether a key edits the number."""
@@ -51,7 +51,7 @@ class NumberKnob(Input):
 
     def action_step(self, direction: int) -> None:
         """Go to the next usual value."""
-        value = step(self.knob, self.value.strip(), direction)
+        value = step(self.row, self.value.strip(), direction)
         if value is not None:
             self.value = value
             self.action_select_all()

@@ -13,6 +13,7 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from launcher.tui.sizing import Sizing
+from launcher.tui.text import plain
 from planner.setup.training_setup import TrainingSetup
 
 LEAST_TITLE, MOST_TITLE = 16, 60
@@ -46,10 +47,11 @@ class SetupList(Vertical, Generic[Item]):
         yield Static("", id=f"{self.name_}-summary", classes="note")
         yield OptionList(id=f"{self.name_}-list", compact=True)
 
-    def show(self, now: Sizing, found: tuple[Item, ...]) -> None:
-        """Show what was found for a sizing."""
+    def show(self, now: Sizing, found: tuple[Item, ...], *, refusal: str = "") -> None:
+        """Show what was found for a sizing, or why nothing could be looked for."""
         self._now, self._items = now, found
-        self.query_one(f"#{self.name_}-summary", Static).update(Text(self.note(now, found)))
+        note = plain(refusal) if refusal else self.note(now, found)
+        self.query_one(f"#{self.name_}-summary", Static).update(Text(note))
         self._fill()
 
     def on_resize(self) -> None:

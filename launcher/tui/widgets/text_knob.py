@@ -8,7 +8,7 @@ from textual.binding import Binding, BindingType
 from textual.reactive import reactive
 from textual.widgets import Input
 
-from launcher.tui.knobs import Knob, step
+from launcher.tui.knobs import Row, step
 
 
 class TextKnob(Input):
@@ -24,15 +24,15 @@ class TextKnob(Input):
     # Input lays the screen out anew at every letter; the width of a knob's field does not depend on its text.
     value: reactive[str] = reactive("", init=False)
 
-    def __init__(self, knob: Knob, value: str) -> None:
-        super().__init__(value, id=f"knob-{knob.field}", compact=True, max_length=400, tooltip=knob.help)
-        self.knob = knob
+    def __init__(self, row: Row, value: str) -> None:
+        super().__init__(value, id=f"knob-{row.field}", compact=True, max_length=400, tooltip=row.help)
+        self.row = row
 
     def action_step(self, direction: int) -> None:
         """Step while the value is one of the usual ones or all of it is selected; else move the cursor."""
         whole = self.selection.start == 0 and self.selection.end == len(self.value)
-        value = step(self.knob, self.value.strip(), direction)
-        if value is not None and (self.value in self.knob.steps or whole):
+        value = step(self.row, self.value.strip(), direction)
+        if value is not None and (self.value in self.row.steps or whole):
             self.value = value
             self.action_select_all()
         elif direction < 0:

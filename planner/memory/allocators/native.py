@@ -40,15 +40,6 @@ def block_units(size_bytes: int) -> int:
     return -(-size_bytes // MIN_BLOCK) or 1
 
 
-def segment_size(size_bytes: int) -> int:
-    """Size of the segment that the driver is asked for when no cached block serves a (rounded) request."""
-    if size_bytes <= SMALL_SIZE:
-        return SMALL_SEGMENT
-    if size_bytes < MIN_LARGE_ALLOCATION:
-        return LARGE_SEGMENT
-    return -(-size_bytes // LARGE_ROUNDING) * LARGE_ROUNDING
-
-
 class CachingAllocator:
     """Replays requests. Addresses and sizes are counted in units of 512 bytes; segments lie a unit apart, so
     that blocks never merge across.
@@ -114,8 +105,7 @@ class CachingAllocator:
         self.run((-1,), (0,), [address])
 
     def run(self, events: Sequence[int], units: Sequence[int], slots: list[int]) -> None:
-        """Replay events: n allocates block n of `units[n]` and notes its address in `slots`, -1 - n frees it.
-
+        """Replay events (planner/memory/tape/events.py): block n has `units[n]`, and its address `slots[n]`.
         One loop over local names: a plan replays some 100,000 events.
         """
         small, large = self._small, self._large

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from planner.base.units import FP32
 from planner.memory.compiled.kept import Part, kept_sizes
-from planner.memory.layers.base_weight import ABSMAX_BYTES, NF4_BLOCK, LinearKind
+from planner.memory.layers.base_weight import LinearKind
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.tape.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape
 from planner.models.spec import LayerSpec
+from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
 
 
 class Graph:
@@ -20,7 +21,7 @@ class Graph:
 
     def __init__(self, tape: Tape, layer: LayerSpec, knobs: LayerKnobs) -> None:
         self.tape, self.layer, self.knobs = tape, layer, knobs
-        self.width = knobs.default.compute_bytes
+        self.width = knobs.default.compute_width
         self.sizes = kept_sizes(layer, knobs)
         self.buffers: dict[str, Buffer] = {}
         self._passing: list[Buffer] = []
@@ -145,7 +146,7 @@ class Graph:
         self._passing, self._spare = [], []
 
     def _gradient(self, kind: LinearKind, elements: int) -> None:
-        size = Size(constant=elements * kind.adapter_bytes)
+        size = Size(constant=elements * kind.adapter_width)
         if kind.accumulating:
             # A graph returns all of its gradients at once; autograd then adds them to those that are there.
             self._passing.append(self.tape.allocate(size, WORKSPACE))
@@ -156,8 +157,8 @@ class Graph:
         kind = self.kind(part)
         if not (kind.quantized and kind.double_quant):
             return None
-        return self.tape.fixed(part.inputs * part.outputs / NF4_BLOCK * ABSMAX_BYTES)
+        return self.tape.fixed(part.inputs * part.outputs / QUANTIZATION_BLOCK * ABSMAX_WIDTH)
 
     def _weight(self, part: Part) -> Buffer | None:
         kind = self.kind(part)
-        return self.tape.fixed(part.inputs * part.outputs * kind.weight_bytes) if kind.quantized else None
+        return self.tape.fixed(part.inputs * part.outputs * kind.weight_width) if kind.quantized else None

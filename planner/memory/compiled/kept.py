@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from planner.base.units import FP32
-from planner.memory.layers.base_weight import ABSMAX_BYTES, NF4_BLOCK
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.models.spec import LayerSpec
+from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
 
 KNAPSACK_STEPS = 10_000
 """Steps that sizes are rounded to (torch/_functorch/_activation_checkpointing/knapsack.py, dp_knapsack)."""
@@ -137,7 +137,7 @@ def _adapter_inputs(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad:
         if kind.dropout:
             names |= {f"{part.name}_m" for part in adapted} if wanted else set()
             names |= {f"{part.name}_d" for part in (adapted[1:] if wanted else adapted)}
-        elif kind.adapter_bytes > knobs.default.compute_bytes or not wanted:
+        elif kind.adapter_width > knobs.default.compute_width or not wanted:
             names.add(source)
     return names
 
@@ -194,12 +194,12 @@ def _whole(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool) ->
     for part in attention_inputs(layer):
         kind = knobs.kind(part.module)
         elements = part.inputs * part.outputs
-        unused += kind.rank * part.inputs * kind.adapter_bytes
+        unused += kind.rank * part.inputs * kind.adapter_width
         if kind.quantized:
-            constants = 1 if kind.double_quant else ABSMAX_BYTES
-            unused += elements / 2 + elements / NF4_BLOCK * constants
+            constants = 1 if kind.double_quant else ABSMAX_WIDTH
+            unused += elements / 2 + elements / QUANTIZATION_BLOCK * constants
         else:
-            unused += elements * kind.weight_bytes
+            unused += elements * kind.weight_width
     return max(whole - unused / knobs.graph_tokens, 1.0)
 
 
@@ -213,7 +213,7 @@ def _items(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool) ->
     down_proj's are asked for by an output norm alone, a fused qkv_proj's not in Phi-3's first layer (trace
     phi3_b30).
     """
-    width = knobs.default.compute_bytes
+    width = knobs.default.compute_width
     found = []
     for part in parts(layer):
         kind = knobs.kind(part.module)
@@ -248,7 +248,7 @@ def _stands_for(part: Part, layer: LayerSpec) -> tuple[str, ...]:
 
 def kept_sizes(layer: LayerSpec, knobs: LayerKnobs) -> dict[str, float]:
     """Bytes a token of everything that can be kept."""
-    width = knobs.default.compute_bytes
+    width = knobs.default.compute_width
     hidden, query, key = (
         size * width for size in (layer.hidden_size, layer.query_size, layer.key_value_size)
     )

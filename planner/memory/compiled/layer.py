@@ -23,7 +23,7 @@ from planner.memory.tape.tape import Tape, Value
 from planner.models.spec import LayerSpec
 
 
-def compiled_replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
+def run_compiled_layer(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
     """Replay the forward graph; backward lies on the tape. The caller keeps its hold on `hidden`."""
     graph = Graph(tape, layer, knobs)
     kept: frozenset[str] = frozenset()

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from planner.memory.decoder.program import Program, renamed
+from planner.memory.tape.events import block_of, free, frees
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,17 +59,17 @@ def reuse(events: Sequence[int], units: Sequence[int], program: Program) -> Reus
     """One graph's reuse: its events, and the sizes of the program's blocks."""
     sizes = [0 if number in program.inner else size for number, size in enumerate(units)]
     # After each event, beside what was there before.
-    live = list(accumulate(sizes[event] if event >= 0 else -sizes[-1 - event] for event in events))
+    live = list(accumulate(-sizes[block_of(event)] if frees(event) else sizes[event] for event in events))
     peak = max(live, default=0)
     freed: dict[tuple[int, bool], list[int]] = {}
     made: set[int] = set()
     places: dict[int, int] = {}
     gone: set[int] = set()
     for at, event in enumerate(events):
-        number = event if event >= 0 else -1 - event
+        number = block_of(event)
         size = sizes[number]
         kind = size, number in program.single
-        if event < 0:
+        if frees(event):
             if size and number in made:
                 freed.setdefault(kind, []).append(at)
             continue
@@ -78,7 +79,7 @@ def reuse(events: Sequence[int], units: Sequence[int], program: Program) -> Reus
         since = freed[kind][-1]
         if size + max(live[since:at]) <= peak:
             freed[kind].pop()
-            taken = -1 - events[since]
+            taken = block_of(events[since])
             places[number] = places.get(taken, taken)
             gone |= {since, at}
             for index in range(since, at):
@@ -113,5 +114,5 @@ def _with_buffer(events: Sequence[int], extra: int, program: Program) -> tuple[i
     for event, following in zip(events, (*events[1:], -1), strict=True):
         found.append(event)
         if event >= 0 > following and event not in program.foreign and event not in program.inner:
-            found += [extra, -1 - extra]
+            found += [extra, free(extra)]
     return tuple(found)

@@ -1,36 +1,37 @@
-"""Segments: the decoder layers of one kind that a setup treats alike, with their replays."""
+"""LayerGroups: the decoder layers of one kind that a setup treats alike, with their replays."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from planner.base.units import DTYPE_BYTES, FP32
-from planner.memory.decoder.live_bytes import LayerReplay, final_norm_replay, layer_replay, output_bytes
-from planner.memory.held.micro_step import stream_bytes
-from planner.memory.held.trainables import Trainables
+from planner.base.units import FP32
+from planner.memory.decoder.live_bytes import LayerMemory, final_norm_memory, layer_memory, output_width
 from planner.memory.layers.base_weight import LinearKind
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.models.spec import LayerSpec, ModelSpec
-from planner.setup.attention import keeps_attention
-from planner.setup.training_setup import TrainingSetup
+from planner.models.storage import Storage
+from planner.setup.adapters import Adapter
+from planner.setup.run import TrainingRun
+from planner.setup.trained import trained_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
+class LayerGroup:
     """Layers at `indices` (ascending), alike in kind and checkpointing.
 
     A compiled layer is not `checkpointed` here: its graphs keep the input and recompute (`knobs.recomputes`).
 
     `selected_bytes_per_token` is what selective checkpointing keeps of each beside its input. `layer`,
-    `knobs` and `input_requires_grad` are what their replay was made from.
+    `knobs` and `input_requires_grad` are what their memory was counted from.
     """
 
     indices: tuple[int, ...]
     checkpointed: bool
     input_bytes_per_token: int
     selected_bytes_per_token: int
-    replay: LayerReplay
+    memory: LayerMemory
     layer: LayerSpec
     knobs: LayerKnobs
     input_requires_grad: bool
@@ -44,134 +45,105 @@ class Segment:
         return len(self.indices) - bisect_right(self.indices, index)
 
 
-_SEGMENTS: dict[tuple[object, ...], tuple[tuple[Segment, ...], LayerReplay]] = {}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSetup:
+    """All that a run says of its decoder layers: two runs that agree in it have the same groups.
 
-
-def segments(
-    setup: TrainingSetup, model: ModelSpec, trained: Trainables, *, attention: str, padded: bool
-) -> tuple[tuple[Segment, ...], LayerReplay]:
-    """Segments of a setup, and the replay of the final norm."""
-    kernels = tuple(_kernel(setup, layer, attention=attention, padded=padded) for layer in model.layers)
-    checkpointed = _checkpointed_layers(setup, model)
-    # An adapter's gradients are so small that those of one layer may be counted as new beside those that are
-    # there already; a trained weight's are not.
-    accumulating = setup.gradient_accumulation_steps > 1 and setup.method == "full"
-    key = (
-        model.id,
-        model.parameter_count,
-        setup.method,
-        setup.dtype,
-        setup.lora_r,
-        setup.target_modules,
-        setup.use_dora,
-        setup.lora_dropout > 0,
-        setup.bnb_4bit_use_double_quant,
-        setup.prepare_for_kbit_training,
-        setup.kernels,
-        keeps_attention(setup, model),
-        setup.compile,
-        setup.activation_memory_budget,
-        _graph_tokens(setup),
-        kernels,
-        checkpointed,
-        accumulating,
-    )
-    known = _SEGMENTS.get(key)
-    if known is None:
-        default = _linear_kind(setup, 0, trained.element_bytes, accumulating=accumulating)
-        kinds = tuple(
-            (name, _linear_kind(setup, rank, trained.element_bytes, accumulating=accumulating))
-            for name, rank in (
-                *trained.ranks,
-                ("experts", trained.experts_rank),
-                ("router", trained.router_rank),
-            )
-        )
-        known = _SEGMENTS[key] = _replay_all(setup, model, kinds, default, kernels)
-    return known
-
-
-def _checkpointed_layers(setup: TrainingSetup, model: ModelSpec) -> int:
-    if not setup.gradient_checkpointing:
-        return 0
-    return model.num_hidden_layers if setup.checkpointed_layers is None else setup.checkpointed_layers
-
-
-def _kernel(setup: TrainingSetup, layer: LayerSpec, *, attention: str, padded: bool) -> str:
-    """Which of planner.memory.layers.attention.KERNELS runs in layers of that kind.
-
-    sdpa gets a mask where a batch is padded or packed, or where a sliding window is shorter than the
-    sequence. Without one torch repeats keys itself, in flash attention (16 bits) alone (sdpa_attention.py,
-    use_gqa_in_sdpa).
+    `stream_width` is the bytes of an element of what enters the first layer, `trained_width` that of what is
+    trained. `attention_kernels` are those of each kind of layer, `checkpointed_layers` how many, from the
+    first one on, keep their input alone. `graph_tokens` are a micro-step's, where a `budget` divides the
+    graph of so many (else 0). `accumulating` says that gradients of earlier micro-steps are there: an
+    adapter's are so small that those of one layer may be counted as new beside them, a trained weight's
+    are not.
     """
-    if attention == "eager":
-        several = setup.per_device_train_batch_size > 1 and not setup.packing
-        return "batched_eager" if several else "eager"
-    if attention == "flex_attention":
-        return "flex"
-    window = layer.sliding_window is not None and layer.sliding_window < setup.max_length
-    if attention == "sdpa" and (padded or window or setup.packing):
-        return "masked"
-    shared = layer.num_attention_heads != layer.num_key_value_heads
-    if attention == "sdpa" and setup.dtype == "float32" and shared:
-        return "math"
-    return "fused"
+
+    storage: Storage
+    adapter: Adapter | None
+    dropout: bool
+    stream_width: int
+    trained_width: int
+    liger: bool
+    selective: bool
+    compiled: bool
+    budget: float | None
+    graph_tokens: int
+    attention_kernels: tuple[str, ...]
+    checkpointed_layers: int
+    accumulating: bool
+
+    def linear_kind(self, rank: int) -> LinearKind:
+        """A linear layer with an adapter of that rank (0: without one)."""
+        return LinearKind(
+            quantized=self.storage.quantized,
+            trained=self.adapter is None,
+            rank=rank,
+            dropout=self.dropout,
+            dora=rank > 0 and self.adapter is not None and self.adapter.variant.magnitudes,
+            double_quant=self.storage.double_quant,
+            compute_width=self.storage.width,
+            weight_width=self.storage.width,
+            adapter_width=self.trained_width,
+            autocast=self.storage.width != FP32,
+            accumulating=self.accumulating,
+        )
 
 
-def _linear_kind(setup: TrainingSetup, rank: int, element_bytes: int, *, accumulating: bool) -> LinearKind:
-    return LinearKind(
-        quantized=setup.method == "qlora",
-        trained=setup.method == "full",
-        rank=rank,
+def decoder_setup(run: TrainingRun) -> DecoderSetup:
+    """What a run says of its decoder layers."""
+    setup = run.setup
+    return DecoderSetup(
+        storage=run.storage,
+        adapter=run.adapter,
         dropout=setup.lora_dropout > 0,
-        dora=setup.use_dora and rank > 0,
-        double_quant=setup.bnb_4bit_use_double_quant,
-        compute_bytes=DTYPE_BYTES[setup.dtype],
-        weight_bytes=DTYPE_BYTES[setup.dtype],
-        adapter_bytes=element_bytes,
-        autocast=setup.dtype != "float32",
-        accumulating=accumulating,
-    )
-
-
-def _replay_all(
-    setup: TrainingSetup,
-    model: ModelSpec,
-    kinds: tuple[tuple[str, LinearKind], ...],
-    default: LinearKind,
-    kernels: tuple[str, ...],
-) -> tuple[tuple[Segment, ...], LayerReplay]:
-    first = stream_bytes(setup)
-    common = LayerKnobs(
-        kinds=kinds,
-        default=default,
-        attention="fused",
-        stream_bytes=first,
-        norm_bytes=first,
+        stream_width=run.micro_step.stream_width,
+        trained_width=run.storage.width if run.adapter is None else run.adapter.width,
         liger=setup.kernels == "liger",
-        selective=keeps_attention(setup, model),
+        selective=run.keeps_attention,
         compiled=setup.compile == "regional",
         budget=setup.activation_memory_budget,
-        graph_tokens=_graph_tokens(setup),
+        graph_tokens=0 if setup.activation_memory_budget is None else run.micro_step.tokens,
+        attention_kernels=run.attention_kernels,
+        checkpointed_layers=run.checkpointed_layers,
+        accumulating=run.adapter is None and setup.gradient_accumulation_steps > 1,
+    )
+
+
+def layer_groups(run: TrainingRun) -> tuple[tuple[LayerGroup, ...], LayerMemory]:
+    """Groups of a run's layers, and the memory of the final norm."""
+    return groups_of(run.model, decoder_setup(run))
+
+
+@lru_cache(maxsize=8192)
+def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup, ...], LayerMemory]:
+    """Groups of a model's layers, and the memory of the final norm."""
+    trained = trained_tensors(model, decoder.adapter, decoder.storage.width)
+    ranks = (*trained.ranks, ("experts", trained.experts_rank), ("router", trained.router_rank))
+    common = LayerKnobs(
+        kinds=tuple((name, decoder.linear_kind(rank)) for name, rank in ranks),
+        default=decoder.linear_kind(0),
+        attention="fused",
+        stream_width=decoder.stream_width,
+        norm_width=decoder.stream_width,
+        liger=decoder.liger,
+        selective=decoder.selective,
+        compiled=decoder.compiled,
+        budget=decoder.budget,
+        graph_tokens=decoder.graph_tokens,
     )
     found = []
-    later = first
-    for layer, kernel in zip(model.layers, kernels, strict=True):
+    first = later = decoder.stream_width
+    for layer, kernel in zip(model.layers, decoder.attention_kernels, strict=True):
         knobs = replace(common, attention=kernel)
-        later = output_bytes(layer, knobs)
+        later = output_width(layer, knobs)
         for width, indices in ((first, layer.indices[:1]), (later, layer.indices[1:])):
             # What enters the very first layer alone is the embeddings' own output.
             if layer.indices[0] != 0 or first == later:
                 width, indices = later, layer.indices
-            found += _segments_of(setup, model, layer, replace(knobs, stream_bytes=width), indices)
+            found += _groups_of_kind(decoder, layer, replace(knobs, stream_width=width), indices)
             if indices is layer.indices:
                 break
     last = model.layers[-1]
-    return tuple(found), final_norm_replay(last, replace(common, stream_bytes=later))
-
-
-def _graph_tokens(setup: TrainingSetup) -> int:
-    return 0 if setup.activation_memory_budget is None else setup.tokens_per_micro_step
+    return tuple(found), final_norm_memory(last, replace(common, stream_width=later))
 
 
 def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:
@@ -180,19 +152,19 @@ def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:
     """
     if not knobs.selective or knobs.attention not in ("fused", "masked"):
         return 0
-    return layer.query_size * knobs.default.compute_bytes + layer.num_attention_heads * FP32
+    return layer.query_size * knobs.default.compute_width + layer.num_attention_heads * FP32
 
 
-def _segments_of(
-    setup: TrainingSetup, model: ModelSpec, layer: LayerSpec, knobs: LayerKnobs, layers: tuple[int, ...]
-) -> list[Segment]:
-    """Segments of layers of one kind that get a stream of one width."""
-    limit = _checkpointed_layers(setup, model)
+def _groups_of_kind(
+    decoder: DecoderSetup, layer: LayerSpec, knobs: LayerKnobs, layers: tuple[int, ...]
+) -> list[LayerGroup]:
+    """Groups of layers of one kind that get a stream of one width."""
+    limit, adapted = decoder.checkpointed_layers, decoder.adapter is not None
     # Nothing asks for the embeddings' gradient in a LoRA run without checkpoints.
     groups = {
         (True, True): [i for i in layers if i < limit],
-        (False, False): [i for i in layers if i >= limit and i == 0 and setup.uses_lora],
-        (False, True): [i for i in layers if i >= limit and not (i == 0 and setup.uses_lora)],
+        (False, False): [i for i in layers if i >= limit and i == 0 and adapted],
+        (False, True): [i for i in layers if i >= limit and not (i == 0 and adapted)],
     }
     found = []
     for (checkpointed, input_grad), indices in groups.items():
@@ -203,12 +175,12 @@ def _segments_of(
             # A compiled layer contains its checkpoint: input and recomputation are its graphs'.
             own, checkpointed = replace(knobs, recomputes=checkpointed), False
         found.append(
-            Segment(
+            LayerGroup(
                 indices=tuple(sorted(indices)),
                 checkpointed=checkpointed,
-                input_bytes_per_token=layer.hidden_size * knobs.stream_bytes,
+                input_bytes_per_token=layer.hidden_size * knobs.stream_width,
                 selected_bytes_per_token=_selected(layer, knobs) if checkpointed else 0,
-                replay=layer_replay(layer, own, checkpointed=checkpointed, input_requires_grad=input_grad),
+                memory=layer_memory(layer, own, checkpointed=checkpointed, input_requires_grad=input_grad),
                 layer=layer,
                 knobs=own,
                 input_requires_grad=input_grad,

@@ -6,7 +6,7 @@ integrations/sdpa_attention.py; allocation traces of real steps on an H100 (test
 
 from __future__ import annotations
 
-from planner.memory.compiled.layer import compiled_replay
+from planner.memory.compiled.layer import run_compiled_layer
 from planner.memory.layers.attention import attention
 from planner.memory.layers.elementwise import activation, add, again, hold, multiply, scale, split
 from planner.memory.layers.experts import experts
@@ -18,11 +18,11 @@ from planner.memory.tape.tape import Tape, Value
 from planner.models.spec import LayerSpec
 
 
-def replay(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
+def run_layer(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
     """Replay the forward pass; backward lies on the tape. The caller keeps its hold on `hidden`."""
-    hidden.width = knobs.stream_bytes
+    hidden.width = knobs.stream_width
     if knobs.compiled:
-        return compiled_replay(tape, layer, knobs, hidden)
+        return run_compiled_layer(tape, layer, knobs, hidden)
     residual = hidden
     normed = norm(tape, layer, knobs, hidden, layer.hidden_size) if layer.input_norms else again(hidden)
     attended = attention(tape, layer, knobs, normed)

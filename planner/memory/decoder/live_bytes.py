@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.base.units import FP32
-from planner.memory.decoder.layer import replay
+from planner.memory.decoder.layer import run_layer
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.norms import FP32_NORMS, norm, norm_saves_input
 from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, Moment, Size, Tape, Value, prune
@@ -19,7 +19,7 @@ NOTHING: Moment = (Size(), Size(), Size())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerReplay:
+class LayerMemory:
     """What one decoder layer does to live memory.
 
     `forward` are the moments of a forward pass that keeps nothing, `saved` what a forward pass keeps for
@@ -27,7 +27,7 @@ class LayerReplay:
     it has kept so far included), `backward` the moments of the backward pass with all that this layer holds
     (recomputed or kept), the incoming gradient and gradients of its own weights included; `gradients` what
     it leaves of those. `keeps_input` says that the layer's input itself is kept: as its checkpoint, or in
-    `saved` for a linear layer that reads it. `output_bytes` is the width of the output's elements.
+    `saved` for a linear layer that reads it. `output_width` is the width of the output's elements.
     """
 
     forward: tuple[Moment, ...]
@@ -36,21 +36,21 @@ class LayerReplay:
     shared: Moment
     backward: tuple[Moment, ...]
     gradients: Moment
-    output_bytes: int
+    output_width: int
     keeps_input: bool = False
 
 
 @lru_cache(maxsize=4096)
-def layer_replay(
+def layer_memory(
     layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
-) -> LayerReplay:
+) -> LayerMemory:
     """Replay one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
-    width = layer.hidden_size * knobs.stream_bytes
+    width = layer.hidden_size * knobs.stream_width
     tape = Tape(saves=True)
     # The timeline counts checkpoints; any other input is there at least until the forward pass is done.
     hidden = Value(tape.tokens(0 if checkpointed else width), input_requires_grad or checkpointed)
     early = [tape.tokens(size) for size in gradients_before(layer, knobs)] if checkpointed else []
-    output = replay(tape, layer, knobs, hidden)
+    output = run_layer(tape, layer, knobs, hidden)
     keeps_input = checkpointed or hidden.buffer.holders > 1
     if checkpointed:
         tape.stop_after_last_save()
@@ -65,14 +65,14 @@ def layer_replay(
     output.grad = tape.tokens(layer.hidden_size * output.width)
     tape.backward()
     tape.free(hidden.grad)
-    return LayerReplay(
+    return LayerMemory(
         forward=_forward_moments(layer, knobs.accumulating(False)),
         forward_saving=forward_saving,
         saved=saved,
         shared=shared,
         backward=tape.moments(),
         gradients=tape.live,
-        output_bytes=output.width,
+        output_width=output.width,
         keeps_input=keeps_input,
     )
 
@@ -80,15 +80,15 @@ def layer_replay(
 @lru_cache(maxsize=4096)
 def _forward_moments(layer: LayerSpec, knobs: LayerKnobs) -> tuple[Moment, ...]:
     tape = Tape(saves=False)
-    replay(tape, layer, knobs, Value(tape.tokens(0), False))
+    run_layer(tape, layer, knobs, Value(tape.tokens(0), False))
     return tape.moments()
 
 
 @lru_cache(maxsize=4096)
-def output_bytes(layer: LayerSpec, knobs: LayerKnobs) -> int:
+def output_width(layer: LayerSpec, knobs: LayerKnobs) -> int:
     """Width of the hidden states that leave a layer: wider than those that enter it after an fp32 branch."""
     tape = Tape(saves=False)
-    return replay(tape, layer, knobs, Value(tape.tokens(0), False)).width
+    return run_layer(tape, layer, knobs, Value(tape.tokens(0), False)).width
 
 
 def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
@@ -97,7 +97,7 @@ def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
     The incoming one, and what backward makes of it before a node asks for a saved tensor: a cast to fp32 by
     an output norm, else scalings by the residual multiplier and by alpha / rank.
     """
-    stream = output_bytes(layer, knobs)
+    stream = output_width(layer, knobs)
     width = layer.hidden_size * stream
     if layer.output_norms:
         casts = layer.norm in FP32_NORMS and stream != FP32 and not knobs.liger
@@ -105,7 +105,7 @@ def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
     if layer.experts:
         return [width]
     kind = knobs.kind("down_proj")
-    own = [layer.hidden_size * kind.adapter_compute_bytes] if kind.rank else []
+    own = [layer.hidden_size * kind.adapter_compute_width] if kind.rank else []
     if kind.dora:
         # The product by alpha / rank. Before it, unless the base is quantised: the cast back to fp32, and the
         # base layer's part of that in its own dtype.
@@ -115,14 +115,14 @@ def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
 
 
 @lru_cache(maxsize=4096)
-def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
+def final_norm_memory(layer: LayerSpec, knobs: LayerKnobs) -> LayerMemory:
     """The norm after the last decoder layer; its `saved` lies beside checkpoints in the head's passes.
 
     Where it saves the hidden states themselves they count here, else in the timeline while they last.
     """
     tape = Tape(saves=True)
-    counted = layer.hidden_size * knobs.stream_bytes if norm_saves_input(knobs) else 0
-    hidden = Value(tape.tokens(counted), True, knobs.stream_bytes)
+    counted = layer.hidden_size * knobs.stream_width if norm_saves_input(knobs) else 0
+    hidden = Value(tape.tokens(counted), True, knobs.stream_width)
     output = norm(tape, layer, knobs, hidden, layer.hidden_size)
     tape.free(output.buffer, hidden.buffer)
     saved, shared = tape.live, tape.shared
@@ -132,14 +132,14 @@ def final_norm_replay(layer: LayerSpec, knobs: LayerKnobs) -> LayerReplay:
     tape.backward()
     moments = tape.moments()
     tape.free(hidden.grad)
-    return LayerReplay(
+    return LayerMemory(
         forward=forward,
         forward_saving=forward,
         saved=saved,
         shared=shared,
         backward=moments,
         gradients=tape.live,
-        output_bytes=output.width,
+        output_width=output.width,
     )
 
 
@@ -162,10 +162,10 @@ def at(moment: Moment, tokens: int, scores: int) -> float:
 __all__ = [
     "ACTIVATIONS",
     "GRADIENTS",
-    "LayerReplay",
+    "LayerMemory",
     "at",
-    "final_norm_replay",
-    "layer_replay",
+    "final_norm_memory",
+    "layer_memory",
     "peak",
     "prune",
 ]

@@ -1,6 +1,6 @@
 """Programs: what a layer allocates and frees, in order, as events that the allocator can replay.
 
-The same replays that give live bytes (planner/memory/decoder/layer.py, norms.py) are written down by a tape
+The operations that give live bytes (planner/memory/decoder/layer.py, norms.py) are written down by a tape
 that logs. A program has no sizes of its own: bytes are linear in tokens and attention scores, as on the tape.
 """
 
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.memory.allocators.native import block_units
-from planner.memory.decoder.layer import replay
+from planner.memory.decoder.layer import run_layer
 from planner.memory.decoder.live_bytes import gradients_before
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.norms import norm
-from planner.memory.tape.logging_tape import Coefficients, LoggedBlock, LoggingTape, number
+from planner.memory.tape.events import block_of, free, frees
+from planner.memory.tape.logging_tape import BlockBytes, LoggedBlock, LoggingTape, number
 from planner.memory.tape.tape import GRADIENTS, Value
 from planner.models.spec import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """Events of one layer's forward and backward pass: n allocates block n, -1 - n frees it.
+    """Events of one layer's forward and backward pass: see planner/memory/tape/events.py.
 
     Blocks 0 (the input) and `incoming` (the output's gradient) are there when the pass that uses them starts.
     `output` is left by forward, `outgoing` (the input's gradient, null if nobody asks for it) and `gradients`
@@ -37,7 +38,7 @@ class Program:
     `single` ones in fp32 rather than the compute dtype.
     """
 
-    blocks: tuple[Coefficients, ...]
+    blocks: tuple[BlockBytes, ...]
     forward: tuple[int, ...]
     backward: tuple[int, ...]
     checkpointed: bool
@@ -76,7 +77,7 @@ def layer_program(
         return _checkpointed(layer, knobs)
     tape = LoggingTape(saves=True)
     hidden = Value(tape.given(), input_requires_grad)
-    output = replay(tape, layer, knobs, hidden)
+    output = run_layer(tape, layer, knobs, hidden)
     return _both_passes(tape, hidden, output)
 
 
@@ -84,7 +85,7 @@ def layer_program(
 def norm_program(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     """Program of the norm after the last decoder layer."""
     tape = LoggingTape(saves=True)
-    hidden = Value(tape.given(), True, knobs.stream_bytes)
+    hidden = Value(tape.given(), True, knobs.stream_width)
     output = norm(tape, layer, knobs.accumulating(False), hidden, layer.hidden_size)
     return _both_passes(tape, hidden, output)
 
@@ -115,18 +116,20 @@ def _both_passes(tape: LoggingTape, hidden: Value, output: Value) -> Program:
 
 def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     first = LoggingTape(saves=False)
-    result = number(replay(first, layer, knobs, Value(first.given(), True)).buffer)
+    result = number(run_layer(first, layer, knobs, Value(first.given(), True)).buffer)
     tape = LoggingTape(saves=True)
     tape.blocks, tape.slots = first.blocks.copy(), first.slots.copy()
     hidden = Value(LoggedBlock((0.0, 0.0, 0.0), 0, 0), True)
-    output = replay(tape, layer, knobs, hidden)
+    output = run_layer(tape, layer, knobs, hidden)
     tape.free(output.buffer)
     recomputed = _stopped_early(tape.events, tape.last_save_event)
     known: dict[int, int] = {}
     if knobs.selective:
         # Forward keeps these; recomputation takes them as they are.
         known = dict(zip(tape.selected, first.selected, strict=True))
-        first.events = [event for event in first.events if -1 - event not in first.selected]
+        first.events = [
+            event for event in first.events if not (frees(event) and block_of(event) in first.selected)
+        ]
         recomputed = renamed([event for event in recomputed if event not in known], known)
     tape.events = []
     incoming = tape.given()
@@ -151,9 +154,8 @@ def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
 
 def renamed(events: Sequence[int], names: dict[int, int]) -> list[int]:
     """Events on blocks under other numbers."""
-    return [
-        names.get(event, event) if event >= 0 else -1 - names.get(-1 - event, -1 - event) for event in events
-    ]
+    blocks = ((event, names.get(block_of(event), block_of(event))) for event in events)
+    return [free(block) if frees(event) else block for event, block in blocks]
 
 
 def _stopped_early(events: Sequence[int], last_save: int) -> list[int]:
@@ -163,7 +165,7 @@ def _stopped_early(events: Sequence[int], last_save: int) -> list[int]:
     """
     rest = events[last_save:]
     never = {event for event in rest if event >= 0}
-    return [*events[:last_save], *(event for event in rest if event < 0 and -1 - event not in never)]
+    return [*events[:last_save], *(event for event in rest if frees(event) and block_of(event) not in never)]
 
 
 def _split(events: Sequence[int], allocations: int, recomputed: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -173,7 +175,7 @@ def _split(events: Sequence[int], allocations: int, recomputed: Sequence[int]) -
         left -= events[index] >= 0
         index += 1
     saved = {event for event in recomputed if event >= 0}
-    while allocations and events[index] < 0 and -1 - events[index] not in saved:
+    while allocations and frees(events[index]) and block_of(events[index]) not in saved:
         index += 1
     return list(events[:index]), list(events[index:])
 
@@ -196,16 +198,16 @@ def _program(
     outgoing = None if hidden.grad is None else number(hidden.grad)
     empty = {n for n, size in enumerate(tape.blocks) if not any(size)} - {0, incoming}
     passes = [
-        tuple(e for e in events if (e if e >= 0 else -1 - e) not in empty) for events in (forward, backward)
+        tuple(event for event in events if block_of(event) not in empty) for events in (forward, backward)
     ]
-    before = (event if event >= 0 else -1 - event for event in forward[: first_product or 0])
+    before = (block_of(event) for event in forward[: first_product or 0])
     left = _left({0}, passes[0]) - {output, *casts}
     after = _left(left | {incoming} | ({0} if checkpointed else set()), passes[1])
     gradients = tuple(sorted(n for n in after if tape.slots[n] == 3 * GRADIENTS))
     if after - {*gradients, outgoing} - ({0} if checkpointed else set()):
         raise AssertionError("a layer's backward pass leaves blocks behind")
     made = [at for at, event in enumerate(passes[1]) if event in recomputed]
-    used = [at for at, event in enumerate(passes[1]) if event < 0 and -1 - event in recomputed]
+    used = [at for at, event in enumerate(passes[1]) if frees(event) and block_of(event) in recomputed]
     return Program(
         blocks=tuple(tape.blocks),
         forward=passes[0],
@@ -232,8 +234,8 @@ def _left(held: set[int], events: Sequence[int]) -> set[int]:
     """What is held after events."""
     held = set(held)
     for event in events:
-        if event >= 0:
-            held.add(event)
+        if frees(event):
+            held.remove(block_of(event))
         else:
-            held.remove(-1 - event)
+            held.add(event)
     return held

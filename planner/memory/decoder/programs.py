@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from planner.memory.decoder.buffer_reuse import placed, tuned
-from planner.memory.decoder.groups import Segment
+from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.program import Program, layer_program
 
 
@@ -32,39 +32,39 @@ class ReplayedLayer:
 
 
 def replayed_layers(
-    parts: Sequence[Segment], *, tokens: int, scores: int, accumulates: bool, tuning_bytes: int
+    groups: Sequence[LayerGroup], *, tokens: int, scores: int, accumulates: bool, tuning_bytes: int
 ) -> list[ReplayedLayer]:
     """Each layer's programs, in the model's order.
 
-    `tuning_bytes` is what inductor takes to time a kernel that is new: those of a part's forward pass are new
-    in its first layer, those of backward in its last.
+    `tuning_bytes` is what inductor takes to time a kernel that is new: those of a group's forward pass are
+    new in its first layer, those of backward in its last.
     """
 
     def sized(program: Program) -> SizedProgram:
         return SizedProgram(program=program, units=program.units(tokens, scores))
 
     found: dict[int, ReplayedLayer] = {}
-    for part in parts:
-        programs = [part_program(part, accumulating=accumulating) for accumulating in (False, accumulates)]
-        if part.knobs.compiled:
+    for group in groups:
+        programs = [group_program(group, accumulating=accumulating) for accumulating in (False, accumulates)]
+        if group.knobs.compiled:
             programs = [placed(program, tokens, scores) for program in programs]
         first, later = map(sized, programs)
         layer = ReplayedLayer(new=first, first=first, later=later)
-        found |= dict.fromkeys(part.indices, layer)
-        if part.knobs.compiled:
-            begins, ends = min(part.indices), max(part.indices)
+        found |= dict.fromkeys(group.indices, layer)
+        if group.knobs.compiled:
+            begins, ends = min(group.indices), max(group.indices)
             for index in {begins, ends}:
                 program = tuned(first.program, tuning_bytes, forward=index == begins, backward=index == ends)
                 found[index] = replace(layer, new=sized(program))
     return [found[index] for index in sorted(found)]
 
 
-def part_program(part: Segment, *, accumulating: bool) -> Program:
-    """The program of one of a part's layers."""
+def group_program(group: LayerGroup, *, accumulating: bool) -> Program:
+    """The program of one of a group's layers."""
     return layer_program(
-        part.layer,
-        part.knobs,
-        checkpointed=part.checkpointed,
-        input_requires_grad=part.input_requires_grad,
+        group.layer,
+        group.knobs,
+        checkpointed=group.checkpointed,
+        input_requires_grad=group.input_requires_grad,
         accumulating=accumulating,
     )

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.base.units import DTYPE_BYTES, FP32
-from planner.memory.held.micro_step import micro_step
-from planner.models.spec import ModelSpec
-from planner.setup.training_setup import TrainingSetup
+from planner.base.units import FP32
+from planner.setup.run import TrainingRun
 
-TOKEN_CHUNK = 4096
-"""Tokens a tile covers (chunked_logprob.py, TOKEN_CHUNK_SIZE)."""
-VOCABULARY_CHUNK = 32_768
-"""Vocabulary entries a tile covers (trl/trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 ROW_STATISTICS = 8
 """fp32 vectors of one value a token that the forward pass holds beside its tile."""
 
@@ -36,32 +30,35 @@ class HeadMemory:
 class HeadShape:
     """What the head works on: `tokens` normed hidden states of `hidden_size`, `rows` of which have a label.
 
-    `hidden_bytes`, `weight_bytes` and `compute_bytes` are the widths of the hidden states' elements, of the
-    head's weight and of what the products are computed in.
+    `hidden_width`, `weight_width` and `compute_width` are the widths of the hidden states' elements, of the
+    head's weight and of what the products are computed in; a tile covers at most `tile_tokens` tokens and
+    `tile_vocabulary` entries of the vocabulary.
     """
 
     tokens: int
     rows: int
     hidden_size: int
     vocab_size: int
-    hidden_bytes: int
-    weight_bytes: int
-    compute_bytes: int
+    hidden_width: int
+    weight_width: int
+    compute_width: int
     trained: bool
+    tile_tokens: int
+    tile_vocabulary: int
 
     @property
     def hidden_cast_bytes(self) -> int:
         """A copy of a tile's hidden states in the compute dtype, where they have another."""
-        if self.hidden_bytes == self.compute_bytes:
+        if self.hidden_width == self.compute_width:
             return 0
-        return min(self.rows, TOKEN_CHUNK) * self.hidden_size * self.compute_bytes
+        return min(self.rows, self.tile_tokens) * self.hidden_size * self.compute_width
 
     @property
     def piece_bytes(self) -> int:
         """A copy of a tile's piece of the weight in the compute dtype, where it has another."""
-        if self.weight_bytes == self.compute_bytes:
+        if self.weight_width == self.compute_width:
             return 0
-        return min(self.vocab_size, VOCABULARY_CHUNK) * self.hidden_size * self.compute_bytes
+        return min(self.vocab_size, self.tile_vocabulary) * self.hidden_size * self.compute_width
 
     @property
     def forward_cast_bytes(self) -> int:
@@ -76,21 +73,23 @@ class HeadShape:
     @property
     def tile_bytes(self) -> int:
         """One tile of logits."""
-        return min(self.rows, TOKEN_CHUNK) * VOCABULARY_CHUNK * self.compute_bytes
+        return min(self.rows, self.tile_tokens) * self.tile_vocabulary * self.compute_width
 
 
-def head_shape(setup: TrainingSetup, model: ModelSpec, hidden_bytes: int) -> HeadShape:
-    """The head's shape in a setup; `hidden_bytes` is the width of the normed hidden states' elements."""
-    shape = micro_step(setup)
+def head_shape(run: TrainingRun, hidden_width: int) -> HeadShape:
+    """The head's shape in a run; `hidden_width` is the width of the normed hidden states' elements."""
+    shape = run.micro_step
     return HeadShape(
         tokens=shape.tokens,
         rows=shape.rows,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        hidden_bytes=hidden_bytes,
-        weight_bytes=shape.stream_bytes,
-        compute_bytes=DTYPE_BYTES[setup.dtype],
-        trained=setup.method == "full",
+        hidden_size=run.model.hidden_size,
+        vocab_size=run.model.vocab_size,
+        hidden_width=hidden_width,
+        weight_width=shape.stream_width,
+        compute_width=run.storage.width,
+        trained=run.adapter is None,
+        tile_tokens=run.stack.head_tokens,
+        tile_vocabulary=run.stack.head_vocabulary,
     )
 
 
@@ -100,21 +99,21 @@ def head_memory(shape: HeadShape, *, evaluating: bool) -> HeadMemory:
     Forward holds the normed hidden states, a copy of the rows that have a label and one tile. Backward holds
     that copy, an fp32 gradient of it, a tile and at the end the gradient in the hidden states' dtype.
     """
-    normed = shape.tokens * shape.hidden_size * shape.hidden_bytes
-    selected = shape.rows * shape.hidden_size * shape.hidden_bytes
+    normed = shape.tokens * shape.hidden_size * shape.hidden_width
+    selected = shape.rows * shape.hidden_size * shape.hidden_width
     weight = shape.hidden_size * shape.vocab_size
     statistics = ROW_STATISTICS * shape.rows * FP32
     forward = normed + selected + shape.tile_bytes + shape.forward_cast_bytes + statistics
     if evaluating:
         return HeadMemory(forward_bytes=forward, backward_bytes=0, gradient_bytes=0)
     gradient = shape.rows * shape.hidden_size * FP32
-    narrow = selected if shape.hidden_bytes != FP32 else 0
+    narrow = selected if shape.hidden_width != FP32 else 0
     backward = selected + gradient + shape.tile_bytes + max(narrow, shape.backward_cast_bytes)
     if shape.trained:
         # The fp32 sum over tiles is the gradient itself where weights are in fp32.
-        backward += weight * FP32 + (weight * shape.weight_bytes if shape.weight_bytes != FP32 else 0)
+        backward += weight * FP32 + (weight * shape.weight_width if shape.weight_width != FP32 else 0)
     return HeadMemory(
         forward_bytes=forward,
         backward_bytes=backward,
-        gradient_bytes=weight * shape.weight_bytes if shape.trained else 0,
+        gradient_bytes=weight * shape.weight_width if shape.trained else 0,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from planner.base.units import FP32
 from planner.memory.allocators.native import rounded
-from planner.memory.held.trainables import Trainables, TrainableTensor
+from planner.setup.trained import Trained, TrainedTensor
 
 MIN_8BIT_ELEMENTS = 4096
 MIN_PAGED_ELEMENTS = 100_000
@@ -36,7 +36,12 @@ class OptimizerMemory:
     temporary_bytes: int
 
 
-def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
+def trained_bytes(trained: Trained) -> int:
+    """What trained tensors take from the allocator, each rounded to its block."""
+    return sum(rounded(tensor.size_bytes) * tensor.count for tensor in trained.tensors)
+
+
+def optimizer_memory(optim: str, trained: Trained) -> OptimizerMemory:
     """Memory of the named optimizer for what a setup trains."""
     allocated = sum(sum(map(rounded, state_blocks(optim, t))) * t.count for t in trained.tensors)
     managed = sum(managed_bytes(optim, t) * t.count for t in trained.tensors)
@@ -47,7 +52,7 @@ def optimizer_memory(optim: str, trained: Trainables) -> OptimizerMemory:
     )
 
 
-def state_blocks(optim: str, tensor: TrainableTensor) -> tuple[int, ...]:
+def state_blocks(optim: str, tensor: TrainedTensor) -> tuple[int, ...]:
     """Bytes of the blocks of one tensor's state in torch's allocator, in the order of their birth."""
     if optim == "sgd":
         return ()
@@ -64,33 +69,33 @@ def state_blocks(optim: str, tensor: TrainableTensor) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-def managed_bytes(optim: str, tensor: TrainableTensor) -> int:
+def managed_bytes(optim: str, tensor: TrainedTensor) -> int:
     """Bytes of CUDA managed memory that one tensor's state takes."""
     if not _is_paged(optim, tensor):
         return 0
     return MOMENTS[optim] * tensor.elements * (1 if _is_narrow(optim, tensor) else FP32)
 
 
-def _is_narrow(optim: str, tensor: TrainableTensor) -> bool:
+def _is_narrow(optim: str, tensor: TrainedTensor) -> bool:
     return "8bit" in optim and tensor.elements >= MIN_8BIT_ELEMENTS and not tensor.is_embedding
 
 
-def _is_paged(optim: str, tensor: TrainableTensor) -> bool:
+def _is_paged(optim: str, tensor: TrainedTensor) -> bool:
     return optim.startswith("paged") and tensor.elements >= MIN_PAGED_ELEMENTS
 
 
-def _temporary_bytes(optim: str, trained: Trainables) -> int:
+def _temporary_bytes(optim: str, trained: Trained) -> int:
     if optim == "adamw_torch":
         # The unfused implementation takes the square root of every second moment at once (adam.py:791).
-        return trained.allocated_bytes
+        return trained_bytes(trained)
     if optim == "adafactor":
         # Gradient and parameter in fp32 (when held in 16 bits), the update, and one product of its making.
-        copies = 4 if trained.element_bytes < FP32 else 2
+        copies = 4 if trained.element_width < FP32 else 2
         return copies * FP32 * max((t.elements for t in trained.tensors), default=0)
     return 0
 
 
-def _factored(tensor: TrainableTensor) -> tuple[int, ...]:
+def _factored(tensor: TrainedTensor) -> tuple[int, ...]:
     """Row and column moments (the whole second moment of a vector), and one value: the parameter's RMS."""
     if len(tensor.shape) < 2:
         return (tensor.elements * FP32, FP32)

@@ -43,10 +43,10 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
             tape.free(*heads)
     elif layer.rotary:
         query, key = rotate(tape, layer, query, key)
-    width = knobs.default.compute_bytes
+    width = knobs.default.compute_width
     sizes = (kv_size, kv_size, query_size)
     inputs = [cast(tape, part, size, width) for part, size in zip((key, value, query), sizes, strict=True)]
-    context = KERNELS[knobs.attention](tape, layer, inputs[2], inputs[0], inputs[1], width)
+    context = _BY_KERNEL[knobs.attention](tape, layer, inputs[2], inputs[0], inputs[1], width)
     tape.free(*(part.buffer for part in inputs))
     output = linear(tape, knobs.kind("o_proj"), context, query_size, layer.hidden_size)
     tape.free(context.buffer, query.buffer, key.buffer, value.buffer)
@@ -220,7 +220,7 @@ def _masked_attention(
     return result
 
 
-KERNELS = {
+_BY_KERNEL = {
     "fused": _fused_attention,
     "masked": _masked_attention,
     "flex": _flex_attention,
@@ -228,5 +228,4 @@ KERNELS = {
     "eager": eager_attention,
     "batched_eager": batched_eager_attention,
 }
-"""By LayerKnobs.attention: flash attention without a mask, sdpa with a mask, flex attention, sdpa without a
-kernel of its own, matrix products in transformers of one sequence and of several."""
+"""By the names of planner.setup.attention.ATTENTION_KERNELS."""

@@ -9,18 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.memory.tape.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
-
-NF4_BLOCK = 64
-ABSMAX_BYTES = 4
+from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearKind:
     """How one linear layer is held and trained.
 
-    `rank` is 0 without an adapter. `compute_bytes` is the width of the elements that matrix products are
-    computed in, `weight_bytes` that of the base weight (of the dequantised one, where it is quantised),
-    `adapter_bytes` that of adapter weights. `autocast` says that torch casts the inputs of matrix products.
+    `rank` is 0 without an adapter. `compute_width` is the width of the elements that matrix products are
+    computed in, `weight_width` that of the base weight (of the dequantised one, where it is quantised),
+    `adapter_width` that of adapter weights. `autocast` says that torch casts the inputs of matrix products.
     `accumulating` says whether gradients of earlier micro-steps are already there, so that new ones are
     temporary.
     """
@@ -31,31 +29,31 @@ class LinearKind:
     dropout: bool
     dora: bool
     double_quant: bool
-    compute_bytes: int
-    weight_bytes: int
-    adapter_bytes: int
+    compute_width: int
+    weight_width: int
+    adapter_width: int
     autocast: bool
     accumulating: bool
 
     @property
-    def adapter_compute_bytes(self) -> int:
+    def adapter_compute_width(self) -> int:
         """The width of the elements that the adapter's matrix products are computed in."""
-        return self.compute_bytes if self.autocast else self.adapter_bytes
+        return self.compute_width if self.autocast else self.adapter_width
 
 
 def base_forward(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:
     """The base layer's product; a quantised one returns it in the dtype of its input."""
-    narrow = tape.tokens(inputs * kind.compute_bytes) if x.width != kind.compute_bytes else None
+    narrow = tape.tokens(inputs * kind.compute_width) if x.width != kind.compute_width else None
     if not kind.quantized:
-        result = tape.tokens(outputs * kind.compute_bytes)
+        result = tape.tokens(outputs * kind.compute_width)
         tape.product()
         tape.free(narrow)
-        return Value(result, x.requires_grad, kind.compute_bytes)
-    constants = inputs * outputs / NF4_BLOCK * ABSMAX_BYTES
+        return Value(result, x.requires_grad, kind.compute_width)
+    constants = inputs * outputs / QUANTIZATION_BLOCK * ABSMAX_WIDTH
     first = tape.fixed(constants) if kind.double_quant else None
     second = tape.fixed(constants) if kind.double_quant else None
-    weight = tape.fixed(inputs * outputs * kind.weight_bytes)
-    result = tape.tokens(outputs * kind.compute_bytes)
+    weight = tape.fixed(inputs * outputs * kind.weight_width)
+    result = tape.tokens(outputs * kind.compute_width)
     tape.product()
     tape.free(second, first, weight)
     if narrow is not None:
@@ -69,20 +67,22 @@ def base_backward(
     tape: Tape, kind: LinearKind, x: Value, grad: Buffer, width: int, inputs: int, outputs: int
 ) -> None:
     """The base layer's backward pass from a gradient of that width."""
-    if width != kind.compute_bytes:
-        narrow = tape.tokens(outputs * kind.compute_bytes)
+    if width != kind.compute_width:
+        narrow = tape.tokens(outputs * kind.compute_width)
         tape.free(grad)
         grad = narrow
     if kind.quantized:
-        constants = tape.fixed(inputs * outputs / NF4_BLOCK * ABSMAX_BYTES) if kind.double_quant else None
-        weight = tape.fixed(inputs * outputs * kind.weight_bytes)
+        constants = (
+            tape.fixed(inputs * outputs / QUANTIZATION_BLOCK * ABSMAX_WIDTH) if kind.double_quant else None
+        )
+        weight = tape.fixed(inputs * outputs * kind.weight_width)
         tape.free(constants)
-        x_grad = tape.tokens(inputs * kind.compute_bytes)
+        x_grad = tape.tokens(inputs * kind.compute_width)
         tape.free(weight)
     else:
-        x_grad = tape.tokens(inputs * kind.compute_bytes)
+        x_grad = tape.tokens(inputs * kind.compute_width)
     tape.free(grad)
-    cast = x.width != kind.compute_bytes
+    cast = x.width != kind.compute_width
     if cast:
         wide = tape.tokens(inputs * x.width)
         tape.free(x_grad)
@@ -90,9 +90,9 @@ def base_backward(
     tape.add_grad(x, x_grad, view=not cast)
 
 
-def weight_gradient(tape: Tape, kind: LinearKind, elements: int, element_bytes: int) -> None:
+def weight_gradient(tape: Tape, kind: LinearKind, elements: int, element_width: int) -> None:
     """A trainable weight's gradient: kept until the optimizer step, or added to the one already there."""
     if kind.accumulating:
-        tape.free(tape.allocate(Size(constant=elements * element_bytes), WORKSPACE))
+        tape.free(tape.allocate(Size(constant=elements * element_width), WORKSPACE))
     else:
-        tape.allocate(Size(constant=elements * element_bytes), GRADIENTS)
+        tape.allocate(Size(constant=elements * element_width), GRADIENTS)

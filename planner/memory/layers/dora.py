@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.memory.layers.base_weight import (
-    ABSMAX_BYTES,
-    NF4_BLOCK,
     LinearKind,
     base_backward,
     weight_gradient,
 )
 from planner.memory.layers.lora import AdapterInput, adapter_backward, adapter_input, read_input, weight_casts
 from planner.memory.tape.tape import Buffer, Size, Tape, Value
+from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
 
 MAGNITUDE_BYTES = 4
 REDUCTION_BYTES = 8
@@ -27,7 +26,7 @@ REDUCTION_BYTES = 8
 
 def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
     """Replay what follows the base layer, `base`; takes over the hold on it."""
-    width = kind.adapter_compute_bytes
+    width = kind.adapter_compute_width
     wide = MAGNITUDE_BYTES
     taken = adapter_input(tape, kind, x, inputs)
     *graph, adapter, weight = _folded_weight(tape, kind, taken.width, inputs, outputs)
@@ -57,45 +56,77 @@ def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int
         result = Value(narrow, True, base.width)
     tape.free(taken.wide)
 
-    def backward() -> None:
-        grad = tape.take_grad(result)
-        if result.width != wide:
-            cast = tape.tokens(outputs * wide)
-            tape.free(grad)
-            grad = cast
-        # The base layer's part of the gradient is cast at once where it is narrower.
-        to_output = tape.tokens(outputs * base.width) if result.width != wide else None
-        to_product = tape.tokens(outputs * wide)
-        to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
-        tape.free(saved_up)
-        tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
-        up_grad = tape.tokens(outputs * width)
-        tape.free(to_up, to_product)
-        to_base, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
-        tape.free(saved_base)
-        tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
-        weight_gradient(tape, kind, outputs, MAGNITUDE_BYTES)
-        also = None
-        if second is not None:
-            also = _second_backward(tape, kind, x, taken, second, inputs, outputs, to_base)
-            if to_output is not None:
-                tape.free(grad)
-            total = to_output or grad
-        else:
-            total = tape.tokens(outputs * base.width)
-            tape.free(to_base, grad)
-            if to_output is not None:
-                tape.free(total)
-                total = to_output
-        adapter_backward(tape, kind, x, taken, inputs, outputs, up_grad, saved_input, saved_down, also=also)
-        tape.free(*casts)
-        if x.requires_grad:
-            base_backward(tape, kind, x, total, base.width, inputs, outputs)
-        else:
-            tape.free(total)
-
-    tape.nodes.append(backward)
+    saved = _Saved(
+        input=saved_input,
+        down=saved_down,
+        base=saved_base,
+        up=saved_up,
+        casts=casts,
+        taken=taken,
+        second=second,
+        base_width=base.width,
+    )
+    tape.nodes.append(lambda: _dora_backward(tape, kind, x, saved, result, inputs, outputs))
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Saved:
+    """What DoRA's backward reads: the adapter's input and lora_A's product of it, the base layer's output,
+    lora_B's product, copies of weights, and how the input was taken and the base layer applied again.
+    """
+
+    input: Buffer | None
+    down: Buffer | None
+    base: Buffer | None
+    up: Buffer | None
+    casts: tuple[Buffer, ...]
+    taken: AdapterInput
+    second: _SecondBase | None
+    base_width: int
+
+
+def _dora_backward(
+    tape: Tape, kind: LinearKind, x: Value, saved: _Saved, result: Value, inputs: int, outputs: int
+) -> None:
+    """Backward of scaling and magnitude, then of the adapter and of the base layer."""
+    width, wide = kind.adapter_compute_width, MAGNITUDE_BYTES
+    base_width, second = saved.base_width, saved.second
+    grad = tape.take_grad(result)
+    if result.width != wide:
+        cast = tape.tokens(outputs * wide)
+        tape.free(grad)
+        grad = cast
+    # The base layer's part of the gradient is cast at once where it is narrower.
+    to_output = tape.tokens(outputs * base_width) if result.width != wide else None
+    to_product = tape.tokens(outputs * wide)
+    to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
+    tape.free(saved.up)
+    tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
+    up_grad = tape.tokens(outputs * width)
+    tape.free(to_up, to_product)
+    to_base, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
+    tape.free(saved.base)
+    tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
+    weight_gradient(tape, kind, outputs, MAGNITUDE_BYTES)
+    also = None
+    if second is not None:
+        also = _second_backward(tape, kind, x, saved.taken, second, inputs, outputs, to_base)
+        if to_output is not None:
+            tape.free(grad)
+        total = to_output or grad
+    else:
+        total = tape.tokens(outputs * base_width)
+        tape.free(to_base, grad)
+        if to_output is not None:
+            tape.free(total)
+            total = to_output
+    adapter_backward(tape, kind, x, saved.taken, inputs, outputs, up_grad, saved.input, saved.down, also=also)
+    tape.free(*saved.casts)
+    if x.requires_grad:
+        base_backward(tape, kind, x, total, base_width, inputs, outputs)
+    else:
+        tape.free(total)
 
 
 @dataclass(slots=True)
@@ -118,7 +149,7 @@ def _second_base(
     """With dropout the base layer is applied once more, to what dropout has left; its weight is saved for
     that input's gradient alone.
     """
-    compute = kind.compute_bytes
+    compute = kind.compute_width
     casts = taken.width != compute
     read = tape.fixed(inputs * outputs * compute) if casts else weight
     saved = tape.save(read) if read is not None and x.requires_grad else None
@@ -139,14 +170,14 @@ def _second_backward(
     to_base: Buffer,
 ) -> Buffer | None:
     """Backward of the second base product; returns the gradient of the dropped-out input."""
-    narrow = tape.tokens(outputs * kind.compute_bytes)
+    narrow = tape.tokens(outputs * kind.compute_width)
     tape.free(to_base)
     if not x.requires_grad:
         tape.free(narrow, second.weight)
         return None
-    grad = tape.tokens(inputs * kind.compute_bytes)
+    grad = tape.tokens(inputs * kind.compute_width)
     tape.free(second.weight, narrow)
-    if taken.width != kind.compute_bytes:
+    if taken.width != kind.compute_width:
         cast = tape.tokens(inputs * taken.width)
         tape.free(grad)
         grad = cast
@@ -161,10 +192,10 @@ def _folded_weight(
     `width` is that of the layer's input, to which both weights are cast. The graph of the folded adapter
     keeps the identity matrix and its product with lora_A for as long as the weight is held.
     """
-    compute = kind.adapter_compute_bytes
-    identity = tape.fixed(inputs * inputs * kind.adapter_bytes)
+    compute = kind.adapter_compute_width
+    identity = tape.fixed(inputs * inputs * kind.adapter_width)
     kept_identity = None
-    if kind.adapter_bytes != compute:
+    if kind.adapter_width != compute:
         kept_identity, identity = identity, tape.fixed(inputs * inputs * compute)
     through = tape.fixed(inputs * kind.rank * compute)
     graph: tuple[Buffer | None, ...] = (identity, through)
@@ -183,10 +214,12 @@ def _folded_weight(
         adapter = cast
     weight = None
     if kind.quantized:
-        constants = tape.fixed(inputs * outputs / NF4_BLOCK * ABSMAX_BYTES) if kind.double_quant else None
-        weight = tape.fixed(inputs * outputs * kind.weight_bytes)
+        constants = (
+            tape.fixed(inputs * outputs / QUANTIZATION_BLOCK * ABSMAX_WIDTH) if kind.double_quant else None
+        )
+        weight = tape.fixed(inputs * outputs * kind.weight_width)
         tape.free(constants)
-    if width != kind.weight_bytes:
+    if width != kind.weight_width:
         cast = tape.fixed(inputs * outputs * width)
         tape.free(weight)
         weight = cast

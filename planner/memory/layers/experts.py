@@ -8,6 +8,8 @@ Sources: transformers integrations/moe.py (grouped_mm_experts_forward), PEFT tun
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from planner.base.units import FP32
 from planner.memory.layers.base_weight import LinearKind, weight_gradient
 from planner.memory.tape.tape import Buffer, Tape, Value
@@ -16,7 +18,7 @@ from planner.models.spec import LayerSpec
 
 def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
     """Replay routing and experts of one layer; `kind` is that of the experts' tensors."""
-    width = kind.compute_bytes
+    width = kind.compute_width
     routed = layer.experts_per_token
     inner = layer.expert_intermediate_size
     hidden = layer.hidden_size
@@ -38,7 +40,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     saved_gate_up_weight = tape.save(gate_up_weight) if gate_up_weight else None
     activated = tape.tokens(routed * inner * width)
     product = tape.tokens(routed * inner * width)
-    saved_inner = [tape.save(fused), tape.save(activated)]
+    saved_fused, saved_activated = tape.save(fused), tape.save(activated)
     saved_product = tape.save(product) if adapted or kind.trained else None
     tape.free(fused, activated)
     down_weight = tape.fixed(down_elements * width) if adapted else None
@@ -54,52 +56,84 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     # PEFT caches the folded weights for the whole block (tuners/lora/layer.py, parametrize.cached).
     tape.free(summed, reordered, outputs, gathered, gate_up_weight, down_weight)
 
-    def backward() -> None:
-        grad = tape.take_grad(result)
-        expanded = tape.tokens(routed * hidden * width)
-        tape.free(grad)
-        to_weights = tape.tokens(routed * hidden * width)
-        to_outputs = tape.tokens(routed * hidden * width)
-        tape.free(saved_outputs, to_weights, expanded, saved_probabilities)
-        down_grad = _weight_grad(tape, kind, down_elements)
-        product_grad = tape.tokens(routed * inner * width)
-        tape.free(saved_product, saved_down_weight, to_outputs)
-        _adapter_grads(tape, layer, kind, kind.rank * (hidden + inner))
-        tape.free(down_grad)
-        activated_grad = tape.tokens(routed * inner * width)
-        up_grad = tape.tokens(routed * inner * width)
-        tape.free(saved_inner[1], product_grad)
-        gate_grad = tape.tokens(routed * inner * width)
-        tape.free(saved_inner[0], activated_grad)
-        fused_grad = tape.tokens(routed * 2 * inner * width)
-        tape.free(gate_grad, up_grad)
-        gate_up_grad = _weight_grad(tape, kind, gate_up_elements)
-        gathered_grad = tape.tokens(routed * hidden * width)
-        tape.free(saved_gathered, saved_gate_up_weight, fused_grad)
-        _adapter_grads(tape, layer, kind, 2 * kind.rank * (hidden + 2 * inner))
-        tape.free(gate_up_grad)
-        x_grad = tape.tokens(hidden * width)
-        tape.free(gathered_grad)
-        tape.add_grad(x, x_grad)
-        _router_backward(tape, layer, router, x, saved_router)
-
-    tape.nodes.append(backward)
+    saved = _Saved(
+        router=saved_router,
+        probabilities=saved_probabilities,
+        gathered=saved_gathered,
+        gate_up_weight=saved_gate_up_weight,
+        fused=saved_fused,
+        activated=saved_activated,
+        product=saved_product,
+        down_weight=saved_down_weight,
+        outputs=saved_outputs,
+    )
+    tape.nodes.append(lambda: _experts_backward(tape, layer, kind, x, router, saved, result))
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Saved:
+    """What the experts' backward reads, in the order of the forward pass; null where nothing asks for it."""
+
+    router: tuple[Buffer | None, ...]
+    probabilities: Buffer | None
+    gathered: Buffer | None
+    gate_up_weight: Buffer | None
+    fused: Buffer | None
+    activated: Buffer | None
+    product: Buffer | None
+    down_weight: Buffer | None
+    outputs: Buffer | None
+
+
+def _experts_backward(
+    tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, router: LinearKind, saved: _Saved, result: Value
+) -> None:
+    """Backward of the weighted sum, of both products and of the activation between them, then of routing."""
+    width, routed = kind.compute_width, layer.experts_per_token
+    inner, hidden = layer.expert_intermediate_size, layer.hidden_size
+    grad = tape.take_grad(result)
+    expanded = tape.tokens(routed * hidden * width)
+    tape.free(grad)
+    to_weights = tape.tokens(routed * hidden * width)
+    to_outputs = tape.tokens(routed * hidden * width)
+    tape.free(saved.outputs, to_weights, expanded, saved.probabilities)
+    down_grad = _weight_grad(tape, kind, layer.experts * inner * hidden)
+    product_grad = tape.tokens(routed * inner * width)
+    tape.free(saved.product, saved.down_weight, to_outputs)
+    _adapter_grads(tape, layer, kind, kind.rank * (hidden + inner))
+    tape.free(down_grad)
+    activated_grad = tape.tokens(routed * inner * width)
+    up_grad = tape.tokens(routed * inner * width)
+    tape.free(saved.activated, product_grad)
+    gate_grad = tape.tokens(routed * inner * width)
+    tape.free(saved.fused, activated_grad)
+    fused_grad = tape.tokens(routed * 2 * inner * width)
+    tape.free(gate_grad, up_grad)
+    gate_up_grad = _weight_grad(tape, kind, layer.experts * 2 * inner * hidden)
+    gathered_grad = tape.tokens(routed * hidden * width)
+    tape.free(saved.gathered, saved.gate_up_weight, fused_grad)
+    _adapter_grads(tape, layer, kind, 2 * kind.rank * (hidden + 2 * inner))
+    tape.free(gate_up_grad)
+    x_grad = tape.tokens(hidden * width)
+    tape.free(gathered_grad)
+    tape.add_grad(x, x_grad)
+    _router_backward(tape, layer, router, x, saved.router)
 
 
 def _weight_grad(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
     """Gradient of the folded weights (freed once the adapter has its own), or of trained experts (kept)."""
     if kind.rank:
-        return tape.fixed(elements * kind.compute_bytes)
+        return tape.fixed(elements * kind.compute_width)
     if kind.trained:
-        weight_gradient(tape, kind, elements, kind.adapter_bytes)
+        weight_gradient(tape, kind, elements, kind.adapter_width)
     return None
 
 
 def _adapter_grads(tape: Tape, layer: LayerSpec, kind: LinearKind, widths: int) -> None:
     """Gradients of the experts' adapters, `widths` elements an expert; the fused tensor's rank is doubled."""
     if kind.rank:
-        weight_gradient(tape, kind, layer.experts * widths, kind.adapter_bytes)
+        weight_gradient(tape, kind, layer.experts * widths, kind.adapter_width)
 
 
 def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[Buffer | None, ...]:
@@ -109,7 +143,7 @@ def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[B
     saved_input = tape.save(x.buffer)
     if not kind.rank:
         return (saved_input,)
-    folded = tape.fixed(layer.experts * layer.hidden_size * kind.compute_bytes)
+    folded = tape.fixed(layer.experts * layer.hidden_size * kind.compute_width)
     saved = (saved_input, tape.save(folded))
     tape.free(folded)
     return saved
@@ -118,15 +152,15 @@ def _router(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value) -> tuple[B
 def _router_backward(
     tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, saved: tuple[Buffer | None, ...]
 ) -> None:
-    logits_grad = tape.tokens(layer.experts * kind.compute_bytes)
+    logits_grad = tape.tokens(layer.experts * kind.compute_width)
     elements = layer.experts * layer.hidden_size
-    folded_grad = tape.fixed(elements * kind.compute_bytes) if kind.rank else None
+    folded_grad = tape.fixed(elements * kind.compute_width) if kind.rank else None
     if kind.trained:
-        weight_gradient(tape, kind, elements, kind.adapter_bytes)
-    x_grad = tape.tokens(layer.hidden_size * kind.compute_bytes)
+        weight_gradient(tape, kind, elements, kind.adapter_width)
+    x_grad = tape.tokens(layer.hidden_size * kind.compute_width)
     tape.free(logits_grad, *saved)
     if kind.rank:
         adapter = kind.rank * (layer.experts + layer.hidden_size)
-        weight_gradient(tape, kind, adapter, kind.adapter_bytes)
+        weight_gradient(tape, kind, adapter, kind.adapter_width)
     tape.free(folded_grad)
     tape.add_grad(x, x_grad, view=True)

@@ -11,8 +11,8 @@ from planner.memory.layers.base_weight import LinearKind
 class LayerKnobs:
     """What the setup says about every layer: kinds of linear layers by module name, and attention.
 
-    `attention` is the implementation that runs (a name of KERNELS in planner/memory/layers/attention.py).
-    `stream_bytes` is the width of the hidden states that enter the layer, `norm_bytes` that of the norms'
+    `attention` is the kernel that runs (one of planner.setup.attention.ATTENTION_KERNELS).
+    `stream_width` is the width of the hidden states that enter the layer, `norm_width` that of the norms'
     weights. `liger` says that Liger's layer kernels run, `selective` that checkpoints keep attention's
     outputs. `compiled` says that torch.compile compiles the layer; it then `recomputes` what it lacks within
     its backward graph if it is checkpointed, and else keeps what a `budget` (0 to 1) leaves it. With one
@@ -22,8 +22,8 @@ class LayerKnobs:
     kinds: tuple[tuple[str, LinearKind], ...]
     default: LinearKind
     attention: str
-    stream_bytes: int
-    norm_bytes: int
+    stream_width: int
+    norm_width: int
     liger: bool
     selective: bool
     compiled: bool = False

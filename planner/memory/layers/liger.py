@@ -36,7 +36,7 @@ def liger_norm(
             tape.free(grad)
             grad = x_grad
         if knobs.default.trained:
-            weight_gradient(tape, knobs.default, size // groups, knobs.default.adapter_bytes)
+            weight_gradient(tape, knobs.default, size // groups, knobs.default.adapter_width)
         tape.free(rows, *saved)
         tape.add_grad(x, grad)
 

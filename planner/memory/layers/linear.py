@@ -42,8 +42,8 @@ def _trained(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) 
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        weight_gradient(tape, kind, inputs * outputs, kind.adapter_bytes)
-        x_grad = tape.tokens(inputs * kind.compute_bytes) if x.requires_grad else None
+        weight_gradient(tape, kind, inputs * outputs, kind.adapter_width)
+        x_grad = tape.tokens(inputs * kind.compute_width) if x.requires_grad else None
         tape.free(grad, saved)
         if x_grad is not None:
             tape.add_grad(x, x_grad, view=True)

@@ -13,7 +13,7 @@ from planner.memory.tape.tape import Buffer, Tape, Value
 
 def adapted(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
     """Replay what follows the base layer, `base`; takes over the hold on it."""
-    width = kind.adapter_compute_bytes
+    width = kind.adapter_compute_width
     taken = adapter_input(tape, kind, x, inputs)
     read = read_input(tape, kind, x, taken, inputs)
     saved_input = tape.save(read)
@@ -72,8 +72,8 @@ def adapter_input(tape: Tape, kind: LinearKind, x: Value, inputs: int) -> Adapte
     autocast, tuners/lora/bnb.py). That copy lives until the module returns, dropout's output until lora_A
     does.
     """
-    casts = kind.adapter_bytes != x.width and not (kind.quantized and kind.autocast)
-    width = kind.adapter_bytes if casts else x.width
+    casts = kind.adapter_width != x.width and not (kind.quantized and kind.autocast)
+    width = kind.adapter_width if casts else x.width
     wide = tape.tokens(inputs * width) if casts else None
     mask = dropped = None
     if kind.dropout:
@@ -87,8 +87,8 @@ def adapter_input(tape: Tape, kind: LinearKind, x: Value, inputs: int) -> Adapte
 
 def read_input(tape: Tape, kind: LinearKind, x: Value, taken: AdapterInput, inputs: int) -> Buffer:
     """What the adapter's product reads, held once more: autocast makes a copy where dtypes differ."""
-    if taken.width != kind.adapter_compute_bytes:
-        taken.narrow = tape.tokens(inputs * kind.adapter_compute_bytes)
+    if taken.width != kind.adapter_compute_width:
+        taken.narrow = tape.tokens(inputs * kind.adapter_compute_width)
         return taken.narrow
     buffer = taken.dropped or taken.wide or x.buffer
     buffer.holders += 1
@@ -100,9 +100,9 @@ def weight_casts(tape: Tape, kind: LinearKind, inputs: int, outputs: int) -> tup
 
     `inputs` is 0 where the input wants no gradient: backward does not need lora_A's copy then.
     """
-    if kind.adapter_bytes <= kind.adapter_compute_bytes:
+    if kind.adapter_width <= kind.adapter_compute_width:
         return ()
-    copy = kind.rank * kind.compute_bytes
+    copy = kind.rank * kind.compute_width
     return tape.cast_weights(*(copy * width for width in (inputs, outputs) if width))
 
 
@@ -122,11 +122,11 @@ def adapter_backward(
 
     `also` is a gradient of the same input that is there already and takes this one in.
     """
-    width = kind.adapter_compute_bytes
-    weight_gradient(tape, kind, kind.rank * outputs, kind.adapter_bytes)
+    width = kind.adapter_compute_width
+    weight_gradient(tape, kind, kind.rank * outputs, kind.adapter_width)
     down_grad = tape.tokens(kind.rank * width)
     tape.free(scaled, saved_down)
-    weight_gradient(tape, kind, kind.rank * inputs, kind.adapter_bytes)
+    weight_gradient(tape, kind, kind.rank * inputs, kind.adapter_width)
     if not x.requires_grad:
         tape.free(down_grad, saved_input, taken.mask)
         return

@@ -18,7 +18,7 @@ NORM_SCRATCH_BYTES = 2 * FP32
 
 def norm_saves_input(knobs: LayerKnobs) -> bool:
     """Whether what a norm saves is its input itself, and not an fp32 copy of it."""
-    return knobs.liger or knobs.stream_bytes == FP32
+    return knobs.liger or knobs.stream_width == FP32
 
 
 def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *, groups: int = 1) -> Value:
@@ -52,7 +52,7 @@ def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *
         narrow = tape.tokens(size * x.width) if casts else hold(scaled)
         if kind.trained:
             saved_scaled = tape.save(narrow)
-        width = max(x.width, knobs.norm_bytes)
+        width = max(x.width, knobs.norm_width)
         result = Value(tape.tokens(size * width), x.requires_grad, width)
         tape.free(narrow, scaled)
     if x.requires_grad:
@@ -85,7 +85,7 @@ def _norm_backward(
         # The weight's gradient: a product per element, reduced over tokens with a global scratch buffer.
         elementwise = tape.tokens(size * product)
         tape.free(tape.tokens(size * NORM_SCRATCH_BYTES), elementwise, saved_scaled)
-        weight_gradient(tape, kind, size, kind.adapter_bytes)
+        weight_gradient(tape, kind, size, kind.adapter_width)
     tape.free(grad)
     grad = weighted
     if product != FP32:

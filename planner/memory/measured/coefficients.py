@@ -17,6 +17,7 @@ from planner.memory.measured.coverage import Coverage
 from planner.memory.measured.cuda_terms import CUBLAS_HANDLES, offloading_context_bytes, workspace_block_bytes
 from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import ALLOCATORS, NATIVE
+from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 UNKNOWN_REPLAY_MARGIN_BLOCKS = 1.5
@@ -153,14 +154,12 @@ class Coefficients:
         found = (one.replay_margin_blocks for one in self.kinds if one.kind == kind)
         return int(next(found, self.replay_margin_blocks) * largest_block_bytes) + self.replay_margin_bytes
 
-    def distance(
-        self, setup: TrainingSetup, model: ModelSpec, gpu_name: str | None, *, padded: bool
-    ) -> Distance:
-        """How far a setup lies from what was measured."""
+    def distance(self, run: TrainingRun, gpu_name: str | None) -> Distance:
+        """How far a run lies from what was measured."""
         if self.coverage is None:
             outside: tuple[str, ...] = ("the calibration does not say what its records cover",)
         else:
-            outside = self.coverage.outside(setup, model, padded=padded)
+            outside = self.coverage.outside(run)
         return Distance(
             outside=outside,
             factor=1.0 + len(outside) * max(0.0, self.outside_factor - 1.0),

@@ -7,43 +7,22 @@ come together, and by sizes. What no run had is named, and widens the interval
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
+from operator import attrgetter
 from typing import Any
 
 from planner.base.errors import InputError
 from planner.models.spec import ModelSpec
-from planner.setup.attention import attention_implementation
-from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
+from planner.setup.knob import Knob, plain
+from planner.setup.knobs import KNOBS
+from planner.setup.run import TrainingRun
 
-Value = tuple[str, str]
-_PLAIN = frozenset(
-    {
-        ("method", "qlora"),
-        ("dtype", "bfloat16"),
-        ("attn_implementation", "sdpa"),
-        ("kernels", "none"),
-        ("compile", "none"),
-        ("gradient_checkpointing", "all layers"),
-    }
-)
-_TOGETHER = (
-    "method",
-    "dtype",
-    "attn_implementation",
-    "kernels",
-    "compile",
-    "gradient_checkpointing",
-    "use_dora",
-    "prepare_for_kbit_training",
-    "selective_checkpointing",
-    "activation_offloading",
-    "packing",
-    "padded batches",
-)
-"""Knobs whose layers ask for other blocks: any two that are not as usual have to be measured together."""
-_MODEL_VALUES: dict[tuple[str, int], frozenset[Value]] = {}
+Trait = tuple[str, str]
+PADDED = "padded batches"
+"""What batches are, beside the knobs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,16 +31,16 @@ class Coverage:
     the largest length, tokens of a micro-step, rank and parameter count.
     """
 
-    values: frozenset[Value]
+    values: frozenset[Trait]
     pairs: frozenset[tuple[str, str]]
     max_length: int
     max_tokens: int
     max_rank: int
     max_parameters: int
 
-    def outside(self, setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> tuple[str, ...]:
-        """What of a setup no run had, each in a few plain words; empty where all of it was measured."""
-        own, layout = setup_values(setup, model, padded=padded), model_values(model)
+    def outside(self, run: TrainingRun) -> tuple[str, ...]:
+        """What of a run no measured one had, each in a few plain words; empty where all was measured."""
+        own, layout = run_traits(run), model_traits(run.model)
         missing = own - self.values
         found = [f"no run with {knob}={value} among the records" for knob, value in sorted(missing)]
         found += [
@@ -75,16 +54,17 @@ class Coverage:
         ]
         if together:
             found.append(f"no run with {', or with '.join(together)} together among the records")
-        found += self._beyond(setup, model)
+        found += self._beyond(run)
         return tuple(found)
 
-    def _beyond(self, setup: TrainingSetup, model: ModelSpec) -> Iterator[str]:
+    def _beyond(self, run: TrainingRun) -> Iterator[str]:
+        setup = run.setup
         rank = setup.lora_r if setup.uses_lora else 0
         for name, value, largest in (
             ("length", setup.max_length, self.max_length),
-            ("tokens of a micro-step", setup.tokens_per_micro_step, self.max_tokens),
+            ("tokens of a micro-step", run.micro_step.tokens, self.max_tokens),
             ("rank", rank, self.max_rank),
-            ("parameters", model.parameter_count, self.max_parameters),
+            ("parameters", run.model.parameter_count, self.max_parameters),
         ):
             if value > largest:
                 yield f"{name} {value:,} beyond the largest measured, {largest:,}"
@@ -127,19 +107,19 @@ class Coverage:
             raise InputError(f"not a coverage: {error}") from error
 
 
-def coverage_of(runs: Iterable[tuple[TrainingSetup, ModelSpec, bool]]) -> Coverage:
-    """What runs cover, given as (setup, model, padded)."""
-    values: set[Value] = set()
+def coverage_of(runs: Iterable[TrainingRun]) -> Coverage:
+    """What measured runs cover."""
+    values: set[Trait] = set()
     pairs: set[tuple[str, str]] = set()
     length = tokens = rank = parameters = 0
-    for setup, model, padded in runs:
-        own = setup_values(setup, model, padded=padded)
-        values |= own | model_values(model)
+    for run in runs:
+        setup, own = run.setup, run_traits(run)
+        values |= own | model_traits(run.model)
         pairs.update(_pairs(own))
         length = max(length, setup.max_length)
-        tokens = max(tokens, setup.tokens_per_micro_step)
+        tokens = max(tokens, run.micro_step.tokens)
         rank = max(rank, setup.lora_r if setup.uses_lora else 0)
-        parameters = max(parameters, model.parameter_count)
+        parameters = max(parameters, run.model.parameter_count)
     return Coverage(
         values=frozenset(values),
         pairs=frozenset(pairs),
@@ -150,80 +130,100 @@ def coverage_of(runs: Iterable[tuple[TrainingSetup, ModelSpec, bool]]) -> Covera
     )
 
 
-def setup_values(setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> frozenset[Value]:
-    """A setup's values, those that its method does not use left out."""
-    found = [
-        ("method", setup.method),
-        ("dtype", setup.dtype),
-        ("optim", setup.optim),
-        ("attn_implementation", attention_implementation(setup, model)),
-        ("kernels", setup.kernels),
-        ("compile", setup.compile),
-        ("gradient_checkpointing", _checkpointed(setup, model)),
-        ("gradient_accumulation_steps", "1" if setup.gradient_accumulation_steps == 1 else "several"),
-    ]
-    if setup.uses_lora:
-        found.append(("lora_dropout", "0" if setup.lora_dropout == 0 else "above 0"))
-        found.append(("target_modules", ALL_LINEAR if setup.target_modules == ALL_LINEAR else "a list"))
-    if setup.method == "qlora":
-        found.append(("bnb_4bit_quant_type", setup.bnb_4bit_quant_type))
-        found.append(("bnb_4bit_use_double_quant", _word(setup.bnb_4bit_use_double_quant)))
-    if setup.activation_memory_budget is not None:
-        found.append(("activation_memory_budget", "set"))
-    found += [
-        (name, "true")
-        for name, value in (
-            ("use_dora", setup.use_dora),
-            ("prepare_for_kbit_training", setup.prepare_for_kbit_training),
-            ("selective_checkpointing", setup.selective_checkpointing),
-            ("activation_offloading", setup.activation_offloading),
-            ("packing", setup.packing),
-            ("padded batches", padded),
-        )
-        if value
-    ]
+def run_traits(run: TrainingRun) -> frozenset[Trait]:
+    """A run's traits by its knobs, those that its method does not use left out."""
+    found = _count(run)
+    return frozenset((*found, (PADDED, "true"))) if run.padded else frozenset(found)
+
+
+@lru_cache(maxsize=512)
+def model_traits(model: ModelSpec) -> frozenset[Trait]:
+    """A model's traits: the layouts of its layers that decide what a step asks for."""
+    found = {
+        ("tied_embeddings", _word(model.tied_embeddings)),
+        ("embedding_multiplier", _word(model.embedding_multiplier)),
+        ("final_logit_softcapping", _word(model.final_logit_softcapping)),
+        ("rotary_tables", str(model.rotary_tables)),
+    }
+    for layer in model.layers:
+        norms = "inputs and outputs" if layer.output_norms else "inputs"
+        found |= {
+            ("norm", layer.norm),
+            ("normed", norms if layer.input_norms else "outputs"),
+            ("qk_norm", layer.qk_norm),
+            ("fused_qkv", _word(layer.fused_qkv)),
+            ("fused_gate_up", _word(layer.fused_gate_up)),
+            ("gated_mlp", _word(layer.gated_mlp)),
+            ("rotary", _word(layer.rotary)),
+            ("partial_rotary", _word(layer.rotary_dim not in (None, layer.head_dim))),
+            ("sliding_window", _word(layer.sliding_window is not None)),
+            ("attention_softcap", _word(layer.attention_softcap)),
+            ("attention_dropout", _word(layer.attention_dropout > 0)),
+            ("experts", _word(layer.experts > 0)),
+        }
     return frozenset(found)
 
 
-def model_values(model: ModelSpec) -> frozenset[Value]:
-    """A model's values: the layouts of its layers that decide what a step asks for."""
-    key = (model.id, model.parameter_count)
-    if key not in _MODEL_VALUES:
-        found = {
-            ("tied_embeddings", _word(model.tied_embeddings)),
-            ("embedding_multiplier", _word(model.embedding_multiplier)),
-            ("final_logit_softcapping", _word(model.final_logit_softcapping)),
-            ("rotary_tables", str(model.rotary_tables)),
-        }
-        for layer in model.layers:
-            norms = "inputs and outputs" if layer.output_norms else "inputs"
-            found |= {
-                ("norm", layer.norm),
-                ("normed", norms if layer.input_norms else "outputs"),
-                ("qk_norm", layer.qk_norm),
-                ("fused_qkv", _word(layer.fused_qkv)),
-                ("fused_gate_up", _word(layer.fused_gate_up)),
-                ("gated_mlp", _word(layer.gated_mlp)),
-                ("rotary", _word(layer.rotary)),
-                ("partial_rotary", _word(layer.rotary_dim not in (None, layer.head_dim))),
-                ("sliding_window", _word(layer.sliding_window is not None)),
-                ("attention_softcap", _word(layer.attention_softcap)),
-                ("attention_dropout", _word(layer.attention_dropout > 0)),
-                ("experts", _word(layer.experts > 0)),
-            }
-        _MODEL_VALUES[key] = frozenset(found)
-    return _MODEL_VALUES[key]
-
-
-def _checkpointed(setup: TrainingSetup, model: ModelSpec) -> str:
+def _checkpointed(run: TrainingRun) -> str:
+    setup = run.setup
     if not setup.gradient_checkpointing or setup.checkpointed_layers == 0:
         return "no layer"
-    return "all layers" if setup.checkpointed_layers in (None, model.num_hidden_layers) else "some layers"
+    every = (None, run.model.num_hidden_layers)
+    return "all layers" if setup.checkpointed_layers in every else "some layers"
 
 
-def _pairs(values: frozenset[Value]) -> Iterator[tuple[str, str]]:
+_AS_RUN: dict[str, Callable[[TrainingRun], str]] = {
+    "attn_implementation": lambda run: run.attention,
+    "gradient_checkpointing": _checkpointed,
+}
+
+
+def knob_counter(knobs: tuple[Knob, ...]) -> Callable[[TrainingRun], list[Trait]]:
+    """What gives a run's traits by the knobs that count, made once and called for every run."""
+    counted = [(knob, knob.counted) for knob in knobs if knob.counted is not None]
+    values_of = attrgetter("method", *(knob.name for knob, _ in counted))
+    rows = tuple(
+        (
+            knob,
+            _AS_RUN[knob.name] if how.as_run else None,
+            (knob.name, plain(knob.default)) if how.default else None,
+            (knob.name, how.others) if how.others else None,
+        )
+        for knob, how in counted
+    )
+
+    def count(run: TrainingRun) -> list[Trait]:
+        method, *values = values_of(run.setup)
+        found = []
+        for (knob, as_run, usual, other), value in zip(rows, values, strict=True):
+            if method not in knob.methods:
+                continue
+            if as_run is not None:
+                found.append((knob.name, as_run(run)))
+            elif value != knob.default:
+                found.append(other or (knob.name, plain(value)))
+            elif usual is not None:
+                found.append(usual)
+        return found
+
+    return count
+
+
+def together(knobs: tuple[Knob, ...]) -> frozenset[str]:
+    """Names of knobs any two of which have to be measured together where they are not as usual."""
+    return frozenset(knob.name for knob in knobs if knob.counted is not None and knob.counted.together)
+
+
+_count = knob_counter(KNOBS)
+_TOGETHER = together(KNOBS) | {PADDED}
+_USUAL = frozenset(
+    (knob.name, knob.counted.usual or plain(knob.default)) for knob in KNOBS if knob.counted is not None
+)
+
+
+def _pairs(values: frozenset[Trait]) -> Iterator[tuple[str, str]]:
     unusual = sorted(
-        f"{knob}={value}" for knob, value in values if knob in _TOGETHER and (knob, value) not in _PLAIN
+        f"{knob}={value}" for knob, value in values if knob in _TOGETHER and (knob, value) not in _USUAL
     )
     return combinations(unusual, 2)
 

@@ -22,11 +22,11 @@ class HeadReplay:
         self.tile_bytes = shape.tile_bytes
         self.hidden_cast_bytes = shape.hidden_cast_bytes
         self.piece_bytes = shape.piece_bytes
-        self.narrows = shape.hidden_bytes != FP32
-        self.selected_bytes = shape.rows * shape.hidden_size * shape.hidden_bytes
+        self.narrows = shape.hidden_width != FP32
+        self.selected_bytes = shape.rows * shape.hidden_size * shape.hidden_width
         self.row_gradient_bytes = shape.rows * shape.hidden_size * FP32
-        self.normed_bytes = shape.tokens * shape.hidden_size * shape.hidden_bytes
-        self.weight_bytes = weight * shape.weight_bytes
+        self.normed_bytes = shape.tokens * shape.hidden_size * shape.hidden_width
+        self.weight_bytes = weight * shape.weight_width
         self.wide_weight_bytes = weight * FP32
 
     @property

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from planner.base.units import DTYPE_BYTES, FP32
+from planner.base.units import FP32
 from planner.memory.allocators.native import CachingAllocator
-from planner.memory.held.micro_step import keeps_raw_embedding, micro_step
-from planner.memory.step.resident import mask_windows
-from planner.models.spec import ModelSpec
-from planner.setup.attention import attention_implementation
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 
 
 class InputsReplay:
-    """The requests of one setup's micro-steps up to the first layer."""
+    """The requests of one run's micro-steps up to the first layer."""
 
-    def __init__(self, setup: TrainingSetup, model: ModelSpec, *, padded: bool) -> None:
-        self.model = model
-        self.shape = micro_step(setup)
-        self.width = DTYPE_BYTES[setup.dtype]
-        self.stream_bytes = self.shape.tokens * model.hidden_size * self.shape.stream_bytes
-        self.packing = setup.packing
-        self.eager = attention_implementation(setup, model) == "eager"
-        self.masks = mask_windows(setup, model, padded=padded)
-        self.raw_embedding = keeps_raw_embedding(setup, model)
+    def __init__(self, run: TrainingRun) -> None:
+        self.model = run.model
+        self.shape = run.micro_step
+        self.width = run.storage.width
+        self.stream_bytes = self.shape.tokens * run.model.hidden_size * self.shape.stream_width
+        self.packing = run.setup.packing
+        self.eager = run.attention == "eager"
+        self.masks = run.mask_windows
+        self.raw_embedding = run.keeps_raw_embedding
 
     def run(self, allocator: CachingAllocator) -> list[int]:
         """The embeddings' block, then what stays until the micro-step ends: masks, tables, raw embeddings."""
@@ -45,7 +41,7 @@ class InputsReplay:
                 turned, scaled = take(table * FP32), take(table * FP32)
                 allocator.free(turned)
                 wide.append(scaled)
-            held += [take(table * self.shape.stream_bytes) for _ in range(2)]
+            held += [take(table * self.shape.stream_width) for _ in range(2)]
             for block in wide:
                 allocator.free(block)
         return held

@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
-from planner.base.units import DTYPE_BYTES, FP32
+from planner.base.units import FP32
 from planner.memory.allocators.native import CachingAllocator
-from planner.memory.held.trainables import Trainables, TrainableTensor
 from planner.memory.held.weights import loaded_weights
 from planner.models.spec import ModelSpec
-from planner.setup.training_setup import TrainingSetup
+from planner.models.storage import Storage
+from planner.setup.adapters import Adapter
+from planner.setup.run import TrainingRun
+from planner.setup.stack import Stack
+from planner.setup.trained import Trained, TrainedTensor, trained_tensors
 
-TRL_ADAPTER_BYTES = 2
-"""TRL casts the adapter of a quantised base to bfloat16 (sft_trainer.py:908)."""
 
-_LOADED: dict[tuple[object, ...], tuple[CachingAllocator, int, int]] = {}
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """The allocator as training finds it, with what loading allocated at most and had reserved at its end."""
+
+    allocator: CachingAllocator
+    peak_bytes: int
+    reserved_bytes: int
 
 
-def loaded_allocator(
-    setup: TrainingSetup, model: ModelSpec, trained: Trainables, allocator: str
-) -> tuple[CachingAllocator, int, int]:
-    """An allocator as training finds it; allocated bytes at most and reserved bytes after loading."""
-    width = DTYPE_BYTES[setup.dtype]
-    key = (
-        model.id,
-        model.parameter_count,
-        setup.method,
-        setup.dtype,
-        setup.bnb_4bit_use_double_quant,
-        setup.lora_r,
-        setup.target_modules,
-        setup.use_dora,
-        setup.prepare_for_kbit_training,
-        allocator,
-    )
-    known = _LOADED.get(key)
-    if known is None:
-        loaded = loaded_weights(setup, model, allocator)
-        state = loaded.allocator.copy()
-        peak, reserved = state.peak_allocated_bytes, state.reserved_bytes
-        if setup.prepare_for_kbit_training and width < FP32:
-            _upcast(state, loaded.plain)
-        if setup.uses_lora:
-            _add_adapter(state, setup, model, trained, width)
-        # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
-        state.empty_cache()
-        known = _LOADED[key] = (state, peak, reserved)
-    return known[0].copy(), known[1], known[2]
+def loaded_allocator(run: TrainingRun, allocator: str) -> LoadedAdapter:
+    """Loading a run's model and adapter; the caller copies the allocator to go on with it."""
+    upcasts = run.setup.prepare_for_kbit_training
+    return _loaded(run.model, run.storage, run.adapter, run.stack, upcasts, allocator)
+
+
+@lru_cache(maxsize=512)
+def _loaded(
+    model: ModelSpec, storage: Storage, adapter: Adapter | None, stack: Stack, upcasts: bool, allocator: str
+) -> LoadedAdapter:
+    loaded = loaded_weights(model, storage, allocator)
+    state = loaded.allocator.copy()
+    peak, reserved = state.peak_allocated_bytes, state.reserved_bytes
+    if upcasts and storage.width < FP32:
+        _upcast(state, loaded.plain)
+    if adapter is not None:
+        _add_adapter(state, model, storage, adapter, stack)
+    # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
+    state.empty_cache()
+    return LoadedAdapter(state, peak, reserved)
 
 
 def _upcast(allocator: CachingAllocator, plain: Sequence[tuple[int, int]]) -> None:
@@ -57,21 +56,21 @@ def _upcast(allocator: CachingAllocator, plain: Sequence[tuple[int, int]]) -> No
 
 
 def _add_adapter(
-    allocator: CachingAllocator, setup: TrainingSetup, model: ModelSpec, trained: Trainables, width: int
+    allocator: CachingAllocator, model: ModelSpec, storage: Storage, adapter: Adapter, stack: Stack
 ) -> None:
     """PEFT puts every tensor on the GPU (fp32 beside 4-bit weights, else in the base's dtype), then all are
-    cast, one by one: by PEFT to fp32 (tuners_utils.py, cast_adapter_dtype), by TRL to bfloat16 on a quantised
-    base, and by the launcher back to fp32 where that trains in float16.
+    cast, one by one: by PEFT to fp32 (tuners_utils.py, cast_adapter_dtype), by the stack on a quantised base,
+    and by the launcher back to fp32 where that trains in float16.
     """
-    quantized = setup.method == "qlora"
-    widths = [FP32, TRL_ADAPTER_BYTES] if quantized else [width, FP32]
-    if widths[-1] != trained.element_bytes:
-        widths.append(trained.element_bytes)
+    trained = trained_tensors(model, adapter, storage.width)
+    widths = [FP32, stack.adapter_width] if storage.quantized else [storage.width, FP32]
+    if widths[-1] != trained.element_width:
+        widths.append(trained.element_width)
     if widths[0] == widths[1]:
         widths.pop(0)
     tensors = list(in_module_order(trained, model.num_hidden_layers))
     # DoRA's magnitudes are fp32 from the start.
-    own = [FP32 if tensor.element_bytes != trained.element_bytes else 0 for tensor in tensors]
+    own = [FP32 if tensor.element_width != trained.element_width else 0 for tensor in tensors]
     blocks = [allocator.allocate(t.elements * (o or widths[0])) for t, o in zip(tensors, own, strict=True)]
     for following in widths[1:]:
         for index, tensor in enumerate(tensors):
@@ -82,7 +81,7 @@ def _add_adapter(
             blocks[index] = cast
 
 
-def in_module_order(trained: Trainables, layers: int) -> Iterator[TrainableTensor]:
+def in_module_order(trained: Trained, layers: int) -> Iterator[TrainedTensor]:
     """Trained tensors one at a time: before, inside and after the decoder layers."""
     tensors = trained.tensors
     inside = [index for index, tensor in enumerate(tensors) if tensor.in_decoder_layer]

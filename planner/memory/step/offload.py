@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from planner.memory.allocators.native import CachingAllocator
 from planner.memory.decoder.program import Program
-from planner.memory.step.timeline import OFFLOAD_STASH
+from planner.memory.tape.events import FREE_INPUT, block_of, frees
 
 FETCHED_AT_ONCE = 3
 """Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
@@ -28,17 +28,19 @@ class OffloadReplay:
     """Which blocks of a setup's micro-steps are on the GPU; those that come back have their own allocator.
 
     `input_bytes` is the size of a layer's input, `norm_bytes` of what the final norm saves; `waits` says that
-    inputs that came back stay in their stream's pool until the GPU is through with them. What was brought
+    inputs that came back stay in their stream's pool until the GPU is through with them, `stash` how many
+    tensors on their way to the host the stack holds. What was brought
     back for a node is let go after the next one.
     """
 
     def __init__(
-        self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int, waits: bool
+        self, allocator: CachingAllocator, *, input_bytes: int, norm_bytes: int, waits: bool, stash: int
     ) -> None:
         self.compute = allocator
         self.stream = type(allocator)()
         self.input_bytes, self.norm_bytes = input_bytes, norm_bytes
         self._waiting = WAITING if waits else 0
+        self._stash_size = stash
         self.peak_bytes = 0
         self._previous: list[int] = []
         self._stash: deque[int] = deque()
@@ -64,7 +66,7 @@ class OffloadReplay:
     def keep(self, blocks: Sequence[int]) -> None:
         """Blocks that forward leaves: the earliest beyond the stash are let go."""
         self._stash.extend(blocks)
-        while len(self._stash) > OFFLOAD_STASH - 1:
+        while len(self._stash) > self._stash_size - 1:
             self.compute.free(self._stash.popleft())
 
     def end_forward(self) -> None:
@@ -98,14 +100,14 @@ class OffloadReplay:
         """Bring back what a layer's backward reads; returns its events without frees of those blocks."""
         if program.keeps_input_alone:
             own[0] = self.stream.allocate(self.input_bytes)
-            return tuple(event for event in program.backward if event != -1)
+            return tuple(event for event in program.backward if event != FREE_INPUT)
         # One after the other: what the node at work and the two before it read is there at a time.
         largest = sorted(program.kept_once, key=lambda block: units[block])[-FETCHED_AT_ONCE:]
         self.stream.run(largest, units, own)
         self.end_backward()
         self._previous = [own[block] for block in largest]
         fetched = set(program.kept_once)
-        return tuple(event for event in program.backward if -1 - event not in fetched)
+        return tuple(event for event in program.backward if not (frees(event) and block_of(event) in fetched))
 
     @staticmethod
     def blocks_of(program: Program) -> tuple[int, ...]:

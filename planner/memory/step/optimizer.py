@@ -5,29 +5,28 @@ from __future__ import annotations
 from planner.base.units import FP32
 from planner.memory.allocators.native import CachingAllocator
 from planner.memory.held.optimizer import state_blocks
-from planner.memory.held.trainables import Trainables
 from planner.memory.step.loading import in_module_order
-from planner.models.spec import ModelSpec
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 
 
 class OptimizerReplay:
     """One setup's optimizer. transformers gives it biases and norms last (trainer.py, create_optimizer)."""
 
-    def __init__(self, setup: TrainingSetup, model: ModelSpec, trained: Trainables) -> None:
+    def __init__(self, run: TrainingRun) -> None:
+        optim, trained = run.setup.optim, run.trained
         tensors = sorted(
-            in_module_order(trained, model.num_hidden_layers), key=lambda tensor: len(tensor.shape) < 2
+            in_module_order(trained, run.model.num_hidden_layers), key=lambda tensor: len(tensor.shape) < 2
         )
-        self.optim = setup.optim
-        self.element_bytes = trained.element_bytes
+        self.optim = optim
+        self.element_width = trained.element_width
         self.elements = [tensor.elements for tensor in tensors]
         self.sizes = [tensor.size_bytes for tensor in tensors]
-        self.states = [state_blocks(setup.optim, tensor) for tensor in tensors]
+        self.states = [state_blocks(optim, tensor) for tensor in tensors]
 
     @property
     def largest_bytes(self) -> int:
         """The largest block that a step asks for and gives back."""
-        width = {"adafactor": FP32, "adamw_torch": self.element_bytes}.get(self.optim, 0)
+        width = {"adafactor": FP32, "adamw_torch": self.element_width}.get(self.optim, 0)
         return width * max(self.elements, default=0)
 
     def step(self, allocator: CachingAllocator, *, first: bool) -> None:
@@ -48,7 +47,7 @@ class OptimizerReplay:
     def _adafactor(self, allocator: CachingAllocator, *, first: bool) -> None:
         """Tensor by tensor; a name holds its tensor until it is given another (optimization.py:1257)."""
         take, free = allocator.allocate, allocator.free
-        casts = self.element_bytes < FP32
+        casts = self.element_width < FP32
         gradient = parameter = update = None
         for count, sizes in zip(self.elements, self.states, strict=True):
             wide = count * FP32

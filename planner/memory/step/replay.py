@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from planner.base.units import DTYPE_BYTES
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import MIN_BLOCK
-from planner.memory.decoder.groups import segments
-from planner.memory.decoder.live_bytes import LayerReplay, at
+from planner.memory.decoder.groups import layer_groups
+from planner.memory.decoder.live_bytes import LayerMemory, at
 from planner.memory.decoder.program import norm_program
 from planner.memory.decoder.programs import SizedProgram, replayed_layers
+from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_shape
-from planner.memory.held.micro_step import embedding_scratch_bytes, has_biased_linear, micro_step
-from planner.memory.held.trainables import trainables
 from planner.memory.measured.cuda_terms import (
     CUBLASLT_WORKSPACE_BYTES,
     tuning_buffer_bytes,
@@ -30,9 +28,8 @@ from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
-from planner.models.spec import ModelSpec
-from planner.setup.attention import attention_implementation
-from planner.setup.training_setup import TrainingSetup
+from planner.memory.tape.events import FREE_INPUT
+from planner.setup.run import TrainingRun
 
 ADAPTER_STEPS = 2
 FULL_STEPS = 3
@@ -59,17 +56,27 @@ class ReplayedMemory:
     largest_block_bytes: int
 
 
-_KNOWN: dict[tuple[object, ...], ReplayedMemory] = {}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaSizes:
+    """What a GPU decides of a replay: cuBLAS' workspace of one handle, and the buffer in which inductor times
+    a new kernel.
+    """
+
+    workspace_bytes: int
+    tuning_bytes: int
+
+    @classmethod
+    def of(cls, gpu: GpuSpec | None) -> CudaSizes:
+        """A GPU's sizes (null: of one that is not known)."""
+        return cls(workspace_bytes=workspace_block_bytes(gpu), tuning_bytes=tuning_buffer_bytes(gpu))
+
+
+_WHOLE: dict[tuple[TrainingRun, CudaSizes, str], ReplayedMemory] = {}
+"""Replays that ran to their end."""
 
 
 def replay_steps(
-    setup: TrainingSetup,
-    model: ModelSpec,
-    *,
-    gpu: GpuSpec | None,
-    padded: bool,
-    allocator: str,
-    limit_bytes: int | None = None,
+    run: TrainingRun, *, gpu: GpuSpec | None, allocator: str, limit_bytes: int | None = None
 ) -> ReplayedMemory:
     """Replay loading and as many optimizer steps as reach steady state.
 
@@ -78,73 +85,62 @@ def replay_steps(
     Raises:
         InputError: target_modules that the model does not have.
     """
-    sizes = workspace_block_bytes(gpu), tuning_buffer_bytes(gpu)
-    key = (setup, model.id, model.parameter_count, sizes, padded, allocator)
-    known = _KNOWN.get(key)
+    sizes = CudaSizes.of(gpu)
+    known = _WHOLE.get((run, sizes, allocator))
     if known is None:
-        if len(_KNOWN) >= MAX_KNOWN:
-            _KNOWN.clear()
-        known = StepReplay(setup, model, gpu=gpu, padded=padded, allocator=allocator).run(limit_bytes)
+        if len(_WHOLE) >= MAX_KNOWN:
+            _WHOLE.clear()
+        known = StepReplay(run, sizes, allocator).play(limit_bytes)
         if limit_bytes is None or known.step_reserved_bytes <= limit_bytes:
-            _KNOWN[key] = known
+            _WHOLE[run, sizes, allocator] = known
     return known
 
 
-def forget_replays() -> None:
-    """Forget remembered replays, so that the next one is made anew (benchmarks)."""
-    _KNOWN.clear()
-
-
 class StepReplay:
-    """One setup's training through an allocator of its own."""
+    """One run's training through an allocator of its own."""
 
-    def __init__(
-        self, setup: TrainingSetup, model: ModelSpec, *, gpu: GpuSpec | None, padded: bool, allocator: str
-    ) -> None:
-        self.setup, self.model = setup, model
-        self.trained = trainables(setup, model)
-        self.width = DTYPE_BYTES[setup.dtype]
-        self.shape = micro_step(setup)
-        self.tokens, self.scores = self.shape.tokens, self.shape.scores
-        self.workspace_bytes = workspace_block_bytes(gpu)
-        self.allocator, self.load_peak, self.load_reserved = loaded_allocator(
-            setup, model, self.trained, allocator
-        )
-        self.inputs = InputsReplay(setup, model, padded=padded)
-        attention = attention_implementation(setup, model)
-        parts, final_norm = segments(setup, model, self.trained, attention=attention, padded=padded)
+    def __init__(self, run: TrainingRun, sizes: CudaSizes, allocator: str) -> None:
+        self.setup, self.model, self.trains_all = run.setup, run.model, run.adapter is None
+        self.width = run.storage.width
+        self.tokens, self.scores = run.micro_step.tokens, run.micro_step.scores
+        self.workspace_bytes = sizes.workspace_bytes
+        self.loaded = loaded_allocator(run, allocator)
+        self.allocator = self.loaded.allocator.copy()
+        self.inputs = InputsReplay(run)
+        groups, final_norm = layer_groups(run)
         self.layers = replayed_layers(
-            parts,
+            groups,
             tokens=self.tokens,
             scores=self.scores,
-            accumulates=setup.gradient_accumulation_steps > 1,
-            tuning_bytes=tuning_buffer_bytes(gpu),
+            accumulates=run.setup.gradient_accumulation_steps > 1,
+            tuning_bytes=sizes.tuning_bytes,
         )
-        last = max(parts, key=lambda part: part.indices[-1])
-        self.norm = norm_program(last.layer, replace(last.knobs, stream_bytes=last.replay.output_bytes))
+        last = max(groups, key=lambda group: group.indices[-1])
+        self.norm = norm_program(last.layer, replace(last.knobs, stream_width=last.memory.output_width))
         self.norm_units = self.norm.units(self.tokens, self.scores)
-        self.head = HeadReplay(head_shape(setup, model, final_norm.output_bytes))
-        self.optimizer = OptimizerReplay(setup, model, self.trained)
-        self.biased = has_biased_linear(model)
-        self.offload = self._offload(final_norm) if setup.activation_offloading else None
+        self.head = HeadReplay(head_shape(run, final_norm.output_width))
+        self.optimizer = OptimizerReplay(run)
+        self.biased = run.model.has_biased_linear
+        self.offload = self._offload(run, final_norm) if run.setup.activation_offloading else None
         self.gradients: list[int] = []
 
-    def _offload(self, final_norm: LayerReplay) -> OffloadReplay:
+    def _offload(self, run: TrainingRun, final_norm: LayerMemory) -> OffloadReplay:
         saved = int(at(final_norm.saved, self.tokens, self.scores))
         return OffloadReplay(
             self.allocator,
             input_bytes=self.inputs.stream_bytes,
             norm_bytes=saved,
-            waits=self.setup.kernels == "liger",
+            waits=run.setup.kernels == "liger",
+            stash=run.stack.offload_stash,
         )
 
-    def run(self, limit_bytes: int | None = None) -> ReplayedMemory:
+    def play(self, limit_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
         once more than the limit is reserved.
         """
         allocator = self.allocator
         # The first step's second micro-step would leave adapters' small gradients where they are.
-        short = self.setup.uses_lora
+        short = not self.trains_all
         steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
         for step in range(steps):
             allocator.reset_peak()
@@ -162,8 +158,8 @@ class StepReplay:
             self.offload.mark()
             peak, fetched = self.offload.peak_bytes, self.offload.fetched_bytes
         return ReplayedMemory(
-            load_allocated_bytes=self.load_peak,
-            load_reserved_bytes=self.load_reserved,
+            load_allocated_bytes=self.loaded.peak_bytes,
+            load_reserved_bytes=self.loaded.reserved_bytes,
             step_allocated_bytes=peak,
             step_reserved_bytes=allocator.reserved_bytes + fetched,
             largest_block_bytes=self._largest_block_bytes(),
@@ -206,7 +202,7 @@ class StepReplay:
         if first and self.biased and self.setup.gradient_checkpointing:
             self._take(CUBLASLT_WORKSPACE_BYTES)
         # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
-        leaf = self.setup.uses_lora or offload is not None
+        leaf = not self.trains_all or offload is not None
         gradient = self._backward(layers, slots, gradient, leaf=leaf)
         if layers[0].program.outgoing is not None:
             self._embedding_backward(gradient, later=later)
@@ -232,7 +228,8 @@ class StepReplay:
                 if not program.keeps_input:
                     # The model's forward pass holds the embeddings in a variable.
                     at_first, forward = (
-                        tuple(event for event in events if event != -1) for events in (at_first, forward)
+                        tuple(event for event in events if event != FREE_INPUT)
+                        for events in (at_first, forward)
                     )
                 allocator.run(at_first, units, own)
                 if takes_workspaces:
@@ -303,7 +300,7 @@ class StepReplay:
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
         """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
-        if self.setup.method != "full":
+        if not self.trains_all:
             return
         vocab, hidden = self.model.vocab_size, self.model.hidden_size
         block = self._take(vocab * hidden * self.width)

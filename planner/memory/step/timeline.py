@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.memory.decoder.groups import Segment
-from planner.memory.decoder.live_bytes import LayerReplay, at, peak
+from planner.memory.decoder.groups import LayerGroup
+from planner.memory.decoder.live_bytes import LayerMemory, at, peak
 from planner.memory.held.head import HeadMemory
-from planner.memory.held.trainables import Trainables
 from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Moment
-
-OFFLOAD_STASH = 5
-"""Tensors that TRL's offloading keeps on the GPU until their copies are done (max_fwd_stash_size)."""
+from planner.setup.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +28,7 @@ class StepMoment:
 
     @property
     def total_bytes(self) -> int:
-        """All parts."""
+        """All groups."""
         return (
             self.kept_bytes + self.live_bytes + self.workspace_bytes + self.gradient_bytes + self.head_bytes
         )
@@ -51,24 +48,27 @@ class StepShape:
 
 
 class StepTimeline:
-    """Moments of a step for one setup."""
+    """Moments of a step for one setup. With `offloads` saved tensors are moved to the host, and `stash` of
+    them are on the GPU until their copies are done.
+    """
 
     def __init__(
         self,
         *,
-        parts: tuple[Segment, ...],
-        final_norm: LayerReplay,
+        groups: tuple[LayerGroup, ...],
+        final_norm: LayerMemory,
         head: HeadMemory,
-        trained: Trainables,
+        trained: Trained,
         embedding_gradient_bytes: int,
         embedding_scratch_bytes: int,
         tied: bool,
         raw_embedding: bool,
         offloads: bool,
+        stash: int,
         shape: StepShape,
     ) -> None:
-        self.parts = parts
-        self.offloads = offloads
+        self.groups = groups
+        self.offloads, self.stash = offloads, stash
         self.final_norm = final_norm
         self.head = head
         self.trained = trained
@@ -77,25 +77,31 @@ class StepTimeline:
         self.tied = tied
         self.shape = shape
         tokens, scores = shape.tokens, shape.scores
-        self._kept = [self._kept_by(part) for part in parts]
+        self._kept = [self._kept_by(group) for group in groups]
         self._gradients = [
-            0.0 if shape.accumulating else at(part.replay.gradients, tokens, scores) for part in parts
+            0.0 if shape.accumulating else at(group.memory.gradients, tokens, scores) for group in groups
         ]
-        self._offloaded_input = max(part.input_bytes_per_token for part in parts) * tokens if offloads else 0
+        self.offloaded_input_bytes = (
+            max(group.input_bytes_per_token for group in groups) * tokens if offloads else 0
+        )
         # PEFT marks the embedding's output as a leaf that wants a gradient; scaling it makes a second tensor.
         self._raw_embedding = shape.hidden_bytes_per_token * tokens if raw_embedding else 0
-        first = next(part for part in parts if part.indices[0] == 0)
+        first = next(group for group in groups if group.indices[0] == 0)
         # The model's forward pass holds the embeddings in a variable even if its first layer keeps nothing.
-        self._embeddings_held = 0 if first.replay.keeps_input else shape.hidden_bytes_per_token * tokens
-        self._layers = sum(len(part.indices) for part in parts)
+        self._embeddings_held = 0 if first.memory.keeps_input else shape.hidden_bytes_per_token * tokens
+        self._layers = sum(len(group.indices) for group in groups)
         self._all_gradients = trained.size_bytes
 
     def largest(self) -> StepMoment:
         """The peak of the step."""
-        moments = [*self._head_moments(), *self._layer_moments()]
+        moments = self.moments()
         if self.embedding_gradient_bytes:
             moments.append(self._embedding_backward())
         return max(moments, key=lambda moment: moment.total_bytes)
+
+    def moments(self) -> list[StepMoment]:
+        """Every moment of the decoder stack and of the head that can be the peak."""
+        return [*self._head_moments(), *self._layer_moments()]
 
     def optimizer_step(self, temporary_bytes: int) -> StepMoment:
         """Gradients of everything trained, and what the optimizer needs for a moment."""
@@ -112,8 +118,8 @@ class StepTimeline:
         shape = self.shape
         hidden = 2 * shape.hidden_bytes_per_token * shape.tokens
         live, workspace = 0, 0
-        for part in self.parts:
-            size, moment = peak(part.replay.forward, shape.tokens, shape.scores)
+        for group in self.groups:
+            size, moment = peak(group.memory.forward, shape.tokens, shape.scores)
             if size > live + workspace:
                 workspace = int(moment[WORKSPACE].at(shape.tokens, shape.scores))
                 live = int(size) - workspace
@@ -139,16 +145,16 @@ class StepTimeline:
         """What forward keeps for backward, all layers together."""
         return self._kept_below(self._layers)
 
-    def _kept_by(self, part: Segment) -> float:
+    def _kept_by(self, group: LayerGroup) -> float:
         """What a layer leaves on the GPU for backward.
 
         Offloading takes what one node alone has saved to the host (trl/models/activation_offloading.py).
         """
         shape = self.shape
-        if part.checkpointed:
-            kept = 0 if self.offloads else part.input_bytes_per_token
-            return (kept + part.selected_bytes_per_token) * shape.tokens
-        saved = part.replay.shared if self.offloads else part.replay.saved
+        if group.checkpointed:
+            kept = 0 if self.offloads else group.input_bytes_per_token
+            return (kept + group.selected_bytes_per_token) * shape.tokens
+        saved = group.memory.shared if self.offloads else group.memory.saved
         return at(saved, shape.tokens, shape.scores)
 
     def _fetched_before(self, index: int) -> int:
@@ -156,16 +162,16 @@ class StepTimeline:
         if not self.offloads:
             return 0
         if index < self._layers - 1:
-            return self._offloaded_input
+            return self.offloaded_input_bytes
         return int(at(self.final_norm.saved, self.shape.tokens, self.shape.scores))
 
     def _stashed(self, index: int) -> int:
         """Inputs of layers below that offloading still holds in forward, the embeddings beside them."""
-        return min(index, OFFLOAD_STASH - 1) * self._offloaded_input
+        return min(index, self.stash - 1) * self.offloaded_input_bytes
 
     def _kept_below(self, index: int) -> int:
         layers = sum(
-            kept * part.count_below(index) for kept, part in zip(self._kept, self.parts, strict=True)
+            kept * group.count_below(index) for kept, group in zip(self._kept, self.groups, strict=True)
         )
         embeddings = self.shape.hidden_bytes_per_token * self.shape.tokens if self.offloads and index else 0
         return int(layers) + self._raw_embedding + embeddings
@@ -174,16 +180,16 @@ class StepTimeline:
         """What the busiest layer allocates and frees while it is worked on, its saved tensors left out."""
         tokens, scores = self.shape.tokens, self.shape.scores
         return max(
-            int(peak(part.replay.backward, tokens, scores)[0] - at(part.replay.saved, tokens, scores))
-            for part in self.parts
+            int(peak(group.memory.backward, tokens, scores)[0] - at(group.memory.saved, tokens, scores))
+            for group in self.groups
         )
 
     def _gradients_above(self, index: int) -> int:
         if self.shape.accumulating:
             return self._all_gradients
         layers = sum(
-            gradient * part.count_above(index)
-            for gradient, part in zip(self._gradients, self.parts, strict=True)
+            gradient * group.count_above(index)
+            for gradient, group in zip(self._gradients, self.groups, strict=True)
         )
         return int(layers) + self.head.gradient_bytes
 
@@ -234,21 +240,21 @@ class StepTimeline:
     def _layer_moments(self) -> list[StepMoment]:
         moments = []
         tokens, scores = self.shape.tokens, self.shape.scores
-        for part in self.parts:
-            size, moment = peak(part.replay.backward, tokens, scores)
-            own = part.input_bytes_per_token * tokens if part.checkpointed else 0
-            for index in {part.indices[-1], part.indices[0]}:
-                held = own + (self._fetched_before(index) if part.checkpointed else 0)
+        for group in self.groups:
+            size, moment = peak(group.memory.backward, tokens, scores)
+            own = group.input_bytes_per_token * tokens if group.checkpointed else 0
+            for index in {group.indices[-1], group.indices[0]}:
+                held = own + (self._fetched_before(index) if group.checkpointed else 0)
                 moments.append(
                     self._layer_moment(f"backward of decoder layer {index}", index, held, size, moment)
                 )
-            forward = part.replay.forward_saving or part.replay.forward
+            forward = group.memory.forward_saving or group.memory.forward
             size, moment = peak(forward, tokens, scores)
-            index = part.indices[-1]
+            index = group.indices[-1]
             name = f"forward of decoder layer {index}"
             held = own + (self._embeddings_held if index else 0) + self._stashed(index)
             # Selective checkpointing has kept this layer's own by the time its MLP is at work.
-            held += part.selected_bytes_per_token * tokens
+            held += group.selected_bytes_per_token * tokens
             moments.append(self._layer_moment(name, index, held, size, moment, backward=False))
         return moments
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from planner.memory.tape.events import free
 from planner.memory.tape.tape import Buffer, Tape
 
-Coefficients = tuple[float, float, float]
+BlockBytes = tuple[float, float, float]
 """Bytes of a block: constant, per token, per score element."""
 
 
@@ -15,7 +16,7 @@ class LoggedBlock(Buffer):
 
     __slots__ = ("number",)
 
-    def __init__(self, coefficients: Coefficients, slot: int, number: int) -> None:
+    def __init__(self, coefficients: BlockBytes, slot: int, number: int) -> None:
         super().__init__(*coefficients, slot)
         self.number = number
 
@@ -27,7 +28,7 @@ class LoggingTape(Tape):
 
     def __init__(self, *, saves: bool) -> None:
         super().__init__(saves=saves)
-        self.blocks: list[Coefficients] = []
+        self.blocks: list[BlockBytes] = []
         self.slots: list[int] = []
         self.events: list[int] = []
         self.casts: list[int] = []
@@ -67,7 +68,7 @@ class LoggingTape(Tape):
             if buffer.holders > 1:
                 buffer.holders -= 1
             else:
-                self.events.append(-1 - number(buffer))
+                self.events.append(free(number(buffer)))
 
     def save(self, buffer: Buffer) -> Buffer | None:
         """Hold a buffer for backward, when this replay saves at all."""

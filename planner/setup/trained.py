@@ -1,15 +1,15 @@
-"""The adapter: which modules carry one, its tensors, and which base parameters train in full."""
+"""What a run trains: the adapter's tensors and which modules carry them, or every parameter of the base."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError
-from planner.base.units import DTYPE_BYTES
-from planner.memory.allocators.native import rounded
-from planner.memory.held.weights import is_output_head
+from planner.base.units import FP32
 from planner.models.spec import ModelSpec, Parameter
-from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
+from planner.setup.adapters import Adapter
+from planner.setup.training_setup import ALL_LINEAR
 
 EXPERT_NAMES = ("gate_up_proj", "down_proj")
 FUSED_EXPERT_NAMES = ("gate_proj", "up_proj")
@@ -17,14 +17,14 @@ FUSED_EXPERT_NAMES = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainableTensor:
+class TrainedTensor:
     """Trainable tensors of one shape: elements of each and their width, how many, and whether an embedding
     owns them.
     """
 
     name: str
     elements: int
-    element_bytes: int
+    element_width: int
     count: int
     shape: tuple[int, ...]
     in_decoder_layer: bool
@@ -33,23 +33,23 @@ class TrainableTensor:
     @property
     def size_bytes(self) -> int:
         """Bytes of one tensor."""
-        return self.elements * self.element_bytes
+        return self.elements * self.element_width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trainables:
+class Trained:
     """What a setup trains.
 
     `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` and `router_rank` that
-    of experts' and routers' tensors, `element_bytes` the width of trained weights, of their gradients and of
+    of experts' and routers' tensors, `element_width` the width of trained weights, of their gradients and of
     torch optimizer state.
     """
 
-    tensors: tuple[TrainableTensor, ...]
+    tensors: tuple[TrainedTensor, ...]
     ranks: tuple[tuple[str, int], ...]
     experts_rank: int
     router_rank: int
-    element_bytes: int
+    element_width: int
 
     @property
     def elements(self) -> int:
@@ -57,47 +57,32 @@ class Trainables:
         return sum(t.elements * t.count for t in self.tensors)
 
     @property
+    def tensor_count(self) -> int:
+        """How many tensors hold them: what an optimizer that updates one at a time runs for."""
+        return sum(t.count for t in self.tensors)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all of them, and of their gradients."""
         return sum(t.size_bytes * t.count for t in self.tensors)
 
-    @property
-    def allocated_bytes(self) -> int:
-        """What the tensors take from the allocator, each rounded to its block."""
-        return sum(rounded(t.size_bytes) * t.count for t in self.tensors)
 
-
-_CACHE: dict[tuple[object, ...], Trainables] = {}
-
-
-def trainables(setup: TrainingSetup, model: ModelSpec) -> Trainables:
-    """Trainable tensors of a setup.
+@lru_cache(maxsize=4096)
+def trained_tensors(model: ModelSpec, adapter: Adapter | None, width: int) -> Trained:
+    """What is trained: the adapter's tensors, or every parameter of the model at `width` bytes an element.
 
     Raises:
         FieldError: target_modules names a module that the model does not have.
     """
-    key = (
-        model.id,
-        model.parameter_count,
-        setup.method,
-        setup.lora_r,
-        setup.target_modules,
-        setup.dtype,
-        setup.use_dora,
-    )
-    known = _CACHE.get(key)
-    if known is None:
-        known = _CACHE[key] = _full(setup, model) if setup.method == "full" else _adapter(setup, model)
-    return known
+    return _full(model, width) if adapter is None else _adapter(model, adapter)
 
 
-def _full(setup: TrainingSetup, model: ModelSpec) -> Trainables:
-    width = DTYPE_BYTES[setup.dtype]
+def _full(model: ModelSpec, width: int) -> Trained:
     tensors = tuple(
-        TrainableTensor(
+        TrainedTensor(
             name=p.name,
             elements=p.elements,
-            element_bytes=width,
+            element_width=width,
             count=p.count,
             shape=p.shape,
             in_decoder_layer=p.in_decoder_layer,
@@ -106,67 +91,86 @@ def _full(setup: TrainingSetup, model: ModelSpec) -> Trainables:
         for p in model.parameters
         if not p.tied
     )
-    return Trainables(tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_bytes=width)
+    return Trained(tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_width=width)
 
 
-def _adapter(setup: TrainingSetup, model: ModelSpec) -> Trainables:
-    targets = setup.target_modules
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapted:
+    """Parameters that get an adapter: linear layers' weights, stacked experts, and routers' weights."""
+
+    linears: tuple[Parameter, ...]
+    experts: tuple[Parameter, ...]
+    routers: tuple[Parameter, ...]
+
+
+def adapted(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Adapted:
+    """What PEFT puts an adapter on. Routers get one with all-linear alone.
+
+    Raises:
+        FieldError: target_modules names a module that the model does not have.
+        InputError: it names some of the experts' matrices, which are adapted together.
+    """
     linears = [
         p
         for p in model.parameters
-        if p.module_class == "Linear" and p.kind == "weight" and not is_output_head(p)
+        if p.module_class == "Linear" and p.kind == "weight" and not p.is_output_head
     ]
     experts = [p for p in model.parameters if p.kind in EXPERT_NAMES and len(p.shape) == 3]
     routers = [p for p in model.parameters if p.module_class.endswith("Router") and p.kind == "weight"]
-    if targets == ALL_LINEAR:
-        chosen, with_experts = linears, bool(experts)
-    else:
-        chosen = [p for p in linears if any(_matches(p, target) for target in targets)]
-        with_experts = _targets_experts(targets, experts)
-        _refuse_unknown(targets, linears, experts)
-    # TRL casts adapters on a quantised base to bf16 (sft_trainer.py:908-911); PEFT holds them in fp32
-    # otherwise (tuners_utils.py, cast_adapter_dtype), and so does the launcher when it trains in float16.
-    width = 2 if setup.method == "qlora" and setup.dtype != "float16" else 4
-    tensors: list[TrainableTensor] = []
-    for p in chosen:
-        tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1, width)
-        if setup.use_dora:
+    if target_modules == ALL_LINEAR:
+        return Adapted(
+            linears=tuple(linears), experts=tuple(experts), routers=tuple(routers) if experts else ()
+        )
+    chosen = [p for p in linears if any(_matches(p, target) for target in target_modules)]
+    with_experts = _targets_experts(target_modules, experts)
+    _refuse_unknown(target_modules, linears, experts)
+    return Adapted(linears=tuple(chosen), experts=tuple(experts) if with_experts else (), routers=())
+
+
+def expert_rank(parameter: Parameter, rank: int) -> int:
+    """Rank of one expert's adapter: PEFT doubles that of the fused tensor."""
+    return 2 * rank if parameter.kind == "gate_up_proj" else rank
+
+
+def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
+    found, rank, width = adapted(model, adapter.target_modules), adapter.rank, adapter.width
+    tensors: list[TrainedTensor] = []
+    for p in found.linears:
+        tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
+        if adapter.variant.magnitudes:
             tensors.append(_magnitude(p))
-    if with_experts:
-        for p in experts:
-            rank = 2 * setup.lora_r if p.kind == "gate_up_proj" else setup.lora_r
-            tensors += _pair(p.name, p.shape[1:], rank, p.count, p.shape[0], width)
-        if targets == ALL_LINEAR:
-            for p in routers:
-                tensors += _pair(p.name, p.shape, setup.lora_r, p.count, 1, width)
-    return Trainables(
+    for p in found.experts:
+        tensors += _pair(p.name, p.shape[1:], expert_rank(p, rank), p.count, p.shape[0], width)
+    for p in found.routers:
+        tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
+    return Trained(
         tensors=tuple(tensors),
-        ranks=tuple((p.module_name, setup.lora_r) for p in chosen),
-        experts_rank=setup.lora_r if with_experts else 0,
-        router_rank=setup.lora_r if with_experts and routers and targets == ALL_LINEAR else 0,
-        element_bytes=width,
+        ranks=tuple((p.module_name, rank) for p in found.linears),
+        experts_rank=rank if found.experts else 0,
+        router_rank=rank if found.routers else 0,
+        element_width=width,
     )
 
 
 def _pair(
     name: str, shape: tuple[int, ...], rank: int, count: int, experts: int, width: int
-) -> tuple[TrainableTensor, TrainableTensor]:
+) -> tuple[TrainedTensor, TrainedTensor]:
     """lora_A of rank x inputs and lora_B of outputs x rank; experts are stacked along the rank."""
     outputs, inputs = shape
     inside = "*" in name
     return (
-        TrainableTensor(
+        TrainedTensor(
             name=f"{name}.lora_A",
             elements=rank * experts * inputs,
-            element_bytes=width,
+            element_width=width,
             count=count,
             shape=(rank * experts, inputs),
             in_decoder_layer=inside,
         ),
-        TrainableTensor(
+        TrainedTensor(
             name=f"{name}.lora_B",
             elements=outputs * rank * experts,
-            element_bytes=width,
+            element_width=width,
             count=count,
             shape=(outputs, rank * experts),
             in_decoder_layer=inside,
@@ -174,12 +178,12 @@ def _pair(
     )
 
 
-def _magnitude(parameter: Parameter) -> TrainableTensor:
+def _magnitude(parameter: Parameter) -> TrainedTensor:
     """DoRA's magnitude vector, a value an output: the one adapter tensor that TRL leaves in fp32."""
-    return TrainableTensor(
+    return TrainedTensor(
         name=f"{parameter.name}.lora_magnitude_vector",
         elements=parameter.shape[0],
-        element_bytes=4,
+        element_width=FP32,
         count=parameter.count,
         shape=(parameter.shape[0],),
         in_decoder_layer="*" in parameter.name,

@@ -1,0 +1,75 @@
+"""The job of a plan: what the command line and the terminal interface start, made in one place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.runs.folder import SEED, RunFolder, TrainingJob, create_run_folder
+from planner.answers.plan import Plan
+from planner.base.data_files import write_atomically
+from planner.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobWish:
+    """What a person asks of a run beside its plan; null stands for none, of `seed` for the usual one.
+
+    `model_source` is a folder or a Hub id; the other fields are TrainingJob's.
+    """
+
+    model_source: str
+    data: Path
+    eval_data: Path | None = None
+    max_steps: int | None = None
+    save_steps: int | None = None
+    eval_steps: int | None = None
+    seed: int | None = None
+    assistant_only_loss: bool = False
+    allow_download: bool = False
+
+
+def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
+    """The job that trains what was planned; rate, epochs and warm-up are the plan's.
+
+    Raises:
+        InputError: a wish that is not accepted.
+    """
+    schedule = plan.schedule
+    return TrainingJob(
+        setup=plan.setup,
+        model_source=wish.model_source,
+        data_path=str(wish.data.resolve()),
+        eval_data_path=None if wish.eval_data is None else str(wish.eval_data.resolve()),
+        learning_rate=schedule.learning_rate,
+        num_train_epochs=schedule.num_train_epochs,
+        max_steps=wish.max_steps,
+        warmup_ratio=schedule.warmup_ratio,
+        lr_scheduler_type=schedule.lr_scheduler_type,
+        seed=SEED if wish.seed is None else wish.seed,
+        save_steps=wish.save_steps,
+        eval_steps=wish.eval_steps,
+        assistant_only_loss=wish.assistant_only_loss,
+        allow_download=wish.allow_download,
+        gpu_index=plan.gpu.position or 0,
+    )
+
+
+def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | None = None) -> RunFolder:
+    """Make a run folder under `root` with the plan and its job.
+
+    Raises:
+        InputError: a wish that is not accepted, or the folder exists or cannot be made.
+    """
+    folder = create_run_folder(root, job_of(plan, wish), name=name)
+    write_atomically(folder.plan, json.dumps(plan.to_dict(), indent=2) + "\n")
+    return folder
+
+
+def model_source(name: str, model: ModelSpec) -> str:
+    """Where the weights of a named model are: its folder, the Hub id as given, else that of the catalog."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    return name if "/" in name else model.hub_id

@@ -1,0 +1,135 @@
+"""TrainingSetup and TrainingJob -> SFTConfig, the arguments of TRL's trainer.
+
+Every argument that changes memory, speed or result is given, so that an upstream default cannot change a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.runs.folder import TrainingJob
+from planner.setup.training_setup import TrainingSetup
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+
+def sft_config(
+    setup: TrainingSetup, job: TrainingJob, *, output_dir: Path, on_gpu: bool, evaluates: bool
+) -> SFTConfig:
+    """TRL's arguments of the run."""
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(output_dir),
+        **_batches(setup),
+        **_loss(job),
+        **_memory_and_speed(setup, on_gpu=on_gpu),
+        **checkpointing(setup, SFTConfig),
+        **_optimisation(job),
+        **_written(job, evaluates=evaluates),
+    )
+
+
+def checkpointing(setup: TrainingSetup, config: type) -> dict[str, Any]:
+    """Gradient checkpointing by the names that `config`, a dataclass of the installed transformers, has.
+
+    transformers 5.24 calls it activation checkpointing and warns of the older names, which 6 will not have
+    (transformers/training_args.py, TrainingArguments.__post_init__).
+    """
+    known = {field.name for field in dataclasses.fields(config)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    options = {"use_reentrant": False} if setup.gradient_checkpointing else None
+    return {name: setup.gradient_checkpointing, f"{name}_kwargs": options}
+
+
+def _batches(setup: TrainingSetup) -> dict[str, Any]:
+    """How examples become batches."""
+    return {
+        "per_device_train_batch_size": setup.per_device_train_batch_size,
+        "per_device_eval_batch_size": setup.per_device_train_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "max_length": setup.max_length,
+        "truncation_mode": "keep_start",
+        "packing": setup.packing,
+        "packing_strategy": "bfd",
+        "padding_free": False,
+        # A packed batch is one row; padded to all that it could hold, it has the same shape every time.
+        "pad_to_multiple_of": setup.tokens_per_micro_step if setup.packing else None,
+        "eval_packing": setup.packing,
+        "shuffle_dataset": False,
+        "dataloader_drop_last": False,
+        "train_sampling_strategy": setup.train_sampling_strategy,
+    }
+
+
+def _loss(job: TrainingJob) -> dict[str, Any]:
+    """What is learned from."""
+    return {
+        "completion_only_loss": None,
+        "assistant_only_loss": job.assistant_only_loss,
+        "loss_type": "nll",
+        "label_smoothing_factor": 0.0,
+        "average_tokens_across_devices": True,
+    }
+
+
+def _memory_and_speed(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
+    """How a step is executed, checkpointing apart."""
+    return {
+        "activation_offloading": setup.activation_offloading,
+        "use_liger_kernel": setup.kernels == "liger",
+        "torch_compile": False,
+        "torch_empty_cache_steps": None,
+        "auto_find_batch_size": False,
+        "use_cache": False,
+        "bf16": setup.dtype == "bfloat16",
+        "fp16": setup.dtype == "float16",
+        "tf32": None,  # build.allow_tf32() sets it
+        "use_cpu": not on_gpu,
+        "optim": setup.optim,
+        "dataloader_num_workers": 0,  # docs/decisions.md
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def _optimisation(job: TrainingJob) -> dict[str, Any]:
+    """Rate, schedule, length and seeds."""
+    return {
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": job.lr_scheduler_type,
+        "warmup_steps": job.warmup_ratio,
+        "weight_decay": job.weight_decay,
+        "max_grad_norm": job.max_grad_norm,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "num_train_epochs": job.num_train_epochs,
+        "max_steps": job.max_steps or -1,
+        "seed": job.seed,
+        "data_seed": job.seed,
+    }
+
+
+def _written(job: TrainingJob, *, evaluates: bool) -> dict[str, Any]:
+    """What is written, and to whom: the run folder alone."""
+    return {
+        "logging_strategy": "steps",
+        "logging_steps": job.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": ("steps" if job.eval_steps else "epoch") if evaluates else "no",
+        "eval_steps": job.eval_steps if evaluates else None,
+        "prediction_loss_only": True,
+        "save_strategy": "steps" if job.save_steps else "no",
+        "save_steps": job.save_steps or 500,
+        "save_total_limit": None,
+        "save_only_model": False,
+        "load_best_model_at_end": False,
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "trust_remote_code": False,
+    }

@@ -1,0 +1,46 @@
+"""Storage: how a base model's weights lie in memory, in 4 bits with their constants or in 16 or 32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.models.spec import Parameter
+
+QUANTIZED_CLASSES = ("Linear", "Conv1D")
+"""transformers replaces exactly these classes (integrations/bitsandbytes.py, replace_with_bnb_linear)."""
+QUANTIZATION_BLOCK = 64
+"""Elements a quantisation constant covers (bitsandbytes nn/modules.py, Params4bit)."""
+NESTED_BLOCK = 256
+"""Constants a nested constant covers (bitsandbytes functional.py, quantize_4bit)."""
+ABSMAX_WIDTH = 4
+"""Bytes of a constant before it is quantised itself (fp32)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """How base weights are held.
+
+    `quantized` says that bitsandbytes holds what it can in 4 bits, with constants that `double_quant`
+    quantises again; `width` is the bytes of an element that stays as it is, and of a dequantised one.
+    """
+
+    quantized: bool
+    double_quant: bool
+    width: int
+
+    def quantizes(self, parameter: Parameter) -> bool:
+        """Whether the parameter is held in 4 bits."""
+        return self.quantized and is_quantizable(parameter)
+
+
+def is_quantizable(parameter: Parameter) -> bool:
+    """Whether bitsandbytes can hold the parameter in 4 bits.
+
+    Kept in 16 bits: embeddings, norms, biases, routers, 3-D experts and the output head
+    (transformers quantizers/base.py, get_keys_to_not_convert).
+    """
+    return (
+        parameter.module_class in QUANTIZED_CLASSES
+        and parameter.kind == "weight"
+        and not parameter.is_output_head
+    )

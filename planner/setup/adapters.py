@@ -1,0 +1,55 @@
+"""Adapters: what is trained beside a frozen base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.base.units import FP32
+from planner.setup.stack import Stack
+from planner.setup.training_setup import TrainingSetup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterVariant:
+    """A kind of low-rank adapter. `magnitudes` says that it trains a vector of one value an output beside its
+    two matrices, in fp32 whatever they are in, and folds base and adapter into one weight for its norm.
+    """
+
+    name: str
+    magnitudes: bool
+
+
+LORA = AdapterVariant(name="lora", magnitudes=False)
+DORA = AdapterVariant(name="dora", magnitudes=True)
+"""PEFT tuners/lora/dora.py."""
+VARIANTS = (LORA, DORA)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """An adapter: its kind, its rank, the modules that carry it, and the bytes of an element of its matrices.
+
+    `target_modules` is TrainingSetup's.
+    """
+
+    variant: AdapterVariant
+    rank: int
+    target_modules: str | tuple[str, ...]
+    width: int
+
+
+def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
+    """The adapter that a setup trains; None where it trains all weights.
+
+    The stack casts adapters on a quantised base; PEFT holds them in fp32 otherwise (tuners_utils.py,
+    cast_adapter_dtype), and so does the launcher when it trains in float16.
+    """
+    if not setup.uses_lora:
+        return None
+    narrow = setup.method == "qlora" and setup.dtype != "float16"
+    return Adapter(
+        variant=DORA if setup.use_dora else LORA,
+        rank=setup.lora_r,
+        target_modules=setup.target_modules,
+        width=stack.adapter_width if narrow else FP32,
+    )

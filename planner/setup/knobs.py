@@ -1,0 +1,205 @@
+"""KNOBS: a row for every key of TrainingSetup but the model, in the contract's order.
+
+The contract's checks and defaults (planner/setup/training_setup.py), the options of the command line, the
+sizing screen's form, what measured runs cover, the plan's text and docs/knobs.md are read from it.
+"""
+
+from __future__ import annotations
+
+from planner.setup.knob import WHERE_SET, Counted, Form, Knob, Line, Need
+from planner.setup.training_knobs import TRAINING_KNOBS
+
+_CHECKPOINTING = Need(other="gradient_checkpointing", other_than=False, told="gradient_checkpointing true")
+
+KNOBS: tuple[Knob, ...] = (
+    *TRAINING_KNOBS,
+    Knob(
+        name="gradient_checkpointing",
+        kind="bool",
+        section="layers",
+        help="keep layer inputs only and compute layers again",
+        default=True,
+        counted=Counted(as_run=True, usual="all layers", together=True),
+        form=Form(
+            place=1,
+            label="checkpointing",
+            help="gradient_checkpointing: recompute activations in the backward pass instead of keeping them",
+        ),
+    ),
+    Knob(
+        name="checkpointed_layers",
+        kind="int",
+        section="layers",
+        help="checkpoint the first K decoder layers only",
+        null="all decoder layers",
+        bounds=(0, 10_000),
+        needs=(_CHECKPOINTING,),
+        free=(0,),
+    ),
+    Knob(
+        name="selective_checkpointing",
+        kind="bool",
+        section="layers",
+        help="keep attention outputs when checkpointing",
+        default=False,
+        needs=(_CHECKPOINTING,),
+        counted=WHERE_SET,
+        form=Form(
+            place=2,
+            label="keep attention",
+            help="selective_checkpointing: keep what attention returns and recompute the rest",
+        ),
+    ),
+    Knob(
+        name="activation_offloading",
+        kind="bool",
+        section="layers",
+        help="move activations to host memory",
+        default=False,
+        counted=WHERE_SET,
+        form=Form(
+            place=3,
+            label="offloading",
+            help="activation_offloading: what layers keep for the backward pass waits in the host's memory",
+        ),
+        line=Line(place=4, label="activation offloading"),
+    ),
+    Knob(
+        name="attn_implementation",
+        kind="choice",
+        section="layers",
+        help="attention",
+        null="what transformers picks for the model",
+        choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
+        unset="the model's, or flex_attention for packed examples if faster",
+        counted=Counted(as_run=True, usual="sdpa", together=True),
+        form=Form(
+            place=7,
+            label="attention",
+            help="attn_implementation: auto is what transformers picks for the model",
+        ),
+    ),
+    Knob(
+        name="kernels",
+        kind="choice",
+        section="layers",
+        help="replacement kernels",
+        default="none",
+        choices=("none", "liger"),
+        unset="{default}",
+        counted=Counted(together=True),
+        form=Form(
+            place=6,
+            label="kernels",
+            help="kernels: liger fuses norms, rotary embedding and MLP products",
+        ),
+        line=Line(place=2, label="kernels"),
+    ),
+    Knob(
+        name="compile",
+        kind="choice",
+        section="layers",
+        help="compile each decoder layer",
+        default="none",
+        choices=("none", "regional"),
+        unset="if faster",
+        counted=Counted(together=True),
+        form=Form(
+            place=4,
+            label="compile",
+            help="compile: regional compiles each decoder layer; that takes a minute, then saves time and "
+            "memory",
+        ),
+        line=Line(place=3, label="compile"),
+    ),
+    Knob(
+        name="activation_memory_budget",
+        kind="float",
+        section="layers",
+        help="0 to 1, with --compile and --no-gradient-checkpointing",
+        null="no budget",
+        bounds=(0.0, 1.0),
+        needs=(
+            Need(other="compile", other_than="none", told="compile regional"),
+            Need(other="gradient_checkpointing", other_than=True, told="gradient_checkpointing false"),
+        ),
+        counted=Counted(others="set", default=False),
+        form=Form(
+            place=5,
+            label="memory budget",
+            help="activation_memory_budget: share of activations that compiled layers keep; empty for all",
+            steps=tuple(tenth / 10 for tenth in range(10, -1, -1)),
+        ),
+        line=Line(place=6, label="memory budget"),
+    ),
+    Knob(
+        name="prepare_for_kbit_training",
+        kind="bool",
+        section="layers",
+        help="PEFT's upcast of everything unquantised to float32",
+        default=False,
+        methods=("qlora",),
+        counted=WHERE_SET,
+        line=Line(place=5, label="prepare for kbit training"),
+    ),
+    Knob(
+        name="packing",
+        kind="bool",
+        section="batches",
+        help="several examples a sequence",
+        default=False,
+        counted=WHERE_SET,
+        form=Form(place=1, label="packing", help="packing: several examples fill each sequence"),
+    ),
+    Knob(
+        name="train_sampling_strategy",
+        kind="choice",
+        section="batches",
+        help="which examples share a batch",
+        default="random",
+        choices=("random", "group_by_length"),
+        needs=(
+            Need(
+                other="packing",
+                other_than=True,
+                told="packing false: packed sequences are all of one length",
+                subject="train_sampling_strategy {value}",
+            ),
+        ),
+        unset="{default}",
+        form=Form(
+            place=2,
+            label="sampling",
+            help="train_sampling_strategy: group_by_length puts examples of like length into one batch",
+        ),
+        line=Line(place=1, label="sampling"),
+    ),
+    Knob(
+        name="num_processes",
+        kind="int",
+        section="GPUs",
+        help="GPUs",
+        default=1,
+        bounds=(1, 2**14),
+        needs=(
+            Need(
+                other="distributed",
+                other_than=None,
+                told="distributed: ddp or fsdp",
+                subject="num_processes of 2 or more",
+            ),
+        ),
+        unset="as --gpu says",
+    ),
+    Knob(
+        name="distributed",
+        kind="choice",
+        section="GPUs",
+        help="how several GPUs share the work",
+        null="one process",
+        choices=("ddp", "fsdp"),
+        needs=(Need(other="num_processes", other_than=1, told="num_processes of at least 2"),),
+        planned="ddp",
+        unset="{planned}",
+    ),
+)

@@ -1,0 +1,129 @@
+"""TrainingRun: one setup on one model, with all that follows from the two.
+
+The memory and the speed model read it. Each derived fact is computed once a run, when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from planner.base.units import DTYPE_WIDTH
+from planner.models.spec import ModelSpec
+from planner.models.storage import Storage
+from planner.setup.adapters import Adapter, adapter_of
+from planner.setup.attention import attention_implementation, attention_kernel, mask_windows
+from planner.setup.micro_step import MicroStep, micro_step
+from planner.setup.objective import SFT, Objective
+from planner.setup.parallelism import Parallelism
+from planner.setup.stack import TRL, Stack
+from planner.setup.trained import Trained, trained_tensors
+from planner.setup.training_setup import TrainingSetup
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A setup on a model. `padded` says that batches mix lengths, so that attention has a mask; `stack` is
+    the trainer, `objective` what is learned from an example.
+    """
+
+    setup: TrainingSetup
+    model: ModelSpec
+    padded: bool = False
+    stack: Stack = TRL
+    objective: Objective = SFT
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.setup, self.model, self.padded))
+
+    @cached_property
+    def attention(self) -> str:
+        """The attention implementation that runs: the setup's, else the model's own."""
+        return attention_implementation(self.setup, self.model)
+
+    @cached_property
+    def attention_kernels(self) -> tuple[str, ...]:
+        """The one of planner.setup.attention.ATTENTION_KERNELS for each kind of layer of the model."""
+        return tuple(
+            attention_kernel(self.setup, layer, self.attention, padded=self.padded)
+            for layer in self.model.layers
+        )
+
+    @cached_property
+    def mask_windows(self) -> tuple[int | None, ...]:
+        """A micro-step's masks by their sliding window (null for none)."""
+        return mask_windows(self.setup, self.model.layers, self.attention, padded=self.padded)
+
+    @cached_property
+    def keeps_attention(self) -> bool:
+        """Whether selective checkpointing keeps attention's output and log-sum-exp: computed once then."""
+        return self.setup.selective_checkpointing and self.attention in self.stack.kept_attention
+
+    @cached_property
+    def micro_step(self) -> MicroStep:
+        """The shape of a forward and backward pass."""
+        return micro_step(self.setup, self.objective)
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """What is trained beside the base; None where all weights are."""
+        return adapter_of(self.setup, self.stack)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """All that is trained.
+
+        Raises:
+            FieldError: target_modules names a module that the model does not have.
+        """
+        return trained_tensors(self.model, self.adapter, self.storage.width)
+
+    @cached_property
+    def storage(self) -> Storage:
+        """How base weights lie in memory."""
+        return Storage(
+            quantized=self.setup.method == "qlora",
+            double_quant=self.setup.bnb_4bit_use_double_quant,
+            width=DTYPE_WIDTH[self.setup.dtype],
+        )
+
+    @cached_property
+    def parallelism(self) -> Parallelism:
+        """How many GPUs the run has."""
+        return Parallelism(num_processes=self.setup.num_processes, strategy=self.setup.distributed)
+
+    @cached_property
+    def checkpointed_layers(self) -> int:
+        """Decoder layers, from the first one on, that keep their input alone."""
+        if not self.setup.gradient_checkpointing:
+            return 0
+        asked = self.setup.checkpointed_layers
+        return self.model.num_hidden_layers if asked is None else asked
+
+    @property
+    def keeps_raw_embedding(self) -> bool:
+        """Whether embeddings lie beside their scaled copy: PEFT marks them as a leaf that wants a gradient,
+        and the model scales them outside the embedding's own module.
+        """
+        setup, model = self.setup, self.model
+        return model.scales_embeddings_outside and setup.uses_lora and setup.gradient_checkpointing
+
+
+class Runs:
+    """A model's runs, each made once, so that what follows from a setup is worked out once."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        self.model = model
+        self._known: dict[tuple[TrainingSetup, bool], TrainingRun] = {}
+
+    def of(self, setup: TrainingSetup, *, padded: bool = False) -> TrainingRun:
+        """A setup's run."""
+        found = self._known.get((setup, padded))
+        if found is None:
+            found = TrainingRun(setup=setup, model=self.model, padded=padded)
+            self._known[setup, padded] = found
+        return found
