@@ -21,7 +21,7 @@ from launcher.tui.screens import sizing_pickers
 from planner.answers.plan import FrontierPoint
 from planner.memory import Basis, Component, MemoryBreakdown, PhaseMemory
 from planner.memory.breakdown import REPLAYED
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.run import TrainingRun
 from planner.throughput import StepEstimate
 
 from . import synthetic
@@ -49,9 +49,9 @@ PARTS = (
 Before = Callable[[Pilot[None]], Awaitable[None]]
 
 
-def fixed_memory(setup: TrainingSetup, *_: object, **__: object) -> MemoryBreakdown:
+def fixed_memory(run: TrainingRun, **_: object) -> MemoryBreakdown:
     """Figures that only grow with the length."""
-    factor = {"activations": setup.tokens_per_micro_step / 4096}
+    factor = {"activations": run.micro_step.tokens / 4096}
     components = tuple(
         Component(name=n, title=t, size_bytes=int(g * factor.get(n, 1.0) * GIB), origin="fixed")
         for n, t, g in PARTS
