@@ -231,6 +231,7 @@ def test_the_interval_covers_every_held_out_record(
     assert found.coefficients.outside_factor > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_the_shipped_calibration_is_that_of_the_shipped_records(allocator: str) -> None:
     fit = calibrate(shipped_records(), H100, load_shipped, name=H100.id, allocator=allocator)

@@ -103,7 +103,7 @@ def test_compare_describes_a_model_once_for_all_cards(cli: Cli, described: list[
 @pytest.mark.parametrize("steps", ["", "7"], ids=["epochs", "steps"])
 def test_the_command_line_and_the_interface_start_the_same_job(
     cli: Cli,
-    no_run: None,
+    described: list[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     knobs: dict[str, Any],
