@@ -31,7 +31,7 @@ demo: $(VENV)/.demo
 	$(BIN)/plan --model qwen2.5-14b --gpu 16GB
 	$(BIN)/vramwise demo
 
-test: $(VENV)/.dev lint types
+test: $(VENV)/.dev $(if $(LATEST),,lint types)
 	$(PYTEST) --durations=20
 
 test-fast:

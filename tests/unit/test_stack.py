@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import tomllib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from launcher.tui.cards import card_from_text
 from launcher.tui.sizing import size_up
 from planner.base.errors import FieldError, MissingExtraError
 from planner.models.catalog import resolve_model
-from planner.setup.stack import TRL, Stack
+from planner.setup.stack import TRL
 from planner.setup.training_setup import TrainingSetup
 
 Cli = Callable[..., Any]
@@ -63,4 +64,4 @@ def test_a_record_carries_the_versions_of_what_is_installed(monkeypatch: pytest.
 
 def test_a_stack_has_packages() -> None:
     with pytest.raises(FieldError, match="at least one package"):
-        Stack(name="none", packages=())
+        dataclasses.replace(TRL, packages=())
