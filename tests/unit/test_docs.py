@@ -15,7 +15,7 @@ from planner.commands.program import Parser
 from tests import write_docs
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 _INLINE = re.compile(r"`((?:[\w-]+/)+[\w.-]*)`")
 # Spelt in pieces, so that this file does not name what it looks for.
