@@ -9,12 +9,14 @@ README.md after `<!-- memory: NAME -->`.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
@@ -33,6 +35,9 @@ COMMANDS = ROOT / "docs" / "commands.md"
 KNOBS_PAGE = ROOT / "docs" / "knobs.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
 MEMORY = ROOT / "docs" / "memory-model.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+PACKAGES = ("planner", "launcher")
+_ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- end of rooms -->\n)", re.DOTALL)
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
@@ -114,6 +119,28 @@ def _printed(command: str, lines: str | None) -> str:
     return printed if lines is None else "".join(printed.splitlines(keepends=True)[: int(lines)])
 
 
+def architecture(text: str) -> str:
+    """docs/architecture.md with the rooms as they are now."""
+    return _ROOMS.sub(lambda match: f"{match[1]}```text\n{rooms()}```\n{match[2]}", text)
+
+
+def rooms(root: Path = ROOT) -> str:
+    """Every package's folder with what it says of itself, and its modules below."""
+    folders = sorted(path.parent for package in PACKAGES for path in (root / package).rglob("__init__.py"))
+    folders.sort(key=lambda folder: (PACKAGES.index(folder.relative_to(root).parts[0]), folder))
+    lines = []
+    for folder in folders:
+        parts = folder.relative_to(root).parts
+        indent = "  " * (len(parts) - 1)
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        lines.append(f"{indent}{parts[-1] + '/':<{20 - len(indent)}}{said.splitlines()[0]}")
+        modules = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+        lines += textwrap.wrap(
+            " ".join(modules), 92, initial_indent=indent + "    ", subsequent_indent=indent + "    "
+        )
+    return "\n".join(lines) + "\n"
+
+
 def throughput(text: str) -> str:
     """docs/throughput.md with the forecasts of others' runs as they are now."""
     return _EXTERNAL.sub(lambda match: match[1] + external_runs.table() + match[2], text)
@@ -126,6 +153,7 @@ def main(arguments: Sequence[str]) -> int:
         KNOBS_PAGE: lambda _: knobs_page(),
         README: readme,
         THROUGHPUT: throughput,
+        ARCHITECTURE: architecture,
         MEMORY: memory_tables.written,
     }
     named = {ROOT / page for page in arguments if page != "--check"}

@@ -1,4 +1,4 @@
-"""The terminal interface: sizing without the training stack, starting and following runs with it."""
+"""The terminal interface: sizing, starting runs and following them."""
 
 import os
 

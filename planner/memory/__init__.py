@@ -1,4 +1,7 @@
-"""The memory model: TrainingSetup and ModelSpec to MemoryBreakdown. Each name is imported when it is used."""
+"""The memory model: TrainingRun -> MemoryBreakdown.
+
+Each name is imported when it is first used.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search: of all setups that fit on a card and keep the effective batch, the one that is done first.
+"""Of all setups that fit on a card and keep the effective batch, the one that is done first.
 
 The space is ways to batch examples of many lengths and to execute layers (strategies.py) x micro-batches
 (batches.py) x what each layer keeps (levels.py), the length and the knobs that a person fixed being given.

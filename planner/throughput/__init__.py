@@ -1,4 +1,4 @@
-"""The throughput model: TrainingSetup, ModelSpec and GpuSpec -> StepEstimate."""
+"""The throughput model: TrainingRun and GpuSpec -> StepEstimate."""
 
 from __future__ import annotations
 
