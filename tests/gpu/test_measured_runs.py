@@ -11,6 +11,8 @@ import pytest
 from launcher.measuring.profile import Profile
 from planner.calibration.records import RunRecord
 from planner.calibration.samples import own_process_bytes
+from planner.gpus.detect import local_gpus
+from planner.memory.measured.cuda_terms import tuning_buffer_bytes
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE, machine_allocator
 
 from .measuring import measure, peak_bytes, profile
@@ -63,7 +65,10 @@ def test_predicted_memory_is_what_is_measured(shared: Mapping[str, RunRecord], n
     assert record.predicted is not None
     allocated, reserved = peak_bytes(record)
     assert record.predicted.allocated_bytes == pytest.approx(allocated, rel=ALLOCATED_ERROR)
-    assert record.predicted.reserved_bytes == pytest.approx(reserved, rel=RESERVED_ERROR)
+    # Kernels that an earlier run of the process has timed are not timed again, and take no buffer for it.
+    known = tuning_buffer_bytes(local_gpus()[0].spec) if name == "packed" else 0
+    expected = [record.predicted.reserved_bytes, record.predicted.reserved_bytes - known]
+    assert any(reserved == pytest.approx(size, rel=RESERVED_ERROR) for size in expected)
     # None where earlier runs of the process left more with the driver than is this run's.
     process = own_process_bytes(record)
     if process is not None:
