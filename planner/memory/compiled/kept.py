@@ -168,15 +168,18 @@ def _chosen(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool) -
         if units <= budget:
             budget -= units
             kept.update(item.names)
-    large = [item for item in items if item not in small]
+    large = [(item.work, _units(item, whole), item.names) for item in items if item not in small]
     most = 0
-    best: tuple[_Item, ...] = ()
+    best: tuple[tuple[int, int, tuple[str, ...]], ...] = ()
     for count in range(1, len(large) + 1):
         for chosen in combinations(large, count):
-            work = sum(item.work for item in chosen)
-            if work > most and sum(_units(item, whole) for item in chosen) <= budget:
+            work = units = 0
+            for item_work, item_units, _ in chosen:
+                work += item_work
+                units += item_units
+            if work > most and units <= budget:
                 most, best = work, chosen
-    return kept.union(*(item.names for item in best))
+    return kept.union(*(names for _, _, names in best))
 
 
 def _whole(layer: LayerSpec, knobs: LayerKnobs, *, input_requires_grad: bool) -> float:

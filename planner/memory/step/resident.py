@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from planner.gpus.spec import GpuSpec
 from planner.memory.held.optimizer import OptimizerMemory, optimizer_memory, trained_bytes
 from planner.memory.held.weights import WeightMemory, largest_quantized_bytes, loaded_weights, upcast_bytes
 from planner.memory.measured.coefficients import Coefficients, cublas_workspace_bytes
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
+from planner.models.spec import ModelSpec
+from planner.setup.adapters import Adapter
 from planner.setup.run import TrainingRun
-from planner.setup.trained import Trained
+from planner.setup.trained import Trained, trained_tensors
 
 INPUT_BYTES_PER_TOKEN = 3 * 8
 """input_ids, labels and attention_mask as int64."""
@@ -46,20 +49,30 @@ def resident_memory(
     run: TrainingRun, gpu: GpuSpec | None, measured: Coefficients, *, allocator: str
 ) -> Resident:
     """What a run keeps on the GPU between steps."""
-    trained, shape = run.trained, run.micro_step
+    shape = run.micro_step
+    adapter_bytes, optimizer = _of_training(run.model, run.adapter, run.storage.width, run.setup.optim)
     layer = run.model.layers[0]
     features = layer.rotary_dim or layer.head_dim
     rotary = run.model.rotary_tables * 2 * shape.positions * features * shape.stream_width
     return Resident(
         weights=loaded_weights(run.model, run.storage, allocator).memory,
-        trained=trained,
+        trained=run.trained,
         upcast_bytes=upcast_bytes(run),
-        adapter_bytes=0 if run.adapter is None else trained_bytes(trained),
-        optimizer=optimizer_memory(run.setup.optim, trained),
+        adapter_bytes=adapter_bytes,
+        optimizer=optimizer,
         cublas_bytes=cublas_workspace_bytes(gpu, measured) + _cublaslt_bytes(run),
         tables_bytes=rotary + _mask_bytes(run) + INPUT_BYTES_PER_TOKEN * shape.tokens,
         largest_dequantized_bytes=largest_quantized_bytes(run.model, run.storage),
     )
+
+
+@lru_cache(maxsize=1024)
+def _of_training(
+    model: ModelSpec, adapter: Adapter | None, width: int, optim: str
+) -> tuple[int, OptimizerMemory]:
+    """The adapter's bytes (none where all weights are trained), and the optimizer's memory."""
+    trained = trained_tensors(model, adapter, width)
+    return 0 if adapter is None else trained_bytes(trained), optimizer_memory(optim, trained)
 
 
 def _cublaslt_bytes(run: TrainingRun) -> int:
