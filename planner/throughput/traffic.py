@@ -1,6 +1,6 @@
 """Bytes that a training step certainly moves: its weights in every pass, and the optimizer's.
 
-What activations cost is counted from the replay of the layers (work.py).
+What activations cost is counted from the layers' tape (work.py).
 """
 
 from __future__ import annotations

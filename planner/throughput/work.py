@@ -1,6 +1,6 @@
 """Work of one training step: what the GPU computes and moves, and what the host launches.
 
-Matrix work is counted from the model's parameters (flops.py). Everything else follows from the same replay of
+Matrix work is counted from the model's parameters (flops.py). Everything else follows from the same tape of
 a decoder layer that memory is counted from: each tensor that a layer makes is a kernel launched and bytes
 written, forward, recomputed and backward, for every knob that the memory model knows.
 """

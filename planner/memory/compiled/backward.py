@@ -1,4 +1,4 @@
-"""Replay of a compiled decoder layer's backward graph.
+"""A compiled decoder layer's backward graph on the tape.
 
 Recomputation leaves an adapter's output beside the base product, and each kernel that reads their sum reads
 both; a forward pass writes the sum over the base product. The MLP's kernel writes every inner-wide tensor

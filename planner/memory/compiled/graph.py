@@ -1,4 +1,4 @@
-"""What replays of compiled layers are made of: named buffers, matrix products, gradients.
+"""What compiled layers on the tape are made of: named buffers, matrix products, gradients.
 
 torch's inductor frees a buffer after its last use and writes all outputs of a fused kernel before it frees
 what the kernel reads. A buffer that a later kernel takes over counts as freed and allocated here, which is

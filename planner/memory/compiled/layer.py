@@ -1,4 +1,4 @@
-"""Replay of one decoder layer that torch.compile has compiled: a forward graph and a backward graph.
+"""One decoder layer that torch.compile has compiled, on the tape: a forward graph and a backward graph.
 
 What forward keeps is planner/memory/compiled/kept.py's; backward first computes again what it lacks
 (planner/memory/compiled/backward.py). Order and sizes are those of allocation traces on an H100 with torch
@@ -24,7 +24,7 @@ from planner.models.spec import LayerSpec
 
 
 def run_compiled_layer(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
-    """Replay the forward graph; backward lies on the tape. The caller keeps its hold on `hidden`."""
+    """Put the forward graph on the tape; backward lies on the tape. The caller keeps its hold on `hidden`."""
     graph = Graph(tape, layer, knobs)
     kept: frozenset[str] = frozenset()
     if tape.saves:

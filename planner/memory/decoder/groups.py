@@ -1,4 +1,4 @@
-"""LayerGroups: the decoder layers of one kind that a setup treats alike, with their replays."""
+"""Groups: the decoder layers of one kind that a setup treats alike, and what they do to memory."""
 
 from __future__ import annotations
 

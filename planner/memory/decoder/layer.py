@@ -1,4 +1,4 @@
-"""Replay of one decoder layer, op by op, as transformers runs it.
+"""One decoder layer on the tape, op by op, as transformers runs it.
 
 Sources: transformers models/{llama,qwen2,qwen3,mistral,gemma2,gemma3,phi3,olmo2,granite}/modeling_*.py,
 integrations/sdpa_attention.py; allocation traces of real steps on an H100 (tests/stack/traces).
@@ -19,7 +19,7 @@ from planner.models.spec import LayerSpec
 
 
 def run_layer(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
-    """Replay the forward pass; backward lies on the tape. The caller keeps its hold on `hidden`."""
+    """Put the forward pass on the tape, which holds the backward pass too. The caller keeps its hold on `hidden`."""
     hidden.width = knobs.stream_width
     if knobs.compiled:
         return run_compiled_layer(tape, layer, knobs, hidden)

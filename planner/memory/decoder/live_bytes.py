@@ -1,6 +1,6 @@
 """Activations: what each kind of decoder layer keeps for backward, and the peaks of its passes.
 
-One replay per layer kind and set of knobs (planner/memory/decoder/layer.py) answers every length and batch.
+One tape per layer kind and set of knobs (planner/memory/decoder/layer.py) answers every length and batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LayerMemory:
 def layer_memory(
     layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
 ) -> LayerMemory:
-    """Replay one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
+    """Count one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
     width = layer.hidden_size * knobs.stream_width
     tape = Tape(saves=True)
     # The timeline counts checkpoints; any other input is there at least until the forward pass is done.

@@ -1,4 +1,4 @@
-"""Replay of self-attention: projections, rotary embedding, and the kernels transformers can call.
+"""Self-attention on the tape: projections, rotary embedding, and the kernels transformers can call.
 
 Sources: transformers models/*/modeling_*.py, integrations/sdpa_attention.py; allocation traces of real steps
 on an H100 (tests/stack/traces).

@@ -1,4 +1,4 @@
-"""Replay of a linear layer with a DoRA adapter.
+"""A linear layer with a DoRA adapter, on the tape.
 
 PEFT folds the adapter into a weight of full size in every pass, from an identity matrix, to take the norm of
 its rows; the magnitude vector stays in fp32 (TRL casts every other trained parameter to bf16), so the
@@ -25,7 +25,7 @@ REDUCTION_BYTES = 8
 
 
 def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
-    """Replay what follows the base layer, `base`; takes over the hold on it."""
+    """Put on the tape what follows the base layer, `base`; takes over the hold on it."""
     width = kind.adapter_compute_width
     wide = MAGNITUDE_BYTES
     taken = adapter_input(tape, kind, x, inputs)

@@ -1,4 +1,4 @@
-"""Replay of elementwise operations between the layers' matrix products."""
+"""Elementwise operations on the tape, between the layers' matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay of a mixture-of-experts block, as transformers runs it with grouped matrix products.
+"""A mixture-of-experts block on the tape, as transformers runs it with grouped matrix products.
 
 Experts are 3-D parameters that bitsandbytes leaves in 16 bits. PEFT's "all-linear" adapts them through
 parametrisation: each pass folds the adapter into a full copy of the experts' weights, which backward keeps.
@@ -17,7 +17,7 @@ from planner.models.spec import LayerSpec
 
 
 def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
-    """Replay routing and experts of one layer; `kind` is that of the experts' tensors."""
+    """Put on the tape routing and experts of one layer; `kind` is that of the experts' tensors."""
     width = kind.compute_width
     routed = layer.experts_per_token
     inner = layer.expert_intermediate_size

@@ -1,4 +1,4 @@
-"""What a setup says about every decoder layer, as far as its replay asks."""
+"""What a setup says about every decoder layer, as far as its operations ask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay of Liger's layer kernels: what they save, and where they write gradients in place.
+"""Liger's layer kernels on the tape: what they save, and where they write gradients in place.
 
 Sources: liger_kernel ops/rms_norm.py, ops/swiglu.py, ops/geglu.py, ops/rope.py; allocation traces *_liger*.
 """

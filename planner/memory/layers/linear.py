@@ -1,4 +1,4 @@
-"""Replay of linear layers: NF4 with an adapter, 16-bit with an adapter, trained in full, or frozen.
+"""Linear layers on the tape: NF4 with an adapter, 16-bit with an adapter, trained in full, or frozen.
 
 Sources: bitsandbytes autograd/_functions.py (MatMul4Bit), backends/cuda/ops.py (_dequant_linear_fallback),
 nn/modules.py (Linear4bit.forward: casts to the compute dtype and back); PEFT tuners/lora/bnb.py and layer.py
@@ -14,7 +14,7 @@ from planner.memory.tape.tape import Tape, Value
 
 
 def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:
-    """Replay one linear layer of `inputs` x `outputs` on `x`; returns its output, held once."""
+    """Put on the tape one linear layer of `inputs` x `outputs` on `x`; returns its output, held once."""
     if kind.trained:
         return _trained(tape, kind, x, inputs, outputs)
     base = base_forward(tape, kind, x, inputs, outputs)

@@ -1,4 +1,4 @@
-"""Replay of a LoRA adapter beside a linear layer's base weight.
+"""A LoRA adapter on the tape, beside a linear layer's base weight.
 
 Sources: PEFT tuners/lora/bnb.py and layer.py (forward).
 """
@@ -12,7 +12,7 @@ from planner.memory.tape.tape import Buffer, Tape, Value
 
 
 def adapted(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
-    """Replay what follows the base layer, `base`; takes over the hold on it."""
+    """Put on the tape what follows the base layer, `base`; takes over the hold on it."""
     width = kind.adapter_compute_width
     taken = adapter_input(tape, kind, x, inputs)
     read = read_input(tape, kind, x, taken, inputs)

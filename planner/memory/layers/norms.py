@@ -1,4 +1,4 @@
-"""Replay of RMSNorm, in the two forms that transformers has."""
+"""RMSNorm on the tape, in the two forms that transformers has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay of rotary embedding (transformers models/*/modeling_*.py, apply_rotary_pos_emb), without Liger."""
+"""Rotary embedding on the tape (transformers models/*/modeling_*.py, apply_rotary_pos_emb), without Liger."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class LoggingTape(Tape):
                 self.events.append(free(number(buffer)))
 
     def save(self, buffer: Buffer) -> Buffer | None:
-        """Hold a buffer for backward, when this replay saves at all."""
+        """Hold a buffer for backward, when this tape saves at all."""
         if not self.saves:
             return None
         buffer.holders += 1

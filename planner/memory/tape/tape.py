@@ -1,6 +1,6 @@
-"""A tape of allocations: replays what a decoder layer allocates and frees, forward and backward.
+"""A tape of allocations: what a decoder layer allocates and frees, forward and backward.
 
-Every size is linear in the tokens of a micro-step and in the attention-score elements, so one replay of a
+Every size is linear in the tokens of a micro-step and in the attention-score elements, so one tape of a
 layer gives its peak for every length and batch: the largest of the recorded moments. The order of
 allocations and frees is the order of torch's autograd engine, checked against allocation traces of real
 steps (tests/stack/test_traces.py).
@@ -52,7 +52,7 @@ class Buffer:
 
 
 class Value:
-    """A tensor of the replayed program: its buffer, the gradient that backward collects for it, and the bytes
+    """A tensor on the tape: its buffer, the gradient that backward collects for it, and the bytes
     of one of its elements (0 while nobody has to know).
     """
 
@@ -67,7 +67,7 @@ class Value:
 
 
 class Tape:
-    """Live bytes over a replay, its backward nodes, and the moments worth keeping.
+    """Live bytes over a tape, its backward nodes, and the moments worth keeping.
 
     A moment is noted where a free follows an allocation: only there can live memory have been at its most.
     """
@@ -144,7 +144,7 @@ class Tape:
             self._rising = False
 
     def save(self, buffer: Buffer) -> Buffer | None:
-        """Hold a buffer for backward, when this replay saves at all."""
+        """Hold a buffer for backward, when this tape saves at all."""
         if not self.saves:
             return None
         buffer.holders += 1
@@ -172,13 +172,13 @@ class Tape:
         self.free(*held)
 
     def select(self, *buffers: Buffer) -> None:
-        """Name what selective checkpointing keeps; planner/memory/decoder/program.py replays it."""
+        """Name what selective checkpointing keeps; planner/memory/decoder/program.py reads it."""
 
     def cast_weights(self, *sizes_bytes: float) -> tuple[Buffer, ...]:
         """Copies of weights in the compute dtype that autocast makes; kept for backward.
 
         Those of a pass that saves nothing are let go here; autocast holds them until the forward pass ends,
-        which planner/memory/decoder/program.py replays.
+        which planner/memory/decoder/program.py reads.
         """
         copies = tuple(self.fixed(size) for size in sizes_bytes)
         if self.saves:
