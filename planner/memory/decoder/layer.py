@@ -19,7 +19,7 @@ from planner.models.spec import LayerSpec
 
 
 def run_layer(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
-    """Put the forward pass on the tape, which holds the backward pass too. The caller keeps its hold on `hidden`."""
+    """Put the forward pass on the tape, backward with it. The caller keeps its hold on `hidden`."""
     hidden.width = knobs.stream_width
     if knobs.compiled:
         return run_compiled_layer(tape, layer, knobs, hidden)
