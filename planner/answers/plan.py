@@ -230,12 +230,26 @@ class Note:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Longest:
+    """The longest sequences that fit, and the setup that a plan for that length takes. `reaches_model_limit`
+    says that the model's own window ends it, not the card.
+    """
+
+    max_length: int
+    peak_upper_bytes: int
+    tokens_per_second: float | None
+    reaches_model_limit: bool
+    setup: TrainingSetup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The answer to a PlanRequest.
 
     `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make
     it fit or how to use what is left. `assumptions` are everything that was chosen without being asked.
     `frontier` is by rising memory. Plans written before it and `other_cards` were added have neither.
+    `longest` is null where it was not asked for or nothing fits.
     `neighbours` are the points of the frontier around the plan's own, and `runners_up` the setups that a
     reader would ask about: chosen for a reader with the plan, and no part of its JSON.
     """
@@ -260,6 +274,7 @@ class Plan:
     notes: tuple[Note, ...]
     frontier: tuple[FrontierPoint, ...] = ()
     other_cards: tuple[OtherCard, ...] = ()
+    longest: Longest | None = None
     neighbours: tuple[FrontierPoint, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
     runners_up: tuple[RunnerUp, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
 

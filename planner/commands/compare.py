@@ -103,7 +103,7 @@ def _smallest_cards(args: argparse.Namespace) -> int:
         max_length=min(512, model.max_position_embeddings),
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
     )
-    cards = smallest_cards(base, model, methods, given_length=args.max_length)
+    cards = smallest_cards(base, model, methods, fixed=request.fixed, given_length=args.max_length)
     if args.json:
         return _print_json("smallest_cards", cards)
     from planner.text.figures import show
@@ -120,12 +120,13 @@ def _longest_lengths(args: argparse.Namespace) -> int:
     if args.max_length is not None:
         raise InputError("--gpu alone looks for the longest length; --max-length needs --model too")
     target = resolve_gpu(args.gpu[0], display=args.display)
-    base = _request(args, _ANY_MODEL, None).setup(
+    request = _request(args, _ANY_MODEL, None)
+    base = request.setup(
         max_length=512,
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
         dtype=target.spec.dtype,
     )
-    found = longest_lengths(target, base, processes=len(os.sched_getaffinity(0)))
+    found = longest_lengths(target, base, fixed=request.fixed, processes=len(os.sched_getaffinity(0)))
     if args.json:
         return _print_json("models", found)
     from planner.text.figures import show

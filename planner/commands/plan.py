@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `plan`."""
     add_request_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    parser.add_argument(
+        "--longest", action="store_true", help="say how long sequences may be, and how fast they are then"
+    )
     parser.add_argument("--explain", action="store_true", help="say where each figure comes from")
     add_knobs(parser)
 
@@ -84,7 +87,10 @@ def plan_from(args: argparse.Namespace) -> Plan:
     from planner.planning.make_plan import make_plan
 
     return make_plan(
-        request_from(args), allow_network=args.allow_download, inspector=getattr(args, "inspector", None)
+        request_from(args),
+        allow_network=args.allow_download,
+        inspector=getattr(args, "inspector", None),
+        longest=args.longest,
     )
 
 

@@ -13,14 +13,12 @@ from planner.models.spec import ModelSpec
 from planner.planning.savings import Change, all_together, change, change_to, savings
 from planner.search import search
 from planner.search.evaluator import Candidate, Evaluator
-from planner.search.longest import longest_length
 from planner.setup.methods import with_method
 from planner.setup.request import PlanRequest
 from planner.setup.training_setup import TrainingSetup
 
 LARGE_RANKS = (64, 32)
 MAX_ADVICE = 6
-WORTH_MENTIONING = 1.05
 KEPT = ("packing", "train_sampling_strategy", "attn_implementation")
 """What the plan has chosen and advice leaves as it is: how examples are batched."""
 
@@ -44,14 +42,16 @@ def make_it_fit(evaluator: Evaluator, setup: TrainingSetup, target: GpuTarget) -
 def use_what_is_left(
     evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest, effective_batch_size: int | None = None
 ) -> tuple[Advice, ...]:
-    """Ways to spend the memory that a fitting plan leaves: rank, length, 16-bit LoRA; each searched anew.
+    """Ways to spend the memory that a fitting plan leaves: rank, 16-bit LoRA; each searched anew.
+
+    How long sequences may be is an answer of its own (planner/planning/longest.py).
 
     `effective_batch_size` counts examples; the setup's own sequences stand for them without it.
     """
     effective = setup.effective_batch_size if effective_batch_size is None else effective_batch_size
     now = evaluator.evaluate(setup).peak_upper_bytes
     found = []
-    for group in (*_spendings(setup), _longer(evaluator, setup, request)):
+    for group in _spendings(setup):
         for spending in group:
             best = _searched(evaluator, spending.setup, effective, request)
             if best is not None:
@@ -132,24 +132,6 @@ def _spendings(setup: TrainingSetup) -> Iterator[tuple[Change, ...]]:
     if setup.method == "qlora":
         unquantised = with_method(setup, "lora")
         yield (change_to(setup, "16-bit LoRA", "no quantisation of the base", unquantised),)
-
-
-def _longer(evaluator: Evaluator, setup: TrainingSetup, request: PlanRequest) -> tuple[Change, ...]:
-    """The longest length that fits, when it is worth mentioning."""
-    shape: dict[str, Any] = {
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": setup.gradient_accumulation_steps * setup.per_device_train_batch_size,
-        "gradient_checkpointing": True,
-        "activation_memory_budget": None,
-    }
-    smallest = setup if any(name in request.fixed for name in shape) else setup.replace(**shape)
-    limit = evaluator.model.max_position_embeddings
-    length = None
-    if limit > setup.max_length:
-        length = longest_length(evaluator, smallest, start=setup.max_length, limit=limit)
-    if length is None or length < setup.max_length * WORTH_MENTIONING:
-        return ()
-    return (change(setup, f"length {length:,}", "the longest that fits", max_length=length),)
 
 
 def _searched(

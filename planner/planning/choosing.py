@@ -50,7 +50,7 @@ def choose(
         "num_processes": processes(request, target, evaluator),
     }
     wished, *shorter = policy_lengths(request, evaluator.model, stats)
-    found = _at(request.setup(**knobs, max_length=wished), request, evaluator)
+    found = search_at(request.setup(**knobs, max_length=wished), request, evaluator)
     if not found.fits and shorter and stats is not None:
         # As much of the examples as fits.
         smallest = _smallest(found.result, evaluator).candidate.setup
@@ -61,15 +61,17 @@ def choose(
     for length in shorter:
         if found.fits:
             break
-        found = _at(request.setup(**knobs, max_length=length), request, evaluator)
+        found = search_at(request.setup(**knobs, max_length=length), request, evaluator)
     if found.fits:
         return _raise_rank(found, request, evaluator, stats)
     smallest_tried = _smallest(found.result, evaluator)
     return replace(found, tried=smallest_tried, fits=smallest_tried.fits)
 
 
-def _at(base: TrainingSetup, request: PlanRequest, evaluator: Evaluator) -> Chosen:
-    """The search with one length and rank; the chosen one is a stand-in where nothing fits."""
+def search_at(base: TrainingSetup, request: PlanRequest, evaluator: Evaluator) -> Chosen:
+    """The search with one length and rank: what a plan for that length finds. The chosen one is a stand-in
+    where nothing fits.
+    """
     effective = effective_batch_size(request, base.num_processes)
     examples = evaluator.examples
     tokens = TOKENS
@@ -103,7 +105,7 @@ def _raise_rank(
     ranks = defaults.ranks(stats.loss_tokens, evaluator.run(setup).trained.elements, DEFAULT_RANK)
     now = finish_seconds(found.tried.candidate, found.tokens)
     for rank in ranks:
-        higher = _at(
+        higher = search_at(
             request.setup(
                 dtype=setup.dtype,
                 num_processes=setup.num_processes,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from planner.answers.plan import Plan
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import list_models, resolve_model
 from planner.models.spec import ModelSpec
-from planner.search.cards import native, smallest_gpu_for
+from planner.search.cards import smallest_gpu
 from planner.search.evaluator import Evaluator
-from planner.search.longest import longest_length
+from planner.search.lean import longest_that_fits, smallest_that_fits
 from planner.setup import defaults
 from planner.setup.defaults import DEFAULT_LENGTHS
 from planner.setup.run import Runs
@@ -50,7 +52,7 @@ class SmallestCard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongestLength:
-    """How long a model's sequences may be on a card, at micro-batch 1 with all layers checkpointed."""
+    """How long a model's sequences may be on a card, by anything that a plan tries."""
 
     model: str
     parameter_count: int
@@ -80,27 +82,28 @@ def row_of(plan: Plan) -> Row:
 
 
 def smallest_cards(
-    base: TrainingSetup, model: ModelSpec, methods: tuple[str, ...], *, given_length: int | None = None
+    base: TrainingSetup,
+    model: ModelSpec,
+    methods: tuple[str, ...],
+    *,
+    fixed: Mapping[str, Any],
+    given_length: int | None = None,
 ) -> tuple[SmallestCard, ...]:
-    """The smallest card for each method and default length (or the given one), the base's other knobs kept.
+    """The smallest card for each method and default length (or the given one), the `fixed` knobs kept: the
+    first on which anything that a plan tries fits.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
     """
-    from planner.memory import estimate_memory
     from planner.setup.methods import with_method
 
     lengths, runs = defaults.lengths(model, given_length, None), Runs(model)
+    effective = base.effective_batch_size
     found = []
     for method in methods:
         for length in lengths:
             setup = with_method(base, method).replace(max_length=length)
-            about = estimate_memory(runs.of(setup)).peak_upper_bytes
-            gpu = smallest_gpu_for(setup, runs, about)
-            needed = about
-            if gpu is not None:
-                run = runs.of(native(setup, gpu))
-                needed = estimate_memory(run, gpu=gpu, replay=True).peak_upper_bytes
+            gpu, needed = smallest_gpu(setup, runs, fixed, effective)
             found.append(
                 SmallestCard(
                     method=method,
@@ -114,7 +117,7 @@ def smallest_cards(
 
 
 def longest_lengths(
-    target: GpuTarget, base: TrainingSetup, *, processes: int = 1
+    target: GpuTarget, base: TrainingSetup, *, fixed: Mapping[str, Any], processes: int = 1
 ) -> tuple[LongestLength, ...]:
     """For each model of the catalog that fits, the longest sequences that do; the largest model first.
 
@@ -122,7 +125,7 @@ def longest_lengths(
     are shared out among them, which a script may do only below `if __name__ == "__main__"`.
     """
     names = [summary.id for summary in list_models()]
-    one = partial(_longest, target, base)
+    one = partial(_longest, target, base, dict(fixed))
     if processes == 1:
         found = [one(name) for name in names]
     else:
@@ -134,18 +137,28 @@ def longest_lengths(
     return tuple(sorted(fitting, key=lambda one: (-one.parameter_count, one.model)))
 
 
-def _longest(target: GpuTarget, base: TrainingSetup, name: str) -> LongestLength | None:
+def _longest(
+    target: GpuTarget, base: TrainingSetup, fixed: Mapping[str, Any], name: str
+) -> LongestLength | None:
     model = resolve_model(name)
     evaluator = Evaluator(model, target.spec, target.usable_bytes)
     base = base.replace(model=name)
     limit = model.max_position_embeddings
-    length = longest_length(evaluator, base, start=DEFAULT_LENGTHS[-1], limit=limit, confirm=True)
+    effective = base.effective_batch_size
+    start = min(DEFAULT_LENGTHS[-1], limit)
+    length = longest_that_fits(
+        base, evaluator, effective_batch_size=effective, fixed=fixed, start_length=start
+    )
     if length is None:
         return None
+    longest = base.replace(max_length=length)
+    found = smallest_that_fits(longest, evaluator, effective_batch_size=effective, fixed=fixed)
+    if found is None:
+        raise AssertionError(f"{name}: nothing fits at the longest length that fits")
     return LongestLength(
         model=model.id,
         parameter_count=model.parameter_count,
         max_length=length,
-        peak_upper_bytes=evaluator.confirm(base.replace(max_length=length), whole=True).peak_upper_bytes,
+        peak_upper_bytes=found.peak_upper_bytes,
         reaches_model_limit=length == limit,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.answers.plan import Advice, Alternative, MethodFigures, Plan, PlannedModel
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
@@ -10,13 +12,16 @@ from planner.models.spec import ModelSpec
 from planner.planning.advice import make_it_fit, use_what_is_left
 from planner.planning.assumptions import assumptions
 from planner.planning.choosing import Chosen, choose, policy_lengths
+from planner.planning.longest import longest_context
 from planner.planning.needs import load_needs, model_notes
 from planner.planning.other_cards import Question, other_cards
 from planner.planning.schedule import make_duration, make_schedule, summarise_data
 from planner.search import SPEED_TIE, Tried, finish_seconds
-from planner.search.cards import smallest_card
+from planner.search.cards import smallest_card, smallest_gpu
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.frontier import around_the_chosen, frontier, runners_up
+from planner.search.lean import smallest_that_fits
+from planner.setup.methods import with_method
 from planner.setup.request import PlanRequest
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import METHODS
@@ -31,6 +36,8 @@ def make_plan(
     inspector: Inspector | None = None,
     target: GpuTarget | None = None,
     model: ModelSpec | None = None,
+    longest: bool = False,
+    methods: bool = True,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
@@ -39,7 +46,9 @@ def make_plan(
     `inspector` describes models that equal none of the catalog (it needs the training stack); with
     `allow_network` the config of a Hub id may be fetched. `model` is the request's where it has been looked
     up already: describing one takes seconds. `target` stands in for the request's GPU: a card of which less
-    is to be used than it has, or one that is known already.
+    is to be used than it has, or one that is known already. With `longest` the plan says how long sequences
+    may be, with `methods` what other methods need and the smallest card for each: either takes as long as
+    choosing does.
 
     Raises:
         InputError: model, GPU, data or knobs are not usable.
@@ -52,7 +61,13 @@ def make_plan(
         stats = read_stats(request.data)
     examples = None if stats is None else Examples(stats)
     evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples)
-    return _plan(request, target, evaluator, stats, choose(request, target, evaluator, stats))
+    chosen = choose(request, target, evaluator, stats)
+    plan = _plan(request, target, evaluator, stats, chosen)
+    if methods:
+        plan = replace(plan, methods=_methods(evaluator, request, chosen))
+    if longest:
+        plan = replace(plan, longest=longest_context(request, target, evaluator))
+    return plan
 
 
 def _plan(
@@ -68,7 +83,11 @@ def _plan(
     schedule = make_schedule(request, setup, model, examples, chosen.effective_batch_size)
     data = None if examples is None else summarise_data(str(request.data), examples, setup)
     lengths = policy_lengths(request, model, stats)
-    card = None if chosen.fits else smallest_card(evaluator, setup, lengths)
+    card = (
+        None
+        if chosen.fits
+        else smallest_card(evaluator, setup, lengths, request.fixed, chosen.effective_batch_size)
+    )
     duration = make_duration(best, schedule, target, request.price_usd_per_hour)
     question = Question(
         tried=chosen.result.tried,
@@ -96,7 +115,7 @@ def _plan(
         duration=duration,
         loading=load_needs(evaluator.run(setup), best.memory),
         data=data,
-        methods=_methods(evaluator, best, fits=chosen.fits),
+        methods=(),
         alternatives=others,
         advice=_advice(request, target, evaluator, chosen),
         smallest_gpu=card,
@@ -146,20 +165,27 @@ def _planned_model(run: TrainingRun) -> PlannedModel:
     )
 
 
-def _methods(evaluator: Evaluator, best: Candidate, *, fits: bool) -> tuple[MethodFigures, ...]:
-    """The plan's own method as planned; the others by the fitted estimate."""
-    from planner.search.cards import smallest_gpu_for
-    from planner.setup.methods import with_method
-
+def _methods(evaluator: Evaluator, request: PlanRequest, chosen: Chosen) -> tuple[MethodFigures, ...]:
+    """The plan's own method as planned; the others in the plan's way where that fits, else in the leanest."""
+    best = chosen.tried.candidate
+    fixed = {name: value for name, value in request.fixed.items() if name != "method"}
+    effective = chosen.effective_batch_size
     found = []
     for method in METHODS:
         own = method == best.setup.method
-        candidate = best if own else evaluator.try_evaluate(with_method(best.setup, method))
-        if candidate is None:
-            continue
-        gpu = smallest_gpu_for(candidate.setup, evaluator.runs, candidate.peak_upper_bytes, confirm=False)
-        if own and fits and (gpu is None or gpu.usable_bytes > evaluator.gpu.usable_bytes):
-            gpu = evaluator.gpu
+        candidate, fits = best, chosen.fits
+        if not own:
+            setup = with_method(best.setup, method)
+            other = evaluator.try_evaluate(setup)
+            if other is None:
+                continue
+            candidate, fits = other, evaluator.fits(other)
+            lean = None
+            if not fits:
+                lean = smallest_that_fits(setup, evaluator, effective_batch_size=effective, fixed=fixed)
+            if lean is not None:
+                candidate, fits = lean, True
+        gpu, _ = smallest_gpu(candidate.setup, evaluator.runs, fixed, effective)
         found.append(
             MethodFigures(
                 method=method,
@@ -167,7 +193,7 @@ def _methods(evaluator: Evaluator, best: Candidate, *, fits: bool) -> tuple[Meth
                 allocated_bytes=candidate.memory.allocated_bytes,
                 process_bytes=candidate.memory.process_bytes,
                 peak_upper_bytes=candidate.peak_upper_bytes,
-                fits=evaluator.fits(candidate),
+                fits=fits,
                 tokens_per_second=candidate.tokens_per_second,
                 smallest_gpu=None if gpu is None else gpu.id,
             )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from planner.answers.plan import CardAdvice
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
-from planner.memory import estimate_memory
 from planner.search.evaluator import Evaluator
+from planner.search.lean import leanest, smallest_that_fits
 from planner.setup.run import Runs
 from planner.setup.training_setup import TrainingSetup
 
@@ -24,45 +26,70 @@ def cards_by_memory() -> tuple[GpuSpec, ...]:
     )
 
 
-def smallest_gpu_for(
+def smallest_gpu(
     setup: TrainingSetup,
     runs: Runs,
-    about_bytes: int,
+    fixed: Mapping[str, Any],
+    effective_batch_size: int,
     *,
     above_bytes: int = 0,
-    confirm: bool = True,
-) -> GpuSpec | None:
-    """The card with least usable memory that takes the setup; None when none of the catalog does.
-
-    `about_bytes` is what the setup needs on some card; those far below it are passed over, and those that
-    leave no more than `above_bytes`. With `confirm` the allocator's replay decides.
+) -> tuple[GpuSpec | None, int]:
+    """The card with least usable memory on which anything fits that a plan for such a setup tries, in the
+    16-bit type that the card computes in, and the bytes it needs there; without a card those that it needs at
+    least by the fitted estimate. Cards that leave no more than `above_bytes` are passed over.
 
     Raises:
-        NotModelledError: a knob whose memory is not modelled.
+        NotModelledError: a fixed knob whose memory is not modelled.
+        InputError: the fixed knobs cannot give the effective batch.
     """
+    largest = _evaluator(cards_by_memory()[-1], runs)
+    about = min(
+        (
+            largest.fitted(one).peak_upper_bytes
+            for one in leanest(setup, largest, effective_batch_size=effective_batch_size, fixed=fixed)
+        ),
+        default=largest.fitted(setup).peak_upper_bytes,
+    )
     for gpu in cards_by_memory():
-        if gpu.usable_bytes <= max(above_bytes, CLEARLY_TOO_SMALL * about_bytes):
+        if gpu.usable_bytes <= max(above_bytes, CLEARLY_TOO_SMALL * about):
             continue
-        if fits_on(gpu, setup, runs, confirm=confirm):
-            return gpu
-    return None
+        found = smallest_that_fits(
+            native(setup, gpu),
+            _evaluator(gpu, runs),
+            effective_batch_size=effective_batch_size,
+            fixed=fixed,
+        )
+        if found is not None:
+            return gpu, found.peak_upper_bytes
+    return None, about
 
 
-def smallest_card(evaluator: Evaluator, setup: TrainingSetup, lengths: tuple[int, ...]) -> CardAdvice | None:
-    """The card with least memory that takes the smallest form of the setup at one of the lengths.
+def smallest_card(
+    evaluator: Evaluator,
+    setup: TrainingSetup,
+    lengths: tuple[int, ...],
+    fixed: Mapping[str, Any],
+    effective_batch_size: int,
+) -> CardAdvice | None:
+    """The card with least memory, beyond the evaluator's, that takes the setup in some form at one of the
+    lengths, and the longest of them that it takes.
 
     Raises:
         NotModelledError: a fixed knob whose memory is not modelled.
     """
     shortest = setup.replace(max_length=min(lengths))
-    about = evaluator.evaluate(shortest).peak_upper_bytes
-    gpu = smallest_gpu_for(shortest, evaluator.runs, about, above_bytes=evaluator.usable_bytes)
+    gpu, _ = smallest_gpu(
+        shortest, evaluator.runs, fixed, effective_batch_size, above_bytes=evaluator.usable_bytes
+    )
     if gpu is None:
         return None
+    there, own = _evaluator(gpu, evaluator.runs), native(setup, gpu)
     longest = next(
         length
         for length in sorted(lengths, reverse=True)
-        if fits_on(gpu, setup.replace(max_length=length), evaluator.runs)
+        if smallest_that_fits(
+            own.replace(max_length=length), there, effective_batch_size=effective_batch_size, fixed=fixed
+        )
     )
     return CardAdvice(
         gpu=gpu.id,
@@ -73,21 +100,9 @@ def smallest_card(evaluator: Evaluator, setup: TrainingSetup, lengths: tuple[int
     )
 
 
-def fits_on(gpu: GpuSpec, setup: TrainingSetup, runs: Runs, *, confirm: bool = True) -> bool:
-    """Whether a setup fits on a card that holds nothing else, in the 16-bit type that the card computes in.
-
-    With `confirm` the allocator's replay decides where the fitted estimate does not rule it out.
-
-    Raises:
-        NotModelledError: a knob whose memory is not modelled.
-    """
-    run = runs.of(native(setup, gpu))
-    fitted = estimate_memory(run, gpu=gpu)
-    if not confirm:
-        return fitted.fits(gpu.usable_bytes)
-    if fitted.peak_lower_bytes > gpu.usable_bytes:
-        return False
-    return estimate_memory(run, gpu=gpu, replay=True).fits(gpu.usable_bytes)
+def _evaluator(gpu: GpuSpec, runs: Runs) -> Evaluator:
+    """Of a card that holds nothing else, and full sequences."""
+    return Evaluator(runs.model, gpu, gpu.usable_bytes, runs=runs)
 
 
 def native(setup: TrainingSetup, gpu: GpuSpec) -> TrainingSetup:

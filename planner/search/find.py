@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
 from planner.search.choice import SPEED_TIE, SearchResult, Tried, fastest, finish_seconds, replayed
 from planner.search.evaluator import Evaluator
+from planner.search.lean import leanest
 from planner.search.levels import goes_on, levels, spend, tried
 from planner.search.strategies import (
     AS_GIVEN,
@@ -76,7 +77,8 @@ def search(
                 if not any(goes_on(one, evaluator, confirm=confirm) for one in level):
                     break
     if confirm:
-        chosen = _confirm(found, evaluator, tokens)
+        least = set(leanest(base, evaluator, effective_batch_size=effective_batch_size, fixed=fixed))
+        chosen = _confirm(found, evaluator, tokens, least)
     else:
         chosen = fastest([one for one in found if one.fits], tokens)
     if chosen is not None and "optim" not in fixed:
@@ -106,10 +108,13 @@ def _with_faster_optimizer(
     return faster if faster.fits else None
 
 
-def _confirm(found: list[Tried], evaluator: Evaluator, tokens: int) -> Tried | None:
+def _confirm(
+    found: list[Tried], evaluator: Evaluator, tokens: int, least: Collection[TrainingSetup]
+) -> Tried | None:
     """Replay the contenders, the fastest first, until one fits; what was replayed shows its replay.
 
-    Adds to what was found a setup that spends what the first that fits leaves.
+    Adds to what was found a setup that spends what the first that fits leaves. The leanest setups, `least`,
+    are replayed before it is said that nothing fits.
     """
     contenders = [one for one in found if evaluator.may_fit(one.candidate)]
     replays = 0
@@ -124,5 +129,5 @@ def _confirm(found: list[Tried], evaluator: Evaluator, tokens: int) -> Tried | N
         contenders.remove(best)
         replays += 1
         if replays == MAX_DOUBTFUL_REPLAYS:
-            contenders = [one for one in contenders if one.fits]
+            contenders = [one for one in contenders if one.fits or one.candidate.setup in least]
     return None

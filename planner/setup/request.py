@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,10 @@ class PlanRequest:
     def fixed(self) -> dict[str, KnobValue]:
         """The fixed knobs by name."""
         return dict(self.knobs)
+
+    def without(self, name: str) -> PlanRequest:
+        """The same request with a knob left open."""
+        return dataclasses.replace(self, knobs=tuple(pair for pair in self.knobs if pair[0] != name))
 
     def setup(self, **chosen: Any) -> TrainingSetup:
         """Build the setup of the fixed knobs and of what was chosen; a fixed knob wins.

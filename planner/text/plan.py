@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from planner.answers.plan import Plan
+from planner.answers.plan import Longest, Plan
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS
 from planner.setup.training_setup import TrainingSetup
@@ -18,7 +18,7 @@ from planner.text.choice import (
     print_methods,
     print_runners_up,
 )
-from planner.text.figures import bullets, count, gib, heading, pairs
+from planner.text.figures import bullets, count, gib, heading, pairs, rate
 from planner.text.memory import print_memory
 from planner.text.speed import print_other_cards, print_speed
 
@@ -56,6 +56,12 @@ def card_title(plan: Plan) -> str:
     return text if text.lower() == target.spec.id and target.count == 1 else f"{text} ({target.spec.id})"
 
 
+def _longest(longest: Longest) -> str:
+    ends = "the model's window" if longest.reaches_model_limit else "what fits"
+    speed = "" if longest.tokens_per_second is None else f", {rate(longest.tokens_per_second)} tokens/s"
+    return f"Longest: {longest.max_length:,} tokens ({ends}{speed})."
+
+
 def _verdict(out: Console, plan: Plan) -> None:
     memory, usable = plan.memory, plan.gpu.usable_bytes
     word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
@@ -71,6 +77,8 @@ def _verdict(out: Console, plan: Plan) -> None:
     need += f"{gib(usable)} that the card leaves: "
     need += f"{gib(plan.headroom_bytes)} to spare." if plan.fits else f"{gib(-plan.headroom_bytes)} too much."
     out.print(Text(need))
+    if plan.longest is not None:
+        out.print(Text(_longest(plan.longest)))
     data = plan.data
     if data is not None and data.truncated_tokens >= CUT_TO_SAY * data.total_tokens:
         share = data.truncated_tokens / data.total_tokens

@@ -144,7 +144,7 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
 
 def print_smallest_cards(out: Console, model: str, cards: Sequence[SmallestCard]) -> None:
     """Print the smallest card for each method and length."""
-    out.print(Text(f"Smallest card for {model}, micro-batch 1 accumulated, all layers checkpointed"))
+    out.print(Text(f"Smallest card for {model}, by the leanest setup that a plan tries"))
     heads = [("method", "name"), ("length", "number"), ("peak GiB", "number"), ("card", "name")]
     rows = [
         [one.method, f"{one.max_length:,}", figure(one.peak_upper_bytes), one.gpu or "none"] for one in cards
@@ -159,7 +159,7 @@ def print_longest_lengths(
     out.print(
         Text(
             f"Largest models on {target.spec.id} ({gib(target.usable_bytes)} usable) with {method}, "
-            "micro-batch 1 accumulated, all layers checkpointed"
+            "by the leanest setup that a plan tries"
         )
     )
     if not found:

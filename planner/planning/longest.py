@@ -1,0 +1,48 @@
+"""The longest context of a plan: how long sequences may be on its card, and how they would then be run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.answers.plan import Longest
+from planner.gpus.target import GpuTarget
+from planner.planning.choosing import effective_batch_size, processes, search_at
+from planner.search.evaluator import Evaluator
+from planner.search.lean import longest_that_fits
+from planner.setup import defaults
+from planner.setup.request import PlanRequest
+
+
+def longest_context(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> Longest | None:
+    """The longest sequences for which a plan with the request's other knobs fits; None where none does.
+
+    Of sequences that are full, whatever the data's lengths. What runs at that length, and how fast, is what a
+    plan for it finds.
+
+    Raises:
+        InputError: the fixed knobs contradict each other.
+    """
+    full = Evaluator(evaluator.model, evaluator.gpu, evaluator.usable_bytes, runs=evaluator.runs)
+    num_processes = processes(request, target, full)
+    knobs: dict[str, Any] = {"dtype": target.spec.dtype, "num_processes": num_processes}
+    limit = evaluator.model.max_position_embeddings
+    shortest = min(defaults.SHORTEST_LENGTH, limit)
+    fixed = {name: value for name, value in request.fixed.items() if name != "max_length"}
+    open_ended = request.without("max_length")
+    length = longest_that_fits(
+        open_ended.setup(**knobs, max_length=shortest),
+        full,
+        effective_batch_size=effective_batch_size(request, num_processes),
+        fixed=fixed,
+        start_length=shortest,
+    )
+    if length is None:
+        return None
+    found = search_at(open_ended.setup(**knobs, max_length=length), open_ended, full).tried.candidate
+    return Longest(
+        max_length=length,
+        peak_upper_bytes=found.peak_upper_bytes,
+        tokens_per_second=found.tokens_per_second,
+        reaches_model_limit=length == limit,
+        setup=found.setup,
+    )

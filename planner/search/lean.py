@@ -1,0 +1,99 @@
+"""The leanest setups of a search: if none of them fits, nothing that `plan` tries does.
+
+One for each way of batching and of running layers, at the smallest micro-batch, with every layer's input
+alone kept, on the GPU or on the host. Limits (longest sequences, smallest cards, whether a method fits at
+all) are asked of them, so that they are those of `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from planner.base.errors import NotModelledError
+from planner.search.evaluator import Candidate, Evaluator
+from planner.search.longest import longest_length
+from planner.search.strategies import LAYERS_KEEP, batchings, choices, modes, start
+from planner.setup.training_setup import TrainingSetup
+
+WORTH_A_REPLAY = 0.85
+"""Share of the longest sequences known so far that a setup must reach by the fitted estimate to be replayed:
+the fit has been off by less than that in all recorded runs."""
+
+
+def leanest(
+    base: TrainingSetup, evaluator: Evaluator, *, effective_batch_size: int, fixed: Mapping[str, Any]
+) -> Iterator[TrainingSetup]:
+    """The setups, those whose memory is not modelled left out.
+
+    Raises:
+        InputError: the fixed knobs cannot give the effective batch.
+    """
+    base = start(base, evaluator, fixed)
+    decided = any(name in fixed for name in LAYERS_KEEP)
+    for batching in batchings(base, evaluator, fixed):
+        batched = base.replace(**dict(batching.knobs))
+        for mode in modes(batched, evaluator, fixed):
+            setup = batched.replace(**dict(mode.knobs))
+            for batch in choices(setup, evaluator, effective_batch_size, fixed)[:1]:
+                yield from _kept(batch.of(setup), evaluator, fixed, decided=decided)
+
+
+def _kept(
+    setup: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any], *, decided: bool
+) -> Iterator[TrainingSetup]:
+    found = [setup] if decided else [setup.replace(gradient_checkpointing=True)]
+    if not decided and "activation_offloading" not in fixed:
+        found.append(found[0].replace(activation_offloading=True))
+    for one in found:
+        try:
+            evaluator.fitted(one)
+        except NotModelledError:
+            continue
+        yield one
+
+
+def smallest_that_fits(
+    base: TrainingSetup, evaluator: Evaluator, *, effective_batch_size: int, fixed: Mapping[str, Any]
+) -> Candidate | None:
+    """The leanest setup that fits by the allocator's replay, as the replay has it; None where none does.
+
+    Raises:
+        InputError: the fixed knobs cannot give the effective batch.
+    """
+    found = leanest(base, evaluator, effective_batch_size=effective_batch_size, fixed=fixed)
+    for setup in sorted(found, key=lambda one: evaluator.fitted(one).peak_upper_bytes):
+        if evaluator.decide(setup):
+            return evaluator.confirm(setup, whole=True)
+    return None
+
+
+def longest_that_fits(
+    base: TrainingSetup,
+    evaluator: Evaluator,
+    *,
+    effective_batch_size: int,
+    fixed: Mapping[str, Any],
+    start_length: int,
+) -> int | None:
+    """The longest sequences, in steps of 64 up to the model's window, that anything the search tries fits at;
+    None where nothing fits at `start_length`.
+
+    Raises:
+        InputError: the fixed knobs cannot give the effective batch.
+    """
+    limit = evaluator.model.max_position_embeddings
+    shortest = base.replace(max_length=min(start_length, limit))
+    setups = list(leanest(shortest, evaluator, effective_batch_size=effective_batch_size, fixed=fixed))
+    by_fit = partial(longest_length, evaluator, start=start_length, limit=limit)
+    guesses = sorted(((by_fit(one) or 0, index) for index, one in enumerate(setups)), reverse=True)
+    best: int | None = None
+    for guess, index in guesses:
+        if best is not None and guess < WORTH_A_REPLAY * best:
+            continue
+        found = longest_length(
+            evaluator, setups[index], start=best or start_length, limit=limit, confirm=True
+        )
+        best = found if best is None else max(best, found or 0)
+    return best
