@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `plan`."""
     add_request_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
-    parser.add_argument("--explain", action="store_true", help="say where each figure comes from")
+    parser.add_argument("--full", action="store_true", help="print all that is known of it")
+    parser.add_argument("--explain", action="store_true", help="--full, and where each figure comes from")
     add_knobs(parser)
 
 
@@ -99,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         from planner.text.figures import show
         from planner.text.plan import print_plan
+        from planner.text.short import print_short
 
-        show(lambda out: print_plan(out, plan, explain=args.explain))
+        if args.full or args.explain:
+            show(lambda out: print_plan(out, plan, explain=args.explain))
+        else:
+            show(lambda out: print_short(out, plan))
     return ExitCode.OK if plan.fits else ExitCode.DOES_NOT_FIT
