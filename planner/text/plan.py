@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from planner.answers.plan import Plan
+from planner.setup.card_limits import torch_build
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS
 from planner.setup.training_setup import TrainingSetup
@@ -117,6 +118,9 @@ def _loading(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "download", gib(need.download_bytes) if need.download_bytes is not None else unknown
     yield "disk", gib(need.disk_bytes) if need.disk_bytes is not None else unknown
     yield "host memory", f"about {gib(need.host_memory_bytes)}"
+    build = torch_build(plan.gpu.spec)
+    if build is not None:
+        yield "torch", build
 
 
 def _basis(plan: Plan) -> Iterator[tuple[str, str]]:

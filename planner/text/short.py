@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from planner.answers.plan import Advice, Plan
+from planner.setup.card_limits import torch_build
 from planner.setup.options import option
 from planner.text.figures import NARROW, bar, bullets, figure, footnote, gib, heading, pairs, rate
 from planner.text.plan import knob_lines, setup_lines
@@ -95,6 +96,9 @@ def _memory(out: Console, plan: Plan, shown: int) -> None:
 def _next(out: Console, plan: Plan, changes: int) -> None:
     heading(out, "Next")
     rows = [("train it", _train_command(plan))] if plan.fits else []
+    build = torch_build(plan.gpu.spec)
+    if build is not None:
+        rows.append(("before", f"torch: {build}"))
     fitting = [one for one in plan.advice if plan.fits or one.fits]
     rows += [(one.title, _change(one, plan)) for one in fitting[:changes]]
     if plan.other_cards and changes:
