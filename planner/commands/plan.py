@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--longest", action="store_true", help="say how long sequences may be, and how fast they are then"
     )
-    parser.add_argument("--explain", action="store_true", help="say where each figure comes from")
+    parser.add_argument("--full", action="store_true", help="print all that is known of it")
+    parser.add_argument("--explain", action="store_true", help="--full, and where each figure comes from")
     add_knobs(parser)
 
 
@@ -91,6 +92,8 @@ def plan_from(args: argparse.Namespace) -> Plan:
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
+        # Nothing of them is on the short page.
+        methods=args.full or args.explain or args.json,
     )
 
 
@@ -105,6 +108,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         from planner.text.figures import show
         from planner.text.plan import print_plan
+        from planner.text.short import print_short
 
-        show(lambda out: print_plan(out, plan, explain=args.explain))
+        if args.full or args.explain:
+            show(lambda out: print_plan(out, plan, explain=args.explain))
+        else:
+            show(lambda out: print_short(out, plan))
     return ExitCode.OK if plan.fits else ExitCode.DOES_NOT_FIT

@@ -11,6 +11,7 @@ from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import Basis
 from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
+from planner.setup.card_limits import refuse_on_card
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
@@ -68,8 +69,10 @@ class Estimator:
 
         Raises:
             NotModelledError: a knob whose memory is not modelled.
-            InputError: the model is unknown, or does not have what the setup asks of it.
+            InputError: the model is unknown, or does not have what the setup asks of it; or the card cannot
+                run a knob of it.
         """
+        refuse_on_card(setup.to_dict(), self.target.spec)
         model = self._model(setup.model)
         run = TrainingRun(setup=setup, model=model)
         memory = estimate_memory(run, gpu=self.target.spec, replay=replay)

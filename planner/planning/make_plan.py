@@ -21,6 +21,7 @@ from planner.search.cards import smallest_card, smallest_gpu
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.frontier import around_the_chosen, frontier, runners_up
 from planner.search.lean import smallest_that_fits
+from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
 from planner.setup.methods import with_method
 from planner.setup.request import PlanRequest
 from planner.setup.run import TrainingRun
@@ -55,6 +56,7 @@ def make_plan(
         MissingExtraError: the model's architecture needs the training stack, which is not installed.
     """
     target = resolve_gpu(request.gpu, display=request.display) if target is None else target
+    refuse_on_card(request.fixed, target.spec, (*CARD_LIMITS, BFLOAT16))
     if model is None:
         model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:

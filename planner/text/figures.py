@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import IO, Literal
 
 from rich.console import Console
@@ -90,13 +91,24 @@ def dollars(usd: float) -> str:
     return "under $0.01" if 0 < usd < 0.005 else f"${usd:,.2f}"
 
 
-def bar(share: float, width: int) -> str:
-    """A bar of eighths of a character; anything above zero shows."""
+def bar(out: Console, share: float, width: int) -> str:
+    """A bar of eighths of a character, or of # where the output's encoding has none; above zero it shows."""
+    if not _writes_blocks(out.encoding):
+        return "#" * max(1 if share > 0 else 0, min(width, round(share * width)))
     eighths = min(width * 8, max(0, round(share * width * 8)))
     if share > 0 and eighths == 0:
         eighths = 1
     full, part = divmod(eighths, 8)
     return "█" * full + (BAR_BLOCKS[part] if part else "")
+
+
+@cache
+def _writes_blocks(encoding: str) -> bool:
+    try:
+        BAR_BLOCKS.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def heading(out: Console, text: str) -> None:

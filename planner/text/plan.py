@@ -1,13 +1,13 @@
-"""A Plan as text: the verdict first, what it rests on last."""
+"""A Plan as text, all of it: the verdict first, what it rests on last."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.text import Text
 
-from planner.answers.plan import Longest, Plan
+from planner.answers.plan import Plan
+from planner.setup.card_limits import torch_build
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS
 from planner.setup.training_setup import TrainingSetup
@@ -18,19 +18,17 @@ from planner.text.choice import (
     print_methods,
     print_runners_up,
 )
-from planner.text.figures import bullets, count, gib, heading, pairs, rate
+from planner.text.figures import bullets, count, gib, heading, pairs
 from planner.text.memory import print_memory
 from planner.text.speed import print_other_cards, print_speed
-
-CUT_TO_SAY = 0.05
-"""Share of the data's tokens above which the verdict itself says that they are cut."""
+from planner.text.verdict import print_verdict
 
 
 def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
     """Print a plan: the verdict first, what it rests on last."""
-    _verdict(out, plan)
+    print_verdict(out, plan)
     heading(out, "Setup" if plan.fits else "Smallest setup tried")
-    pairs(out, _setup(plan))
+    pairs(out, setup_lines(plan))
     print_memory(out, plan, explain=explain)
     print_methods(out, plan)
     print_speed(out, plan)
@@ -49,60 +47,8 @@ def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
     pairs(out, _basis(plan))
 
 
-def card_title(plan: Plan) -> str:
-    """What the person asked for and the card that it means."""
-    target = plan.gpu
-    text = target.text.strip()
-    return text if text.lower() == target.spec.id and target.count == 1 else f"{text} ({target.spec.id})"
-
-
-def _longest(longest: Longest) -> str:
-    ends = "the model's window" if longest.reaches_model_limit else "what fits"
-    speed = "" if longest.tokens_per_second is None else f", {rate(longest.tokens_per_second)} tokens/s"
-    return f"Longest: {longest.max_length:,} tokens ({ends}{speed})."
-
-
-def _verdict(out: Console, plan: Plan) -> None:
-    memory, usable = plan.memory, plan.gpu.usable_bytes
-    word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
-    method = METHOD_TITLES[plan.setup.method]
-    out.print(
-        Text.assemble(
-            word,
-            f": {plan.request.model} with {method} at {plan.setup.max_length:,} tokens on {card_title(plan)}",
-        )
-    )
-    each = "Each GPU" if plan.setup.num_processes > 1 else "It"
-    need = f"{each} needs {gib(memory.peak_bytes)}, at most {gib(memory.peak_upper_bytes)}, of the "
-    need += f"{gib(usable)} that the card leaves: "
-    need += f"{gib(plan.headroom_bytes)} to spare." if plan.fits else f"{gib(-plan.headroom_bytes)} too much."
-    out.print(Text(need))
-    if plan.longest is not None:
-        out.print(Text(_longest(plan.longest)))
-    data = plan.data
-    if data is not None and data.truncated_tokens >= CUT_TO_SAY * data.total_tokens:
-        share = data.truncated_tokens / data.total_tokens
-        out.print(
-            Text(
-                f"It cuts {share:.0%} of the data's tokens: "
-                f"{100 - data.covered_percent:.0f}% of the examples are longer."
-            )
-        )
-    if plan.fits:
-        return
-    card = plan.smallest_gpu
-    if card is None:
-        out.print(Text("No card of the catalog takes it on one GPU."))
-        return
-    out.print(
-        Text(
-            f"The smallest card that takes it is {card.gpu}, which leaves {gib(card.usable_bytes)}, "
-            f"with {card.max_length:,} tokens."
-        )
-    )
-
-
-def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
+def setup_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What was chosen, by the names that people use."""
     setup, model = plan.setup, plan.model
     method = METHOD_TITLES[setup.method]
     if setup.method == "qlora":
@@ -172,6 +118,9 @@ def _loading(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "download", gib(need.download_bytes) if need.download_bytes is not None else unknown
     yield "disk", gib(need.disk_bytes) if need.disk_bytes is not None else unknown
     yield "host memory", f"about {gib(need.host_memory_bytes)}"
+    build = torch_build(plan.gpu.spec)
+    if build is not None:
+        yield "torch", build
 
 
 def _basis(plan: Plan) -> Iterator[tuple[str, str]]:

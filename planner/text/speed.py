@@ -15,14 +15,24 @@ BOUND_BY = {
     "launches": "the host's kernel launches: a larger micro-batch is almost free",
 }
 
+NO_FORECAST = "no forecast: the card's rates or the time of a knob are not known"
+
 
 def print_speed(out: Console, plan: Plan) -> None:
     """Print the forecast with its interval, the time of the run and the data's lengths."""
     heading(out, "Speed")
+    lines = speed_lines(plan)
+    if not lines:
+        bullets(out, [NO_FORECAST])
+        return
+    pairs(out, lines)
+
+
+def speed_lines(plan: Plan) -> list[tuple[str, str]]:
+    """The forecast, the run's time and price and the data's lengths; none without a forecast."""
     speed = plan.speed
     if speed is None:
-        bullets(out, ["no forecast: the card's rates or the time of a knob are not known"])
-        return
+        return []
     sure = "calibrated" if speed.calibrated else "not calibrated on this GPU"
     rows = [
         (
@@ -41,7 +51,7 @@ def print_speed(out: Console, plan: Plan) -> None:
         rows += list(_duration(plan.duration, plan))
     if plan.data is not None:
         rows.append(("data", _data(plan)))
-    pairs(out, rows)
+    return rows
 
 
 def duration_of_step(seconds: float) -> str:
@@ -80,10 +90,11 @@ def print_other_cards(out: Console, plan: Plan) -> None:
     if not plan.other_cards:
         return
     heading(out, "On another card, for " + ("a million tokens" if plan.data is None else "the data"))
-    pairs(out, ((f"{one.gpu}, {gib(one.usable_bytes)}", _brings(one)) for one in plan.other_cards))
+    pairs(out, ((f"{one.gpu}, {gib(one.usable_bytes)}", brings(one)) for one in plan.other_cards))
 
 
-def _brings(one: OtherCard) -> str:
+def brings(one: OtherCard) -> str:
+    """What another card would bring, in words."""
     if one.speedup is None:
         text = f"{rate(one.tokens_per_second)} tokens/s at {one.setup.max_length:,} tokens"
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,30 @@ from pathlib import Path
 import pytest
 
 from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
+from planner.text.short import MOST_LINES
 
 OUTPUTS = Path(__file__).parent / "outputs"
-SETUPS = Path(__file__).parent / "setups.jsonl"
-DATA = Path(__file__).parents[2] / "profiles" / "demo" / "data" / "train.jsonl"
+ROOT = Path(__file__).parents[2]
+SETUPS = "tests/golden/setups.jsonl"
+DATA = "profiles/demo/data/train.jsonl"
+"""Both from the root, where the commands are run: a page quotes the path, which is to be as long anywhere."""
 
+FIGURE = re.compile(r"\d[\d,.]*")
+PLANS: dict[str, tuple[str, ...]] = {
+    "plan-fits": ("plan", "--model", "qwen2.5-14b", "--gpu", "16GB"),
+    "plan-data": (*("plan", "--model", "llama-3.2-1b", "--gpu", "rtx-4090"), *("--data", DATA)),
+    "plan-does-not-fit": ("plan", "--model", "llama-3.1-70b", "--gpu", "24GB"),
+    "plan-experts": ("plan", "--model", "qwen3-30b-a3b", "--gpu", "80GB"),
+    "plan-experts-too-large": ("plan", "--model", "qwen3-30b-a3b", "--gpu", "24GB"),
+}
 COMMANDS: dict[str, tuple[str, ...]] = {
     "help": ("--help",),
     "plan-help": ("plan", "--help"),
-    "plan-fits": ("plan", "--model", "qwen2.5-14b", "--gpu", "16GB"),
-    "plan-data": (*("plan", "--model", "llama-3.2-1b", "--gpu", "rtx-4090"), *("--data", str(DATA))),
-    "plan-does-not-fit": ("plan", "--model", "llama-3.1-70b", "--gpu", "24GB"),
-    "plan-explain-experts": ("plan", "--model", "qwen3-30b-a3b", "--gpu", "80GB", "--explain"),
-    "estimate": ("estimate", "--gpu", "24GB", "--setups", str(SETUPS)),
-    "estimate-json": ("estimate", "--gpu", "24GB", "--setups", str(SETUPS), "--json"),
+    **PLANS,
+    **{f"{name}-full": (*arguments, "--full") for name, arguments in PLANS.items()},
+    "plan-explain-experts": (*PLANS["plan-experts"], "--explain"),
+    "estimate": ("estimate", "--gpu", "24GB", "--setups", SETUPS),
+    "estimate-json": ("estimate", "--gpu", "24GB", "--setups", SETUPS, "--json"),
     "compare-pairs": (
         *("compare", "--model", "llama-3.1-8b", "--model", "qwen2.5-14b"),
         *("--gpu", "12GB", "--gpu", "rtx-4090"),
@@ -43,6 +54,7 @@ def output_of(arguments: tuple[str, ...]) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "launcher.cli", *arguments],
         env={**environment, **ALLOCATOR, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONUTF8": "1"},
+        cwd=ROOT,
         capture_output=True,
         timeout=500,
         check=False,
@@ -71,5 +83,16 @@ def test_no_output_is_left_over() -> None:
 
 
 def test_setups_of_the_golden_estimate_are_distinct() -> None:
-    lines = SETUPS.read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / SETUPS).read_text(encoding="utf-8").splitlines()
     assert len({json.dumps(json.loads(line), sort_keys=True) for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_short_plan_is_a_page_and_says_nothing_that_the_full_one_does_not(name: str) -> None:
+    short, full = (
+        (OUTPUTS / f"{each}.txt").read_text(encoding="utf-8").partition("\n")[2]
+        for each in (name, f"{name}-full")
+    )
+    assert len(short.splitlines()) <= MOST_LINES
+    assert max(map(len, short.splitlines())) <= 80
+    assert set(FIGURE.findall(short)) <= set(FIGURE.findall(full))

@@ -54,7 +54,7 @@ def made_up_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.mark.usefixtures("made_up_card")
 def test_a_made_up_card_is_planned_for_listed_and_recognised(cli: Callable[..., Any]) -> None:
-    planned = cli("plan", "--model", "llama-3.2-3b", "--gpu", "6060")
+    planned = cli("plan", "--model", "llama-3.2-3b", "--gpu", "6060", "--full")
     assert planned.out.startswith("FITS: llama-3.2-3b")
     assert "rtx-6060-20gb" in planned.out
     # No total was seen on such a card, so what it leaves is the rule's.

@@ -217,7 +217,7 @@ def test_no_figure_of_the_frontier_is_cut_in_a_narrow_terminal(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    assert run_command("plan", COMMANDS["plan"], ["--model", "qwen2.5-14b", "--gpu", "16GB"]) == 0
+    assert run_command("plan", COMMANDS["plan"], ["--model", "qwen2.5-14b", "--gpu", "16GB", "--full"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
     for point in plan.frontier:

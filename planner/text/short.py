@@ -1,0 +1,131 @@
+"""A Plan as text on one page: verdict, setup, memory, speed and time, and what to do next.
+
+Every figure of it is on the full page as well (planner/text/plan.py).
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from planner.answers.plan import Advice, Plan
+from planner.setup.card_limits import torch_build
+from planner.setup.options import option
+from planner.text.figures import NARROW, bar, bullets, figure, footnote, gib, heading, pairs, rate
+from planner.text.plan import knob_lines, setup_lines
+from planner.text.speed import NO_FORECAST, brings, speed_lines
+from planner.text.verdict import print_verdict
+
+MOST_LINES = 30
+"""Lines of the page at 80 columns: what a person sees at once, with the command above it."""
+_ROOMS = ((6, 3), (5, 3), (4, 3), (4, 2), (3, 2), (3, 1), (2, 1), (1, 0))
+"""Parts of the memory and things to change that are shown: the first that the page has room for."""
+_TIMES = ("tokens/s", "time", "a million tokens", "price")
+_NAME_WIDTH = 25
+_BAR_WIDTH = 30
+
+
+def print_short(out: Console, plan: Plan) -> None:
+    """Print a plan on one page; where lines are few, the smaller parts and later advice give way."""
+    parts, changes = next(
+        (room for room in _ROOMS if _lines(plan, out.width, *room) <= MOST_LINES), _ROOMS[-1]
+    )
+    _page(out, plan, parts, changes)
+
+
+def _lines(plan: Plan, width: int, parts: int, changes: int) -> int:
+    text = io.StringIO()
+    _page(Console(file=text, width=width, highlight=False, emoji=False, markup=False), plan, parts, changes)
+    return text.getvalue().count("\n")
+
+
+def _page(out: Console, plan: Plan, parts: int, changes: int) -> None:
+    print_verdict(out, plan)
+    heading(out, "Setup" if plan.fits else "Smallest setup tried")
+    pairs(out, _setup(plan))
+    _memory(out, plan, parts)
+    if plan.fits:
+        _times(out, plan)
+    _next(out, plan, changes)
+
+
+def _times(out: Console, plan: Plan) -> None:
+    heading(out, "Speed and time")
+    found = [line for line in speed_lines(plan) if line[0] in _TIMES]
+    if found:
+        pairs(out, found)
+    else:
+        bullets(out, [NO_FORECAST])
+
+
+def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The full page's lines, some of them put into one."""
+    lines = dict(setup_lines(plan))
+    for label in ("method", "adapter"):
+        if label in lines:
+            yield label, lines[label]
+    yield "batch", f"{lines['length']}: {lines['batch']}"
+    yield "training", f"{lines['optimizer']}, learning rate {lines['learning rate']}"
+    layers = [("checkpointing", lines["checkpointing"]), ("attention", lines["attention"])]
+    layers += knob_lines(plan.setup)
+    yield "layers", ", ".join(f"{label} {value}" for label, value in layers)
+
+
+def _memory(out: Console, plan: Plan, shown: int) -> None:
+    memory = plan.memory
+    by_size = sorted(memory.components, key=lambda one: one.size_bytes, reverse=True)
+    largest = by_size[0].size_bytes or 1
+    heading(out, "Memory, its largest parts" + (" of each GPU" if plan.setup.num_processes > 1 else ""))
+    rows = []
+    for part in memory.components:
+        if part.size_bytes and part in by_size[:shown]:
+            width = min(_BAR_WIDTH, out.width - _NAME_WIDTH - 18)
+            drawn = "" if out.width < NARROW else "  " + bar(out, part.size_bytes / largest, width)
+            rows.append((part.title, f"{figure(part.size_bytes):>6} GiB{drawn}"))
+    rows.append(("what the driver will show", f"{figure(memory.process_bytes):>6} GiB"))
+    telling = [note for note in plan.notes if note.size_bytes >= memory.peak_bytes / 2]
+    if telling and not plan.fits:
+        # The last is the most special one: of weights as a whole, then of those that stay in 16 bits.
+        rows.append(("why", telling[-1].text.replace("{size}", gib(telling[-1].size_bytes))))
+    pairs(out, rows)
+
+
+def _next(out: Console, plan: Plan, changes: int) -> None:
+    heading(out, "Next")
+    rows = [("train it", _train_command(plan))] if plan.fits else []
+    build = torch_build(plan.gpu.spec)
+    if build is not None:
+        rows.append(("before", f"torch: {build}"))
+    fitting = [one for one in plan.advice if plan.fits or one.fits]
+    rows += [(one.title, _change(one, plan)) for one in fitting[:changes]]
+    if plan.other_cards and changes:
+        card = plan.other_cards[0]
+        rows.append((f"{card.gpu}, {gib(card.usable_bytes)}", brings(card)))
+    pairs(out, rows)
+    footnote(out, "  --full: all parts, methods, setups and cards, and what the numbers rest on")
+
+
+def _train_command(plan: Plan) -> str:
+    """What starts it, as far as it was asked for: what was chosen is chosen again."""
+    request = plan.request
+    words = ["vramwise", "train", "--model", request.model]
+    for name, value in (
+        *request.knobs,
+        ("effective_batch_size", request.effective_batch_size),
+        ("epochs", request.num_train_epochs),
+        ("learning_rate", request.learning_rate),
+    ):
+        if value is not None:
+            words += option(name, value)
+    data = "FILE" if request.data is None else request.data
+    return f"{shlex.join(words)} --data {shlex.quote(data)}"
+
+
+def _change(one: Advice, plan: Plan) -> str:
+    text = f"{gib(one.peak_upper_bytes)}"
+    if plan.fits:
+        text += f", {rate(one.tokens_per_second)} tokens/s"
+    return f"{text}: {one.flags or one.effect}"

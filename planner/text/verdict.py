@@ -1,0 +1,69 @@
+"""The verdict of a Plan as text: what both of its pages begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from planner.answers.plan import Longest, Plan
+from planner.text.choice import METHOD_TITLES
+from planner.text.figures import gib, rate
+
+CUT_TO_SAY = 0.05
+"""Share of the data's tokens above which the verdict itself says that they are cut."""
+
+
+def print_verdict(out: Console, plan: Plan) -> None:
+    """Print whether it fits, what it needs, and what a person has to know before all else."""
+    out.print(_verdict(plan))
+    for sentence in _sentences(plan):
+        out.print(Text(sentence))
+
+
+def card_title(plan: Plan) -> str:
+    """What the person asked for and the card that it means."""
+    target = plan.gpu
+    text = target.text.strip()
+    return text if text.lower() == target.spec.id and target.count == 1 else f"{text} ({target.spec.id})"
+
+
+def _verdict(plan: Plan) -> Text:
+    word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
+    method = METHOD_TITLES[plan.setup.method]
+    length = f"{plan.setup.max_length:,} tokens"
+    return Text.assemble(word, f": {plan.request.model} with {method} at {length} on {card_title(plan)}")
+
+
+def _sentences(plan: Plan) -> Iterator[str]:
+    memory, usable = plan.memory, plan.gpu.usable_bytes
+    each = "Each GPU" if plan.setup.num_processes > 1 else "It"
+    need = f"{each} needs {gib(memory.peak_bytes)}, at most {gib(memory.peak_upper_bytes)}, of the "
+    need += f"{gib(usable)} that the card leaves: "
+    yield need + (
+        f"{gib(plan.headroom_bytes)} to spare." if plan.fits else f"{gib(-plan.headroom_bytes)} too much."
+    )
+    if plan.longest is not None:
+        yield _longest(plan.longest)
+    data = plan.data
+    if data is not None and data.truncated_tokens >= CUT_TO_SAY * data.total_tokens:
+        share = data.truncated_tokens / data.total_tokens
+        longer = 100 - data.covered_percent
+        yield f"It cuts {share:.0%} of the data's tokens: {longer:.0f}% of the examples are longer."
+    if plan.fits:
+        return
+    card = plan.smallest_gpu
+    if card is None:
+        yield "No card of the catalog takes it on one GPU."
+        return
+    yield (
+        f"The smallest card that takes it is {card.gpu}, which leaves {gib(card.usable_bytes)}, "
+        f"with {card.max_length:,} tokens."
+    )
+
+
+def _longest(longest: Longest) -> str:
+    ends = "the model's own window" if longest.reaches_model_limit else "what fits"
+    speed = "" if longest.tokens_per_second is None else f", {rate(longest.tokens_per_second)} tokens/s"
+    return f"Longest: {longest.max_length:,} tokens ({ends}{speed})."
