@@ -155,7 +155,8 @@ def test_speed_is_as_right_as_the_documentation_says(speed: tuple[SpeedAccuracy,
         assert one.borrowed is not None
         assert one.borrowed.runs >= 20
         assert one.borrowed.median < 0.06
-        assert one.borrowed.percentile_90 < 0.12
+        # Two of the H200's 26 are of a mixture, forecast far too fast (docs/throughput.md).
+        assert one.borrowed.percentile_90 < 0.13
 
 
 def test_a_gpu_with_few_runs_is_judged_by_borrowed_rates() -> None:

@@ -13,6 +13,6 @@ def test_models_shared_out_among_processes_come_to_the_same(monkeypatch: pytest.
     ]
     monkeypatch.setattr(comparison, "list_models", lambda: some)
     target, base = resolve_gpu("16GB"), TrainingSetup(model="any", max_length=512)
-    alone = comparison.longest_lengths(target, base)
+    alone = comparison.longest_lengths(target, base, fixed={})
     assert [one.model for one in alone] == ["qwen2.5-14b", "smollm2-135m"]
-    assert comparison.longest_lengths(target, base, processes=2) == alone
+    assert comparison.longest_lengths(target, base, fixed={}, processes=2) == alone

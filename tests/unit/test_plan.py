@@ -231,13 +231,15 @@ def test_what_is_left_is_offered_only_where_it_fits() -> None:
     assert all(advice.peak_upper_bytes <= plan.gpu.usable_bytes for advice in plan.advice)
 
 
-def test_methods_are_compared_at_the_same_shape() -> None:
+def test_methods_are_compared_as_planned_or_in_the_leanest_way_that_fits() -> None:
     plan = plan_for("llama-3.1-8b", "24GB")
     methods = {one.method: one for one in plan.methods}
     assert set(methods) == {"qlora", "lora", "full"}
     assert methods["qlora"].peak_upper_bytes == plan.memory.peak_upper_bytes
-    assert methods["qlora"].peak_upper_bytes < methods["lora"].peak_upper_bytes
-    assert methods["lora"].peak_upper_bytes < methods["full"].peak_upper_bytes
+    assert methods["lora"].fits
+    assert methods["lora"].weights_bytes > methods["qlora"].weights_bytes
+    assert not methods["full"].fits
+    assert plan.gpu.usable_bytes < methods["full"].peak_upper_bytes
 
 
 def test_experts_and_embeddings_are_told() -> None:
