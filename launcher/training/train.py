@@ -27,6 +27,10 @@ from planner.base.errors import InputError, VramwiseError, shorten
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from planner.data.reader import TrainingData
 
 # Said by torch's CPU allocator, by CUDA calls outside torch's allocator, and by cuBLAS.
 OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -155,8 +159,17 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     train_data = dataset.read_dataset(Path(job.data_path))
     eval_data = dataset.read_dataset(Path(job.eval_data_path)) if job.eval_data_path else None
     tokenizer = build.load_tokenizer(job.model_source, allow_download=job.allow_download)
-    if train_data.format == "messages" and dataset.ensure_chat_template(tokenizer):
+    if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
         _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
+    train_rows, eval_rows = (
+        None if each is None else _rows(each, tokenizer, job) for each in (train_data, eval_data)
+    )
+    assert train_rows is not None
+    untrained = len(train_data.examples) - len(train_rows)
+    if untrained:
+        _warn(
+            writer, f"{untrained:,} examples are not trained: none of their tokens in reach is to be learned"
+        )
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
 
@@ -176,8 +189,8 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         job,
         model=model,
         tokenizer=tokenizer,
-        train_dataset=dataset.to_trl_dataset(train_data),
-        eval_dataset=dataset.to_trl_dataset(eval_data) if eval_data else None,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         output_dir=folder.checkpoints,
         on_gpu=on_gpu,
         callbacks=[callback],
@@ -193,6 +206,17 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+
+
+def _rows(data: TrainingData, tokenizer: PreTrainedTokenizerBase, job: TrainingJob) -> Dataset:
+    from launcher.training.dataset import to_trl_dataset
+
+    return to_trl_dataset(
+        data,
+        tokenizer,
+        max_length=job.setup.max_length,
+        assistant_only_loss=job.assistant_only_loss,
+    )
 
 
 def save_adapter(folder: RunFolder, model: Any, tokenizer: Any) -> None:
