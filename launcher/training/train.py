@@ -147,7 +147,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
 
     import torch
 
-    from launcher.training import build, dataset
+    from launcher.training import build
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -156,20 +156,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
     for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
         _warn(writer, sentence)
-    train_data = dataset.read_dataset(Path(job.data_path))
-    eval_data = dataset.read_dataset(Path(job.eval_data_path)) if job.eval_data_path else None
-    tokenizer = build.load_tokenizer(job.model_source, allow_download=job.allow_download)
-    if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
-        _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
-    train_rows, eval_rows = (
-        None if each is None else _rows(each, tokenizer, job) for each in (train_data, eval_data)
-    )
-    assert train_rows is not None
-    untrained = len(train_data.examples) - len(train_rows)
-    if untrained:
-        _warn(
-            writer, f"{untrained:,} examples are not trained: none of their tokens in reach is to be learned"
-        )
+    tokenizer, train_rows, eval_rows = _data(job, writer)
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
 
@@ -208,15 +195,29 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
 
 
-def _rows(data: TrainingData, tokenizer: PreTrainedTokenizerBase, job: TrainingJob) -> Dataset:
-    from launcher.training.dataset import to_trl_dataset
+def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """The tokenizer, and what it makes of the job's data."""
+    from launcher.training import build, dataset
 
-    return to_trl_dataset(
-        data,
-        tokenizer,
-        max_length=job.setup.max_length,
-        assistant_only_loss=job.assistant_only_loss,
-    )
+    train_data = dataset.read_dataset(Path(job.data_path))
+    eval_data = dataset.read_dataset(Path(job.eval_data_path)) if job.eval_data_path else None
+    tokenizer = build.load_tokenizer(job.model_source, allow_download=job.allow_download)
+    if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
+        _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
+
+    def rows(data: TrainingData) -> Dataset:
+        made = dataset.to_trl_dataset(
+            data,
+            tokenizer,
+            max_length=job.setup.max_length,
+            assistant_only_loss=job.assistant_only_loss,
+        )
+        if len(made) < len(data.examples):
+            left = len(data.examples) - len(made)
+            _warn(writer, f"{data.source}: {left:,} examples have no token to learn within the length")
+        return made
+
+    return tokenizer, rows(train_data), None if eval_data is None else rows(eval_data)
 
 
 def save_adapter(folder: RunFolder, model: Any, tokenizer: Any) -> None:
