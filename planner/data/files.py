@@ -77,13 +77,13 @@ def read_rows(path: Path) -> Rows:
         for each in files:
             reader = _reader(each)
             if reader is None:
-                raise InputError(f"{each}: unknown kind of data file; expected {KINDS}")
+                hint = "" if each.exists() else _absent(each)
+                raise InputError(f"{each}: unknown kind of data file; expected {KINDS}{hint}")
             before = f"{each.name}: " if path.is_dir() else ""
             for place, row in reader(each):
                 yield before + place, row
     except OSError as error:
-        hint = "" if path.exists() else _absent(path)
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}){hint}") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def parse_json(content: bytes, where: str) -> object:

@@ -21,7 +21,7 @@ from typing import Any
 from planner.base.errors import InputError, shorten
 from planner.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
 from planner.data.files import parse_json
-from planner.data.turns import check_text, note_left_out, read_tools, read_turns
+from planner.data.turns import NOTHING, check_text, note_left_out, read_tools, read_turns
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -59,7 +59,7 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     if {"chosen", "rejected"} <= row.keys():
         raise InputError(f"{where}: {_UNUSABLE[0][1]} (found chosen, rejected)")
     for key in _NOT_TRAINED:
-        if row.get(key) not in (None, "", []):
+        if row.get(key) not in NOTHING:
             raise InputError(f"{where}: {key}: images, videos and sound are not trained, only text")
     for form, keys in _KEYS_OF_FORM.items():
         if all(key in row for key in keys):
@@ -167,7 +167,7 @@ def _instruction_in_turns(row: Mapping[str, Any], where: str, left_out: dict[str
 def _history(value: object, where: str) -> list[list[str]]:
     if isinstance(value, str) and value.strip():
         value = parse_json(value.encode("utf-8", "surrogatepass"), f"{where}: history")
-    if not value:
+    if value in NOTHING:
         return []
     pairs: list[Any] = value if isinstance(value, list) else [value]
     for pair in pairs:

@@ -10,6 +10,8 @@ from planner.base.errors import InputError, shorten
 from planner.data.examples import Message
 from planner.data.files import parse_json
 
+NOTHING: tuple[object, ...] = (None, "", [])
+"""Values that say no more than an absent key."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # The names of ShareGPT's `from`, as its data sets and LLaMA-Factory's sharegpt format write them.
 ROLE_OF_SPEAKER = {
@@ -61,7 +63,7 @@ def read_tools(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
     """
     if isinstance(value, str) and value.strip():
         value = parse_json(value.encode("utf-8", "surrogatepass"), f"{where}: tools")
-    if not value:
+    if value in NOTHING:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise InputError(f"{where}: tools must be a list of JSON schemas, found {shorten(value)}")
@@ -103,7 +105,7 @@ def _message(turn: object, where: str, key: str, left_out: dict[str, None]) -> M
     if not isinstance(turn, Mapping) or not ({"role", "from"} & turn.keys()):
         raise InputError(f"{where}: expected an object with role and content, found {shorten(turn)}")
     for name, reason in _REFUSED.items():
-        if turn.get(name) not in (None, "", []):
+        if turn.get(name) not in NOTHING:
             raise InputError(f"{where}: {name} is not supported: {reason}")
     spoken = "role" not in turn
     role = _role(turn["from" if spoken else "role"], spoken, where)
@@ -174,7 +176,7 @@ def _tool_calls(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
     """The calls with their arguments as objects, as chat templates take them; OpenAI writes text."""
     if isinstance(value, str) and value.strip():
         value = parse_json(value.encode("utf-8", "surrogatepass"), f"{where}: tool_calls")
-    if not value:
+    if value in NOTHING:
         return ()
     if not isinstance(value, list):
         raise InputError(f"{where}: tool_calls must be a list, found {shorten(value)}")
