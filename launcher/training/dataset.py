@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.training.chat_template import CHATML_TEMPLATE, ChatTemplate, not_rendered
 from planner.base.errors import InputError, shorten
-from planner.data.examples import left_out_note
+from planner.data.examples import left_out_note, nothing_to_learn
 from planner.data.lengths import DatasetStats
 from planner.data.reader import (
     Conversation,
@@ -89,6 +89,8 @@ def measure_stats(
         lengths.append(len(tokens.input_ids))
         starts.append(tokens.start)
         loss_tokens += sum(label != NOT_LEARNED for label in tokens.labels)
+    if untrained and not lengths:
+        raise nothing_to_learn(untrained, data.source)
     loss_on = {"messages": "assistant" if assistant_only_loss else "all", "prompt_completion": "completion"}
     rendering = not_rendered(data, tokenizer) if needs_chat_template(data) else ()
     return DatasetStats.from_lengths(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planner.base.errors import InputError
 from planner.data.lengths import DatasetStats
 
 FORMATS = ("messages", "prompt_completion", "text")
@@ -84,6 +85,9 @@ def estimated_stats(
     """Lengths of (format, example) pairs from the size of their texts, without a tokenizer.
 
     `left_out` is read after the examples. The statistics are marked as estimates.
+
+    Raises:
+        InputError: no example has a token to learn.
     """
     lengths: list[int] = []
     starts: list[int] = []
@@ -97,6 +101,8 @@ def estimated_stats(
         lengths.append(length)
         starts.append(start)
         loss_tokens += in_loss
+    if untrained and not lengths:
+        raise nothing_to_learn(untrained, source)
     return DatasetStats.from_lengths(
         lengths,
         loss_tokens=loss_tokens,
@@ -107,6 +113,11 @@ def estimated_stats(
         untrained=untrained,
         notes=left_out_note(left_out, source),
     )
+
+
+def nothing_to_learn(examples: int, source: str) -> InputError:
+    """The refusal of data of which nothing would be trained at any length."""
+    return InputError(f"{source}: none of the {examples:,} examples has a token to learn")
 
 
 def left_out_note(left_out: Iterable[str], source: str) -> tuple[str, ...]:

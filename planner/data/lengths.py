@@ -82,8 +82,6 @@ class DatasetStats:
 
     def __post_init__(self) -> None:
         if not self.lengths:
-            if self.untrained:
-                raise InputError(f"none of the {self.untrained:,} examples has a token to learn")
             raise InputError("a dataset without examples has no statistics")
         previous = 0
         for length, count in self.lengths:
