@@ -58,7 +58,7 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     """
     if {"chosen", "rejected"} <= row.keys():
         raise InputError(f"{where}: {_UNUSABLE[0][1]} (found chosen, rejected)")
-    for key in _NOT_TRAINED:
+    for key in _NOT_TRAINED if not row.keys().isdisjoint(_NOT_TRAINED) else ():
         if row.get(key) not in NOTHING:
             raise InputError(f"{where}: {key}: images, videos and sound are not trained, only text")
     for form, keys in _KEYS_OF_FORM.items():
@@ -92,6 +92,8 @@ def format_of(form: str) -> str:
 
 
 def _refuse_meaningful(row: Mapping[str, Any], form: str, where: str) -> None:
+    if row.keys() <= set(_READ_IN_FORM[form]):
+        return
     if str(row.get("label")) in ("True", "False", "true", "false") and form != "text":
         raise InputError(
             f"{where}: label: answers marked as good and bad, as KTO takes them; supervised fine-tuning "
