@@ -214,7 +214,10 @@ def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBas
         )
         if len(made) < len(data.examples):
             left = len(data.examples) - len(made)
-            _warn(writer, f"{data.source}: {left:,} examples have no token to learn within the length")
+            _warn(
+                writer,
+                f"{data.source}: {left:,} of {len(data.examples):,} examples are not trained, having no token to learn",
+            )
         return made
 
     return tokenizer, rows(train_data), None if eval_data is None else rows(eval_data)
