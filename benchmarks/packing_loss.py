@@ -132,6 +132,7 @@ def _trainer(setup: TrainingSetup, seed: int, steps: int, data: TrainingData, fo
         seed=seed,
         logging_steps=1,
     )
+    tokenizer = build.load_tokenizer(str(MODEL), allow_download=False)
     torch.manual_seed(seed)
     return build.build_trainer(
         setup,
@@ -142,8 +143,8 @@ def _trainer(setup: TrainingSetup, seed: int, steps: int, data: TrainingData, fo
             device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
             allow_download=False,
         ),
-        tokenizer=build.load_tokenizer(str(MODEL), allow_download=False),
-        train_dataset=dataset.to_trl_dataset(data),
+        tokenizer=tokenizer,
+        train_dataset=dataset.to_trl_dataset(data, tokenizer, max_length=setup.max_length),
         eval_dataset=None,
         output_dir=folder,
         on_gpu=on_gpu,

@@ -69,19 +69,22 @@ def run(args: argparse.Namespace) -> int:
         knobs = {**_for_the_cpu(model), **request.fixed}
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
     wish = _wish(args, model_source(args.model, model))
-    plan = make_plan(request, model=model, stats=_measured_stats(wish))
+    stats = _measured_stats(wish)
+    plan = make_plan(request, model=model, stats=stats)
     _show(plan)
+    for line in (*stats.notes, *stats.not_trained(plan.setup.max_length)):
+        say(line)
     if not on_gpu:
         say(f"no NVIDIA GPU here: planned for {request.gpu}, trained on this machine's CPU")
     if not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
 
-    from launcher.training import build, dataset
+    from launcher.training import build
 
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     if wish.eval_data is not None:
-        dataset.read_dataset(wish.eval_data)
+        _measured_stats(dataclasses.replace(wish, data=wish.eval_data)).not_trained(plan.setup.max_length)
     folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
     return _follow(folder, plan)
 

@@ -25,7 +25,7 @@ def sft_config(
     return SFTConfig(
         output_dir=str(output_dir),
         **_batches(setup),
-        **_loss(job),
+        **_loss(),
         **_memory_and_speed(setup, on_gpu=on_gpu),
         **checkpointing(setup, SFTConfig),
         **_optimisation(job),
@@ -65,11 +65,11 @@ def _batches(setup: TrainingSetup) -> dict[str, Any]:
     }
 
 
-def _loss(job: TrainingJob) -> dict[str, Any]:
-    """What is learned from."""
+def _loss() -> dict[str, Any]:
+    """What is learned from: the labels that launcher.training.dataset has made."""
     return {
         "completion_only_loss": None,
-        "assistant_only_loss": job.assistant_only_loss,
+        "assistant_only_loss": False,
         "loss_type": "nll",
         "label_smoothing_factor": 0.0,
         "average_tokens_across_devices": True,

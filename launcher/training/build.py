@@ -178,7 +178,7 @@ def build_trainer(
 ) -> LaunchedTrainer:
     """SFTTrainer for a model from load_model, or one of the same form made otherwise (random weights).
 
-    Datasets have the columns of launcher.training.dataset.to_trl_dataset, or `input_ids`.
+    Datasets have the columns of launcher.training.dataset.to_trl_dataset: `input_ids` and `labels`.
 
     Raises:
         InputError: the setup cannot be run here.

@@ -1,17 +1,21 @@
-"""Training data for the training process: Parquet, chat templates, exact token lengths, TRL's dataset form.
+"""Examples to what is trained: token ids and labels, by the model's own tokenizer and chat template.
 
-The checks live in planner.data.reader, so that planning without the training stack sees the same data.
+Labels are made here and not by TRL, which knows no weights of turns, refuses to take the loss on the
+assistant's turns with templates that it does not know (Llama 3.1 and 3.2 among them), and drops examples
+without a trained token in silence. The plan's lengths are counted on the same tokens.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.base.errors import InputError, MissingExtraError, shorten
+from launcher.training.chat_template import CHATML_TEMPLATE, ChatTemplate, not_rendered
+from planner.base.errors import InputError, shorten
+from planner.data.examples import left_out_note, nothing_to_learn
 from planner.data.lengths import DatasetStats
 from planner.data.reader import (
     Conversation,
@@ -19,8 +23,6 @@ from planner.data.reader import (
     PlainText,
     PromptCompletion,
     TrainingData,
-    check_rows,
-    decode_messages_column,
     read_training_data,
 )
 
@@ -29,58 +31,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_BATCH = 1000
-# ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md), for tokenizers without a template.
-# The end-of-sequence token closes the assistant's turn, so that the model learns to stop.
-CHATML_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+NOT_LEARNED = -100
+"""torch.nn.CrossEntropyLoss, ignore_index: the label of a token that the loss leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What is trained of an example: token ids, and the same with NOT_LEARNED where no loss is taken."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def start(self) -> int:
+        """Tokens before the first that is learned; all where none is."""
+        return next((i for i, label in enumerate(self.labels) if label != NOT_LEARNED), len(self.labels))
 
 
 def read_dataset(path: Path) -> TrainingData:
-    """Read and check a .jsonl, .json, .csv or .parquet file.
+    """Read and check a data file or a folder of shards.
 
     Raises:
-        InputError: the file cannot be read, or an example is not usable; one line that names the place.
+        InputError: it cannot be read, or an example is not usable; one line that names the place.
+        MissingExtraError: a table whose package is not installed.
     """
-    if path.suffix.lower() != ".parquet":
-        return read_training_data(path)
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise MissingExtraError("reading Parquet", "pandas") from error
-    try:
-        frame = pd.read_parquet(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise InputError(f"{path}: not a Parquet file: {shorten(str(error))}") from error
-    return check_rows(_frame_rows(frame, path), source=str(path))
-
-
-def _frame_rows(frame: Any, path: Path) -> Iterator[tuple[str, object]]:
-    columns = [str(name) for name in frame.columns]
-    for number, values in enumerate(frame.itertuples(index=False, name=None), start=1):
-        place = f"row {number}"
-        row = {name: _plain(value) for name, value in zip(columns, values, strict=True)}
-        yield place, decode_messages_column(row, f"{path}: {place}")
-
-
-def _plain(value: Any) -> Any:
-    """numpy's containers and pandas' missing values as JSON would give them."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return read_training_data(path)
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -91,101 +66,167 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
+def needs_chat_template(data: TrainingData) -> bool:
+    """Whether a chat template renders the examples."""
+    return isinstance(data.examples[0], Conversation)
+
+
 def measure_stats(
     data: TrainingData, tokenizer: PreTrainedTokenizerBase, *, assistant_only_loss: bool = False
 ) -> DatasetStats:
-    """Token lengths as TRL's SFTTrainer will make them (template, special and end tokens included).
+    """Lengths and trained tokens of what tokenised gives.
 
     Raises:
-        InputError: the chat template refuses an example; the line names which.
+        InputError: as tokenised; or no example has a token to learn.
     """
-    if data.format == "messages":
-        ensure_chat_template(tokenizer)
     lengths: list[int] = []
-    loss_tokens = 0
-    examples = iter(enumerate(data.examples, start=1))
-    while batch := list(islice(examples, TOKENIZER_BATCH)):
-        measured = _measure(batch, data, tokenizer, assistant_only_loss)
-        for length, in_loss in measured:
-            lengths.append(length)
-            loss_tokens += in_loss
+    starts: list[int] = []
+    loss_tokens = untrained = 0
+    for tokens in tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss):
+        if tokens.start == len(tokens.labels):
+            untrained += 1
+            continue
+        lengths.append(len(tokens.input_ids))
+        starts.append(tokens.start)
+        loss_tokens += sum(label != NOT_LEARNED for label in tokens.labels)
+    if untrained and not lengths:
+        raise nothing_to_learn(untrained, data.source)
     loss_on = {"messages": "assistant" if assistant_only_loss else "all", "prompt_completion": "completion"}
+    rendering = not_rendered(data, tokenizer) if needs_chat_template(data) else ()
     return DatasetStats.from_lengths(
         lengths,
         loss_tokens=loss_tokens,
         loss_on=loss_on.get(data.format, "all"),
         data_format=data.format,
         estimated=False,
+        starts=starts,
+        untrained=untrained,
+        notes=(*left_out_note(data.left_out, data.source), *rendering),
     )
 
 
-def _measure(
-    batch: list[tuple[int, Example]], data: TrainingData, tokenizer: Any, assistant_only_loss: bool
-) -> list[tuple[int, int]]:
-    """(tokens, tokens in the loss) of each example."""
-    if assistant_only_loss and data.format == "messages":
-        return [_assistant_tokens(e, tokenizer, f"{data.source}: example {n}") for n, e in batch]
-    texts = [_rendered(e, tokenizer, f"{data.source}: example {n}") for n, e in batch]
-    # A chat template writes the special tokens itself; plain text gets the tokenizer's.
-    special = data.format != "messages"
-    wholes = tokenizer(texts, add_special_tokens=special)["input_ids"]
-    if data.format != "prompt_completion":
-        return [(len(ids), len(ids)) for ids in wholes]
-    prompts = tokenizer([e.prompt for _, e in batch if isinstance(e, PromptCompletion)])["input_ids"]
-    pairs = zip(wholes, prompts, strict=True)
-    return [(len(whole), len(whole) - _common_prefix(whole, prompt)) for whole, prompt in pairs]
+def to_trl_dataset(
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    assistant_only_loss: bool = False,
+) -> Dataset:
+    """The columns that SFTTrainer takes as they are: `input_ids` and `labels`, cut at `max_length`.
 
+    Examples without a token to learn within that length are left out, as measure_stats counts them.
 
-def _rendered(example: Example, tokenizer: Any, where: str) -> str:
-    eos = tokenizer.eos_token or ""
-    match example:
-        case Conversation():
-            return str(_apply_template(example, tokenizer, where, tokenize=False))
-        case PromptCompletion(prompt=prompt, completion=completion):
-            return prompt + (completion if completion.endswith(eos) else completion + eos)
-        case PlainText(text=text):
-            return text if text.endswith(eos) else text + eos
-
-
-def _assistant_tokens(example: Example, tokenizer: Any, where: str) -> tuple[int, int]:
-    assert isinstance(example, Conversation)
-    made = _apply_template(
-        example, tokenizer, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return len(made["input_ids"]), sum(made["assistant_masks"])
-
-
-def _apply_template(example: Conversation, tokenizer: Any, where: str, **options: Any) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(_turns(example), **options)
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses it: {shorten(str(error), 120)}") from error
-
-
-def _turns(example: Conversation) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in example.messages]
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
-
-
-def to_trl_dataset(data: TrainingData) -> Dataset:
-    """The examples in the columns that SFTTrainer reads: messages, prompt and completion, or text."""
+    Raises:
+        InputError: as tokenised; or nothing is left.
+    """
+    import pyarrow as pa
     from datasets import Dataset
 
-    rows: list[dict[str, Any]] = []
-    for example in data.examples:
+    made = iter(tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss))
+    parts = []
+    while batch := list(islice(made, TOKENIZER_BATCH)):
+        kept = [tokens for tokens in batch if tokens.start < min(max_length, len(tokens.labels))]
+        columns = {
+            "input_ids": [tokens.input_ids[:max_length] for tokens in kept],
+            "labels": [tokens.labels[:max_length] for tokens in kept],
+        }
+        kind = pa.list_(pa.int64())
+        parts.append(pa.table({name: pa.array(rows, type=kind) for name, rows in columns.items()}))
+    table = pa.concat_tables(parts)
+    if not table.num_rows:
+        raise InputError(
+            f"{data.source}: none of the {len(data.examples):,} examples has a token to learn within "
+            f"max_length={max_length}, so nothing would be trained"
+        )
+    return Dataset(table)
+
+
+def tokenised(
+    data: TrainingData, tokenizer: PreTrainedTokenizerBase, *, assistant_only_loss: bool = False
+) -> Iterator[Tokens]:
+    """Token ids and labels of every example, nothing cut.
+
+    Raises:
+        InputError: the chat template or the tokenizer refuses an example, or the template does not tell apart
+            the turns whose loss is to be taken; the line names which.
+    """
+    chat = needs_chat_template(data)
+    if assistant_only_loss and not chat:
+        raise InputError(f"--assistant-only-loss needs conversations; {data.source} holds {data.format}")
+    if chat:
+        ensure_chat_template(tokenizer)
+    template = ChatTemplate(tokenizer, assistant_only_loss)
+    examples = iter(enumerate(data.examples, start=1))
+    while batch := list(islice(examples, TOKENIZER_BATCH)):
+        places = [f"{data.source}: example {number}" for number, _ in batch]
+        if chat:
+            shown = [example for _, example in batch if isinstance(example, Conversation)]
+            yield from _conversations(shown, places, template)
+        else:
+            yield from _texts([example for _, example in batch], places, tokenizer)
+
+
+def _texts(examples: Sequence[Example], places: Sequence[str], tokenizer: Any) -> Iterator[Tokens]:
+    """Plain texts and prompts with completions, special tokens and end of sequence as TRL adds them."""
+    eos = tokenizer.eos_token or ""
+    texts, prompts = [], []
+    for example in examples:
         match example:
-            case Conversation():
-                rows.append({"messages": _turns(example)})
             case PromptCompletion(prompt=prompt, completion=completion):
-                rows.append({"prompt": prompt, "completion": completion})
+                prompts.append(prompt)
+                texts.append(prompt + (completion if completion.endswith(eos) else completion + eos))
             case PlainText(text=text):
-                rows.append({"text": text})
-    return Dataset.from_list(rows)
+                texts.append(text if text.endswith(eos) else text + eos)
+    wholes = _encoded(tokenizer, texts, places)["input_ids"]
+    if not prompts:
+        yield from (Tokens(ids, ids) for ids in wholes)
+        return
+    before = _encoded(tokenizer, prompts, places)["input_ids"]
+    for ids, prompt_ids in zip(wholes, before, strict=True):
+        yield _behind(ids, prompt_ids)
+
+
+def _behind(ids: list[int], prompt_ids: list[int]) -> Tokens:
+    """The completion begins where prompt and whole diverge (trl/trainer/sft_trainer.py, tokenize_fn)."""
+    pairs = zip(ids, prompt_ids, strict=False)
+    common = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(prompt_ids)))
+    return Tokens(ids, [NOT_LEARNED] * common + ids[common:])
+
+
+def _conversations(
+    examples: Sequence[Conversation], places: Sequence[str], template: ChatTemplate
+) -> Iterator[Tokens]:
+    every = [template.turns(example) for example in examples]
+    texts = [
+        template.rendered(turns, example, where)
+        for turns, example, where in zip(every, examples, places, strict=True)
+    ]
+    encoded = _encoded(
+        template.tokenizer, texts, places, add_special_tokens=False, return_offsets_mapping=True
+    )
+    for number, example in enumerate(examples):
+        ids, where = encoded["input_ids"][number], places[number]
+        labels = list(ids)
+        if example.completion_from is not None:
+            asked = template.rendered(every[number][: example.completion_from], example, where, True)
+            prompt = _encoded(template.tokenizer, [asked], [where], add_special_tokens=False)["input_ids"][0]
+            labels = _behind(ids, prompt).labels
+        learned = template.learned(
+            example, every[number], texts[number], encoded["offset_mapping"][number], where
+        )
+        if learned is not None:
+            labels = [label if keep else NOT_LEARNED for label, keep in zip(labels, learned, strict=True)]
+        yield Tokens(ids, labels)
+
+
+def _encoded(tokenizer: Any, texts: list[str], places: Sequence[str], **options: Any) -> Any:
+    """Tokens of texts; what the tokenizer refuses is named by its place."""
+    try:
+        return tokenizer(texts, **options)
+    except (TypeError, ValueError, OverflowError, NotImplementedError) as error:
+        for text, where in zip(texts, places, strict=True):
+            try:
+                tokenizer([text], **options)
+            except (TypeError, ValueError, OverflowError, NotImplementedError) as own:
+                raise InputError(f"{where}: the tokenizer refuses it: {shorten(str(own), 120)}") from own
+        raise InputError(f"{places[0]}: the tokenizer refuses it: {shorten(str(error), 120)}") from error

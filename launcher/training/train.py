@@ -27,6 +27,10 @@ from planner.base.errors import InputError, VramwiseError, shorten
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from planner.data.reader import TrainingData
 
 # Said by torch's CPU allocator, by CUDA calls outside torch's allocator, and by cuBLAS.
 OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -143,7 +147,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
 
     import torch
 
-    from launcher.training import build, dataset
+    from launcher.training import build
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -152,11 +156,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
     for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
         _warn(writer, sentence)
-    train_data = dataset.read_dataset(Path(job.data_path))
-    eval_data = dataset.read_dataset(Path(job.eval_data_path)) if job.eval_data_path else None
-    tokenizer = build.load_tokenizer(job.model_source, allow_download=job.allow_download)
-    if train_data.format == "messages" and dataset.ensure_chat_template(tokenizer):
-        _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
+    tokenizer, train_rows, eval_rows = _data(job, writer)
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
 
@@ -176,8 +176,8 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         job,
         model=model,
         tokenizer=tokenizer,
-        train_dataset=dataset.to_trl_dataset(train_data),
-        eval_dataset=dataset.to_trl_dataset(eval_data) if eval_data else None,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         output_dir=folder.checkpoints,
         on_gpu=on_gpu,
         callbacks=[callback],
@@ -193,6 +193,34 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+
+
+def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """The tokenizer, and what it makes of the job's data."""
+    from launcher.training import build, dataset
+
+    train_data = dataset.read_dataset(Path(job.data_path))
+    eval_data = dataset.read_dataset(Path(job.eval_data_path)) if job.eval_data_path else None
+    tokenizer = build.load_tokenizer(job.model_source, allow_download=job.allow_download)
+    if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
+        _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
+
+    def rows(data: TrainingData) -> Dataset:
+        made = dataset.to_trl_dataset(
+            data,
+            tokenizer,
+            max_length=job.setup.max_length,
+            assistant_only_loss=job.assistant_only_loss,
+        )
+        if len(made) < len(data.examples):
+            left = len(data.examples) - len(made)
+            _warn(
+                writer,
+                f"{data.source}: {left:,} of {len(data.examples):,} examples are not trained, having no token to learn",
+            )
+        return made
+
+    return tokenizer, rows(train_data), None if eval_data is None else rows(eval_data)
 
 
 def save_adapter(folder: RunFolder, model: Any, tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode
 from planner.commands.knobs import add_knobs, given_knobs
-from planner.commands.program import StoreOnce, real_number, whole_number
+from planner.commands.program import StoreOnce, real_number, say, whole_number
 from planner.setup.request import PlanRequest
 
 
@@ -35,7 +35,9 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: the GPU of this machine)"
     )
-    parser.add_argument("--data", action=StoreOnce, help="training examples: .jsonl, .json or .csv")
+    parser.add_argument(
+        "--data", action=StoreOnce, metavar="FILE", help="training examples: a file or folder (docs/data.md)"
+    )
     parser.add_argument(
         "--effective-batch-size",
         action=StoreOnce,
@@ -85,16 +87,22 @@ def plan_from(args: argparse.Namespace) -> Plan:
     Raises:
         InputError: see planner.planning.make_plan.make_plan.
     """
-    from planner.planning.make_plan import make_plan
+    from planner.planning.make_plan import make_plan, read_stats
 
-    return make_plan(
+    stats = None if args.data is None else read_stats(args.data)
+    plan = make_plan(
         request_from(args),
+        stats=stats,
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
         # Nothing of them is on the short page.
         methods=args.full or args.explain or args.json,
     )
+    if stats is not None:
+        for line in (*stats.notes, *stats.not_trained(plan.setup.max_length)):
+            say(line)
+    return plan
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,14 +31,11 @@ class BatchLength:
 
 
 class Lengths:
-    """Lengths of a dataset's examples, truncated."""
+    """Lengths of a dataset's examples that are trained, truncated."""
 
     def __init__(self, stats: DatasetStats, max_length: int) -> None:
-        whole = bisect_left(stats.lengths, (max_length, 0))
-        kept = list(stats.lengths[:whole])
-        self.cut = sum(count for _, count in stats.lengths[whole:])
-        if self.cut:
-            kept.append((max_length, self.cut))
+        kept = stats.clipped(max_length)
+        self.cut = kept[-1][1] if kept[-1][0] == max_length else 0
         self._lengths = [length for length, _ in kept]
         self._up_to = list(accumulate(count for _, count in kept))
         self.examples = self._up_to[-1]

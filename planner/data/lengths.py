@@ -12,7 +12,7 @@ from typing import Any
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LOSS_KINDS = ("all", "completion", "assistant")
 MAX_TOKENS = 2**40
 
@@ -64,6 +64,11 @@ class DatasetStats:
     `loss_tokens` is how many tokens the loss sees in an epoch without truncation, `loss_on` which those are:
     "all" tokens, the "completion", or the "assistant" turns. `estimated` says that lengths were estimated
     from the text's size and not measured with a tokenizer.
+
+    `starts` are (tokens before the first trained one, number of examples) pairs, rising, of the examples that
+    do not begin with a trained token: cut at a length, an example whose prompt fills it has nothing to learn
+    and is not trained. `untrained` examples have no trained token at any length and are not among `lengths`.
+    `notes` are lines that a person is to be told once.
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -71,6 +76,9 @@ class DatasetStats:
     loss_on: str
     data_format: str
     estimated: bool
+    starts: tuple[tuple[int, int], ...] = ()
+    untrained: int = 0
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -84,12 +92,29 @@ class DatasetStats:
         validate.choice("loss_on", self.loss_on, LOSS_KINDS)
         validate.text("data_format", self.data_format)
         validate.boolean("estimated", self.estimated)
+        previous = 0
+        for start, count in self.starts:
+            validate.integer("start", start, minimum=previous + 1, maximum=self.longest)
+            validate.integer("count", count, minimum=1, maximum=self.examples)
+            previous = start
+        validate.integer("untrained", self.untrained, minimum=0, maximum=MAX_TOKENS)
+        for note in self.notes:
+            validate.text("note", note)
 
     @classmethod
     def from_lengths(
-        cls, lengths: Iterable[int], *, loss_tokens: int, loss_on: str, data_format: str, estimated: bool
+        cls,
+        lengths: Iterable[int],
+        *,
+        loss_tokens: int,
+        loss_on: str,
+        data_format: str,
+        estimated: bool,
+        starts: Iterable[int] = (),
+        untrained: int = 0,
+        notes: tuple[str, ...] = (),
     ) -> DatasetStats:
-        """Count one length per example.
+        """Count one length, and one start where there are any, per example.
 
         Raises:
             InputError: no example, or a length below 1.
@@ -101,6 +126,9 @@ class DatasetStats:
             loss_on=loss_on,
             data_format=data_format,
             estimated=estimated,
+            starts=tuple(sorted(Counter(start for start in starts if start).items())),
+            untrained=untrained,
+            notes=notes,
         )
 
     @property
@@ -135,21 +163,47 @@ class DatasetStats:
         return self.longest
 
     def truncation(self, max_length: int) -> Truncation:
-        """What TRL's `max_length` drops."""
+        """What TRL's `max_length` drops, examples without a trained token below it whole."""
         _check_length(max_length)
         cut = [(length, count) for length, count in self.lengths if length > max_length]
         return Truncation(
             examples=sum(count for _, count in cut),
-            tokens=sum((length - max_length) * count for length, count in cut),
+            tokens=sum((length - max_length) * count for length, count in cut)
+            + max_length * self.masked(max_length),
         )
+
+    def masked(self, max_length: int) -> int:
+        """Examples whose trained tokens all lie beyond `max_length`: they are not trained."""
+        return sum(count for start, count in self.starts if start >= max_length)
+
+    def not_trained(self, max_length: int) -> tuple[str, ...]:
+        """The line that says how many examples are not trained at a length; none where all are.
+
+        Raises:
+            InputError: no example is.
+        """
+        masked, every = self.masked(max_length), self.examples + self.untrained
+        if masked + self.untrained == every:
+            raise InputError(
+                f"max_length={max_length}: none of the {every:,} examples has a token to learn within it"
+            )
+        reasons = []
+        if masked:
+            reasons.append(f"the prompt of {masked:,} fills max_length {max_length:,}")
+        if self.untrained:
+            reasons.append(f"{self.untrained:,} have none")
+        told = f"{masked + self.untrained:,} of {every:,} examples are not trained, having no token to learn"
+        return (f"{told}: {' and '.join(reasons)}",) if reasons else ()
 
     def padding(self, batch_size: int, max_length: int) -> Padding:
         """What padding to the longest of each random batch of `batch_size` costs over an epoch."""
         validate.integer("batch_size", batch_size, minimum=1, maximum=2**31)
         _check_length(max_length)
-        examples, size = self.examples, min(batch_size, self.examples)
+        kept = self.clipped(max_length)
+        examples = sum(count for _, count in kept)
+        size = min(batch_size, examples)
         expected, below, seen = 0.0, 0.0, 0
-        for length, count in self._clipped(max_length):
+        for length, count in kept:
             seen += count
             at_most = (seen / examples) ** size
             expected += length * (at_most - below)
@@ -171,7 +225,7 @@ class DatasetStats:
         open_sequences: dict[int, int] = {}
         spaces: list[int] = []
         sequences = 0
-        for length, count in reversed(self._clipped(max_length)):
+        for length, count in reversed(self.clipped(max_length)):
             left = count
             while left:
                 index = bisect_left(spaces, length)
@@ -211,15 +265,22 @@ class DatasetStats:
         if version != SCHEMA_VERSION:
             raise FieldError("schema_version", version, str(SCHEMA_VERSION))
         try:
-            rest["lengths"] = tuple((length, count) for length, count in rest["lengths"])
+            for name in ("lengths", "starts"):
+                rest[name] = tuple((length, count) for length, count in rest[name])
+            rest["notes"] = tuple(rest["notes"])
             return cls(**rest)
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"not dataset statistics: {error}") from error
 
-    def _clipped(self, max_length: int) -> list[tuple[int, int]]:
-        """The pairs after truncation, those at the limit merged."""
+    def clipped(self, max_length: int) -> list[tuple[int, int]]:
+        """The pairs of what is trained after truncation, those at the limit merged.
+
+        Where nothing is, which not_trained refuses, one example at the limit stands for it.
+        """
         kept = [(length, count) for length, count in self.lengths if length < max_length]
         cut = sum(count for length, count in self.lengths if length >= max_length)
+        # All that is masked is longer than the limit: its first trained token lies beyond.
+        cut = cut - self.masked(max_length) if kept else max(1, cut - self.masked(max_length))
         return [*kept, (max_length, cut)] if cut else kept
 
 

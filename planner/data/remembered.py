@@ -16,27 +16,35 @@ from planner.data.lengths import DatasetStats
 
 LEAST_BYTES = 2**22
 """A smaller file is read again faster than it is worth remembering."""
-READER_VERSION = 1
+READER_VERSION = 2
 """To be raised when the same file would give other lengths."""
 
 
 def estimated_lengths(path: Path) -> DatasetStats:
-    """Lengths of a .jsonl, .json or .csv file, estimated from the size of its texts.
+    """Lengths of a data file or folder, estimated from the size of its texts.
 
-    A file is taken to be unchanged while its size and its time of change to the nanosecond are.
+    It is taken to be unchanged while number, sizes and times of change to the nanosecond of its files are.
 
     Raises:
-        InputError: the file cannot be read or is not training data.
+        InputError: it cannot be read or is not training data.
+        MissingExtraError: a table whose package is not installed.
     """
+    from planner.data.files import data_files
     from planner.data.reader import estimate_file
 
     try:
-        found = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if found.st_size < LEAST_BYTES:
+        found = [each.stat() for each in data_files(path)]
+    except OSError:
+        return estimate_file(path)  # which says what is wrong
+    size = sum(each.st_size for each in found)
+    if size < LEAST_BYTES:
         return estimate_file(path)
-    key = {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "reader": READER_VERSION}
+    key = {
+        "files": len(found),
+        "size": size,
+        "mtime_ns": sum(each.st_mtime_ns for each in found),
+        "reader": READER_VERSION,
+    }
     note = _note(path)
     known = _read(note, key)
     if known is None:

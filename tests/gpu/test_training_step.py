@@ -41,12 +41,13 @@ def _leave_nothing_behind() -> Iterator[None]:
 def make_trainer(folder: Path, **changes: Any) -> LaunchedTrainer:
     """The demo's trainer on the GPU, with an adapter that adds something to the base."""
     setup = TrainingSetup(**{"model": "demo", "max_length": 256, "per_device_train_batch_size": 2, **changes})
-    rows = dataset.to_trl_dataset(dataset.read_dataset(DATA))
+    tokenizer = build.load_tokenizer(str(MODEL), allow_download=False)
+    rows = dataset.to_trl_dataset(dataset.read_dataset(DATA), tokenizer, max_length=setup.max_length)
     trainer = build.build_trainer(
         setup,
         TrainingJob(setup=setup, model_source=str(MODEL), data_path=str(DATA), max_steps=1),
         model=build.load_model(setup, str(MODEL), device=torch.device("cuda", 0), allow_download=False),
-        tokenizer=build.load_tokenizer(str(MODEL), allow_download=False),
+        tokenizer=tokenizer,
         train_dataset=rows.select(range(16)),
         eval_dataset=None,
         output_dir=folder,

@@ -43,8 +43,10 @@ def make_trainer(
 ) -> LaunchedTrainer:
     made = make_job(setup, **job)
     shown = data or dataset.read_dataset(DATA)
-    rows = dataset.to_trl_dataset(shown)
     tokenizer = build.load_tokenizer(MODEL, allow_download=False)
+    rows = dataset.to_trl_dataset(
+        shown, tokenizer, max_length=setup.max_length, assistant_only_loss=made.assistant_only_loss
+    )
     return build.build_trainer(
         setup,
         made,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from planner.base.errors import InputError
-from planner.data import reader as dataset_reader
+from planner.data import files as data_files
 from planner.data.reader import (
     Conversation,
     PlainText,
@@ -75,12 +75,12 @@ BAD_ROWS = [
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "content must be text"),
     ({"prompt": "x", "completion": ""}, "completion is empty"),
     ({"prompt": "x"}, "expected messages"),
-    ({"prompt": [TURN], "completion": [ANSWER]}, "under messages"),
+    ({"prompt": [TURN], "completion": "x"}, "both texts or both lists"),
     ({"instruction": "x", "output": "  "}, "output is empty"),
     ({"instruction": "x", "output": "y", "input": 3}, "input must be text"),
     ({"text": 5}, "text must be text"),
-    ({"conversations": [{"from": "human", "value": "x"}]}, "ShareGPT"),
-    ({"question": "x", "answer": "y"}, "expected messages"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "last message is from user"),
+    ({"conversations": [{"from": "narrator", "value": "x"}]}, "role 'narrator'"),
     ({}, "no keys"),
     ([1, 2], "expected a JSON object"),
     ("text", "expected a JSON object"),
@@ -121,7 +121,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, content: bytes, sa
 
 
 def test_a_huge_line_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_reader, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 1000)
     path = jsonl(tmp_path, {"text": "a"}, {"text": "b" * 2000})
     with pytest.raises(InputError, match="line 2: longer than"):
         read_training_data(path)
@@ -137,7 +137,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "short.csv").write_text("prompt,completion\na\n")
     with pytest.raises(InputError, match="line 2"):
         read_training_data(tmp_path / "short.csv")
-    (tmp_path / "object.json").write_text('{"text": "a"}')
+    (tmp_path / "object.json").write_text('{\n"text": "a"\n}')
     with pytest.raises(InputError, match="expected a JSON list"):
         read_training_data(tmp_path / "object.json")
 

@@ -1,0 +1,165 @@
+"""Training examples as they are held once they are read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.base.errors import InputError
+from planner.data.lengths import DatasetStats
+
+FORMATS = ("messages", "prompt_completion", "text")
+# English text averages about four characters a token (https://help.openai.com/en/articles/4936856). UTF-8
+# bytes stand for characters: other scripts need more tokens a character, and have more bytes.
+BYTES_PER_TOKEN = 4
+# ChatML's <|im_start|>, role, line break, <|im_end|>, line break.
+TOKENS_PER_MESSAGE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    `trained` is False for a turn that is to stay out of the loss. `more` holds what a chat template may
+    render beside role and content: reasoning_content, tool_calls, name, tool_call_id.
+    """
+
+    role: str
+    content: str
+    trained: bool = True
+    more: tuple[tuple[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        return {"role": self.role, "content": self.content, **dict(self.more)}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns, the last of which is the assistant's, and the tools they may call.
+
+    `completion_from` is the place of the first turn whose loss is taken, counted from 0, where the turns were
+    given as prompt and completion; else None. `tools` are JSON schemas, passed to the chat template.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    completion_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCompletion:
+    """An example whose loss is taken on the completion alone."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """An example whose loss is taken on all of its text."""
+
+    text: str
+
+
+Example = Conversation | PromptCompletion | PlainText
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The checked examples of one file or folder, all of one format (one of FORMATS).
+
+    `left_out` are the keys of rows that nothing is made of, each once.
+    """
+
+    format: str
+    examples: tuple[Example, ...]
+    source: str
+    left_out: tuple[str, ...] = ()
+
+
+def estimated_stats(
+    examples: Iterable[tuple[str, Example]], left_out: Iterable[str], source: str
+) -> DatasetStats:
+    """Lengths of (format, example) pairs from the size of their texts, without a tokenizer.
+
+    `left_out` is read after the examples. The statistics are marked as estimates.
+
+    Raises:
+        InputError: no example has a token to learn.
+    """
+    lengths: list[int] = []
+    starts: list[int] = []
+    loss_tokens, untrained, form = 0, 0, ""
+    for data_format, example in examples:
+        form = data_format
+        length, in_loss, start = _estimated(example)
+        if not in_loss:
+            untrained += 1
+            continue
+        lengths.append(length)
+        starts.append(start)
+        loss_tokens += in_loss
+    if untrained and not lengths:
+        raise nothing_to_learn(untrained, source)
+    return DatasetStats.from_lengths(
+        lengths,
+        loss_tokens=loss_tokens,
+        loss_on="completion" if form == "prompt_completion" else "all",
+        data_format=form,
+        estimated=True,
+        starts=starts,
+        untrained=untrained,
+        notes=left_out_note(left_out, source),
+    )
+
+
+def nothing_to_learn(examples: int, source: str) -> InputError:
+    """The refusal of data of which nothing would be trained at any length."""
+    return InputError(f"{source}: none of the {examples:,} examples has a token to learn")
+
+
+def left_out_note(left_out: Iterable[str], source: str) -> tuple[str, ...]:
+    """The line that says which keys nothing is made of; none where there are none."""
+    keys = ", ".join(left_out)
+    return (f"{source}: left out of every example: {keys}",) if keys else ()
+
+
+def _estimated(example: Example) -> tuple[int, int, int]:
+    """(tokens, tokens in the loss, tokens before the first of those) of an example."""
+    match example:
+        case Conversation():
+            return _conversation(example)
+        case PromptCompletion(prompt=prompt, completion=completion):
+            before, in_loss = _tokens(prompt), _tokens(completion) + 1
+            return before + in_loss, in_loss, before
+        case PlainText(text=text):
+            length = _tokens(text) + 1
+            return length, length, 0
+
+
+def _conversation(example: Conversation) -> tuple[int, int, int]:
+    length = _tokens_of_json(example.tools) if example.tools else 0
+    learns_all = example.completion_from is None
+    in_loss, start = (length, 0 if length else None) if learns_all else (0, None)
+    for place, message in enumerate(example.messages):
+        own = _tokens(message.content) + TOKENS_PER_MESSAGE
+        for _, value in message.more:
+            own += _tokens(value) if isinstance(value, str) else _tokens_of_json(value)
+        if message.trained and place >= (example.completion_from or 0):
+            in_loss += own
+            start = length if start is None else start
+        length += own
+    return length, in_loss, start or 0
+
+
+def _tokens(text: str) -> int:
+    size = len(text) if text.isascii() else len(text.encode("utf-8"))
+    return -(-size // BYTES_PER_TOKEN)
+
+
+def _tokens_of_json(value: object) -> int:
+    import json
+
+    return _tokens(json.dumps(value, ensure_ascii=False))
