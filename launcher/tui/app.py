@@ -11,6 +11,7 @@ from textual import on, work
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.message import Message
+from textual.theme import Theme
 from textual.widgets import HelpPanel
 
 from launcher.runs.folder import RunFolder
@@ -24,7 +25,7 @@ from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.start_run import RunWish, StartRun
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
-from launcher.tui.themes import DARK, LIGHT
+from launcher.tui.themes import DARK, LIGHT, completed
 from planner.base.errors import VramwiseError
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
@@ -89,12 +90,24 @@ class VramwiseApp(App[None]):
         self._data = data
         self._started: list[starting.Started] = []
 
+    def get_css_variables(self) -> dict[str, str]:
+        """The theme's variables, with those that this interface needs beside Textual's."""
+        self.theme_variables = completed(self.current_theme, super().get_css_variables())
+        return self.theme_variables
+
     def on_mount(self) -> None:
         """Show the first screen."""
+        self.theme_changed_signal.subscribe(self, self._redraw)
         self._handle_signals()
         self.push_screen(SizingScreen(*self._first))
         if self._run is not None:
             self.push_screen(RunScreen(self._run))
+
+    def _redraw(self, _: Theme) -> None:
+        """Draw anew what is drawn in the theme's colours: Textual keeps what a widget drew before."""
+        for screen in self.screen_stack:
+            for widget in screen.query("*"):
+                widget.refresh(layout=True)
 
     def start_run(self, sizing: Sizing) -> None:
         """Ask what to train on, then start."""

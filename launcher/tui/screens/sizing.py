@@ -24,6 +24,7 @@ from launcher.tui.screens.sizing_messages import Advised, Chosen, Refined, Resol
 from launcher.tui.screens.sizing_pickers import gpu_picker, model_picker
 from launcher.tui.sizing import Sizing, refine, size_up
 from launcher.tui.text import plain
+from launcher.tui.themes import colours
 from launcher.tui.widgets.advice_panel import AdvicePanel
 from launcher.tui.widgets.frontier_panel import FrontierPanel
 from launcher.tui.widgets.knob_form import KnobForm
@@ -98,6 +99,7 @@ class SizingScreen(Screen[None]):
 
     def on_mount(self) -> None:
         """Answer the first question."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_question())
         self._answer(self._initial)
 
     @property
@@ -145,16 +147,21 @@ class SizingScreen(Screen[None]):
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
-        question = parts.question(sizing, self.app.theme_variables["muted"])
-        if question != self._question:
-            self._question = question
-            self.query_one("#question", Static).update(question)
+        self._show_question()
         self.query_one(VerdictLine).sizing = sizing
         self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory
         self.query_one(PhaseTable).memory = sizing.memory
         self.query_one(SpeedPanel).sizing = sizing
         self.form.show_other_fields(parts.other_fields(self._others))
+
+    def _show_question(self) -> None:
+        if self.sizing is None:
+            return
+        question = parts.question(self.sizing, colours(self.app).muted)
+        if question != self._question:
+            self._question = question
+            self.query_one("#question", Static).update(question)
 
     @work(thread=True, exclusive=True, group="work-out")
     def _work_out(self, sizing: Sizing) -> None:

@@ -7,6 +7,7 @@ from rich.text import Text
 from launcher.tui.advice import Offer
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
+from launcher.tui.themes import colours
 from launcher.tui.widgets.setup_list import SetupList
 from planner.setup.training_setup import TrainingSetup
 
@@ -32,13 +33,13 @@ class AdvicePanel(SetupList[Offer]):
 
     def line(self, now: Sizing, item: Offer) -> Text:
         """The change, its memory and what it does to speed."""
-        colours, width = self.app.theme_variables, self.title_width(_FIGURES)
+        drawn, width = colours(self.app), self.title_width(_FIGURES)
         title = f"{item.title} ({item.effect})" if item.effect else item.title
         shown = title if len(title) < width else item.title
         text = Text(no_wrap=True, overflow="ellipsis")
         text.append(plain(shown, width - 1).ljust(width))
-        text.append(f"{gib(item.peak_upper_bytes):>10}", colours["success" if item.fits else "error"])
+        text.append(f"{gib(item.peak_upper_bytes):>10}", drawn.success if item.fits else drawn.error)
         if now.step is not None and item.tokens_per_second is not None:
             ratio = item.tokens_per_second / now.step.tokens_per_second - 1
-            text.append(f" {ratio:+6.0%}", colours["muted"])
+            text.append(f" {ratio:+6.0%}", drawn.muted)
         return text

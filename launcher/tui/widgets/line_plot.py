@@ -11,6 +11,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from launcher.tui.text import number
+from launcher.tui.themes import colours
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _LABEL_WIDTH = 8
@@ -35,14 +36,14 @@ class LinePlot(Widget):
 
     def render(self) -> Text:
         """Draw axis labels and dots."""
-        colours = self.app.theme_variables
+        shown = colours(self.app)
         return draw(
             self.data,
             self.content_size.width,
             self.content_size.height,
-            line=colours["primary"],
-            mark=colours["warning"],
-            muted=colours.get("muted", "#888888"),
+            line=shown.primary,
+            mark=shown.warning,
+            muted=shown.muted,
         )
 
 

@@ -54,6 +54,10 @@ class SetupList(Vertical, Generic[Item]):
         self.query_one(f"#{self.name_}-summary", Static).update(Text(note))
         self._fill()
 
+    def on_mount(self) -> None:
+        """Draw the lines anew in another theme's colours."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._fill())
+
     def on_resize(self) -> None:
         """Fit the lines to the new width."""
         self._fill()

@@ -9,6 +9,7 @@ from textual.widget import Widget
 
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib
+from launcher.tui.themes import colours
 
 _BADGES = {
     Verdict.FITS: (" ✔ FITS ", "success"),
@@ -33,18 +34,17 @@ class VerdictLine(Widget):
         """Draw the line, shorter where the terminal is narrow."""
         if self.sizing is None:
             return Text("pick a model and a GPU")
-        colours = self.app.theme_variables
+        shown = colours(self.app)
         badge, colour = _BADGES[self.sizing.verdict]
         line = Text(no_wrap=True, overflow="ellipsis")
         if self.stale:
-            muted = colours.get("muted", "#888888")
             return line.append(
-                "last answer: " + figures(self.sizing, short=self.size.width < _WIDE + 14), muted
+                "last answer: " + figures(self.sizing, short=self.size.width < _WIDE + 14), shown.muted
             )
-        line.append(badge, Style(color=colours["background"], bgcolor=colours[colour], bold=True))
+        line.append(badge, Style(color=shown.background, bgcolor=shown.named(colour), bold=True))
         line.append("  ")
         line.append(figures(self.sizing, short=self.size.width < _WIDE + len(badge) + len(_REFINING)))
-        return line if self.sizing.refined else line.append(_REFINING, colours["muted"])
+        return line if self.sizing.refined else line.append(_REFINING, shown.muted)
 
 
 def figures(sizing: Sizing, *, short: bool) -> str:
