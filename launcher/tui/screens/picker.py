@@ -21,7 +21,7 @@ from textual.worker import get_current_worker
 from launcher.tui.text import plain
 from launcher.tui.themes import colours
 
-_REMARK_WIDTH = 12
+_REMARK_WIDTH = 19
 _SEPARATORS = re.compile(r"[\s_\-./]+")
 
 

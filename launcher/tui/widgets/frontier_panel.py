@@ -35,5 +35,6 @@ class FrontierPanel(SetupList[FrontierPoint]):
         text = Text(no_wrap=True, overflow="ellipsis")
         text.append(mark, shown.primary)
         text.append(plain(f"{batch} {item.strategy}", width - 3).ljust(width - 2))
-        text.append(f"{item.peak_upper_bytes / GIB:>7,.1f}", shown.success if item.fits else shown.error)
+        figure = f"{self.told(fits=item.fits)}{item.peak_upper_bytes / GIB:>7,.1f}"
+        text.append(figure, shown.success if item.fits else shown.error)
         return text.append(f"{item.tokens_per_second:>8,.0f}", shown.muted)
