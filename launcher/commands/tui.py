@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         model=model,
         card=card,
         setup=setup,
+        automatic=True,
         runs_root=args.runs.expanduser(),
         run=None if args.run is None else RunFolder(args.run.resolve()),
         data=args.data,

@@ -36,6 +36,7 @@ _STATE_COLOURS = {"running": "primary", "finished": "success", "stopped": "warni
 class VramwiseApp(App[None]):
     """Sizing first, with a run over it when a run folder is given.
 
+    Sizing opens with `setup` and, if `automatic`, goes on to what `plan` chooses for the model and the card.
     `runs_root` is where run folders are looked for and made, `data` what the form for a new run starts with.
     """
 
@@ -76,6 +77,7 @@ class VramwiseApp(App[None]):
         model: ModelSpec,
         card: Card,
         setup: TrainingSetup,
+        automatic: bool = False,
         runs_root: Path,
         run: RunFolder | None = None,
         data: str = "",
@@ -84,7 +86,7 @@ class VramwiseApp(App[None]):
         self.register_theme(DARK)
         self.register_theme(LIGHT)
         self.theme = DARK.name
-        self._first = (model, card, setup)
+        self._first = SizingScreen(model, card, setup, automatic=automatic)
         self._run = run
         self._runs_root = runs_root
         self._data = data
@@ -99,7 +101,7 @@ class VramwiseApp(App[None]):
         """Show the first screen."""
         self.theme_changed_signal.subscribe(self, self._redraw)
         self._handle_signals()
-        self.push_screen(SizingScreen(*self._first))
+        self.push_screen(self._first)
         if self._run is not None:
             self.push_screen(RunScreen(self._run))
 

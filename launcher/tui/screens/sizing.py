@@ -20,7 +20,7 @@ from launcher.tui import advice, cards, knobs
 from launcher.tui.command_line import plan_command
 from launcher.tui.inspection import inspector
 from launcher.tui.screens import sizing_parts as parts
-from launcher.tui.screens.sizing_messages import Advised, Chosen, Refined, Resolved
+from launcher.tui.screens.sizing_messages import Advised, Chosen, Opened, Refined, Resolved
 from launcher.tui.screens.sizing_pickers import gpu_picker, model_picker
 from launcher.tui.sizing import Sizing, refine, size_up
 from launcher.tui.text import plain
@@ -62,8 +62,11 @@ class SizingScreen(Screen[None]):
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
-    def __init__(self, model: ModelSpec, card: cards.Card, setup: TrainingSetup) -> None:
+    def __init__(
+        self, model: ModelSpec, card: cards.Card, setup: TrainingSetup, *, automatic: bool = False
+    ) -> None:
         super().__init__()
+        self._automatic = automatic
         self._model = model
         self._model_name = setup.model
         self._card = card
@@ -100,7 +103,11 @@ class SizingScreen(Screen[None]):
     def on_mount(self) -> None:
         """Answer the first question."""
         self.app.theme_changed_signal.subscribe(self, lambda _: self._show_question())
-        self._answer(self._initial)
+        if not self._automatic:
+            self._answer(self._initial)
+        elif self._draw(self._initial) is not None:
+            self.query_one(VerdictLine).searching = True
+            self._open(self._model, self._model_name, self._card)
 
     @property
     def form(self) -> KnobForm:
@@ -125,6 +132,13 @@ class SizingScreen(Screen[None]):
             self.action_pick_gpu()
 
     def _answer(self, texts: Mapping[str, str]) -> None:
+        """Recompute, show, then refine. What is answered now wins over the search for a setup to open on."""
+        self.query_one(VerdictLine).searching = False
+        sizing = self._draw(texts)
+        if sizing is not None:
+            self._work_out(sizing)
+
+    def _draw(self, texts: Mapping[str, str]) -> Sizing | None:
         """Recompute and show; on a value that is not accepted say so and keep the last answer, greyed."""
         self._shown_optim = texts["optim"]
         self.form.show_picks(model=self._model_name, gpu=self._card.title)
@@ -139,11 +153,11 @@ class SizingScreen(Screen[None]):
             )
             self.form.show_error(field, str(error))
             self.query_one(VerdictLine).stale = True
-            return
+            return None
         self.form.clear_errors()
         self.query_one(VerdictLine).stale = False
         self._show(sizing)
-        self._work_out(sizing)
+        return sizing
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
@@ -180,6 +194,22 @@ class SizingScreen(Screen[None]):
             found = advice.Suggestions(refusal=str(error))
         if not overtaken():
             self.post_message(Advised(refined, found))
+
+    @work(thread=True, exclusive=True, group="choice")
+    def _open(self, model: ModelSpec, name: str, card: cards.Card) -> None:
+        try:
+            self.post_message(Opened(advice.opening_choice(name, model, card)))
+        except InputError:
+            self.post_message(Opened(None))
+
+    @on(Opened)
+    def _take_opening(self, event: Opened) -> None:
+        if not self.query_one(VerdictLine).searching:
+            return
+        if event.setup is None:
+            self._answer(self.form.texts)
+        else:
+            self._take(event.setup)
 
     @on(Refined)
     def _show_refined(self, event: Refined) -> None:

@@ -17,18 +17,21 @@ _BADGES = {
     Verdict.DOES_NOT_FIT: (" ✘ DOES NOT FIT ", "error"),
 }
 _WIDE = 76
+_WIDE_SEARCH = 90
 _REFINING = " · refining"
+_SEARCHING, _SEARCHING_SHORT = " · searching the fastest setup...", " · searching..."
 
 
 class VerdictLine(Widget):
     """Badge, expected peak, the interval's upper end, the card's usable bytes, what is left, and whether the
-    figures are still to be refined.
+    figures are still to be refined or, `searching`, the setup to be found.
     """
 
     DEFAULT_CSS = "VerdictLine { height: 1; }"
 
     sizing: reactive[Sizing | None] = reactive(None)
     stale: reactive[bool] = reactive(False)
+    searching: reactive[bool] = reactive(False)
 
     def render(self) -> Text:
         """Draw the line, shorter where the terminal is narrow."""
@@ -43,8 +46,16 @@ class VerdictLine(Widget):
             )
         line.append(badge, Style(color=shown.background, bgcolor=shown.named(colour), bold=True))
         line.append("  ")
-        line.append(figures(self.sizing, short=self.size.width < _WIDE + len(badge) + len(_REFINING)))
-        return line if self.sizing.refined else line.append(_REFINING, shown.muted)
+        more = self._what_is_to_come()
+        # Room is kept for what comes and goes, so that the figures stay as they are.
+        room = self.size.width - len(badge) - max(len(more), len(_REFINING))
+        line.append(figures(self.sizing, short=room < _WIDE))
+        return line.append(more, shown.muted)
+
+    def _what_is_to_come(self) -> str:
+        if self.searching:
+            return _SEARCHING if self.size.width >= _WIDE_SEARCH else _SEARCHING_SHORT
+        return "" if self.sizing is None or self.sizing.refined else _REFINING
 
 
 def figures(sizing: Sizing, *, short: bool) -> str:
