@@ -91,6 +91,7 @@ class VramwiseApp(App[None]):
         self._runs_root = runs_root
         self._data = data
         self._started: list[starting.Started] = []
+        self._followed: dict[Path, RunFolder] = {} if run is None else {run.path: run}
 
     def get_css_variables(self) -> dict[str, str]:
         """The theme's variables, with those that this interface needs beside Textual's."""
@@ -166,6 +167,10 @@ class VramwiseApp(App[None]):
             plain(event.message), title="Training cannot start", severity="error", timeout=15, markup=False
         )
 
+    def runs_that_go_on(self) -> tuple[RunFolder, ...]:
+        """Runs that were started or followed here and whose trainer is alive."""
+        return tuple(one for one in self._followed.values() if runs.short_state(one)[0] == "running")
+
     def action_help(self) -> None:
         """Show or hide the panel of keys."""
         if self.screen.query(HelpPanel):
@@ -211,6 +216,7 @@ class VramwiseApp(App[None]):
 
     def _follow(self, folder: RunFolder) -> None:
         """Show a run; a run screen that is open gives way to it."""
+        self._followed[folder.path] = folder
         if isinstance(self.screen, RunScreen):
             self.pop_screen()
         self.push_screen(RunScreen(folder))

@@ -115,3 +115,20 @@ async def test_where_no_search_is_possible_the_first_answer_is_refined(
         await settle(pilot)
         assert screen_of(pilot).sizing.refined  # type: ignore[union-attr]
         assert "searching" not in shown_text(pilot)
+
+
+async def test_what_was_applied_is_taken_back_step_by_step(make_app: MakeApp) -> None:
+    async with make_app(gpu="80GB").run_test(size=(120, 40), notifications=True) as pilot:
+        await settle(pilot)
+        first = screen_of(pilot).sizing
+        await pilot.press("a")
+        await settle(pilot)
+        assert screen_of(pilot).sizing.setup != first.setup  # type: ignore[union-attr]
+        assert "takes it back" in shown_text(pilot)
+        await pilot.press("u")
+        await settle(pilot)
+        assert screen_of(pilot).sizing == first
+        assert screen_of(pilot).form.texts["gradient_checkpointing"] == "on"
+        await pilot.press("u")
+        await settle(pilot)
+        assert "nothing was applied" in shown_text(pilot)

@@ -54,6 +54,7 @@ class SizingScreen(Screen[None]):
         Binding("m", "pick_model", "Model", id="sizing.model", tooltip="Pick another model"),
         Binding("g", "pick_gpu", "GPU", id="sizing.gpu", tooltip="Pick another GPU"),
         Binding("a", "choose", "Auto", id="sizing.auto", tooltip="Take the fastest setup that fits"),
+        Binding("u", "undo", "Undo", show=False, id="sizing.undo", tooltip="Take back what was applied last"),
         Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Show and copy the command line"),
         Binding(
@@ -73,6 +74,7 @@ class SizingScreen(Screen[None]):
         self._others: dict[str, Any] = knobs.other_fields(setup)
         self._initial = knobs.to_texts(setup)
         self._asked_optim = self._shown_optim = setup.optim
+        self._before: list[tuple[TrainingSetup, str]] = []
         self._question: Text | None = None
         self.sizing: Sizing | None = None
 
@@ -209,7 +211,7 @@ class SizingScreen(Screen[None]):
         if event.setup is None:
             self._answer(self.form.texts)
         else:
-            self._take(event.setup)
+            self._put(event.setup, self._asked_for(event.setup))
 
     @on(Refined)
     def _show_refined(self, event: Refined) -> None:
@@ -253,6 +255,7 @@ class SizingScreen(Screen[None]):
             self.form.show_error("model", event.message)
             return
         self._model, self._model_name = event.model, event.name
+        self._before.clear()
         self._answer(self.form.texts)
 
     def action_pick_gpu(self) -> None:
@@ -294,15 +297,32 @@ class SizingScreen(Screen[None]):
             self.notify(plain(event.message), title="No automatic choice", severity="warning", markup=False)
             return
         self._take(event.setup)
-        self.notify(plain(event.message), title="Automatic choice", markup=False)
+        self.notify(f"{plain(event.message)}; u takes it back", title="Automatic choice", markup=False)
+
+    def action_undo(self) -> None:
+        """Go back to the setup before the last one that was applied."""
+        if self._before:
+            self._put(*self._before.pop())
+        else:
+            self.notify("nothing was applied", severity="warning", markup=False)
 
     def _take(self, setup: TrainingSetup) -> None:
+        if self.sizing is not None:
+            self._before.append((self.sizing.setup, self._asked_optim))
+        self._put(setup, self._asked_for(setup))
+
+    def _asked_for(self, setup: TrainingSetup) -> str:
+        """What a search starts from once a setup is taken, whose optimizer a search may have put in."""
+        put_in = (self._asked_optim, setup.optim) == (defaults.OPTIM, defaults.FASTER_OPTIM)
+        return self._asked_optim if put_in else setup.optim
+
+    def _put(self, setup: TrainingSetup, asked_optim: str) -> None:
+        """Show a setup in the knobs and answer it."""
         if setup.model != self._model_name:
             self._model, self._model_name = resolve_model(setup.model), setup.model
         one = setup.replace(num_processes=1, distributed=None)
         self._others = knobs.other_fields(one)
-        if (self._asked_optim, one.optim) != (defaults.OPTIM, defaults.FASTER_OPTIM):
-            self._asked_optim = one.optim
+        self._asked_optim = asked_optim
         texts = knobs.to_texts(one)
         self.form.set_texts(texts)
         self._answer(texts)

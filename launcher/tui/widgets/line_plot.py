@@ -127,6 +127,9 @@ def _between(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, in
 
 
 def _row_label(row: int, rows: int, low: float, high: float) -> str:
+    if low == high:
+        # A single value is drawn in the middle.
+        return number(high) if row == rows // 2 else ""
     if row == 0:
         return number(high)
     if row == rows - 1:

@@ -85,4 +85,6 @@ def figures(snapshot: RunSnapshot, seconds_since: float) -> str:
         parts.append(f"reading, {snapshot.event_count:,} events so far")
     if snapshot.message:
         parts.append(plain(snapshot.message, 300))
+    if snapshot.over and snapshot.folder.adapter.is_dir():
+        parts.append(f"saved in {plain(snapshot.folder.adapter, 300)}")
     return " · ".join(parts)
