@@ -65,11 +65,13 @@ class VramwiseApp(App[None]):
             self.started = started
 
     class RunRefused(Message):
-        """A run could not be started."""
+        """A run could not be started; what was wished is asked for again."""
 
-        def __init__(self, message: str) -> None:
+        def __init__(self, message: str, sizing: Sizing, wish: RunWish) -> None:
             super().__init__()
             self.message = message
+            self.sizing = sizing
+            self.wish = wish
 
     def __init__(
         self,
@@ -132,13 +134,15 @@ class VramwiseApp(App[None]):
             lambda yes: self._ask_wish(sizing) if yes else None,
         )
 
-    def _ask_wish(self, sizing: Sizing) -> None:
+    def _ask_wish(self, sizing: Sizing, *, wish: RunWish | None = None, refusal: str = "") -> None:
         setup = sizing.setup
         form = StartRun(
             title=f"Train {setup.model} with {setup.method} at {setup.max_length:,} tokens",
             model_source=model_source(setup.model, sizing.model),
             data=self._data,
             runs=str(self._runs_root),
+            wish=wish,
+            refusal=refusal,
         )
         self.push_screen(form, lambda wish: None if wish is None else self._start(sizing, wish))
 
@@ -152,9 +156,9 @@ class VramwiseApp(App[None]):
         try:
             self.post_message(self.RunStarted(starting.start(sizing, wish)))
         except VramwiseError as error:
-            self.post_message(self.RunRefused(str(error)))
+            self.post_message(self.RunRefused(str(error), sizing, wish))
         except OSError as error:
-            self.post_message(self.RunRefused(f"{error.filename}: {error.strerror}"))
+            self.post_message(self.RunRefused(f"{error.filename}: {error.strerror}", sizing, wish))
 
     @on(RunStarted)
     def _follow_started(self, event: RunStarted) -> None:
@@ -163,9 +167,8 @@ class VramwiseApp(App[None]):
 
     @on(RunRefused)
     def _say_refused(self, event: RunRefused) -> None:
-        self.notify(
-            plain(event.message), title="Training cannot start", severity="error", timeout=15, markup=False
-        )
+        self.clear_notifications()
+        self._ask_wish(event.sizing, wish=event.wish, refusal=event.message)
 
     def runs_that_go_on(self) -> tuple[RunFolder, ...]:
         """Runs that were started or followed here and whose trainer is alive."""
