@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: no terminal, or an argument that names nothing.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    # A server that shows Textual applications in a browser names the driver through which it talks to them.
+    served = bool(os.environ.get("TEXTUAL_DRIVER"))
+    if not (served or (sys.stdin.isatty() and sys.stdout.isatty())):
         raise InputError("tui needs a terminal; use plan and train in scripts")
     # Textual is imported by this command alone: the others start without it.
     from launcher.runs.folder import RunFolder
@@ -63,10 +67,15 @@ def run(args: argparse.Namespace) -> int:
         model=model,
         card=card,
         setup=setup,
+        automatic=True,
         runs_root=args.runs.expanduser(),
         run=None if args.run is None else RunFolder(args.run.resolve()),
         data=args.data,
     )
     shorten_pauses()
     app.run()
+    for folder in app.runs_that_go_on():
+        # Not on stdout, which a server reads.
+        again = shlex.join(["vramwise", "runs", "follow", str(folder.path)])
+        print(f"run {folder.path.name} goes on: {again}", file=sys.stderr)
     return app.return_code or 0

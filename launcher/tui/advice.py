@@ -16,10 +16,11 @@ from planner.answers.plan import Advice, FrontierPoint
 from planner.base.errors import InputError
 from planner.models.spec import ModelSpec
 from planner.planning.advice import make_it_fit, use_what_is_left
+from planner.planning.choosing import choose
 from planner.search import TOKENS, Tried, search
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.frontier import around_the_chosen, frontier
-from planner.setup.request import PlanRequest
+from planner.setup.request import PlanRequest, make_request
 from planner.setup.training_setup import TrainingSetup
 
 # An automatic choice that brings less speed than this is not worth a line.
@@ -117,6 +118,17 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
         reason=f"{result.chosen.strategy}, micro-batch {setup.per_device_train_batch_size} x "
         f"{setup.gradient_accumulation_steps}: the fastest of {len(result.tried)} tried that fits",
     )
+
+
+def opening_choice(name: str, model: ModelSpec, card: Card) -> TrainingSetup:
+    """The setup that `plan` chooses for a model and a card by itself: the smallest where nothing fits.
+
+    Raises:
+        InputError: the model's memory is not modelled.
+    """
+    request = make_request(name, gpu=card.argument)
+    evaluator = Evaluator(model, card.spec, card.usable_bytes)
+    return choose(request, card.target, evaluator, None).tried.candidate.setup
 
 
 def _offer(advice: Advice, setup: TrainingSetup | None) -> Offer:

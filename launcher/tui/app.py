@@ -11,6 +11,7 @@ from textual import on, work
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.message import Message
+from textual.theme import Theme
 from textual.widgets import HelpPanel
 
 from launcher.runs.folder import RunFolder
@@ -24,7 +25,7 @@ from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.start_run import RunWish, StartRun
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
-from launcher.tui.themes import DARK, LIGHT
+from launcher.tui.themes import DARK, LIGHT, completed
 from planner.base.errors import VramwiseError
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
@@ -35,6 +36,7 @@ _STATE_COLOURS = {"running": "primary", "finished": "success", "stopped": "warni
 class VramwiseApp(App[None]):
     """Sizing first, with a run over it when a run folder is given.
 
+    Sizing opens with `setup` and, if `automatic`, goes on to what `plan` chooses for the model and the card.
     `runs_root` is where run folders are looked for and made, `data` what the form for a new run starts with.
     """
 
@@ -63,11 +65,13 @@ class VramwiseApp(App[None]):
             self.started = started
 
     class RunRefused(Message):
-        """A run could not be started."""
+        """A run could not be started; what was wished is asked for again."""
 
-        def __init__(self, message: str) -> None:
+        def __init__(self, message: str, sizing: Sizing, wish: RunWish) -> None:
             super().__init__()
             self.message = message
+            self.sizing = sizing
+            self.wish = wish
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class VramwiseApp(App[None]):
         model: ModelSpec,
         card: Card,
         setup: TrainingSetup,
+        automatic: bool = False,
         runs_root: Path,
         run: RunFolder | None = None,
         data: str = "",
@@ -83,18 +88,31 @@ class VramwiseApp(App[None]):
         self.register_theme(DARK)
         self.register_theme(LIGHT)
         self.theme = DARK.name
-        self._first = (model, card, setup)
+        self._first = SizingScreen(model, card, setup, automatic=automatic)
         self._run = run
         self._runs_root = runs_root
         self._data = data
         self._started: list[starting.Started] = []
+        self._followed: dict[Path, RunFolder] = {} if run is None else {run.path: run}
+
+    def get_css_variables(self) -> dict[str, str]:
+        """The theme's variables, with those that this interface needs beside Textual's."""
+        self.theme_variables = completed(self.current_theme, super().get_css_variables())
+        return self.theme_variables
 
     def on_mount(self) -> None:
         """Show the first screen."""
+        self.theme_changed_signal.subscribe(self, self._redraw)
         self._handle_signals()
-        self.push_screen(SizingScreen(*self._first))
+        self.push_screen(self._first)
         if self._run is not None:
             self.push_screen(RunScreen(self._run))
+
+    def _redraw(self, _: Theme) -> None:
+        """Draw anew what is drawn in the theme's colours: Textual keeps what a widget drew before."""
+        for screen in self.screen_stack:
+            for widget in screen.query("*"):
+                widget.refresh(layout=True)
 
     def start_run(self, sizing: Sizing) -> None:
         """Ask what to train on, then start."""
@@ -116,13 +134,15 @@ class VramwiseApp(App[None]):
             lambda yes: self._ask_wish(sizing) if yes else None,
         )
 
-    def _ask_wish(self, sizing: Sizing) -> None:
+    def _ask_wish(self, sizing: Sizing, *, wish: RunWish | None = None, refusal: str = "") -> None:
         setup = sizing.setup
         form = StartRun(
             title=f"Train {setup.model} with {setup.method} at {setup.max_length:,} tokens",
             model_source=model_source(setup.model, sizing.model),
             data=self._data,
             runs=str(self._runs_root),
+            wish=wish,
+            refusal=refusal,
         )
         self.push_screen(form, lambda wish: None if wish is None else self._start(sizing, wish))
 
@@ -136,9 +156,9 @@ class VramwiseApp(App[None]):
         try:
             self.post_message(self.RunStarted(starting.start(sizing, wish)))
         except VramwiseError as error:
-            self.post_message(self.RunRefused(str(error)))
+            self.post_message(self.RunRefused(str(error), sizing, wish))
         except OSError as error:
-            self.post_message(self.RunRefused(f"{error.filename}: {error.strerror}"))
+            self.post_message(self.RunRefused(f"{error.filename}: {error.strerror}", sizing, wish))
 
     @on(RunStarted)
     def _follow_started(self, event: RunStarted) -> None:
@@ -147,9 +167,12 @@ class VramwiseApp(App[None]):
 
     @on(RunRefused)
     def _say_refused(self, event: RunRefused) -> None:
-        self.notify(
-            plain(event.message), title="Training cannot start", severity="error", timeout=15, markup=False
-        )
+        self.clear_notifications()
+        self._ask_wish(event.sizing, wish=event.wish, refusal=event.message)
+
+    def runs_that_go_on(self) -> tuple[RunFolder, ...]:
+        """Runs that were started or followed here and whose trainer is alive."""
+        return tuple(one for one in self._followed.values() if runs.short_state(one)[0] == "running")
 
     def action_help(self) -> None:
         """Show or hide the panel of keys."""
@@ -196,6 +219,7 @@ class VramwiseApp(App[None]):
 
     def _follow(self, folder: RunFolder) -> None:
         """Show a run; a run screen that is open gives way to it."""
+        self._followed[folder.path] = folder
         if isinstance(self.screen, RunScreen):
             self.pop_screen()
         self.push_screen(RunScreen(folder))

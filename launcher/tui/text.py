@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 GIB = 2**30
+FITS, TIGHT, TOO_BIG = "✔ fits", "! tight", "✘ too big"
+"""Verdicts on one line: a sign and a word, since colour alone does not reach everyone."""
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 

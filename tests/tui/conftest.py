@@ -27,13 +27,18 @@ def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeApp:
     monkeypatch.setattr(cards, "detected_cards", lambda: ())
 
     def build(
-        model: str = "qwen2.5-14b", gpu: str = "16GB", run: RunFolder | None = None, **knobs: Any
+        model: str = "qwen2.5-14b",
+        gpu: str = "16GB",
+        run: RunFolder | None = None,
+        automatic: bool = False,
+        **knobs: Any,
     ) -> VramwiseApp:
         values = {"max_length": 4096, "gradient_accumulation_steps": 16, "optim": defaults.OPTIM, **knobs}
         return VramwiseApp(
             model=resolve_model(model),
             card=cards.card_from_text(gpu),
             setup=TrainingSetup(model=model, **values),
+            automatic=automatic,
             runs_root=tmp_path / "runs",
             run=run,
         )

@@ -52,6 +52,7 @@ async def _sizing() -> None:
         setup=TrainingSetup(
             model="qwen2.5-14b", max_length=4096, gradient_accumulation_steps=16, optim=defaults.OPTIM
         ),
+        automatic=True,
         runs_root=Path("runs"),
     )
     async with app.run_test(size=SIZE) as pilot:

@@ -545,3 +545,33 @@ async def test_every_key_of_the_screens_has_an_id_and_a_tooltip() -> None:
             assert binding.id, binding  # type: ignore[union-attr]
             if binding.show:  # type: ignore[union-attr]
                 assert binding.tooltip, binding  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("size", "fits", "does_not"), [((120, 40), "✔ fits", "✘ too big"), ((80, 24), "✔", "✘")]
+)
+@pytest.mark.parametrize("name", ["advice", "frontier"])
+async def test_lines_of_setups_tell_by_sign_whether_they_fit_and_by_word_where_there_is_room(
+    make_app: MakeApp, name: str, size: tuple[int, int], fits: str, does_not: str
+) -> None:
+    length = 16384 if name == "advice" else 4096
+    async with make_app(max_length=length).run_test(size=size) as pilot:
+        await settle(pilot)
+        sizing = screen_of(pilot).sizing
+        assert sizing is not None
+        found = work_out(sizing)
+        items = found.offers if name == "advice" else found.points
+        listed = screen_of(pilot).query_one(f"#{name}-list", OptionList)
+        lines = [str(listed.get_option_at_index(index).prompt) for index in range(listed.option_count)]
+        assert [fits in line for line in lines] == [item.fits for item in items]
+        assert [does_not in line for line in lines] == [not item.fits for item in items]
+        assert all(len(line) <= listed.content_size.width for line in lines)
+        assert any(item.fits for item in items)
+
+
+async def test_pickers_tell_by_sign_and_word_what_fits(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=(80, 24)) as pilot:
+        await pilot.press("m", *"qwen2.5-")
+        await settle(pilot)
+        assert "✔ fits" in shown_text(pilot)
+        assert "✘ too big" in shown_text(pilot)

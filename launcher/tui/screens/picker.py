@@ -19,8 +19,9 @@ from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
 from launcher.tui.text import plain
+from launcher.tui.themes import colours
 
-_REMARK_WIDTH = 12
+_REMARK_WIDTH = 19
 _SEPARATORS = re.compile(r"[\s_\-./]+")
 
 
@@ -89,6 +90,7 @@ class Picker(ModalScreen[str | None]):
 
     def on_mount(self) -> None:
         """Show all rows and start working out the remarks."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_lines())
         self._fill("")
         if self._remark is not None:
             self._work_out(self._remark)
@@ -115,6 +117,9 @@ class Picker(ModalScreen[str | None]):
     @on(Remarked)
     def _show_remarks(self, event: Remarked) -> None:
         self._remarks.update(event.remarks)
+        self._show_lines()
+
+    def _show_lines(self) -> None:
         rows = self.query_one(OptionList)
         for index, row in enumerate(self._shown):
             rows.replace_option_prompt_at_index(index, self._line(row))
@@ -157,13 +162,12 @@ class Picker(ModalScreen[str | None]):
     def _line(self, row: Row) -> Text:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(plain(row.name, self._name_width).ljust(self._name_width + 2))
-        muted = self.app.theme_variables.get("muted", "#888888")
+        shown = colours(self.app)
         if self._remark is not None:
             remark = self._remarks.get(row.key, Remark("", "muted"))
-            colour = self.app.theme_variables.get(remark.colour, muted)
-            line.append(remark.text.ljust(_REMARK_WIDTH) + "  ", colour)
+            line.append(remark.text.ljust(_REMARK_WIDTH) + "  ", shown.named(remark.colour))
         if row.detail:
-            line.append(plain(row.detail, 60), muted)
+            line.append(plain(row.detail, 60), shown.muted)
         return line
 
 

@@ -117,8 +117,13 @@ class RunScreen(Screen[None]):
         self.query_one(GpuPanel).snapshot = snapshot
         self.query_one(LogTail).show(snapshot)
         self._store_when_seen_to_end(snapshot)
+        self.refresh_bindings()
         if snapshot.behind:
             self.poll()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Whether a key is offered: a run that is over cannot be stopped."""
+        return not (action == "stop" and self.snapshot is not None and self.snapshot.over)
 
     def _store_when_seen_to_end(self, snapshot: RunSnapshot) -> None:
         """A run that ends before our eyes is recorded; one that was over at first is left as it is."""

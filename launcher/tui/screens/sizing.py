@@ -20,10 +20,11 @@ from launcher.tui import advice, cards, knobs
 from launcher.tui.command_line import plan_command
 from launcher.tui.inspection import inspector
 from launcher.tui.screens import sizing_parts as parts
-from launcher.tui.screens.sizing_messages import Advised, Chosen, Refined, Resolved
+from launcher.tui.screens.sizing_messages import Advised, Chosen, Opened, Refined, Resolved
 from launcher.tui.screens.sizing_pickers import gpu_picker, model_picker
 from launcher.tui.sizing import Sizing, refine, size_up
 from launcher.tui.text import plain
+from launcher.tui.themes import colours
 from launcher.tui.widgets.advice_panel import AdvicePanel
 from launcher.tui.widgets.frontier_panel import FrontierPanel
 from launcher.tui.widgets.knob_form import KnobForm
@@ -53,6 +54,7 @@ class SizingScreen(Screen[None]):
         Binding("m", "pick_model", "Model", id="sizing.model", tooltip="Pick another model"),
         Binding("g", "pick_gpu", "GPU", id="sizing.gpu", tooltip="Pick another GPU"),
         Binding("a", "choose", "Auto", id="sizing.auto", tooltip="Take the fastest setup that fits"),
+        Binding("u", "undo", "Undo", show=False, id="sizing.undo", tooltip="Take back what was applied last"),
         Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Show and copy the command line"),
         Binding(
@@ -61,14 +63,18 @@ class SizingScreen(Screen[None]):
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
-    def __init__(self, model: ModelSpec, card: cards.Card, setup: TrainingSetup) -> None:
+    def __init__(
+        self, model: ModelSpec, card: cards.Card, setup: TrainingSetup, *, automatic: bool = False
+    ) -> None:
         super().__init__()
+        self._automatic = automatic
         self._model = model
         self._model_name = setup.model
         self._card = card
         self._others: dict[str, Any] = knobs.other_fields(setup)
         self._initial = knobs.to_texts(setup)
         self._asked_optim = self._shown_optim = setup.optim
+        self._before: list[tuple[TrainingSetup, str]] = []
         self._question: Text | None = None
         self.sizing: Sizing | None = None
 
@@ -98,7 +104,12 @@ class SizingScreen(Screen[None]):
 
     def on_mount(self) -> None:
         """Answer the first question."""
-        self._answer(self._initial)
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_question())
+        if not self._automatic:
+            self._answer(self._initial)
+        elif self._draw(self._initial) is not None:
+            self.query_one(VerdictLine).searching = True
+            self._open(self._model, self._model_name, self._card)
 
     @property
     def form(self) -> KnobForm:
@@ -123,6 +134,13 @@ class SizingScreen(Screen[None]):
             self.action_pick_gpu()
 
     def _answer(self, texts: Mapping[str, str]) -> None:
+        """Recompute, show, then refine. What is answered now wins over the search for a setup to open on."""
+        self.query_one(VerdictLine).searching = False
+        sizing = self._draw(texts)
+        if sizing is not None:
+            self._work_out(sizing)
+
+    def _draw(self, texts: Mapping[str, str]) -> Sizing | None:
         """Recompute and show; on a value that is not accepted say so and keep the last answer, greyed."""
         self._shown_optim = texts["optim"]
         self.form.show_picks(model=self._model_name, gpu=self._card.title)
@@ -137,24 +155,29 @@ class SizingScreen(Screen[None]):
             )
             self.form.show_error(field, str(error))
             self.query_one(VerdictLine).stale = True
-            return
+            return None
         self.form.clear_errors()
         self.query_one(VerdictLine).stale = False
         self._show(sizing)
-        self._work_out(sizing)
+        return sizing
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
-        question = parts.question(sizing, self.app.theme_variables["muted"])
-        if question != self._question:
-            self._question = question
-            self.query_one("#question", Static).update(question)
+        self._show_question()
         self.query_one(VerdictLine).sizing = sizing
         self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory
         self.query_one(PhaseTable).memory = sizing.memory
         self.query_one(SpeedPanel).sizing = sizing
         self.form.show_other_fields(parts.other_fields(self._others))
+
+    def _show_question(self) -> None:
+        if self.sizing is None:
+            return
+        question = parts.question(self.sizing, colours(self.app).muted)
+        if question != self._question:
+            self._question = question
+            self.query_one("#question", Static).update(question)
 
     @work(thread=True, exclusive=True, group="work-out")
     def _work_out(self, sizing: Sizing) -> None:
@@ -173,6 +196,22 @@ class SizingScreen(Screen[None]):
             found = advice.Suggestions(refusal=str(error))
         if not overtaken():
             self.post_message(Advised(refined, found))
+
+    @work(thread=True, exclusive=True, group="choice")
+    def _open(self, model: ModelSpec, name: str, card: cards.Card) -> None:
+        try:
+            self.post_message(Opened(advice.opening_choice(name, model, card)))
+        except InputError:
+            self.post_message(Opened(None))
+
+    @on(Opened)
+    def _take_opening(self, event: Opened) -> None:
+        if not self.query_one(VerdictLine).searching:
+            return
+        if event.setup is None:
+            self._answer(self.form.texts)
+        else:
+            self._put(event.setup, self._asked_for(event.setup))
 
     @on(Refined)
     def _show_refined(self, event: Refined) -> None:
@@ -216,6 +255,7 @@ class SizingScreen(Screen[None]):
             self.form.show_error("model", event.message)
             return
         self._model, self._model_name = event.model, event.name
+        self._before.clear()
         self._answer(self.form.texts)
 
     def action_pick_gpu(self) -> None:
@@ -257,15 +297,32 @@ class SizingScreen(Screen[None]):
             self.notify(plain(event.message), title="No automatic choice", severity="warning", markup=False)
             return
         self._take(event.setup)
-        self.notify(plain(event.message), title="Automatic choice", markup=False)
+        self.notify(f"{plain(event.message)}; u takes it back", title="Automatic choice", markup=False)
+
+    def action_undo(self) -> None:
+        """Go back to the setup before the last one that was applied."""
+        if self._before:
+            self._put(*self._before.pop())
+        else:
+            self.notify("nothing was applied", severity="warning", markup=False)
 
     def _take(self, setup: TrainingSetup) -> None:
+        if self.sizing is not None:
+            self._before.append((self.sizing.setup, self._asked_optim))
+        self._put(setup, self._asked_for(setup))
+
+    def _asked_for(self, setup: TrainingSetup) -> str:
+        """What a search starts from once a setup is taken, whose optimizer a search may have put in."""
+        put_in = (self._asked_optim, setup.optim) == (defaults.OPTIM, defaults.FASTER_OPTIM)
+        return self._asked_optim if put_in else setup.optim
+
+    def _put(self, setup: TrainingSetup, asked_optim: str) -> None:
+        """Show a setup in the knobs and answer it."""
         if setup.model != self._model_name:
             self._model, self._model_name = resolve_model(setup.model), setup.model
         one = setup.replace(num_processes=1, distributed=None)
         self._others = knobs.other_fields(one)
-        if (self._asked_optim, one.optim) != (defaults.OPTIM, defaults.FASTER_OPTIM):
-            self._asked_optim = one.optim
+        self._asked_optim = asked_optim
         texts = knobs.to_texts(one)
         self.form.set_texts(texts)
         self._answer(texts)

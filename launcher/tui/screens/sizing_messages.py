@@ -38,6 +38,14 @@ class Resolved(Message):
         self.message = message
 
 
+class Opened(Message):
+    """The setup that the screen opens on has been searched; None where the model is not modelled."""
+
+    def __init__(self, setup: TrainingSetup | None) -> None:
+        super().__init__()
+        self.setup = setup
+
+
 class Chosen(Message):
     """The automatic choice has been made, or says why none can be."""
 

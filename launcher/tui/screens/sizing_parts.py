@@ -10,7 +10,7 @@ from rich.text import Text
 from launcher.tui import cards, knobs
 from launcher.tui.screens.picker import Remark, Row
 from launcher.tui.sizing import Sizing, Verdict
-from launcher.tui.text import gib, parameters, plain
+from launcher.tui.text import FITS, TIGHT, TOO_BIG, gib, parameters, plain
 from launcher.tui.themes import component_colours
 from launcher.tui.widgets.memory_bar import BarData, BarPart
 from planner.models.catalog import ModelSummary
@@ -73,8 +73,9 @@ def card_rows(known: Mapping[str, cards.Card]) -> tuple[Row, ...]:
 def remark(sizing: Sizing) -> Remark:
     """Verdict and peak, as a remark in a picker."""
     verdict = sizing.verdict
-    sign = {Verdict.FITS: "✔", Verdict.TIGHT: "!", Verdict.DOES_NOT_FIT: "✘"}[verdict]
-    return Remark(f"{sign} {gib(sizing.memory.peak_bytes):>10}", _VERDICT_COLOURS[verdict])
+    told = {Verdict.FITS: FITS, Verdict.TIGHT: TIGHT, Verdict.DOES_NOT_FIT: TOO_BIG}[verdict]
+    figure = gib(sizing.memory.peak_bytes)
+    return Remark(f"{told:<{len(TOO_BIG)}} {figure:>9}", _VERDICT_COLOURS[verdict])
 
 
 def other_fields(others: Mapping[str, Any]) -> str:

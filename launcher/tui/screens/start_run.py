@@ -47,9 +47,20 @@ class StartRun(ModalScreen[RunWish | None]):
     ]
     AUTO_FOCUS = "#start-data"
 
-    def __init__(self, *, title: str, model_source: str, data: str, runs: str) -> None:
+    def __init__(
+        self,
+        *,
+        title: str,
+        model_source: str,
+        data: str,
+        runs: str,
+        wish: RunWish | None = None,
+        refusal: str = "",
+    ) -> None:
+        """Begins with `wish` where it was refused, and says why."""
         super().__init__()
         self._title = title
+        self._refusal = refusal
         # What the form begins with.
         self.values = {
             "data": data,
@@ -58,6 +69,14 @@ class StartRun(ModalScreen[RunWish | None]):
             "epochs": f"{defaults.EPOCHS:g}",
             "steps": "",
         }
+        if wish is not None:
+            self.values |= {
+                "model": wish.model_source,
+                "epochs": self.values["epochs"]
+                if wish.num_train_epochs is None
+                else f"{wish.num_train_epochs:g}",
+                "steps": "" if wish.max_steps is None else str(wish.max_steps),
+            }
 
     def compose(self) -> ComposeResult:
         """One field a line."""
@@ -86,6 +105,16 @@ class StartRun(ModalScreen[RunWish | None]):
                 yield Button("Start (ctrl+s)", id="start", variant="primary", compact=True)
                 yield Button("Back (esc)", id="back", compact=True)
 
+    def on_mount(self) -> None:
+        """Say why what the form begins with was refused."""
+        if self._refusal:
+            self._say("form", self._refusal)
+
+    def _say(self, name: str, message: str) -> None:
+        place = self.query_one(f"#start-error-{name}", Static)
+        place.update(Text(plain(message)))
+        place.add_class("shown")
+
     @on(Button.Pressed)
     def _pressed(self, event: Button.Pressed) -> None:
         event.stop()
@@ -111,10 +140,7 @@ class StartRun(ModalScreen[RunWish | None]):
         try:
             self.dismiss(read_wish(texts))
         except InputError as error:
-            name = error.field if isinstance(error, FieldError) else "form"
-            place = self.query_one(f"#start-error-{name}", Static)
-            place.update(Text(plain(error)))
-            place.add_class("shown")
+            self._say(error.field if isinstance(error, FieldError) else "form", str(error))
 
 
 def read_wish(texts: dict[str, str]) -> RunWish:

@@ -6,7 +6,8 @@ from rich.text import Text
 
 from launcher.tui.advice import Offer
 from launcher.tui.sizing import Sizing, Verdict
-from launcher.tui.text import gib, plain
+from launcher.tui.text import FITS, TOO_BIG, gib, plain
+from launcher.tui.themes import colours
 from launcher.tui.widgets.setup_list import SetupList
 from planner.setup.training_setup import TrainingSetup
 
@@ -21,7 +22,7 @@ class AdvicePanel(SetupList[Offer]):
     def note(self, now: Sizing, found: tuple[Offer, ...]) -> str:
         """What the list is, or why it is empty."""
         if found:
-            return "tab to it, enter applies; memory, speed"
+            return f"{FITS}, {TOO_BIG}; enter applies"
         if now.verdict is Verdict.FITS:
             return "nothing that is modelled would use more of the card"
         return "no change helps: take a smaller model or a larger card"
@@ -32,13 +33,14 @@ class AdvicePanel(SetupList[Offer]):
 
     def line(self, now: Sizing, item: Offer) -> Text:
         """The change, its memory and what it does to speed."""
-        colours, width = self.app.theme_variables, self.title_width(_FIGURES)
+        drawn, width = colours(self.app), self.title_width(_FIGURES)
         title = f"{item.title} ({item.effect})" if item.effect else item.title
         shown = title if len(title) < width else item.title
         text = Text(no_wrap=True, overflow="ellipsis")
         text.append(plain(shown, width - 1).ljust(width))
-        text.append(f"{gib(item.peak_upper_bytes):>10}", colours["success" if item.fits else "error"])
+        figure = f"{self.told(fits=item.fits)}{gib(item.peak_upper_bytes):>10}"
+        text.append(figure, drawn.success if item.fits else drawn.error)
         if now.step is not None and item.tokens_per_second is not None:
             ratio = item.tokens_per_second / now.step.tokens_per_second - 1
-            text.append(f" {ratio:+6.0%}", colours["muted"])
+            text.append(f" {ratio:+6.0%}", drawn.muted)
         return text

@@ -11,6 +11,7 @@ from textual.widget import Widget
 
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import gib, size
+from launcher.tui.themes import colours
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 
@@ -26,7 +27,7 @@ class GpuPanel(Widget):
         """Draw figures and course."""
         if self.snapshot is None:
             return Text("")
-        colours = self.app.theme_variables
+        shown = colours(self.app)
         text = Text(figures(self.snapshot))
         sample = self.snapshot.sample
         values = [used for _, used in self.snapshot.used_series]
@@ -34,7 +35,7 @@ class GpuPanel(Widget):
             return text
         total = sample.total_bytes if isinstance(sample.total_bytes, int) else max(values)
         line = course(values, total, max(10, self.content_size.width))
-        return text.append("\n").append(line, f"{colours['primary']} on {colours['panel']}")
+        return text.append("\n").append(line, f"{shown.primary} on {shown.panel}")
 
 
 def course(values: Sequence[float], total: float, width: int) -> str:

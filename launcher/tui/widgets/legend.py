@@ -7,7 +7,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from launcher.tui.text import plain, size
-from launcher.tui.themes import component_colours
+from launcher.tui.themes import colours, component_colours
 from planner.memory import MemoryBreakdown
 
 _MINIMUM_TITLE = 12
@@ -29,8 +29,7 @@ class Legend(Widget):
         """Draw the table over the widget's width."""
         if self.memory is None:
             return Text("")
-        muted = self.app.theme_variables.get("muted", "#888888")
-        return legend(self.memory, max(30, self.content_size.width), muted=muted)
+        return legend(self.memory, max(30, self.content_size.width), muted=colours(self.app).muted)
 
 
 def _lines(memory: MemoryBreakdown) -> int:

@@ -11,6 +11,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from launcher.tui.text import number
+from launcher.tui.themes import colours
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _LABEL_WIDTH = 8
@@ -35,14 +36,14 @@ class LinePlot(Widget):
 
     def render(self) -> Text:
         """Draw axis labels and dots."""
-        colours = self.app.theme_variables
+        shown = colours(self.app)
         return draw(
             self.data,
             self.content_size.width,
             self.content_size.height,
-            line=colours["primary"],
-            mark=colours["warning"],
-            muted=colours.get("muted", "#888888"),
+            line=shown.primary,
+            mark=shown.warning,
+            muted=shown.muted,
         )
 
 
@@ -126,6 +127,9 @@ def _between(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, in
 
 
 def _row_label(row: int, rows: int, low: float, high: float) -> str:
+    if low == high:
+        # A single value is drawn in the middle.
+        return number(high) if row == rows // 2 else ""
     if row == 0:
         return number(high)
     if row == rows - 1:

@@ -9,6 +9,7 @@ from textual.widgets import Static
 
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import plain
+from launcher.tui.themes import colours
 
 _SHOWN_WARNINGS = 5
 
@@ -16,16 +17,29 @@ _SHOWN_WARNINGS = 5
 class LogTail(VerticalScroll):
     """Warnings and log lines; stays at the end unless it was scrolled up."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._snapshot: RunSnapshot | None = None
+
     def compose(self) -> ComposeResult:
         """One block of text."""
         yield Static("", id="log-text")
 
+    def on_mount(self) -> None:
+        """Draw the lines anew in another theme's colours."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._redraw())
+
+    def _redraw(self) -> None:
+        if self._snapshot is not None:
+            self.show(self._snapshot)
+
     def show(self, snapshot: RunSnapshot) -> None:
         """Show a snapshot."""
+        self._snapshot = snapshot
         at_end = self.max_scroll_y - self.scroll_y <= 1
-        colours = self.app.theme_variables
+        shown = colours(self.app)
         self.query_one("#log-text", Static).update(
-            log_text(snapshot, warning=colours["warning"], muted=colours["muted"])
+            log_text(snapshot, warning=shown.warning, muted=shown.muted)
         )
         if at_end:
             self.scroll_end(animate=False)

@@ -11,6 +11,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from launcher.tui.text import gib
+from launcher.tui.themes import colours
 
 _MINIMUM_WIDTH = 10
 
@@ -55,12 +56,10 @@ class MemoryBar(Widget):
         width = max(_MINIMUM_WIDTH, self.content_size.width)
         if self.data is None:
             return Text("")
-        theme = self.app.theme_variables
-        uncertain = theme.get("muted", "#888888")
-        free = theme.get("panel", "#222222")
-        error = theme.get("error", "#ff0000")
-        row = bar_row(self.data, width, uncertain=uncertain, free=free, mark=theme["background"])
-        return Text("\n").join([row, row.copy(), scale_row(self.data, width, muted=uncertain, beyond=error)])
+        shown = colours(self.app)
+        row = bar_row(self.data, width, uncertain=shown.muted, free=shown.panel, mark=shown.background)
+        scale = scale_row(self.data, width, muted=shown.muted, beyond=shown.error)
+        return Text("\n").join([row, row.copy(), scale])
 
 
 def bar_row(data: BarData, width: int, *, uncertain: str, free: str, mark: str) -> Text:

@@ -8,6 +8,7 @@ from textual.widget import Widget
 
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import duration, number
+from launcher.tui.themes import colours
 
 _CELL = 24
 
@@ -23,7 +24,7 @@ class MetricsPanel(Widget):
         """Draw the pairs."""
         if self.snapshot is None:
             return Text("")
-        muted = self.app.theme_variables["muted"]
+        muted = colours(self.app).muted
         columns = max(1, min(3, self.content_size.width // _CELL))
         cell = max(_CELL, self.content_size.width // columns)
         text = Text(no_wrap=True, overflow="ellipsis")

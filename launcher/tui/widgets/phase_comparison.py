@@ -11,6 +11,7 @@ from textual.widget import Widget
 from launcher.runs.events import MemoryEvent
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import size
+from launcher.tui.themes import Colours, colours
 from planner.memory.breakdown import PHASES, PhaseMemory
 
 _FIGURES = 10
@@ -43,8 +44,7 @@ class PhaseComparison(Widget):
         """Draw the bars over the widget's width."""
         if self.snapshot is None:
             return Text("")
-        colours = self.app.theme_variables
-        return comparison(self.snapshot, max(30, self.content_size.width), colours)
+        return comparison(self.snapshot, max(30, self.content_size.width), colours(self.app))
 
 
 def compare(snapshot: RunSnapshot) -> tuple[Compared, ...]:
@@ -63,7 +63,7 @@ def compare(snapshot: RunSnapshot) -> tuple[Compared, ...]:
     )
 
 
-def comparison(snapshot: RunSnapshot, width: int, colours: dict[str, str]) -> Text:
+def comparison(snapshot: RunSnapshot, width: int, drawn: Colours) -> Text:
     """The table with its bars."""
     text = Text(no_wrap=False)
     rows = compare(snapshot)
@@ -73,16 +73,16 @@ def comparison(snapshot: RunSnapshot, width: int, colours: dict[str, str]) -> Te
     for row in rows:
         text.append(f"{row.phase:<11}", "bold")
         if comparable:
-            _bar_line(text, row.predicted_bytes, bar, largest, colours["accent"], " planned")
+            _bar_line(text, row.predicted_bytes, bar, largest, drawn.accent, " planned")
             text.append("\n" + " " * 11)
         if row.measured_bytes is None:
-            text.append("not measured yet", colours["muted"])
+            text.append("not measured yet", drawn.muted)
         else:
-            _bar_line(text, row.measured_bytes, bar, largest, colours["success"], _error(row, comparable))
+            _bar_line(text, row.measured_bytes, bar, largest, drawn.success, _error(row, comparable))
         text.append("\n")
     if not rows:
-        text.append("no phase measured yet\n", colours["muted"])
-    text.append(_footnote(snapshot), colours["muted"])
+        text.append("no phase measured yet\n", drawn.muted)
+    text.append(_footnote(snapshot), drawn.muted)
     return text
 
 

@@ -7,6 +7,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from launcher.tui.text import plain, size
+from launcher.tui.themes import colours
 from planner.memory import MemoryBreakdown
 
 _BAR = 10
@@ -28,10 +29,8 @@ class PhaseTable(Widget):
         """Draw the lines."""
         if self.memory is None:
             return Text("")
-        colours = self.app.theme_variables
-        return phases(
-            self.memory, max(30, self.content_size.width), muted=colours["muted"], strong=colours["primary"]
-        )
+        shown = colours(self.app)
+        return phases(self.memory, max(30, self.content_size.width), muted=shown.muted, strong=shown.primary)
 
 
 def _phase_count(memory: MemoryBreakdown | None) -> int:

@@ -9,6 +9,7 @@ from textual.widget import Widget
 
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import duration, plain
+from launcher.tui.themes import colours
 
 _COLOURS = {
     "running": "success",
@@ -33,15 +34,15 @@ class RunHeadline(Widget):
         """Draw the lines."""
         if self.snapshot is None:
             return Text("reading the run folder")
-        colours = self.app.theme_variables
-        state_colour = colours[_COLOURS.get(self.snapshot.state, "error")]
+        drawn = colours(self.app)
+        state_colour = drawn.named(_COLOURS.get(self.snapshot.state, "error"))
         first = Text(no_wrap=True, overflow="ellipsis")
-        badge = Style(color=colours["background"], bgcolor=state_colour, bold=True)
+        badge = Style(color=drawn.background, bgcolor=state_colour, bold=True)
         first.append(f" {plain(self.snapshot.state).upper()} ", badge)
         first.append("  ")
         first.append(describe_job(self.snapshot))
         width = max(10, self.content_size.width)
-        bar = progress_bar(self.snapshot, width, done=state_colour, rest=colours["border"])
+        bar = progress_bar(self.snapshot, width, done=state_colour, rest=drawn.track)
         last = Text(figures(self.snapshot, self.seconds_since), no_wrap=True, overflow="ellipsis")
         for line in (first, last):
             line.truncate(width, overflow="ellipsis")
@@ -84,4 +85,6 @@ def figures(snapshot: RunSnapshot, seconds_since: float) -> str:
         parts.append(f"reading, {snapshot.event_count:,} events so far")
     if snapshot.message:
         parts.append(plain(snapshot.message, 300))
+    if snapshot.over and snapshot.folder.adapter.is_dir():
+        parts.append(f"saved in {plain(snapshot.folder.adapter, 300)}")
     return " · ".join(parts)

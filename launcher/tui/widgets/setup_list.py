@@ -13,10 +13,12 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from launcher.tui.sizing import Sizing
-from launcher.tui.text import plain
+from launcher.tui.text import FITS, TOO_BIG, plain
 from planner.setup.training_setup import TrainingSetup
 
 LEAST_TITLE, MOST_TITLE = 16, 60
+WORDS_FROM = 60
+"""Columns from which a line has room for the word beside the sign; the note says it where it has not."""
 
 Item = TypeVar("Item")
 
@@ -54,6 +56,10 @@ class SetupList(Vertical, Generic[Item]):
         self.query_one(f"#{self.name_}-summary", Static).update(Text(note))
         self._fill()
 
+    def on_mount(self) -> None:
+        """Draw the lines anew in another theme's colours."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._fill())
+
     def on_resize(self) -> None:
         """Fit the lines to the new width."""
         self._fill()
@@ -71,8 +77,14 @@ class SetupList(Vertical, Generic[Item]):
         raise NotImplementedError
 
     def title_width(self, figures: int) -> int:
-        """Room for a line's title beside so many columns of figures."""
-        return max(LEAST_TITLE, min(MOST_TITLE, self.content_size.width - figures))
+        """Room for a line's title beside so many columns of figures and what it says of fitting."""
+        rest = self.content_size.width - figures - len(self.told(fits=False))
+        return max(LEAST_TITLE, min(MOST_TITLE, rest))
+
+    def told(self, *, fits: bool) -> str:
+        """Whether a setup fits, as sign and word, or as the sign alone where there is no room."""
+        said = FITS if fits else TOO_BIG
+        return said.ljust(len(TOO_BIG)) if self.content_size.width >= WORDS_FROM else said[0]
 
     def _fill(self) -> None:
         options = self.query_one(OptionList)

@@ -8,6 +8,7 @@ from textual.widget import Widget
 
 from launcher.tui.sizing import Sizing
 from launcher.tui.text import duration, plain
+from launcher.tui.themes import colours
 
 
 class SpeedPanel(Widget):
@@ -26,8 +27,8 @@ class SpeedPanel(Widget):
         """Draw the lines."""
         if self.sizing is None:
             return Text("")
-        colours = self.app.theme_variables
-        return speed(self.sizing, muted=colours["muted"], warning=colours["warning"])
+        shown = colours(self.app)
+        return speed(self.sizing, muted=shown.muted, warning=shown.warning)
 
 
 def _wrapping(sizing: Sizing | None) -> tuple[bool, str]:

@@ -9,6 +9,7 @@ from textual.widget import Widget
 
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib
+from launcher.tui.themes import colours
 
 _BADGES = {
     Verdict.FITS: (" ✔ FITS ", "success"),
@@ -16,35 +17,45 @@ _BADGES = {
     Verdict.DOES_NOT_FIT: (" ✘ DOES NOT FIT ", "error"),
 }
 _WIDE = 76
+_WIDE_SEARCH = 90
 _REFINING = " · refining"
+_SEARCHING, _SEARCHING_SHORT = " · searching the fastest setup...", " · searching..."
 
 
 class VerdictLine(Widget):
     """Badge, expected peak, the interval's upper end, the card's usable bytes, what is left, and whether the
-    figures are still to be refined.
+    figures are still to be refined or, `searching`, the setup to be found.
     """
 
     DEFAULT_CSS = "VerdictLine { height: 1; }"
 
     sizing: reactive[Sizing | None] = reactive(None)
     stale: reactive[bool] = reactive(False)
+    searching: reactive[bool] = reactive(False)
 
     def render(self) -> Text:
         """Draw the line, shorter where the terminal is narrow."""
         if self.sizing is None:
             return Text("pick a model and a GPU")
-        colours = self.app.theme_variables
+        shown = colours(self.app)
         badge, colour = _BADGES[self.sizing.verdict]
         line = Text(no_wrap=True, overflow="ellipsis")
         if self.stale:
-            muted = colours.get("muted", "#888888")
             return line.append(
-                "last answer: " + figures(self.sizing, short=self.size.width < _WIDE + 14), muted
+                "last answer: " + figures(self.sizing, short=self.size.width < _WIDE + 14), shown.muted
             )
-        line.append(badge, Style(color=colours["background"], bgcolor=colours[colour], bold=True))
+        line.append(badge, Style(color=shown.background, bgcolor=shown.named(colour), bold=True))
         line.append("  ")
-        line.append(figures(self.sizing, short=self.size.width < _WIDE + len(badge) + len(_REFINING)))
-        return line if self.sizing.refined else line.append(_REFINING, colours["muted"])
+        more = self._what_is_to_come()
+        # Room is kept for what comes and goes, so that the figures stay as they are.
+        room = self.size.width - len(badge) - max(len(more), len(_REFINING))
+        line.append(figures(self.sizing, short=room < _WIDE))
+        return line.append(more, shown.muted)
+
+    def _what_is_to_come(self) -> str:
+        if self.searching:
+            return _SEARCHING if self.size.width >= _WIDE_SEARCH else _SEARCHING_SHORT
+        return "" if self.sizing is None or self.sizing.refined else _REFINING
 
 
 def figures(sizing: Sizing, *, short: bool) -> str:
