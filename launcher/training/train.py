@@ -216,8 +216,7 @@ def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBas
             left = len(data.examples) - len(made)
             _warn(
                 writer,
-                f"{data.source}: {left:,} of {len(data.examples):,} examples are not trained: "
-                "they have no token to learn",
+                f"{data.source}: {left:,} of {len(data.examples):,} examples have no token to learn",
             )
         return made
 
