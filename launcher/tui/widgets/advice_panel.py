@@ -6,7 +6,7 @@ from rich.text import Text
 
 from launcher.tui.advice import Offer
 from launcher.tui.sizing import Sizing, Verdict
-from launcher.tui.text import FITS, TOO_BIG, gib, plain
+from launcher.tui.text import FITS, TOO_BIG, gib
 from launcher.tui.themes import colours
 from launcher.tui.widgets.setup_list import SetupList
 from planner.setup.training_setup import TrainingSetup
@@ -33,13 +33,12 @@ class AdvicePanel(SetupList[Offer]):
 
     def line(self, now: Sizing, item: Offer) -> Text:
         """The change, its memory and what it does to speed."""
-        drawn, width = colours(self.app), self.title_width(_FIGURES)
+        drawn = colours(self.app)
         title = f"{item.title} ({item.effect})" if item.effect else item.title
-        shown = title if len(title) < width else item.title
-        text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(plain(shown, width - 1).ljust(width))
-        figure = f"{self.told(fits=item.fits)}{gib(item.peak_upper_bytes):>10}"
-        text.append(figure, drawn.success if item.fits else drawn.error)
+        shown = title if len(title) < self.title_width(_FIGURES) else item.title
+        titled, told = self.titled(shown, fits=item.fits, figures=_FIGURES)
+        text = Text(titled, no_wrap=True, overflow="ellipsis")
+        text.append(f"{told}{gib(item.peak_upper_bytes):>10}", drawn.success if item.fits else drawn.error)
         if now.step is not None and item.tokens_per_second is not None:
             ratio = item.tokens_per_second / now.step.tokens_per_second - 1
             text.append(f" {ratio:+6.0%}", drawn.muted)

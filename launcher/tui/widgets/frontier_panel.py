@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from launcher.tui.sizing import Sizing
-from launcher.tui.text import GIB, plain
+from launcher.tui.text import GIB
 from launcher.tui.themes import colours
 from launcher.tui.widgets.setup_list import SetupList
 from planner.answers.plan import FrontierPoint
@@ -29,12 +29,12 @@ class FrontierPanel(SetupList[FrontierPoint]):
 
     def line(self, now: Sizing, item: FrontierPoint) -> Text:
         """The strategy, its memory and its speed."""
-        shown, setup, width = colours(self.app), item.setup, self.title_width(_FIGURES)
+        shown, setup = colours(self.app), item.setup
         mark = "▸ " if setup == now.setup else "★ " if item.chosen and item.fits else "  "
         batch = f"{setup.per_device_train_batch_size} x {setup.gradient_accumulation_steps}"
-        text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(mark, shown.primary)
-        text.append(plain(f"{batch} {item.strategy}", width - 3).ljust(width - 2))
-        figure = f"{self.told(fits=item.fits)}{item.peak_upper_bytes / GIB:>7,.1f}"
-        text.append(figure, shown.success if item.fits else shown.error)
+        titled, told = self.titled(f"{batch} {item.strategy}", fits=item.fits, figures=_FIGURES + len(mark))
+        text = Text(no_wrap=True, overflow="ellipsis").append(mark, shown.primary).append(titled)
+        text.append(
+            f"{told}{item.peak_upper_bytes / GIB:>7,.1f}", shown.success if item.fits else shown.error
+        )
         return text.append(f"{item.tokens_per_second:>8,.0f}", shown.muted)

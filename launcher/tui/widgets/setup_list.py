@@ -16,7 +16,7 @@ from launcher.tui.sizing import Sizing
 from launcher.tui.text import FITS, TOO_BIG, plain
 from planner.setup.training_setup import TrainingSetup
 
-LEAST_TITLE, MOST_TITLE = 16, 60
+LEAST_TITLE, MOST_TITLE = 16, 68
 WORDS_FROM = 60
 """Columns from which a line has room for the word beside the sign; the note says it where it has not."""
 
@@ -77,14 +77,19 @@ class SetupList(Vertical, Generic[Item]):
         raise NotImplementedError
 
     def title_width(self, figures: int) -> int:
-        """Room for a line's title beside so many columns of figures and what it says of fitting."""
-        rest = self.content_size.width - figures - len(self.told(fits=False))
-        return max(LEAST_TITLE, min(MOST_TITLE, rest))
+        """Room for a line's title beside so many columns of figures and the sign of fitting."""
+        return max(LEAST_TITLE, min(MOST_TITLE, self.content_size.width - figures - 1))
 
-    def told(self, *, fits: bool) -> str:
-        """Whether a setup fits, as sign and word, or as the sign alone where there is no room."""
-        said = FITS if fits else TOO_BIG
-        return said.ljust(len(TOO_BIG)) if self.content_size.width >= WORDS_FROM else said[0]
+    def titled(self, title: str, *, fits: bool, figures: int) -> tuple[str, str]:
+        """A title, and whether its setup fits: sign and word, or the sign alone where the title needs the
+        room.
+        """
+        width = self.title_width(figures) + 1
+        told = (FITS if fits else TOO_BIG).ljust(len(TOO_BIG))
+        if self.content_size.width < WORDS_FROM or len(title) + 1 + len(told) > width:
+            told = told[0]
+        room = width - len(told)
+        return plain(title, room - 1).ljust(room), told
 
     def _fill(self) -> None:
         options = self.query_one(OptionList)
