@@ -71,6 +71,26 @@ def test_sharing_takes_the_number_of_cards_from_gpu(cli: Cli) -> None:
     assert "distributed needs num_processes of at least 2" in one
 
 
+@pytest.mark.parametrize("more", [(), ("--full",)])
+def test_a_price_has_its_source_and_date_or_is_said_to_be_unknown(more: tuple[str, ...], cli: Cli) -> None:
+    def price(*arguments: str) -> str:
+        out = " ".join(cli("plan", "qwen2.5-0.5b", *arguments, *more).out.split())
+        return out[out.index(" price ") :][:120]
+
+    assert "a GPU-hour (Akash, on-demand, 2026-09-20)" in price("rtx-4090")
+    assert "not known for rtx-5060-ti-16gb (--price-per-hour USD)" in price("16GB")
+    own = price("rtx-4090", "--price-per-hour", "2")
+    assert "at $2 a GPU-hour" in own
+    assert "Akash" not in own
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(1, "for 1 epoch, "), (2, "for 2 epochs, ")])
+def test_one_epoch_is_one(epochs: int, said: str, cli: Cli) -> None:
+    data = data_files.PROFILES / "demo" / "data" / "train.jsonl"
+    out = cli("plan", "qwen2.5-0.5b", "24GB", "--data", data, "--epochs", epochs, "--full").out
+    assert said in " ".join(out.split())
+
+
 @pytest.mark.parametrize(("length", "told"), [(131072, False), (200000, True)])
 def test_a_length_beyond_the_model_s_window_is_told(length: int, told: bool, cli: Cli) -> None:
     out = cli("plan", "qwen2.5-14b", "h200", "--max-length", length).out
