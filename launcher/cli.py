@@ -40,6 +40,11 @@ COMMANDS = {
     "calibrate": Command("launcher.commands.calibrate", "measure this GPU, and plan by what it shows"),
     "tui": Command("launcher.commands.tui", "size setups and watch runs in the terminal"),
 }
+COMMANDS["completion"] = Command(
+    "planner.commands.completion",
+    "print what makes a shell complete commands, options and names",
+    {"program": PROGRAM, "commands": lambda: COMMANDS},
+)
 # A word behind a command that makes it another one.
 SUBCOMMANDS = {
     ("models", "inspect"): Command(

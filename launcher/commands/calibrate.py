@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from launcher.runs import stack
 from planner.base import validate
-from planner.base.errors import ExitCode
+from planner.base.errors import ExitCode, InputError
 from planner.commands.program import say
-from planner.gpus.detect import LocalGpu, local_gpus
+from planner.gpus.detect import LocalGpu, NoGpuError, local_gpus
 
 if TYPE_CHECKING:
     from launcher.measuring.calibrate import Progress
@@ -37,7 +37,12 @@ def run(args: argparse.Namespace) -> int:
         MissingExtraError: the training stack is not installed.
     """
     minutes = validate.number("minutes", args.minutes, minimum=0.1, maximum=MAX_MINUTES)
-    gpu = local_gpus()[0]
+    try:
+        gpu = local_gpus()[0]
+    except NoGpuError as error:
+        raise InputError(
+            f"calibrate measures a GPU of this machine, and there is none ({error.reason})"
+        ) from error
     stack.require("calibrate")
     from launcher.measuring.calibrate import (
         coefficients_file,

@@ -7,8 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from planner.base.errors import ExitCode, InputError
+from planner.base.errors import ExitCode, InputError, UnknownNameError
 from planner.commands.program import say
+
+_SHOWN = 10
+"""Names of runs that a message lists at most, the latest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +35,32 @@ def run(args: argparse.Namespace) -> int:
         return _list(root, as_json=args.json)
     if args.run is None:
         raise InputError(f"runs {args.action} needs the name of a run folder")
-    return _follow(root / args.run) if args.action == "follow" else _stop(root / args.run)
+    path = _named(root, args.run)
+    return _follow(path) if args.action == "follow" else _stop(path)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.glob("*/job.json"))
+
+
+def _named(root: Path, name: str) -> Path:
+    """The folder of a run.
+
+    Raises:
+        UnknownNameError: no run there has that name; the message tells those that are.
+    """
+    if (root / name / "job.json").is_file():
+        return root / name
+    names = [path.name for path in _folders(root)]
+    where = f"in {root.resolve()}; --runs names another folder"
+    hint = f"(the runs {where}: {', '.join(names[-_SHOWN:])})" if names else f"(none are {where})"
+    raise UnknownNameError("run", name, names, hint)
 
 
 def _list(root: Path, *, as_json: bool) -> int:
     from launcher.runs import supervisor
 
-    folders = sorted(path.parent for path in root.glob("*/job.json"))
-    found = [(path, supervisor.status(path)) for path in folders]
+    found = [(path, supervisor.status(path)) for path in _folders(root)]
     if as_json:
         rows = [
             {"run": path.name, "state": one.state, "step": one.step, "total_steps": one.total_steps}
@@ -49,7 +70,7 @@ def _list(root: Path, *, as_json: bool) -> int:
         print()
         return ExitCode.OK
     if not found:
-        say(f"no runs in {root}")
+        say(f"no runs in {root.resolve()}: they stay where they are started (--runs names another folder)")
         return ExitCode.OK
     from planner.text.figures import columns, show
 

@@ -65,10 +65,13 @@ def run(args: argparse.Namespace) -> int:
         args.gpu = CARD_WITHOUT_GPU
     request = request_from(args)
     model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
+    source = model_source(args.model, model)
+    if not args.allow_download:
+        _refuse_absent_weights(source, model)
     if not on_gpu:
         knobs = {**_for_the_cpu(model), **request.fixed}
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
-    wish = _wish(args, model_source(args.model, model))
+    wish = _wish(args, source)
     stats = _measured_stats(wish)
     plan = make_plan(request, model=model, stats=stats)
     _show(plan)
@@ -96,6 +99,24 @@ def _has_gpu() -> bool:
         return bool(local_gpus())
     except NoGpuError:
         return False
+
+
+def _refuse_absent_weights(source: str, model: ModelSpec) -> None:
+    """Say at once, before data and libraries are read, that there is nothing to train.
+
+    Raises:
+        InputError: the weights of a Hub id are not in its cache.
+    """
+    if Path(source).is_dir():
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if not any(isinstance(try_to_load_from_cache(source, name), str) for name in names):
+        size = "" if model.download_bytes is None else f" {model.download_bytes / 2**30:,.1f} GiB"
+        raise InputError(
+            f"the weights of {source} are not on this machine; --allow-download fetches{size or ' them'}"
+        )
 
 
 def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:

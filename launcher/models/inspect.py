@@ -19,33 +19,32 @@ from typing import Any
 
 from planner.base.errors import ExitCode, InputError, MissingExtraError, VramwiseError
 from planner.models import hub_config
+from planner.models.catalog import nearest_models
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
 
 TIMEOUT_SECONDS = 120
 MEMORY_LIMIT_BYTES = 8 * 2**30
 
 # Models whose forward pass around the decoder layers was read: embedding, layers, norm, head, nothing else.
-_MODELS = frozenset(
-    f"{family}ForCausalLM"
-    for family in (
-        "Llama",
-        "Mistral",
-        "Ministral",
-        "Mixtral",
-        "Qwen2",
-        "Qwen3",
-        "Qwen3Moe",
-        "Gemma",
-        "Gemma2",
-        "Gemma3",
-        "Phi3",
-        "SmolLM3",
-        "Granite",
-        "Nemotron",
-        "Olmo2",
-        "Olmo3",
-    )
+_FAMILIES = (
+    "Llama",
+    "Mistral",
+    "Ministral",
+    "Mixtral",
+    "Qwen2",
+    "Qwen3",
+    "Qwen3Moe",
+    "Gemma",
+    "Gemma2",
+    "Gemma3",
+    "Phi3",
+    "SmolLM3",
+    "Granite",
+    "Nemotron",
+    "Olmo2",
+    "Olmo3",
 )
+_MODELS = frozenset(f"{family}ForCausalLM" for family in _FAMILIES)
 
 
 def inspect_config(
@@ -122,6 +121,18 @@ def _require_stack() -> None:
             raise MissingExtraError("describing an architecture outside the catalog", module)
 
 
+def _not_causal(model_type: str) -> str:
+    """Why a text config that transformers knows is no model that can be trained here."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as VISION
+
+    if model_type.removesuffix("_text") in VISION:
+        return (
+            f"{model_type} is the text part of a vision-language model, which transformers builds only as a "
+            "whole; vramwise plans models of text"
+        )
+    return f"model_type {model_type} is no causal language model in transformers"
+
+
 def _build(text: dict[str, Any], hub_id: str) -> Any:
     """The causal language model of a text config, on the meta device."""
     _require_stack()
@@ -136,7 +147,7 @@ def _build(text: dict[str, Any], hub_id: str) -> Any:
     text.pop("auto_map", None)
     config = AutoConfig.for_model(model_type, **text)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{hub_id}: model_type {model_type} is no causal language model in transformers")
+        raise InputError(f"{hub_id}: {_not_causal(model_type)}{nearest_models(hub_id)}")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -146,7 +157,10 @@ def _describe(model: Any, *, model_id: str, hub_id: str, aliases: tuple[str, ...
 
     architecture, config = type(model).__name__, model.config
     if architecture not in _MODELS:
-        raise InputError(f"{hub_id}: {architecture} is not understood")
+        raise InputError(
+            f"{hub_id}: {architecture} is not understood by vramwise, though transformers builds it; "
+            f"planned are {', '.join(sorted(_FAMILIES))}{nearest_models(hub_id)}"
+        )
     for module, expected in ((model, _TOP), (model.model, _BASE)):
         if {name for name, _ in module.named_children()} != expected:
             raise InputError(f"{hub_id}: {type(module).__name__} has other parts than {sorted(expected)}")

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from typing import Any
 
 from planner.base.errors import ExitCode, InputError, UnknownNameError
-from planner.gpus.catalog import gpu_catalog, normalise
+from planner.gpus.catalog import GpuCatalog, gpu_catalog, normalise
 from planner.gpus.detect import LocalGpu, NoGpuError, local_gpus
+from planner.gpus.parse import REFERENCE_CARDS, accepted_sizes
 from planner.gpus.spec import GpuSpec
+
+_SIZE = re.compile(r"\s*(\d{1,4})\s*(?:gib|gb|g)\s*", re.IGNORECASE)
+# Where a card checks its memory (ECC), a sixteenth of what is on its label holds the check bits (T4, A40).
+_LEAST_OF_LABEL, _MOST_OF_LABEL = 0.935, 1.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `gpus`."""
-    parser.add_argument("text", nargs="?", help="list cards with this in their name only")
+    parser.add_argument("text", nargs="?", help="only cards with this in their name, or of this memory: 24gb")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """List and print."""
     catalog = gpu_catalog()
-    wanted = normalise(args.text) if args.text is not None else ""
-    if args.text is not None and not wanted:
-        raise InputError("an empty text selects nothing")
-    found = [gpu for gpu in catalog if any(wanted in normalise(n) for n in (gpu.id, gpu.name, *gpu.aliases))]
-    if not found:
-        raise UnknownNameError("GPU", args.text, catalog.suggestions(), "(list them with: vramwise gpus)")
+    found = list(catalog) if args.text is None else _selected(args.text, catalog)
     try:
         here: tuple[LocalGpu, ...] = local_gpus()
         reason = None
@@ -43,6 +44,25 @@ def run(args: argparse.Namespace) -> int:
     show(lambda out: print_gpus(out, found))
     show(lambda out: print_local_gpus(out, here, reason))
     return ExitCode.OK
+
+
+def _selected(text: str, catalog: GpuCatalog) -> list[GpuSpec]:
+    """Cards with the text in their name, or of the memory that it says."""
+    wanted = normalise(text)
+    if not wanted:
+        raise InputError("an empty text selects nothing")
+    size = _SIZE.fullmatch(text)
+    if size is not None:
+        if int(size[1]) not in REFERENCE_CARDS:
+            raise InputError(f"no card of the catalog has {size[1]} GB; the sizes are {accepted_sizes()}")
+        label = int(size[1]) * 2**30
+        return [
+            gpu for gpu in catalog if _LEAST_OF_LABEL * label < gpu.memory_bytes <= _MOST_OF_LABEL * label
+        ]
+    found = [gpu for gpu in catalog if any(wanted in normalise(n) for n in (gpu.id, gpu.name, *gpu.aliases))]
+    if not found:
+        raise UnknownNameError("GPU", text, catalog.suggestions(), "(list them with: vramwise gpus)")
+    return found
 
 
 def _json(found: list[GpuSpec], here: tuple[LocalGpu, ...]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from planner.answers.plan import Plan
-from planner.base.errors import ExitCode
+from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs, given_knobs
 from planner.commands.program import StoreOnce, real_number, say, whole_number
 from planner.setup.request import PlanRequest
@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what a PlanRequest holds beside the knobs."""
-    parser.add_argument(
-        "--model", required=True, action=StoreOnce, help="catalog name, Hub id, or folder with config.json"
-    )
+    parser.usage = "%(prog)s MODEL [GPU] [OPTIONS]"
+    parser.add_argument("model", nargs="?", action=StoreOnce, metavar="MODEL", help="as --model")
+    parser.add_argument("gpu", nargs="?", action=StoreOnce, metavar="GPU", help="as --gpu")
+    parser.add_argument("--model", action=StoreOnce, help="catalog name, Hub id, or folder with config.json")
     parser.add_argument(
         "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: the GPU of this machine)"
     )
@@ -68,6 +69,10 @@ def request_from(args: argparse.Namespace) -> PlanRequest:
     Raises:
         InputError: a value that is not accepted, or two that contradict each other.
     """
+    if args.model is None:
+        raise InputError(
+            "name a model, for example: plan llama-3.1-8b 12GB (list them with: vramwise models)"
+        )
     return PlanRequest(
         model=args.model,
         gpu=args.gpu,

@@ -9,12 +9,16 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from planner.base.errors import ExitCode, InputError, UnknownNameError, VramwiseError
+
+_OPTION = re.compile(r"-[-A-Za-z]")
+"""How an option begins; a number below zero does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +45,14 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: an argument is not accepted, or there is no such option.
         """
-        found, unknown = self.parse_known_args(args, namespace)
-        option = next((one for one in unknown if one.startswith("-")), None)
-        if option is not None:
-            self._refuse(option.partition("=")[0])
+        given = sys.argv[1:] if args is None else args
+        # First of all: the value of an option that there is none of would be taken for one by position.
+        for one in given[: given.index("--")] if "--" in given else given:
+            name = one.partition("=")[0]
+            if _OPTION.match(one) and name not in self._option_string_actions:
+                self._refuse(name)
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        found, unknown = parse(given, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found
@@ -56,6 +64,14 @@ class Parser(argparse.ArgumentParser):
         words = option.strip("-").lower()
         parts = [name for name in known if len(words) > 1 and words in name]
         raise UnknownNameError("option", option, known, f"(see {self.prog} --help)", parts[:3])
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a word that is none of the choices, with the one that may be meant."""
+        choices = action.choices
+        if choices is not None and value not in choices:
+            name = "/".join(action.option_strings) or str(action.metavar or action.dest)
+            words = [str(choice) for choice in choices]
+            raise UnknownNameError(f"value of {name}", str(value), words, f"(one of {', '.join(words)})")
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
@@ -72,10 +88,24 @@ class StoreOnce(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Store the value, once."""
+        """Store the value, once; what may be left out by position may be given as an option."""
+        if values is None:
+            return
         if getattr(namespace, self.dest, None) is not None:
             raise argparse.ArgumentError(self, "given twice")
         setattr(namespace, self.dest, values)
+
+
+class Version(argparse.Action):
+    """Print the version and exit."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print it, whatever else was given."""
+        print(_version())
+        parser.exit()
 
 
 class SwitchOnce(argparse.BooleanOptionalAction):
@@ -116,10 +146,12 @@ def run_commands(program: str, description: str, commands: Mapping[str, Command]
     Raises:
         InputError: no such command, or arguments that it does not take.
     """
+    if argv and argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
     if argv and argv[0] in commands:
         return run_command(f"{program} {argv[0]}", commands[argv[0]], argv[1:])
     parser = Parser(prog=program, description=description)
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--version", action=Version, help="print the version and exit")
     listed = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, command in commands.items():
         listed.add_parser(name, help=command.help, add_help=False)
@@ -127,14 +159,7 @@ def run_commands(program: str, description: str, commands: Mapping[str, Command]
         hint = f"(see {program} --help)"
         close = difflib.get_close_matches(argv[0], commands, n=1)
         raise UnknownNameError("command", argv[0], (), hint, close)
-    if parser.parse_args(list(argv)).version:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(f"vramwise {version('vramwise')}")
-        except PackageNotFoundError:
-            print("vramwise, from a source tree that is not installed")
-        return ExitCode.OK
+    parser.parse_args(list(argv))
     parser.print_help()
     return ExitCode.OK
 
@@ -146,12 +171,19 @@ def run_command(program: str, command: Command, argv: Sequence[str]) -> int:
         InputError: arguments that it does not take.
     """
     module = importlib.import_module(command.module)
-    description = " ".join((module.__doc__ or "").split())
-    parser = Parser(prog=program, description=description, usage="%(prog)s [OPTIONS]")
-    module.add_arguments(parser)
+    parser = Parser(prog=program, usage="%(prog)s [OPTIONS]")
+    declare(parser, command)
     parser.set_defaults(**command.defaults)
     run: Callable[[argparse.Namespace], int] = module.run
     return run(parser.parse_args([_with_dashes(argument) for argument in argv]))
+
+
+def declare(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Give a parser what a command says of itself and takes."""
+    module = importlib.import_module(command.module)
+    parser.description = " ".join((module.__doc__ or "").split())
+    module.add_arguments(parser)
+    parser.add_argument("--version", action=Version, help="print the version and exit")
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:
@@ -184,6 +216,15 @@ def run_as_program(program: str, run: Callable[[], int]) -> NoReturn:
 def say(message: str) -> None:
     """Talk to the person: one line on stderr."""
     print(_one_line(message), file=sys.stderr, flush=True)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"vramwise {version('vramwise')}"
+    except PackageNotFoundError:
+        return "vramwise, from a source tree that is not installed"
 
 
 def _with_dashes(argument: str) -> str:

@@ -110,6 +110,7 @@ def _gpu(id_: str, table: dict[str, Any]) -> GpuSpec:
         sm_count=table.get("sm_count"),
         l2_cache_bytes=None if "l2_cache_mib" not in table else int(table["l2_cache_mib"] * MIB),
         price_usd_per_hour=table.get("price_usd_per_hour"),
+        price_source=table.get("price_source"),
         aliases=tuple(table.get("aliases", ())),
     )
 

@@ -18,6 +18,7 @@ class NoGpuError(InputError):
     """This machine has no GPU that a training process could see."""
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
         super().__init__(f"no NVIDIA GPU found ({reason}); name one with --gpu, for example --gpu 16GB")
 
 

@@ -33,7 +33,8 @@ class GpuSpec:
     16-bit inputs, fp32 accumulation; GeForce cards run this at half their advertised rate) are published
     figures, `measured_matrix_flops_per_second` what a large matmul reached. `supports_bfloat16` is hardware
     support: below compute capability 8.0 it is emulated. `l2_cache_bytes` is the level-2
-    cache. None stands for unknown.
+    cache. `price_source` says who asked `price_usd_per_hour`, for what kind of use, and when. None stands
+    for unknown.
 
     Raises:
         FieldError: a figure is outside what is possible.
@@ -51,6 +52,7 @@ class GpuSpec:
     sm_count: int | None = None
     l2_cache_bytes: int | None = None
     price_usd_per_hour: float | None = None
+    price_source: str | None = None
     usable_is_measured: bool = False
     aliases: tuple[str, ...] = ()
 

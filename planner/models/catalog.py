@@ -7,8 +7,10 @@ opens the index and one spec.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +28,14 @@ MAX_NAME = 4096
 _MIRRORS = ("unsloth/",)
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _HINT = "(a catalog name, a Hub id such as Qwen/Qwen2.5-14B, or a folder with config.json)"
+
+
+_NEARLY = 0.65
+_SIZE = re.compile(r"(?<![a-z\d])(\d{1,3}(?:-\d)?)-?b(?![a-z])")
+_QUANTISED = re.compile(
+    r"-(?:unsloth-)?(?:bnb-4-?bit|bnb-8-?bit|gptq|awq|fp-8|gguf|4-?bit|8-?bit|int-?[48]).*$"
+)
+"""How names of quantised copies end, in name_key's spelling."""
 
 
 class Inspector(Protocol):
@@ -93,7 +103,30 @@ def resolve_model(name: str, *, allow_network: bool = False, inspector: Inspecto
         return _from_folder(Path(name), inspector)
     if _HUB_ID.fullmatch(name):
         return _from_hub(name, allow_network, inspector)
-    raise UnknownNameError("model", name, catalog_ids(), _HINT)
+    raise _unknown(name, _HINT)
+
+
+def written_nearly(name: str) -> list[str]:
+    """Ids of the catalog that may be meant by a name, or by that of a quantised copy."""
+    by_key = {name_key(model_id): model_id for model_id in catalog_ids()}
+    return [by_key[one] for one in difflib.get_close_matches(_bare(name), by_key, n=3, cutoff=_NEARLY)]
+
+
+def nearest_models(name: str) -> str:
+    """What of the catalog to try for a name that it does not have, as the end of a sentence; may be empty."""
+    near = written_nearly(name)
+    if near:
+        return f"; did you mean {', '.join(near)}?"
+    size = _SIZE.search(_bare(name))
+    if size is None:
+        return ""
+    wanted = math.log(max(float(size[1].replace("-", ".")), 0.01) * 1e9)
+    by_size = sorted(list_models(), key=lambda model: abs(math.log(model.parameter_count) - wanted))
+    return f"; of about its size there are {by_size[0].id} and {by_size[1].id}"
+
+
+def _bare(name: str) -> str:
+    return re.sub(_QUANTISED, "", name_key(name.rpartition("/")[2]))
 
 
 def match_config(config: Mapping[str, Any], *, hub_id: str) -> ModelSpec | None:
@@ -191,16 +224,29 @@ def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None)
         path = Path(hf_hub_download(repository, "config.json", local_files_only=offline))
         config = hub_config.parse_config(_read_limited(path), where=f"config.json of {repository}")
     except HFValidationError as error:
-        raise UnknownNameError("model", repository, catalog_ids(), _HINT) from error
+        raise _unknown(repository, _HINT) from error
     except (HfHubHTTPError, OSError) as error:
         if not offline:
             raise InputError(
                 f"cannot get config.json of {repository} from the Hub: {_first_line(error)}"
             ) from error
-        how = "HF_HUB_OFFLINE is set" if allow_network else "no network is used unless asked for"
-        hint = f"and is not in the Hugging Face cache ({how})"
-        raise UnknownNameError("model", repository, _hub_ids(), hint) from error
+        raise _not_here(repository, allow_network) from error
     return _from_config(config, name=repository.rpartition("/")[2], where=repository, inspector=inspector)
+
+
+def _not_here(repository: str, allow_network: bool) -> UnknownNameError:
+    """Why a Hub id cannot be planned, and what can be done."""
+    how = "HF_HUB_OFFLINE is set" if allow_network else "--allow-download fetches its config.json"
+    where = f"(neither in the catalog nor in the Hugging Face cache; {how})"
+    near = written_nearly(repository)
+    if near and re.search(_QUANTISED, name_key(repository.rpartition("/")[2])):
+        made_from = f"; QLoRA quantises while loading: plan what it was made from, {near[0]}"
+        return UnknownNameError("model", repository, (), where + made_from)
+    return _unknown(repository, where)
+
+
+def _unknown(name: str, hint: str) -> UnknownNameError:
+    return UnknownNameError("model", name, (), hint + nearest_models(name))
 
 
 def _read_limited(path: Path) -> bytes:
@@ -210,10 +256,6 @@ def _read_limited(path: Path) -> bytes:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
-
-
-def _hub_ids() -> list[str]:
-    return [name for model in list_models() for name in (model.hub_id, *model.aliases) if "/" in name]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from planner.base.errors import InputError, shorten
 
@@ -46,6 +46,11 @@ _MAY_BE_ZERO = (
     "num_experts_per_tok",
     "sliding_window",
 )
+PLANNED_TYPES = frozenset(
+    {"gemma", "gemma2", "gemma3", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral"}
+    | {"nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
+)
+"""model_type of the families that launcher/models/layer_recipe.py reads."""
 # Keys that steer how transformers runs a model rather than describe it; in a config.json they are foreign.
 _FOREIGN_KEYS = ("attn_implementation", "experts_implementation", "_attn_", "_flash_attn", "_experts_")
 
@@ -77,7 +82,7 @@ def parse_config(content: bytes, *, where: str) -> dict[str, Any]:
     if len(content) > MAX_CONFIG_BYTES:
         raise InputError(f"{name} is larger than {MAX_CONFIG_BYTES:,} bytes; that is no model config")
     try:
-        config = json.loads(content, parse_constant=_refuse_constant)
+        config = json.loads(content, parse_constant=_constant)
     except RecursionError as error:
         raise InputError(f"{name} is nested too deeply") from error
     except ValueError as error:
@@ -99,8 +104,14 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
     if not isinstance(model_type, str) or not model_type.isprintable() or not 0 < len(model_type) <= 100:
         raise InputError(f"{name} names no model_type")
     if config.get("quantization_config") is not None:
-        raise InputError(f"{name} describes quantised weights; give the model they were made from")
+        raise InputError(f"{name} describes quantised weights: {_instead_of_quantised(model_type)}")
     _check_value("", config, name, depth=0)
+
+
+def _instead_of_quantised(model_type: str) -> str:
+    if model_type in PLANNED_TYPES:
+        return "give the model they were made from, which QLoRA quantises while loading"
+    return f"vramwise plans neither these nor model_type {model_type} in 16 bits (see vramwise models)"
 
 
 def _check_value(key: str, value: object, name: str, *, depth: int) -> None:
@@ -126,6 +137,8 @@ def _check_value(key: str, value: object, name: str, *, depth: int) -> None:
 
 
 def _check_number(key: str, value: float, name: str) -> None:
+    if math.isinf(value) and key not in INTEGER_LIMITS:
+        return  # Mamba-2's time_step_limit has no upper end, and transformers writes it so
     if not math.isfinite(value) or abs(value) > MAX_NUMBER:
         raise InputError(f"{name}: {shorten(key)} is {shorten(value)}, which no model has")
     limit = INTEGER_LIMITS.get(key)
@@ -138,8 +151,11 @@ def _check_number(key: str, value: float, name: str) -> None:
         )
 
 
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
+def _constant(constant: str) -> float:
+    """What Python's JSON has beyond JSON's: no end is a number of a config, no number is none."""
+    if constant == "NaN":
+        raise ValueError(f"{constant} is not a number")
+    return float(constant)
 
 
 def text_part(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.base import validate
-from planner.base.errors import FieldError
+from planner.base.errors import FieldError, InputError
+from planner.gpus.parse import parse_gpu
 from planner.setup.knob import Knob, KnobValue
 from planner.setup.knobs import KNOBS
 from planner.setup.training_knobs import DEFAULT_RANK
@@ -71,7 +72,16 @@ class PlanRequest:
         if self.price_usd_per_hour is not None:
             validate.number("price_per_hour", self.price_usd_per_hour, minimum=0.0, maximum=1e6)
         validate.boolean("display", self.display)
-        self.setup(max_length=_ANY_LENGTH)
+        self.setup(max_length=_ANY_LENGTH, num_processes=self._cards())
+
+    def _cards(self) -> int:
+        """How many GPUs share the work where a way to share it is asked for: as many as `gpu` says."""
+        if "distributed" not in self.fixed or self.gpu is None:
+            return 1
+        try:
+            return parse_gpu(self.gpu).count
+        except InputError:  # said in its own words where the GPU is looked up
+            return 1
 
     @property
     def fixed(self) -> dict[str, KnobValue]:

@@ -41,7 +41,7 @@ def print_frontier(out: Console, plan: Plan) -> None:
     shown = plan.neighbours
     if not plan.fits or len(shown) < 2:
         return
-    heading(out, "Speed against memory: the best of all that was tried")
+    heading(out, "Speed against memory: setups that none tried beats in both")
     timed = plan.data is not None
     if out.width < WIDE:
         bullets(out, [_in_words(one, timed=timed) for one in shown])

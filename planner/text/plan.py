@@ -99,7 +99,8 @@ def _a_step(plan: Plan) -> str:
     if per_row is None:
         return f"{rows} sequences"
     each = "row" if rows == 1 else "rows"
-    return f"{rows} {each} of {per_row:.3g} examples, about {plan.schedule.effective_batch_size} examples"
+    about = plan.schedule.effective_batch_size
+    return f"{rows} {each} of {per_row:.2g} examples, about {about} examples"
 
 
 def _checkpointing(plan: Plan) -> str:

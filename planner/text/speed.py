@@ -66,12 +66,21 @@ def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
     else:
         if found.useful_tokens_per_second is not None and plan.data is not None:
             padding = 1.0 - found.tokens / (plan.data.processed_tokens * plan.schedule.num_train_epochs)
-            useful = f"about {rate(found.useful_tokens_per_second)} a second of the data's own"
-            yield "useful tokens", f"{useful}; {max(0.0, padding):.0%} of what is processed is padding"
-        epochs = f"{plan.schedule.num_train_epochs:g} epochs"
+            useful = f"about {rate(found.useful_tokens_per_second)} tokens/s of the data itself"
+            yield "useful tokens", f"{useful}; padding is {max(0.0, padding):.0%} of all tokens"
+        passes = plan.schedule.num_train_epochs
+        epochs = f"{passes:g} epoch{'' if passes == 1 else 's'}"
         yield "time", f"{interval} for {epochs}, {found.steps:,} steps, {count(found.tokens)} tokens"
-    if found.usd is not None and found.usd_per_gpu_hour is not None:
-        yield "price", f"{dollars(found.usd)} at ${found.usd_per_gpu_hour:g} an hour and GPU"
+    yield "price", _price(found, plan)
+
+
+def _price(found: Duration, plan: Plan) -> str:
+    """What it costs and whose price that is, or that none is known."""
+    if found.usd is None or found.usd_per_gpu_hour is None:
+        return f"not known for {plan.gpu.spec.id} (--price-per-hour USD)"
+    text = f"{dollars(found.usd)} at ${found.usd_per_gpu_hour:g} a GPU-hour"
+    asked = plan.request.price_usd_per_hour is not None
+    return text if asked or plan.gpu.spec.price_source is None else f"{text} ({plan.gpu.spec.price_source})"
 
 
 def _data(plan: Plan) -> str:

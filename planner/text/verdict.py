@@ -33,7 +33,14 @@ def _verdict(plan: Plan) -> Text:
     word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
     method = METHOD_TITLES[plan.setup.method]
     length = f"{plan.setup.max_length:,} tokens"
-    return Text.assemble(word, f": {plan.request.model} with {method} at {length} on {card_title(plan)}")
+    one = "one of " if plan.gpu.count > plan.setup.num_processes else ""
+    return Text.assemble(word, f": {_model(plan)} with {method} at {length} on {one}{card_title(plan)}")
+
+
+def _model(plan: Plan) -> str:
+    """What was asked for, and what it was taken for where that is not the same."""
+    asked, taken = plan.request.model, plan.model.id
+    return asked if asked.rstrip("/").lower().endswith(taken.lower()) else f"{asked} ({taken})"
 
 
 def _sentences(plan: Plan) -> Iterator[str]:
@@ -46,6 +53,13 @@ def _sentences(plan: Plan) -> Iterator[str]:
     )
     if plan.longest is not None:
         yield _longest(plan.longest)
+    if plan.gpu.count > plan.setup.num_processes:
+        left = plan.gpu.count - plan.setup.num_processes
+        others = "The other one is" if left == 1 else f"The other {left} are"
+        yield f"{others} not used: what several need together is not modelled."
+    window = plan.model.max_position_embeddings
+    if plan.setup.max_length > window:
+        yield f"The model was made for {window:,} tokens: what it learns beyond them is not known."
     data = plan.data
     if data is not None and data.truncated_tokens >= CUT_TO_SAY * data.total_tokens:
         share = data.truncated_tokens / data.total_tokens

@@ -63,7 +63,7 @@ def test_every_kind_that_is_read_is_planned(
 ) -> None:
     path = jsonl(tmp_path / "data.jsonl", READ[name], READ[name])
     with pytest.raises(SystemExit) as ended:
-        plan_main([*PLAN, str(path)])
+        plan_main([*PLAN, str(path), "--full"])
     shown = capsys.readouterr()
     assert ended.value.code == 0, shown.err
     assert "2 examples" in shown.out

@@ -25,9 +25,15 @@ def test_every_figure_has_a_source_and_every_source_a_figure() -> None:
     figures = tomllib.loads(CATALOG_FILE.read_text(encoding="utf-8"))
     sources = tomllib.loads(CATALOG_FILE.with_name("gpu_sources.toml").read_text(encoding="utf-8"))
     for id_, table in figures.items():
-        fields = set(table) - {"name", "aliases"}
+        fields = set(table) - {"name", "aliases", "price_source"}
         assert fields == set(sources[id_]), id_
         assert all(len(text) > 10 for text in sources[id_].values()), id_
+        # What a plan says of a price is what its source says.
+        if "price_usd_per_hour" in table:
+            who, kind, date = table["price_source"].split(", ")
+            source = sources[id_]["price_usd_per_hour"]
+            assert source.startswith(f"{kind}, {date}: "), id_
+            assert who.lower() in source.lower(), id_
     assert set(figures) == set(sources)
 
 

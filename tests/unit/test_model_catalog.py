@@ -111,7 +111,7 @@ def test_unknown_hub_id_uses_no_network(monkeypatch: pytest.MonkeyPatch) -> None
         raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_cache)
-    with pytest.raises(UnknownNameError, match="no network is used unless asked for"):
+    with pytest.raises(UnknownNameError, match="--allow-download fetches its config"):
         resolve_model("somebody/some-model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UnknownNameError, match="HF_HUB_OFFLINE is set"):
