@@ -25,7 +25,7 @@ from . import synthetic
 from .conftest import MakeApp, settle
 
 THEMES = (*BUILTIN_THEMES, DARK.name, LIGHT.name)
-SIZE = (120, 40)
+SIZE = (80, 24)
 Open = Callable[[Pilot[None]], Awaitable[None]]
 
 
@@ -72,7 +72,6 @@ async def goes_through_all_themes(pilot: Pilot[None]) -> None:
     assert set(pilot.app.available_themes) == set(THEMES)
     for theme in THEMES:
         pilot.app.theme = theme
-        await pilot.pause()
         await pilot.pause()
         assert "".join(segment.text for segment in segments(pilot.app.screen)).strip(), theme
         muted = colours(pilot.app).muted.lower()
