@@ -204,9 +204,7 @@ def test_a_made_up_knob_is_an_option_with_help() -> None:
     words = " ".join(parser.format_help().split())
     assert "--warp-drive NAME how layers are folded (default: off): off, impulse, maximum" in words
     assert given_knobs(parser.parse_args(["--warp-drive", "impulse"]), MORE) == (("warp_drive", "impulse"),)
-    with pytest.raises(
-        InputError, match="unknown value of --warp-drive 'ludicrous' .one of off, impulse, maximum"
-    ):
+    with pytest.raises(InputError, match=r"unknown value of --warp-drive 'ludicrous' \(one of off, impulse"):
         parser.parse_args(["--warp-drive", "ludicrous"])
 
 
