@@ -81,7 +81,8 @@ def _pairs(args: argparse.Namespace) -> int:
     rows = []
     for name in args.model:
         model = resolve_model(name, allow_network=args.allow_download, inspector=inspector)
-        rows += [row_of(make_plan(_request(args, name, gpu), model=model)) for gpu in args.gpu]
+        requests = [_request(args, name, gpu) for gpu in args.gpu]
+        rows += [row_of(make_plan(request, model=model, methods=False)) for request in requests]
     if args.json:
         return _print_json("rows", rows)
     from planner.text.figures import show

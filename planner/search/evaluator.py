@@ -8,14 +8,12 @@ from planner.base.errors import NotModelledError
 from planner.gpus.spec import GpuSpec
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.spec import ModelSpec
+from planner.setup.card_limits import TRITON
 from planner.setup.run import Runs, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
 from planner.throughput.epoch import EpochTime, Examples
 from planner.throughput.roofline import forecast
-
-TRITON_CAPABILITY = (7, 0)
-"""torch/_inductor: Triton is used from there on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +83,7 @@ class Evaluator:
     @property
     def compiles(self) -> bool:
         """Whether torch's compiler has a backend for the card (Triton: compute capability 7.0 and up)."""
-        return self.gpu.compute_capability is not None and self.gpu.compute_capability >= TRITON_CAPABILITY
+        return self.gpu.compute_capability is not None and self.gpu.compute_capability >= TRITON
 
     def evaluate(self, setup: TrainingSetup) -> Candidate:
         """Estimate memory and speed of a setup, what the allocator reserves by its fit.

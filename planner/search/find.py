@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,7 @@ from planner.search.choice import SPEED_TIE, SearchResult, Tried, fastest, finis
 from planner.search.evaluator import Evaluator
 from planner.search.lean import leanest
 from planner.search.levels import goes_on, levels, spend, tried
-from planner.search.strategies import (
-    AS_GIVEN,
-    EAGER,
-    LAYERS_KEEP,
-    batchings,
-    choices,
-    modes,
-    start,
-)
+from planner.search.strategies import choices, layers_decided, start, ways
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
 from planner.setup.training_setup import TrainingSetup
 
@@ -51,7 +43,7 @@ def search(
     """
     base = start(base, evaluator, fixed)
     found: list[Tried] = []
-    decided = any(name in fixed for name in LAYERS_KEEP)
+    decided = layers_decided(fixed)
     keep = partial(
         levels,
         evaluator=evaluator,
@@ -59,25 +51,18 @@ def search(
         thorough=thorough,
         offload="activation_offloading" not in fixed,
     )
-    for batching in batchings(base, evaluator, fixed):
-        batched = base.replace(**dict(batching.knobs))
-        asked_for = batching is AS_GIVEN or base.packing
-        for mode in modes(batched, evaluator, fixed):
-            setup = batched.replace(**dict(mode.knobs))
-            if not (asked_for and mode is EAGER) and evaluator.try_evaluate(setup) is None:
-                continue
-            prefix = batching.name + mode.name
-            for batch in choices(setup, evaluator, effective_batch_size, fixed):
-                there = batch.of(setup)
-                level = (
-                    [tried(there, prefix + ALL_AS_GIVEN, evaluator)] if decided else list(keep(there, prefix))
-                )
-                found += level
-                # Memory rises with the micro-batch.
-                if not any(goes_on(one, evaluator, confirm=confirm) for one in level):
-                    break
+    for prefix, setup, as_asked in ways(base, evaluator, fixed):
+        if not as_asked and evaluator.try_evaluate(setup) is None:
+            continue
+        for batch in choices(setup, evaluator, effective_batch_size, fixed):
+            there = batch.of(setup)
+            level = [tried(there, prefix + ALL_AS_GIVEN, evaluator)] if decided else list(keep(there, prefix))
+            found += level
+            # Memory rises with the micro-batch.
+            if not any(goes_on(one, evaluator, confirm=confirm) for one in level):
+                break
     if confirm:
-        least = set(leanest(base, evaluator, effective_batch_size=effective_batch_size, fixed=fixed))
+        least = partial(leanest, base, evaluator, effective_batch_size=effective_batch_size, fixed=fixed)
         chosen = _confirm(found, evaluator, tokens, least)
     else:
         chosen = fastest([one for one in found if one.fits], tokens)
@@ -109,7 +94,7 @@ def _with_faster_optimizer(
 
 
 def _confirm(
-    found: list[Tried], evaluator: Evaluator, tokens: int, least: Collection[TrainingSetup]
+    found: list[Tried], evaluator: Evaluator, tokens: int, least: Callable[[], Iterable[TrainingSetup]]
 ) -> Tried | None:
     """Replay the contenders, the fastest first, until one fits; what was replayed shows its replay.
 
@@ -129,5 +114,6 @@ def _confirm(
         contenders.remove(best)
         replays += 1
         if replays == MAX_DOUBTFUL_REPLAYS:
-            contenders = [one for one in contenders if one.fits or one.candidate.setup in least]
+            last = set(least())
+            contenders = [one for one in contenders if one.fits or one.candidate.setup in last]
     return None

@@ -14,12 +14,12 @@ from typing import Any
 from planner.base.errors import NotModelledError
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.longest import longest_length
-from planner.search.strategies import LAYERS_KEEP, batchings, choices, modes, start
+from planner.search.strategies import choices, layers_decided, start, ways
 from planner.setup.training_setup import TrainingSetup
 
 WORTH_A_REPLAY = 0.85
 """Share of the longest sequences known so far that a setup must reach by the fitted estimate to be replayed:
-the fit has been off by less than that in all recorded runs."""
+a bound that was chosen, not fitted; no pair of benchmarks/limits.py contradicts it."""
 
 
 def leanest(
@@ -31,18 +31,13 @@ def leanest(
         InputError: the fixed knobs cannot give the effective batch.
     """
     base = start(base, evaluator, fixed)
-    decided = any(name in fixed for name in LAYERS_KEEP)
-    for batching in batchings(base, evaluator, fixed):
-        batched = base.replace(**dict(batching.knobs))
-        for mode in modes(batched, evaluator, fixed):
-            setup = batched.replace(**dict(mode.knobs))
-            for batch in choices(setup, evaluator, effective_batch_size, fixed)[:1]:
-                yield from _kept(batch.of(setup), evaluator, fixed, decided=decided)
+    for _, setup, _ in ways(base, evaluator, fixed):
+        for batch in choices(setup, evaluator, effective_batch_size, fixed)[:1]:
+            yield from _kept(batch.of(setup), evaluator, fixed)
 
 
-def _kept(
-    setup: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any], *, decided: bool
-) -> Iterator[TrainingSetup]:
+def _kept(setup: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> Iterator[TrainingSetup]:
+    decided = layers_decided(fixed)
     found = [setup] if decided else [setup.replace(gradient_checkpointing=True)]
     if not decided and "activation_offloading" not in fixed:
         found.append(found[0].replace(activation_offloading=True))

@@ -66,7 +66,7 @@ def chooses_batches(evaluator: Evaluator) -> bool:
 def start(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> TrainingSetup:
     """The base without what is to be chosen."""
     plain: dict[str, Any] = {}
-    if not any(name in fixed for name in LAYERS_KEEP):
+    if not layers_decided(fixed):
         plain |= PLAIN
     if chooses_batches(evaluator):
         plain |= PLAIN_BATCHES
@@ -88,6 +88,25 @@ def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any
         capability = evaluator.gpu.compute_capability
         if "attn_implementation" not in fixed and default == "sdpa" and capability >= FLEX_CAPABILITY:
             yield PACKED_FLEX
+
+
+def ways(
+    base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]
+) -> Iterator[tuple[str, TrainingSetup, bool]]:
+    """Every way to batch and to run layers: what a person calls it, the base run so, and whether it is just
+    what was asked for.
+    """
+    for batching in batchings(base, evaluator, fixed):
+        batched = base.replace(**dict(batching.knobs))
+        asked_for = batching is AS_GIVEN or base.packing
+        for mode in modes(batched, evaluator, fixed):
+            setup = batched.replace(**dict(mode.knobs))
+            yield batching.name + mode.name, setup, asked_for and mode is EAGER
+
+
+def layers_decided(fixed: Mapping[str, Any]) -> bool:
+    """Whether a fixed knob says what layers keep, so that none of those knobs is chosen."""
+    return any(name in fixed for name in LAYERS_KEEP)
 
 
 def choices(
