@@ -9,6 +9,7 @@ from launcher.tui.cards import Card
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import REPLAYED
 from planner.models.spec import ModelSpec
+from planner.setup.card_limits import refuse_on_card
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import NoForecastError, StepEstimate, estimate_step
@@ -72,9 +73,10 @@ def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: 
     `asked_optim` is the sizing's, null for the setup's own.
 
     Raises:
-        InputError: the setup is not possible for the model, or its memory is not modelled.
+        InputError: the setup is not possible for the model or on the card, or its memory is not modelled.
     """
     setup = on_all_cards(setup, card)
+    refuse_on_card(setup.to_dict(), card.spec)
     run = TrainingRun(setup=setup, model=model)
     memory = estimate_memory(run, gpu=card.spec)
     step, no_step = None, ""
