@@ -28,8 +28,8 @@ def like_cuda() -> Iterator[None]:
         enabled = torch.is_autocast_enabled
         patch.setattr(torch, "is_autocast_enabled", lambda device="cpu": enabled(device))
         patch.setattr(torch.nn.Dropout, "forward", native_dropout)
-        patch.setattr(norms, "NORM_SCRATCH_BYTES", 0)
-        patch.setattr(dora, "REDUCTION_BYTES", 0)
+        patch.setattr(norms, "NORM_SCRATCH_WIDTH", 0)
+        patch.setattr(dora, "REDUCTION_WIDTH", 0)
         forget_replays()
         yield
     forget_replays()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.base.units import FP32
 from planner.memory.layers.base_weight import (
     LinearKind,
     base_backward,
@@ -19,15 +20,14 @@ from planner.memory.layers.lora import AdapterInput, adapter_backward, adapter_i
 from planner.memory.tape.tape import Buffer, Size, Tape, Value
 from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
 
-MAGNITUDE_BYTES = 4
-REDUCTION_BYTES = 8
+REDUCTION_WIDTH = 8
 """Bytes an element of the scratch buffer in which CUDA sums a gradient over tokens (trace llama_dora)."""
 
 
 def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
     """Put on the tape what follows the base layer, `base`; takes over the hold on it."""
     width = kind.adapter_compute_width
-    wide = MAGNITUDE_BYTES
+    wide = FP32
     taken = adapter_input(tape, kind, x, inputs)
     *graph, adapter, weight = _folded_weight(tape, kind, taken.width, inputs, outputs)
     read = read_input(tape, kind, x, taken, inputs)
@@ -90,7 +90,7 @@ def _dora_backward(
     tape: Tape, kind: LinearKind, x: Value, saved: _Saved, result: Value, inputs: int, outputs: int
 ) -> None:
     """Backward of scaling and magnitude, then of the adapter and of the base layer."""
-    width, wide = kind.adapter_compute_width, MAGNITUDE_BYTES
+    width, wide = kind.adapter_compute_width, FP32
     base_width, second = saved.base_width, saved.second
     grad = tape.take_grad(result)
     if result.width != wide:
@@ -102,13 +102,13 @@ def _dora_backward(
     to_product = tape.tokens(outputs * wide)
     to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
     tape.free(saved.up)
-    tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
+    tape.free(tape.tokens(outputs * REDUCTION_WIDTH), to_magnitude)
     up_grad = tape.tokens(outputs * width)
     tape.free(to_up, to_product)
     to_base, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
     tape.free(saved.base)
-    tape.free(tape.tokens(outputs * REDUCTION_BYTES), to_magnitude)
-    weight_gradient(tape, kind, outputs, MAGNITUDE_BYTES)
+    tape.free(tape.tokens(outputs * REDUCTION_WIDTH), to_magnitude)
+    weight_gradient(tape, kind, outputs, FP32)
     also = None
     if second is not None:
         also = _second_backward(tape, kind, x, saved.taken, second, inputs, outputs, to_base)

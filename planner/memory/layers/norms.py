@@ -11,7 +11,7 @@ from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec
 
 FP32_NORMS = ("rms_fp32_weight",)
-NORM_SCRATCH_BYTES = 2 * FP32
+NORM_SCRATCH_WIDTH = 2 * FP32
 """Bytes an element of the scratch buffer in which CUDA reduces a trained norm weight's gradient over tokens
 (seen in traces llama_f and qwen3_f)."""
 
@@ -84,7 +84,7 @@ def _norm_backward(
     if kind.trained:
         # The weight's gradient: a product per element, reduced over tokens with a global scratch buffer.
         elementwise = tape.tokens(size * product)
-        tape.free(tape.tokens(size * NORM_SCRATCH_BYTES), elementwise, saved_scaled)
+        tape.free(tape.tokens(size * NORM_SCRATCH_WIDTH), elementwise, saved_scaled)
         weight_gradient(tape, kind, size, kind.adapter_width)
     tape.free(grad)
     grad = weighted
