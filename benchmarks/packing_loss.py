@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from benchmarks.results import write_result
-from launcher.runs.folder import TrainingJob
+from launcher.runs.training_job import TrainingJob
 from launcher.training import build, dataset
 from planner.base.data_files import PROFILES
 from planner.data.reader import Conversation, TrainingData

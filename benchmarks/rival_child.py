@@ -215,7 +215,7 @@ def _trl(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _vramwise(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The planned setup, built as the launcher builds it."""
-    from launcher.runs.folder import TrainingJob
+    from launcher.runs.training_job import TrainingJob
     from launcher.training import build
     from planner.setup.training_setup import TrainingSetup
 

@@ -101,7 +101,7 @@ class MeasuredRun:
         import torch
 
         from launcher.measuring.random_weights import build_random_model
-        from launcher.runs.folder import TrainingJob
+        from launcher.runs.training_job import TrainingJob
         from launcher.training import build
 
         setup = self.profile.setup

@@ -22,12 +22,40 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartEvent:
-    """Training begins: all optimizer steps, and the versions and device it runs on."""
+    """Training begins: all optimizer steps, and the versions and device it runs on. An attempt that goes on
+    from a checkpoint has that checkpoint's step as its `first_step`.
+    """
 
     kind: ClassVar[str] = "start"
     time: float
     total_steps: int
     environment: Mapping[str, str | int | float | None]
+    first_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptEvent:
+    """An attempt (launcher/runs/attempts.py) begins: what follows an end event, or a death without one, is a
+    new life of the run from `from_step` on. `reason` is one of attempts.REASONS, `changes` what differs, in
+    words.
+    """
+
+    kind: ClassVar[str] = "attempt"
+    time: float
+    number: int
+    reason: str
+    from_step: int
+    changes: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageEvent:
+    """What the run does from here on ("loading", "compiling", ...: heartbeat.Beat), with a remark."""
+
+    kind: ClassVar[str] = "stage"
+    time: float
+    stage: str
+    message: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +105,7 @@ class EvalEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointEvent:
-    """A checkpoint is complete on disk."""
+    """A checkpoint is whole on disk and its files have been read back."""
 
     kind: ClassVar[str] = "checkpoint"
     time: float
@@ -96,7 +124,7 @@ class WarningEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndEvent:
-    """The run is over. `state` is one of run_folder.END_STATES."""
+    """The run is over. `state` is one of ends.END_STATES."""
 
     kind: ClassVar[str] = "end"
     time: float
@@ -122,11 +150,22 @@ class SampleEvent:
 
 
 Event = (
-    StartEvent | LogEvent | MemoryEvent | EvalEvent | CheckpointEvent | WarningEvent | EndEvent | SampleEvent
+    AttemptEvent
+    | StageEvent
+    | StartEvent
+    | LogEvent
+    | MemoryEvent
+    | EvalEvent
+    | CheckpointEvent
+    | WarningEvent
+    | EndEvent
+    | SampleEvent
 )
 _TYPES: dict[str, type[Event]] = {
     t.kind: t
     for t in (
+        AttemptEvent,
+        StageEvent,
         StartEvent,
         LogEvent,
         MemoryEvent,

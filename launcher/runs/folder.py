@@ -1,132 +1,27 @@
-"""The run folder: the files by which trainer, sampler and watchers know each other, and the job they run.
+"""The run folder: the files by which trainer, sampler, keeper and watchers know each other.
 
 Light: no torch. Paths are those of the contract; a lock is held by an open file, so it ends with its holder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
-from planner.base import validate
+from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import write_atomically
-from planner.base.errors import FieldError, InputError, VramwiseError
-from planner.setup import defaults
-from planner.setup.training_setup import TrainingSetup
-
-JOB_SCHEMA_VERSION = 1
-SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-SEED = 42
-"""Of order, adapter and dropout, where none is asked for: transformers' own (TrainingArguments.seed)."""
-END_STATES = ("finished", "stopped", "failed", "oom", "diverged")
-
-
-class TrainerExit(IntEnum):
-    """Exit codes of the training process, one for each way to end."""
-
-    FINISHED = 0
-    FAILED = 1
-    BAD_INPUT = 2
-    OOM = 4
-    DIVERGED = 5
-    STOPPED = 130
+from planner.base.errors import InputError, VramwiseError
 
 
 class RunBusyError(VramwiseError):
     """Another process holds the run, or the run has already been started."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingJob:
-    """What one training process does: the setup, where model and data are, and the training arguments.
-
-    `model_source` is a folder or a Hub id; a Hub id is fetched only with `allow_download`, else it must be in
-    the Hugging Face cache. `max_steps` overrides `num_train_epochs`. `warmup_ratio` is a share of all steps.
-    `save_steps` and `eval_steps` are null for none. `assistant_only_loss` takes the loss on the assistant's
-    turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
-    within CUDA_VISIBLE_DEVICES when that is set.
-    """
-
-    setup: TrainingSetup
-    model_source: str
-    data_path: str
-    eval_data_path: str | None = None
-    learning_rate: float = defaults.LORA_LEARNING_RATE
-    num_train_epochs: float = defaults.EPOCHS
-    max_steps: int | None = None
-    warmup_ratio: float = defaults.WARMUP_RATIO
-    lr_scheduler_type: str = defaults.LR_SCHEDULER_TYPE
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = SEED
-    logging_steps: int = 1
-    save_steps: int | None = None
-    eval_steps: int | None = None
-    assistant_only_loss: bool = False
-    allow_download: bool = False
-    gpu_index: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.setup, TrainingSetup):
-            raise FieldError("setup", self.setup, "a training setup")
-        validate.text("model_source", self.model_source)
-        validate.text("data_path", self.data_path)
-        if self.eval_data_path is not None:
-            validate.text("eval_data_path", self.eval_data_path)
-        validate.number("learning_rate", self.learning_rate, minimum=0.0, maximum=10.0)
-        validate.number("num_train_epochs", self.num_train_epochs, minimum=1e-6, maximum=1e6)
-        for name in ("max_steps", "save_steps", "eval_steps"):
-            if getattr(self, name) is not None:
-                validate.integer(name, getattr(self, name), minimum=1, maximum=10**9)
-        validate.integer("logging_steps", self.logging_steps, minimum=1, maximum=10**6)
-        validate.number("warmup_ratio", self.warmup_ratio, minimum=0.0, maximum=0.999)
-        validate.choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
-        validate.number("weight_decay", self.weight_decay, minimum=0.0, maximum=10.0)
-        validate.number("max_grad_norm", self.max_grad_norm, minimum=0.0, maximum=1e6)
-        validate.integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
-        validate.integer("gpu_index", self.gpu_index, minimum=0, maximum=1023)
-        validate.boolean("assistant_only_loss", self.assistant_only_loss)
-        validate.boolean("allow_download", self.allow_download)
-        if self.eval_steps is not None and self.eval_data_path is None:
-            raise InputError("eval_steps needs eval_data_path")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, the setup in its own."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "setup": self.setup.to_dict(), "schema_version": JOB_SCHEMA_VERSION}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainingJob:
-        """Read the JSON form.
-
-        Raises:
-            InputError: not an object, an unknown or missing key, or a value that is not accepted.
-        """
-        if not isinstance(values, Mapping):
-            raise InputError("a training job must be a JSON object")
-        rest = dict(values)
-        version = rest.pop("schema_version", None)
-        if version != JOB_SCHEMA_VERSION:
-            raise FieldError("schema_version", version, str(JOB_SCHEMA_VERSION))
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in rest:
-            if key not in known:
-                raise FieldError("job key", key, "one of " + ", ".join(known))
-        for key in ("setup", "model_source", "data_path"):
-            if key not in rest:
-                raise InputError(f"{key} is required in a training job")
-        rest["setup"] = TrainingSetup.from_dict(rest["setup"])
-        return cls(**rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +64,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Trainer checkpoints, when the job saves any."""
         return self.path / "checkpoints"
+
+    @property
+    def attempts(self) -> Path:
+        """A line an attempt (launcher/runs/attempts.py)."""
+        return self.path / "attempts.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        """The trainer's last sign of life (launcher/runs/heartbeat.py)."""
+        return self.path / "heartbeat.json"
 
     @property
     def record(self) -> Path:

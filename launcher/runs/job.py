@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.runs.folder import SEED, RunFolder, TrainingJob, create_run_folder
+from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.training_job import SEED, TrainingJob
 from planner.answers.plan import Plan
 from planner.base.data_files import write_atomically
 from planner.models.spec import ModelSpec

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.runs.folder import TrainingJob
+from launcher.runs.training_job import TrainingJob
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:

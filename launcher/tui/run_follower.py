@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from launcher.runs.ends import END_STATES
 from launcher.runs.events import (
     CheckpointEvent,
     EndEvent,
@@ -25,8 +26,9 @@ from launcher.runs.events import (
     WarningEvent,
     from_line,
 )
-from launcher.runs.folder import END_STATES, RunFolder, TrainingJob
+from launcher.runs.folder import RunFolder
 from launcher.runs.supervisor import live_pid
+from launcher.runs.training_job import TrainingJob
 from launcher.tui.series import CoalescedSeries
 from launcher.tui.tail import LineTail, last_lines
 from planner.answers.plan import Plan

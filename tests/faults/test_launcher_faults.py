@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from launcher.runs import supervisor
+from launcher.runs.ends import RunExit
 from launcher.runs.events import (
     EndEvent,
     EvalEvent,
@@ -32,7 +33,8 @@ from launcher.runs.events import (
     StartEvent,
     read_events,
 )
-from launcher.runs.folder import RunBusyError, RunFolder, TrainerExit, TrainingJob, create_run_folder
+from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder
+from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import PROFILES
 from planner.setup.training_setup import TrainingSetup
 from tests import forks
@@ -136,7 +138,7 @@ def test_the_demo_learns_and_its_adapter_changes_the_answer(demo: Demo) -> None:
 
     run, handle = demo.run, demo.handle
     assert demo.status.state == "finished"
-    assert handle.trainer.returncode == TrainerExit.FINISHED
+    assert handle.trainer.returncode == RunExit.FINISHED
     assert not handle.sampler.returncode
     with pytest.raises(RunBusyError, match="finished"):
         supervisor.start(run.path)
@@ -183,7 +185,7 @@ def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path
     supervisor.request_stop(run.path)
     status = handle.wait(600)
     assert status.state == "stopped"
-    assert handle.trainer.returncode == TrainerExit.STOPPED
+    assert handle.trainer.returncode == RunExit.STOPPED_SAVED
     assert (run.adapter / "adapter_model.safetensors").exists()
     checkpoint = run.checkpoints / f"checkpoint-{status.step}"
     assert (checkpoint / "adapter_model.safetensors").exists()
@@ -199,7 +201,7 @@ def test_hangup_is_ignored_and_sigterm_saves(tmp_path: Path) -> None:
     step = steps_seen(run)
     wait_until(lambda: steps_seen(run) > step + 2)
     os.kill(trainer.pid, signal.SIGTERM)
-    assert exit_code(trainer) == TrainerExit.STOPPED
+    assert exit_code(trainer) == RunExit.STOPPED_SAVED
     assert supervisor.status(run.path).state == "stopped"
     assert run.adapter.exists()
 
@@ -227,7 +229,7 @@ def test_kill_ends_a_trainer_that_is_still_loading(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["CUDA", "CPU", "Python"])
 def test_running_out_of_memory_is_told_apart(tmp_path: Path, kind: str) -> None:
     run = make_run(tmp_path, max_steps=6)
-    assert exit_code(start(run, functools.partial(broken_steps.raises, kind))) == TrainerExit.OOM
+    assert exit_code(start(run, functools.partial(broken_steps.raises, kind))) == RunExit.OOM
     end = the_end(run)
     assert (end.state, end.step) == ("oom", BROKEN_AFTER)
     assert not run.adapter.exists()
@@ -235,7 +237,7 @@ def test_running_out_of_memory_is_told_apart(tmp_path: Path, kind: str) -> None:
 
 def test_a_bug_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=6)
-    assert exit_code(start(run, functools.partial(broken_steps.raises, "bug"))) == TrainerExit.FAILED
+    assert exit_code(start(run, functools.partial(broken_steps.raises, "bug"))) == RunExit.BUG
     assert the_end(run).state == "failed"
     assert "KeyError: 'lost'" in the_end(run).message
     assert "Traceback" in run.log("trainer").read_text()
@@ -246,7 +248,7 @@ def test_a_poisoned_run_diverges_and_keeps_its_last_good_checkpoint(tmp_path: Pa
     from safetensors.torch import load_file
 
     run = make_run(tmp_path, max_steps=6, save_steps=1)
-    assert exit_code(start(run, broken_steps.loses_a_weight)) == TrainerExit.DIVERGED
+    assert exit_code(start(run, broken_steps.loses_a_weight)) == RunExit.DIVERGED
     end = the_end(run)
     assert (end.state, end.step) == ("diverged", BROKEN_AFTER)
     saved = sorted(path.name for path in run.checkpoints.iterdir())
@@ -261,9 +263,9 @@ def test_a_poisoned_run_diverges_and_keeps_its_last_good_checkpoint(tmp_path: Pa
 )
 def test_bad_input_ends_in_one_line(tmp_path: Path, change: dict[str, str]) -> None:
     run = make_run(tmp_path, **change)
-    assert exit_code(start(run)) == TrainerExit.BAD_INPUT
+    assert exit_code(start(run)) == RunExit.BAD_INPUT
     status = supervisor.status(run.path)
-    assert status.state == "failed"
+    assert status.state == "refused"
     assert "/absent" in status.message
     assert "Traceback" not in run.log("trainer").read_text()
 
@@ -282,8 +284,8 @@ def test_a_file_beside_the_user_cannot_shadow_a_library(demo: Demo) -> None:
 
 def test_a_second_trainer_by_hand_leaves_the_events_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=2)
-    assert exit_code(start(run)) == TrainerExit.FINISHED
+    assert exit_code(start(run)) == RunExit.FINISHED
     before = run.events.read_bytes()
-    assert exit_code(start(run)) == TrainerExit.BAD_INPUT
+    assert exit_code(start(run)) == RunExit.BAD_INPUT
     assert run.events.read_bytes() == before
     assert json.loads(run.identity("trainer").read_text())["pid"]

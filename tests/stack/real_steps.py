@@ -14,7 +14,7 @@ import torch
 
 from launcher.measuring.measured_data import token_dataset
 from launcher.measuring.measured_run import _quiet, _tokenizer
-from launcher.runs.folder import TrainingJob
+from launcher.runs.training_job import TrainingJob
 from launcher.training import build
 from planner.setup.training_setup import TrainingSetup
 

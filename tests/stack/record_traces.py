@@ -30,7 +30,7 @@ from launcher.measuring.profiler import Profiler
 from launcher.measuring.random_weights import build_random_model
 from launcher.models.inspect import inspect_config
 from launcher.runs import stack
-from launcher.runs.folder import TrainingJob
+from launcher.runs.training_job import TrainingJob
 from launcher.training import build
 from planner.base.units import DTYPE_WIDTH
 from planner.setup.training_setup import TrainingSetup

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs.folder import TrainingJob
+from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import checkpointing, sft_config
 from planner.setup.training_setup import TrainingSetup
 

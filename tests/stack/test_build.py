@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 from trl.data_utils import pack_dataset
 
-from launcher.runs.folder import TrainingJob
+from launcher.runs.training_job import TrainingJob
 from launcher.training import build, dataset
 from launcher.training.callbacks import DivergedError, LaunchedTrainer, decoder_layers
 from planner.base.data_files import PROFILES

@@ -263,7 +263,7 @@ def test_the_trainer_is_given_these_tokens(packing: bool, trainer_folder: Path) 
     """All kinds through the trainer as `vramwise train` builds it: TRL's preparation changes nothing."""
     import torch
 
-    from launcher.runs.folder import TrainingJob
+    from launcher.runs.training_job import TrainingJob
     from launcher.training import build
     from planner.setup.training_setup import TrainingSetup
 

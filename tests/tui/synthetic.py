@@ -18,7 +18,8 @@ from launcher.runs.events import (
     WarningEvent,
     to_line,
 )
-from launcher.runs.folder import RunFolder, TrainingJob
+from launcher.runs.folder import RunFolder
+from launcher.runs.training_job import TrainingJob
 from planner.setup.training_setup import TrainingSetup
 
 GIB = 2**30

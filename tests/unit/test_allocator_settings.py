@@ -19,7 +19,8 @@ from launcher.runs.allocator import (
     measuring_environment,
     process_allocator,
 )
-from launcher.runs.folder import RunFolder, TrainingJob, create_run_folder
+from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.training_job import TrainingJob
 from planner.setup.cuda_allocator import (
     ALLOCATORS,
     EXPANDABLE,

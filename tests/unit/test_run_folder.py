@@ -13,7 +13,8 @@ import pytest
 
 from launcher.runs import supervisor
 from launcher.runs.events import EndEvent, EventWriter, LogEvent, StartEvent
-from launcher.runs.folder import RunBusyError, RunFolder, TrainingJob, create_run_folder, hold_lock
+from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder, hold_lock
+from launcher.runs.training_job import TrainingJob
 from planner.base.errors import InputError
 from planner.setup.training_setup import TrainingSetup
 

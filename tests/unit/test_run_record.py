@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from launcher.runs.events import EndEvent, Event, LogEvent, MemoryEvent, StartEvent, to_line
-from launcher.runs.folder import RunFolder, TrainingJob, create_run_folder
+from launcher.runs.folder import RunFolder, create_run_folder
 from launcher.runs.record import make_record, store_record
+from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import user_data_dir, write_atomically
 from planner.calibration.records import read_records
 from planner.planning.make_plan import make_plan

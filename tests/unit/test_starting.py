@@ -13,8 +13,9 @@ import pytest
 from launcher.commands import train
 from launcher.models import inspect
 from launcher.runs import supervisor
-from launcher.runs.folder import RunFolder, TrainingJob
+from launcher.runs.folder import RunFolder
 from launcher.runs.record import read_plan
+from launcher.runs.training_job import TrainingJob
 from launcher.tui import starting
 from launcher.tui.cards import DETECTED, Card, card_from_text
 from launcher.tui.command_line import flags

@@ -1,0 +1,65 @@
+"""The GPU of a training process: chosen, made the only visible one, and what a record says of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher.runs.allocator import process_allocator
+from launcher.runs.training_job import TrainingJob
+from planner.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenGpu:
+    """The GPU of this run, as NVML sees it, and what was in use on it before this process took any."""
+
+    name: str
+    uuid: str
+    used_before_bytes: int
+
+    def used_since_start(self) -> int | None:
+        """What is used on the GPU beyond what was before; None if the driver stopped answering."""
+        from planner.gpus.detect import NoGpuError, local_gpus
+
+        try:
+            used = next((gpu.used_bytes for gpu in local_gpus() if gpu.uuid == self.uuid), None)
+        except NoGpuError:
+            return None
+        return None if used is None else max(0, used - self.used_before_bytes)
+
+
+def choose_gpu(job: TrainingJob) -> ChosenGpu | None:
+    """Make the job's GPU the only visible one; None when NVML shows none (torch then decides)."""
+    from planner.gpus.detect import NoGpuError, local_gpus
+
+    try:
+        gpus = local_gpus()
+    except NoGpuError:
+        return None
+    if job.gpu_index >= len(gpus):
+        raise InputError(f"gpu_index={job.gpu_index}: only {len(gpus)} GPUs are visible")
+    gpu = gpus[job.gpu_index]
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu.uuid
+    return ChosenGpu(gpu.spec.name, gpu.uuid, gpu.used_bytes)
+
+
+def gpu_facts(device: torch.device, gpu: ChosenGpu | None) -> dict[str, str | int | float | None]:
+    """What a run record says of the GPU; `context_bytes` is what the driver shows before the model loads."""
+    import torch
+
+    torch.zeros(1, device=device)
+    torch.cuda.synchronize(device)
+    properties = torch.cuda.get_device_properties(device)
+    used = None if gpu is None else gpu.used_since_start()
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_total_bytes": properties.total_memory,
+        "allocator": process_allocator(os.environ),
+        "context_bytes": None if used is None else max(0, used - torch.cuda.memory_reserved(device)),
+    }
