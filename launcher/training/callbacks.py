@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
 
 from launcher.runs.events import (
     CheckpointEvent,
@@ -25,6 +24,7 @@ from launcher.runs.events import (
     MemoryEvent,
     StartEvent,
 )
+from launcher.training.sparing import SparingTrainer
 from planner.base.errors import VramwiseError
 
 DRIVER_READING_SECONDS = 10.0
@@ -35,7 +35,7 @@ class DivergedError(VramwiseError):
     """The loss or the gradient is not finite; the weights are still those of the step before."""
 
 
-class LaunchedTrainer(SFTTrainer):  # type: ignore[misc]
+class LaunchedTrainer(SparingTrainer):
     """SFTTrainer that ends before an update by a non-finite loss or gradient, and writes no model card."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

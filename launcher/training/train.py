@@ -7,6 +7,7 @@ step with the adapter saved; a second signal ends it at once. The exit codes are
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.runs import stack
 from launcher.runs.allocator import fall_back
 from launcher.runs.ends import RunExit
-from launcher.runs.events import EventWriter, WarningEvent, read_events
+from launcher.runs.events import EventWriter, StageEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
@@ -79,6 +80,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     tokenizer, train_rows, eval_rows = _data(job, writer)
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
+    from launcher.training.rehearsal import Rehearsal
 
     meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
     environment = _environment(device)
@@ -102,6 +104,8 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         on_gpu=on_gpu,
         callbacks=[callback],
     )
+    trainer.tell = functools.partial(_warn, writer)
+    trainer.add_callback(Rehearsal(trainer, functools.partial(_stage, writer, "rehearsing")))
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
@@ -185,6 +189,10 @@ def _environment(device: torch.device) -> dict[str, str | int | float | None]:
 
 def _warn(writer: EventWriter, message: str) -> None:
     writer.write(WarningEvent(time=time.time(), message=shorten(message, 500).strip("'\"")))
+
+
+def _stage(writer: EventWriter, stage: str, message: str) -> None:
+    writer.write(StageEvent(time=time.time(), stage=stage, message=message))
 
 
 if __name__ == "__main__":
