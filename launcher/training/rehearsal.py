@@ -1,4 +1,4 @@
-"""The worst batch first: before its first step a run goes through the longest micro-batch that its data can make.
+"""The worst batch first: before its first step a run goes through the longest micro-batch of its data.
 
 A run that does not fit then ends within its first minute, not in the night at its longest examples. Nothing
 of it is kept: gradients, optimizer state, adapter, random numbers and counts are those of before.

@@ -28,7 +28,7 @@ CPU_KEEPS = ("activation_offloading", "compile")
 """Those that a run on the CPU does not have."""
 SHARES_LEFT = (0.85, 0.95)
 """Shares of what ran out that the next setup may need, tried in turn: chosen margins. Recorded runs are
-within 1.5% of their plan in memory, so what ran out was planned for another card, other data or other neighbours."""
+within 1.5% of their plan in memory, so what ran out was planned for another card, data or neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
