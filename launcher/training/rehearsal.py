@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 class Rehearsal(TrainerCallback):  # type: ignore[misc]
     """Runs the longest micro-batch forward, backward and through the optimizer, and the longest evaluation.
 
-    `tell` is given a sentence with what it took. Without examples of several lengths the first step is the
+    `tell` is given a sentence with what it took, beside `planned_bytes`, the reserve of a step by the plan,
+    where there is one. Without examples of several lengths the first step is the
     worst one already, and nothing is run. A full fine-tuning keeps no copy of its weights, so that its
     optimizer step is left out. Must come after the callbacks that change how layers are run.
     """
 
-    def __init__(self, trainer: LaunchedTrainer, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, trainer: LaunchedTrainer, tell: Callable[[str], None], *, planned_bytes: int | None = None
+    ) -> None:
         self._trainer = trainer
         self._tell = tell
+        self._planned_bytes = planned_bytes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,6 +63,8 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]
             peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
             self._evaluate()
         took = "went through" if peak is None else f"took {peak / 2**30:.2f} GiB of the GPU"
+        if peak is not None and self._planned_bytes is not None:
+            took += f" (planned {self._planned_bytes / 2**30:.2f})"
         self._tell(f"the longest micro-batch, {len(rows)} x {length:,} tokens, {took}")
 
     def _evaluate(self) -> None:
@@ -125,7 +131,9 @@ def _nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
         trainer.set_counts(counts)
         _set_random_state(numbers)
         if torch.cuda.is_available():
+            # The steps then reserve what they would have, and their peaks are their own.
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -21,11 +21,12 @@ from launcher.runs.allocator import fall_back
 from launcher.runs.ends import RunExit
 from launcher.runs.events import EventWriter, StageEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.record import read_plan
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest
-from planner.base.errors import shorten
+from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,8 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         callbacks=[callback],
     )
     trainer.tell = functools.partial(_warn, writer)
-    trainer.add_callback(Rehearsal(trainer, functools.partial(_stage, writer, "rehearsing")))
+    tell = functools.partial(_stage, writer, "rehearsing")
+    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
@@ -189,6 +191,15 @@ def _environment(device: torch.device) -> dict[str, str | int | float | None]:
 
 def _warn(writer: EventWriter, message: str) -> None:
     writer.write(WarningEvent(time=time.time(), message=shorten(message, 500).strip("'\"")))
+
+
+def _planned_bytes(folder: RunFolder) -> int | None:
+    """What the plan has for a step's reserve; None for a job made by hand, or where the file is damaged."""
+    try:
+        plan = read_plan(folder)
+    except InputError:
+        return None
+    return None if plan is None else plan.memory.reserved_bytes
 
 
 def _stage(writer: EventWriter, stage: str, message: str) -> None:
