@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, action=StoreOnce, type=whole_number, metavar="N", help=text)
     parser.add_argument("--assistant-only-loss", action="store_true", help="learn the assistant's turns only")
+    parser.add_argument("--full", action="store_true", help="print all that is known of the plan")
     add_knobs(parser)
 
 
@@ -73,10 +74,8 @@ def run(args: argparse.Namespace) -> int:
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
     wish = _wish(args, source)
     stats = _measured_stats(wish)
-    plan = make_plan(request, model=model, stats=stats)
-    _show(plan)
-    for line in (*stats.notes, *stats.not_trained(plan.setup.max_length)):
-        say(line)
+    plan = make_plan(request, model=model, stats=stats, methods=args.full)
+    _show(plan, full=args.full)
     if not on_gpu:
         say(f"no NVIDIA GPU here: planned for {request.gpu}, trained on this machine's CPU")
     if not plan.fits:
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     if wish.eval_data is not None:
-        _measured_stats(dataclasses.replace(wish, data=wish.eval_data)).not_trained(plan.setup.max_length)
+        _say_of_evaluation(dataclasses.replace(wish, data=wish.eval_data), plan)
     folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
     return _follow(folder, plan)
 
@@ -153,11 +152,27 @@ def _measured_stats(wish: JobWish) -> DatasetStats:
     return dataset.measure_stats(data, tokenizer, assistant_only_loss=wish.assistant_only_loss)
 
 
-def _show(plan: Plan) -> None:
+def _say_of_evaluation(wish: JobWish, plan: Plan) -> None:
+    """Say what of the data of `wish` is not evaluated on: the plan tells it of the training data.
+
+    Raises:
+        InputError: nothing of it would be.
+    """
+    from planner.planning.schedule import summarise_data
+    from planner.text.data import not_trained
+    from planner.throughput.epoch import Examples
+
+    lacking = not_trained(summarise_data(str(wish.data), Examples(_measured_stats(wish)), plan.setup))
+    if lacking:
+        say(f"evaluation data: {lacking}")
+
+
+def _show(plan: Plan, *, full: bool) -> None:
     from planner.text.figures import show
     from planner.text.plan import print_plan
+    from planner.text.short import print_short
 
-    show(lambda out: print_plan(out, plan))
+    show(lambda out: print_plan(out, plan) if full else print_short(out, plan, starts=plan.fits))
     print(flush=True)
 
 

@@ -131,8 +131,7 @@ def not_rendered(data: TrainingData, tokenizer: Any) -> tuple[str, ...]:
         ]
         if holding and not any(_renders(template, example, key, at) for at, example in holding[:LOOKED_AT]):
             notes.append(
-                f"{data.source}: {key} of {len(holding):,} examples are not trained: this model's chat "
-                "template renders none"
+                f"{key} of {len(holding):,} examples are not trained: this model's chat template renders none"
             )
     return tuple(notes)
 

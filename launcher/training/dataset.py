@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.training.chat_template import CHATML_TEMPLATE, ChatTemplate, not_rendered
 from planner.base.errors import InputError, shorten
-from planner.data.examples import left_out_note, nothing_to_learn
+from planner.data.examples import nothing_to_learn
 from planner.data.lengths import DatasetStats
 from planner.data.reader import (
     Conversation,
@@ -101,7 +101,8 @@ def measure_stats(
         estimated=False,
         starts=starts,
         untrained=untrained,
-        notes=(*left_out_note(data.left_out, data.source), *rendering),
+        left_out=data.left_out,
+        notes=rendering,
     )
 
 

@@ -46,11 +46,11 @@ Points = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What was predicted; `stored` when it is the run's own plan and not worked out now from its job."""
+    """What was predicted, by the run's own `plan`; where that is None, worked out now from its job."""
 
     memory: MemoryBreakdown
     usable_bytes: int | None
-    stored: bool
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,7 +271,7 @@ def _prediction(folder: RunFolder, job: TrainingJob) -> Prediction | None:
     """The stored plan's prediction, else one worked out from the job; None where neither is possible."""
     try:
         plan = Plan.from_dict(json.loads(folder.plan.read_text(encoding="utf-8")))
-        return Prediction(memory=plan.memory, usable_bytes=plan.gpu.usable_bytes, stored=True)
+        return Prediction(memory=plan.memory, usable_bytes=plan.gpu.usable_bytes, plan=plan)
     except (OSError, ValueError, VramwiseError):
         pass
     try:
@@ -279,4 +279,4 @@ def _prediction(folder: RunFolder, job: TrainingJob) -> Prediction | None:
         memory = estimate_memory(run)
     except VramwiseError:
         return None
-    return Prediction(memory=memory, usable_bytes=None, stored=False)
+    return Prediction(memory=memory, usable_bytes=None)

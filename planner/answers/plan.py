@@ -57,6 +57,9 @@ class DataSummary:
     `covered_percent` of the examples are not longer than `max_length`; `truncated_examples` are cut and lose
     `truncated_tokens`. `processed_tokens` is what an epoch pushes through the model, padding included.
     `estimated` says that lengths follow from the text's size and not from a tokenizer.
+
+    `untrained_examples` have no token to learn within `max_length`, `left_out` are the keys of rows that
+    nothing is made of, and `notes` say in words what of the examples is not trained, and why.
     """
 
     path: str
@@ -70,6 +73,9 @@ class DataSummary:
     truncated_tokens: int
     processed_tokens: int
     estimated: bool
+    untrained_examples: int = 0
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

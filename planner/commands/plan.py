@@ -11,7 +11,7 @@ import sys
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs, given_knobs
-from planner.commands.program import StoreOnce, real_number, say, whole_number
+from planner.commands.program import StoreOnce, real_number, whole_number
 from planner.setup.request import PlanRequest
 
 
@@ -95,7 +95,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
     from planner.planning.make_plan import make_plan, read_stats
 
     stats = None if args.data is None else read_stats(args.data)
-    plan = make_plan(
+    return make_plan(
         request_from(args),
         stats=stats,
         allow_network=args.allow_download,
@@ -104,10 +104,6 @@ def plan_from(args: argparse.Namespace) -> Plan:
         # Nothing of them is on the short page.
         methods=args.full or args.explain or args.json,
     )
-    if stats is not None:
-        for line in (*stats.notes, *stats.not_trained(plan.setup.max_length)):
-            say(line)
-    return plan
 
 
 def run(args: argparse.Namespace) -> int:

@@ -111,19 +111,13 @@ def estimated_stats(
         estimated=True,
         starts=starts,
         untrained=untrained,
-        notes=left_out_note(left_out, source),
+        left_out=left_out,
     )
 
 
 def nothing_to_learn(examples: int, source: str) -> InputError:
     """The refusal of data of which nothing would be trained at any length."""
     return InputError(f"{source}: none of the {examples:,} examples has a token to learn")
-
-
-def left_out_note(left_out: Iterable[str], source: str) -> tuple[str, ...]:
-    """The line that says which keys nothing is made of; none where there are none."""
-    keys = ", ".join(left_out)
-    return (f"{source}: left out of every example: {keys}",) if keys else ()
 
 
 def _estimated(example: Example) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 LOSS_KINDS = ("all", "completion", "assistant")
 MAX_TOKENS = 2**40
 
@@ -68,7 +68,8 @@ class DatasetStats:
     `starts` are (tokens before the first trained one, number of examples) pairs, rising, of the examples that
     do not begin with a trained token: cut at a length, an example whose prompt fills it has nothing to learn
     and is not trained. `untrained` examples have no trained token at any length and are not among `lengths`.
-    `notes` are lines that a person is to be told once.
+    `left_out` are the keys of rows that nothing is made of, `notes` what else of the examples is not trained,
+    in words.
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -78,6 +79,7 @@ class DatasetStats:
     estimated: bool
     starts: tuple[tuple[int, int], ...] = ()
     untrained: int = 0
+    left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -98,8 +100,9 @@ class DatasetStats:
             validate.integer("count", count, minimum=1, maximum=self.examples)
             previous = start
         validate.integer("untrained", self.untrained, minimum=0, maximum=MAX_TOKENS)
-        for note in self.notes:
-            validate.text("note", note)
+        for name, texts in (("left_out", self.left_out), ("note", self.notes)):
+            for text in texts:
+                validate.text(name, text)
 
     @classmethod
     def from_lengths(
@@ -112,6 +115,7 @@ class DatasetStats:
         estimated: bool,
         starts: Iterable[int] = (),
         untrained: int = 0,
+        left_out: Iterable[str] = (),
         notes: tuple[str, ...] = (),
     ) -> DatasetStats:
         """Count one length, and one start where there are any, per example.
@@ -128,6 +132,7 @@ class DatasetStats:
             estimated=estimated,
             starts=tuple(sorted(Counter(start for start in starts if start).items())),
             untrained=untrained,
+            left_out=tuple(left_out),
             notes=notes,
         )
 
@@ -267,7 +272,8 @@ class DatasetStats:
         try:
             for name in ("lengths", "starts"):
                 rest[name] = tuple((length, count) for length, count in rest[name])
-            rest["notes"] = tuple(rest["notes"])
+            for name in ("left_out", "notes"):
+                rest[name] = tuple(rest[name])
             return cls(**rest)
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"not dataset statistics: {error}") from error

@@ -99,7 +99,8 @@ def note_left_out(keys: Iterable[object], left_out: dict[str, None], before: str
 
 def _shown(key: object) -> str:
     text = str(key)
-    return text if text.isprintable() and len(text) <= 40 and "," not in text else shorten(text)
+    plain = text.strip() and text.isprintable() and len(text) <= 40 and "," not in text
+    return text if plain else shorten(text)
 
 
 def _message(turn: object, where: str, key: str, left_out: dict[str, None]) -> Message:

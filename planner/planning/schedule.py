@@ -39,7 +39,11 @@ def make_schedule(
 
 
 def summarise_data(path: str, examples: Examples, setup: TrainingSetup) -> DataSummary:
-    """What the setup's length and batches make of the data."""
+    """What the setup's length and batches make of the data.
+
+    Raises:
+        InputError: none of it has a token to learn within the length.
+    """
     stats = examples.stats
     cut = stats.truncation(setup.max_length)
     return DataSummary(
@@ -54,6 +58,9 @@ def summarise_data(path: str, examples: Examples, setup: TrainingSetup) -> DataS
         truncated_tokens=cut.tokens,
         processed_tokens=examples.processed_tokens(setup),
         estimated=stats.estimated,
+        untrained_examples=stats.masked(setup.max_length) + stats.untrained,
+        left_out=stats.left_out,
+        notes=(*stats.not_trained(setup.max_length), *stats.notes),
     )
 
 

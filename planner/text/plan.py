@@ -18,6 +18,7 @@ from planner.text.choice import (
     print_methods,
     print_runners_up,
 )
+from planner.text.data import print_data
 from planner.text.figures import bullets, count, gib, heading, pairs
 from planner.text.memory import print_memory
 from planner.text.speed import print_other_cards, print_speed
@@ -32,6 +33,7 @@ def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
     print_memory(out, plan, explain=explain)
     print_methods(out, plan)
     print_speed(out, plan)
+    print_data(out, plan)
     print_frontier(out, plan)
     print_runners_up(out, plan)
     print_advice(out, plan)

@@ -14,6 +14,7 @@ from rich.console import Console
 from planner.answers.plan import Advice, Plan
 from planner.setup.card_limits import torch_build
 from planner.setup.options import option
+from planner.text.data import not_trained
 from planner.text.figures import NARROW, bar, bullets, figure, footnote, gib, heading, pairs, rate
 from planner.text.plan import knob_lines, setup_lines
 from planner.text.speed import NO_FORECAST, brings, speed_lines
@@ -28,28 +29,33 @@ _NAME_WIDTH = 25
 _BAR_WIDTH = 30
 
 
-def print_short(out: Console, plan: Plan) -> None:
-    """Print a plan on one page; where lines are few, the smaller parts and later advice give way."""
+def print_short(out: Console, plan: Plan, *, starts: bool = False) -> None:
+    """Print a plan on one page; where lines are few, the smaller parts and later advice give way.
+
+    What `starts` needs no word on how to start it.
+    """
+    command = _train_command(plan) if plan.fits and not starts else None
     parts, changes = next(
-        (room for room in _ROOMS if _lines(plan, out.width, *room) <= MOST_LINES), _ROOMS[-1]
+        (room for room in _ROOMS if _lines(plan, command, out.width, *room) <= MOST_LINES), _ROOMS[-1]
     )
-    _page(out, plan, parts, changes)
+    _page(out, plan, command, parts, changes)
 
 
-def _lines(plan: Plan, width: int, parts: int, changes: int) -> int:
+def _lines(plan: Plan, command: str | None, width: int, parts: int, changes: int) -> int:
     text = io.StringIO()
-    _page(Console(file=text, width=width, highlight=False, emoji=False, markup=False), plan, parts, changes)
+    out = Console(file=text, width=width, highlight=False, emoji=False, markup=False)
+    _page(out, plan, command, parts, changes)
     return text.getvalue().count("\n")
 
 
-def _page(out: Console, plan: Plan, parts: int, changes: int) -> None:
+def _page(out: Console, plan: Plan, command: str | None, parts: int, changes: int) -> None:
     print_verdict(out, plan)
     heading(out, "Setup" if plan.fits else "Smallest setup tried")
     pairs(out, _setup(plan))
     _memory(out, plan, parts)
     if plan.fits:
         _times(out, plan)
-    _next(out, plan, changes)
+    _next(out, plan, command, changes)
 
 
 def _times(out: Console, plan: Plan) -> None:
@@ -72,6 +78,8 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
     layers = [("checkpointing", lines["checkpointing"]), ("attention", lines["attention"])]
     layers += knob_lines(plan.setup)
     yield "layers", ", ".join(f"{label} {value}" for label, value in layers)
+    if plan.data is not None and (lacking := not_trained(plan.data)):
+        yield "data", lacking
 
 
 def _memory(out: Console, plan: Plan, shown: int) -> None:
@@ -93,9 +101,9 @@ def _memory(out: Console, plan: Plan, shown: int) -> None:
     pairs(out, rows)
 
 
-def _next(out: Console, plan: Plan, changes: int) -> None:
+def _next(out: Console, plan: Plan, command: str | None, changes: int) -> None:
     heading(out, "Next")
-    rows = [("train it", _train_command(plan))] if plan.fits else []
+    rows = [] if command is None else [("train it", command)]
     build = torch_build(plan.gpu.spec)
     if build is not None:
         rows.append(("before", f"torch: {build}"))

@@ -19,7 +19,7 @@ NO_FORECAST = "no forecast: the card's rates or the time of a knob are not known
 
 
 def print_speed(out: Console, plan: Plan) -> None:
-    """Print the forecast with its interval, the time of the run and the data's lengths."""
+    """Print the forecast with its interval, and the time and price of the run."""
     heading(out, "Speed")
     lines = speed_lines(plan)
     if not lines:
@@ -29,7 +29,7 @@ def print_speed(out: Console, plan: Plan) -> None:
 
 
 def speed_lines(plan: Plan) -> list[tuple[str, str]]:
-    """The forecast, the run's time and price and the data's lengths; none without a forecast."""
+    """The forecast, and the run's time and price; none without a forecast."""
     speed = plan.speed
     if speed is None:
         return []
@@ -49,8 +49,6 @@ def speed_lines(plan: Plan) -> list[tuple[str, str]]:
     ]
     if plan.duration is not None:
         rows += list(_duration(plan.duration, plan))
-    if plan.data is not None:
-        rows.append(("data", _data(plan)))
     return rows
 
 
@@ -81,17 +79,6 @@ def _price(found: Duration, plan: Plan) -> str:
     text = f"{dollars(found.usd)} at ${found.usd_per_gpu_hour:g} a GPU-hour"
     asked = plan.request.price_usd_per_hour is not None
     return text if asked or plan.gpu.spec.price_source is None else f"{text} ({plan.gpu.spec.price_source})"
-
-
-def _data(plan: Plan) -> str:
-    data = plan.data
-    if data is None:
-        return ""
-    text = f"{data.examples:,} examples, longest {data.longest:,} tokens, {data.covered_percent:.3g}% whole"
-    if data.truncated_examples:
-        lost = data.truncated_tokens / data.total_tokens
-        text += f"; {data.truncated_examples:,} are cut, losing {data.truncated_tokens:,} tokens ({lost:.2%})"
-    return text
 
 
 def print_other_cards(out: Console, plan: Plan) -> None:

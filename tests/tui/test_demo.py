@@ -63,7 +63,7 @@ async def test_the_demo_is_started_followed_and_seen_to_finish(
         losses = [loss for _, loss in screen.snapshot.losses]
         assert sum(losses[-10:]) < sum(losses[:10]), losses
         assert screen.snapshot.prediction is not None
-        assert screen.snapshot.prediction.stored
+        assert screen.snapshot.prediction.plan is not None
         assert "FINISHED" in shown_text(pilot)
         assert (screen.folder.adapter / "adapter_model.safetensors").is_file()
         assert supervisor.status(screen.folder.path).state == "finished"

@@ -162,5 +162,5 @@ def test_the_log_shows_what_a_progress_bar_came_to(tmp_path: Path) -> None:
 def test_a_prediction_is_worked_out_when_the_run_has_no_plan(tmp_path: Path) -> None:
     snapshot = RunFollower(synthetic.half_way(tmp_path / "run")).poll()
     assert snapshot.prediction is not None
-    assert not snapshot.prediction.stored
+    assert snapshot.prediction.plan is None
     assert {phase.name for phase in snapshot.prediction.memory.phases} >= {"load", "step"}

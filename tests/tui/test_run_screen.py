@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.run import RunScreen
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.widgets.phase_comparison import compare
+from planner.planning.make_plan import make_plan
+from planner.setup.request import make_request
 
 from . import synthetic
 from .conftest import MakeApp, settle
@@ -197,3 +200,22 @@ async def test_a_run_that_was_over_is_not_recorded_again(
     synthetic.append(folder.events, synthetic.end("finished", 400))
     async with make_app(run=folder).run_test(size=SIZE) as pilot:
         await see(pilot)
+
+
+@pytest.mark.usefixtures("alive")
+async def test_what_of_the_data_is_not_trained_is_told_of_a_planned_run(
+    make_app: MakeApp, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a" * 40, "completion": "b", "id": 1}] * 19 + [
+        {"prompt": "a" * 8000, "completion": "b"}
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = synthetic.half_way(tmp_path / "run")
+    request = make_request("qwen2.5-0.5b", gpu="16GB", data=str(data), knobs={"max_length": 512})
+    folder.plan.write_text(json.dumps(make_plan(request, methods=False).to_dict()))
+    async with make_app(run=folder).run_test(size=(60, 20)) as pilot:
+        await see(pilot)
+        told = " ".join(shown_text(pilot).split())
+        assert "data: 1 of 20 examples are cut; 1 of 20 examples are not trained" in told
+        assert "left out: id" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import ClassVar
 
+from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -25,7 +26,9 @@ from launcher.tui.widgets.log_tail import LogTail
 from launcher.tui.widgets.metrics_panel import MetricsPanel
 from launcher.tui.widgets.phase_comparison import PhaseComparison
 from launcher.tui.widgets.run_headline import RunHeadline
+from planner.answers.plan import Plan
 from planner.base.errors import VramwiseError
+from planner.text.data import not_trained
 
 POLL_SECONDS = 0.25
 # Ends that leave a measurement, and what the record calls them.
@@ -68,6 +71,7 @@ class RunScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Headline, loss and figures beside memory, log below."""
         yield RunHeadline(id="run-headline")
+        yield Static("", id="run-planned", classes="note")
         with Container(id="run-body"):
             with Vertical(id="run-loss"):
                 yield Static("loss", classes="heading")
@@ -105,6 +109,7 @@ class RunScreen(Screen[None]):
         self.snapshot = snapshot
         headline = self.query_one(RunHeadline)
         headline.snapshot, headline.seconds_since = snapshot, 0.0
+        self._show_planned(snapshot)
         self.query_one(LinePlot).data = PlotData(
             points=snapshot.losses,
             marks=snapshot.eval_losses,
@@ -120,6 +125,13 @@ class RunScreen(Screen[None]):
         self.refresh_bindings()
         if snapshot.behind:
             self.poll()
+
+    def _show_planned(self, snapshot: RunSnapshot) -> None:
+        place = self.query_one("#run-planned", Static)
+        plan = None if snapshot.prediction is None else snapshot.prediction.plan
+        told = Text() if plan is None else Text("\n").join(map(Text, planned(plan)))
+        place.update(told)
+        place.display = bool(told)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Whether a key is offered: a run that is over cannot be stopped."""
@@ -184,3 +196,9 @@ class RunScreen(Screen[None]):
     def action_back(self) -> None:
         """Leave the run to itself."""
         self.app.pop_screen()
+
+
+def planned(plan: Plan) -> tuple[str, ...]:
+    """What the plan of a run says of it beside its figures: what of the data is not trained."""
+    lacking = "" if plan.data is None else not_trained(plan.data)
+    return (plain(f"data: {lacking}", 300),) if lacking else ()

@@ -103,7 +103,8 @@ def _footnote(snapshot: RunSnapshot) -> str:
         return "on the CPU: the trainer's resident memory, not what a GPU would need"
     if snapshot.prediction is None:
         return "this model's memory could not be predicted"
-    source = "in plan.json" if snapshot.prediction.stored else "worked out now, for want of plan.json"
+    stored = snapshot.prediction.plan is not None
+    source = "in plan.json" if stored else "worked out now, for want of plan.json"
     return f"planned {source}; % is planned over measured"
 
 
