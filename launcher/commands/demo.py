@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", action=StoreOnce, help="card to plan for (default: the GPU of this machine, else 16GB)"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (runs)")
+    parser.add_argument("--full", action="store_true", help="print all that is known of the plan")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +72,8 @@ def _training_arguments(args: argparse.Namespace, name: str) -> argparse.Namespa
     ]
     if args.gpu is not None:
         asked.append(f"--gpu={args.gpu}")
+    if args.full:
+        asked.append("--full")
     return parser.parse_args(asked, argparse.Namespace(inspector=args.inspector))
 
 

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     source = model_source(args.model, model)
     if not args.allow_download:
         _refuse_absent_weights(source, model)
+    _find_data(args)
+    request = dataclasses.replace(request, data=args.data)
     if not on_gpu:
         knobs = {**_for_the_cpu(model), **request.fixed}
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
@@ -89,6 +91,15 @@ def run(args: argparse.Namespace) -> int:
         _say_of_evaluation(dataclasses.replace(wish, data=wish.eval_data), plan)
     folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
     return _follow(folder, plan)
+
+
+def _find_data(args: argparse.Namespace) -> None:
+    """Have data sets of the Hub named in full, and fetched where that is allowed."""
+    from planner.data.files import on_this_machine
+
+    args.data = on_this_machine(args.data, allow_network=args.allow_download)
+    if args.eval_data is not None:
+        args.eval_data = on_this_machine(args.eval_data, allow_network=args.allow_download)
 
 
 def _has_gpu() -> bool:

@@ -10,6 +10,7 @@ from launcher.runs.folder import RunFolder, create_run_folder
 from launcher.runs.training_job import SEED, TrainingJob
 from planner.answers.plan import Plan
 from planner.base.data_files import write_atomically
+from planner.data.files import named_on_hub
 from planner.models.spec import ModelSpec
 
 
@@ -17,7 +18,8 @@ from planner.models.spec import ModelSpec
 class JobWish:
     """What a person asks of a run beside its plan; null stands for none, of `seed` for the usual one.
 
-    `model_source` is a folder or a Hub id; the other fields are TrainingJob's.
+    `model_source` is a folder or a Hub id, `data` and `eval_data` are paths or names of data sets of the Hub;
+    the other fields are TrainingJob's.
     """
 
     model_source: str
@@ -41,8 +43,8 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
     return TrainingJob(
         setup=plan.setup,
         model_source=wish.model_source,
-        data_path=str(wish.data.resolve()),
-        eval_data_path=None if wish.eval_data is None else str(wish.eval_data.resolve()),
+        data_path=_place(wish.data),
+        eval_data_path=None if wish.eval_data is None else _place(wish.eval_data),
         learning_rate=schedule.learning_rate,
         num_train_epochs=schedule.num_train_epochs,
         max_steps=wish.max_steps,
@@ -55,6 +57,11 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         allow_download=wish.allow_download,
         gpu_index=plan.gpu.position or 0,
     )
+
+
+def _place(data: Path) -> str:
+    """Where the training process finds the data: an absolute path, or the name of a data set of the Hub."""
+    return str(data.resolve() if named_on_hub(data) is None else data)
 
 
 def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | None = None) -> RunFolder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from launcher.runs import stack, supervisor
 from launcher.runs.folder import RunFolder
@@ -11,6 +12,7 @@ from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
 from planner.answers.plan import Plan
 from planner.base.errors import InputError
+from planner.data.files import on_this_machine
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
 
@@ -41,6 +43,7 @@ def start(sizing: Sizing, wish: RunWish) -> Started:
     Raises:
         VramwiseError: the job is not possible, or the processes cannot be started.
     """
+    wish = replace(wish, data=Path(on_this_machine(str(wish.data))))
     job = JobWish(model_source=wish.model_source, data=wish.data, max_steps=wish.max_steps)
     folder = create_planned_run(wish.runs, _plan(sizing, wish), job)
     return Started(folder, supervisor.start(folder.path))

@@ -37,7 +37,10 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: the GPU of this machine)"
     )
     parser.add_argument(
-        "--data", action=StoreOnce, metavar="FILE", help="training examples: a file or folder (docs/data.md)"
+        "--data",
+        action=StoreOnce,
+        metavar="FILE",
+        help="training examples: a file, a folder, or ORG/NAME of the Hub (docs/data.md)",
     )
     parser.add_argument(
         "--effective-batch-size",
@@ -59,7 +62,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-download",
         action="store_true",
-        help="a model that is not on this machine may be fetched from the Hugging Face Hub",
+        help="a model or data set that is not on this machine may be fetched from the Hugging Face Hub",
     )
 
 
@@ -92,9 +95,13 @@ def plan_from(args: argparse.Namespace) -> Plan:
     Raises:
         InputError: see planner.planning.make_plan.make_plan.
     """
+    from planner.data.files import on_this_machine
     from planner.planning.make_plan import make_plan, read_stats
 
-    stats = None if args.data is None else read_stats(args.data)
+    stats = None
+    if args.data is not None:
+        args.data = on_this_machine(args.data, allow_network=args.allow_download)
+        stats = read_stats(args.data)
     return make_plan(
         request_from(args),
         stats=stats,

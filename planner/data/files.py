@@ -1,5 +1,5 @@
 """Rows of data files, each with its place: JSON lines, JSON lists, CSV, TSV, Parquet and Arrow, one file or a
-folder of shards, gzipped or not. What a row means is planner.data.rows' to say.
+folder of shards, gzipped or not, or a data set of the Hub. What a row means is planner.data.rows' to say.
 
 Every row is handed over with the types that it has itself: no column's type is guessed from the rows before
 it, as datasets' JSON reader does from the first 10 MiB of a file.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from planner.base.errors import InputError, MissingExtraError, shorten
+from planner.data.hub_data import HubName, cached_batches, cached_files, fetched, hub_name
 
 Rows = Iterator[tuple[str, object]]
 MAX_LINE_BYTES = 64 * 2**20
@@ -31,14 +32,17 @@ _SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+")
 
 
 def data_files(path: Path) -> tuple[Path, ...]:
-    """The files that a data file or folder consists of, in the order in which they are read.
+    """The files that a data file, folder or data set of the Hub consists of, in the order they are read in.
 
     Raises:
-        InputError: a folder without data files, or of several splits or kinds, of which none may be guessed.
+        InputError: a folder without data files, or of several splits or kinds, of which none may be guessed;
+            or a data set that is not in the Hub's cache.
         OSError: the folder cannot be read.
+        MissingExtraError: as read_rows.
     """
     if not path.is_dir():
-        return (path,)
+        name = named_on_hub(path)
+        return (path,) if name is None else cached_files(name)
     if (path / "dataset_dict.json").is_file():
         splits = sorted(each.parent.name for each in path.glob("*/state.json"))
         if len(splits) != 1:
@@ -65,20 +69,41 @@ def data_files(path: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def named_on_hub(path: Path) -> HubName | None:
+    """The data set of the Hub that is meant by what is no file here; None for a file's name."""
+    return hub_name(str(path)) if _reader(path) is None else None
+
+
+def on_this_machine(text: str, *, allow_network: bool = False) -> str:
+    """The name by which data is read: a path as it is; of a data set of the Hub the name with configuration
+    and split, once it is in the cache, into which it is fetched where that is allowed.
+
+    Raises:
+        InputError: it is not here and may not be fetched, or cannot be, or has no such split.
+        MissingExtraError: it is on the Hub, and the package that reads those is not there.
+    """
+    name = hub_name(text) if _reader(Path(text)) is None else None
+    return text if name is None else str(fetched(name, allow_network=allow_network))
+
+
 def read_rows(path: Path) -> Rows:
-    """(place, row) of every row of a file or of a folder's files.
+    """(place, row) of every row of a file, of a folder's files or of a data set of the Hub.
 
     Raises:
         InputError: it cannot be read; one line that names the place.
-        MissingExtraError: a Parquet or Arrow file, and the package that reads those is not there.
+        MissingExtraError: a Parquet or Arrow file or a data set of the Hub, and the package that reads those
+            is not there.
     """
+    name = named_on_hub(path)
+    if name is not None:
+        yield from _table_rows(cached_batches(name, ROWS_AT_A_TIME))
+        return
     try:
         files = data_files(path)
         for each in files:
             reader = _reader(each)
             if reader is None:
-                hint = "" if each.exists() else _absent(each)
-                raise InputError(f"{each}: unknown kind of data file; expected {KINDS}{hint}")
+                raise InputError(f"{each}: unknown kind of data file; expected {KINDS}")
             before = f"{each.name}: " if path.is_dir() else ""
             for place, row in reader(each):
                 yield before + place, row
@@ -101,12 +126,6 @@ def parse_json(content: bytes, where: str) -> object:
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: JSON out of bounds: {error}") from error
     return parsed
-
-
-def _absent(path: Path) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
-        return "; a data set of the Hub is not fetched: download it, and name its folder of Parquet files"
-    return ""
 
 
 def _saved_files(folder: Path) -> tuple[Path, ...]:

@@ -313,11 +313,6 @@ def test_broken_files_and_mixed_folders_are_refused_by_name(tmp_path: Path) -> N
         assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_is_told_to_be_fetched() -> None:
-    with pytest.raises(InputError, match="data set of the Hub is not fetched"):
-        read_training_data(Path("tatsu-lab/alpaca"))
-
-
 def test_what_a_prompt_fills_is_counted_and_not_planned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

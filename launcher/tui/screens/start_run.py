@@ -17,6 +17,7 @@ from textual.widgets import Button, Input, Label, Static
 from launcher.tui.text import plain
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.data.files import named_on_hub
 from planner.setup import defaults
 
 MAX_STEPS = 10**9
@@ -24,7 +25,8 @@ MAX_STEPS = 10**9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunWish:
-    """What the person wants: a data file, the model's folder or Hub id, where run folders go, and how long.
+    """What the person wants: the data's path or name on the Hub, the model's folder or Hub id, where run
+    folders go, and how long.
 
     Either `max_steps` or `num_train_epochs` decides; null for the other.
     """
@@ -81,7 +83,7 @@ class StartRun(ModalScreen[RunWish | None]):
     def compose(self) -> ComposeResult:
         """One field a line."""
         fields = (
-            ("data", "data", "a JSONL file of chats, prompts with answers, or text"),
+            ("data", "data", "a file or folder, or a data set of the Hub: org/name"),
             ("model", "model", "folder with safetensors, or a Hub id that is in the cache"),
             ("runs", "run folders", "where the run's own folder is made"),
             ("epochs", "epochs", ""),
@@ -150,8 +152,8 @@ def read_wish(texts: dict[str, str]) -> RunWish:
         FieldError: a field is not usable; its name is the form's.
     """
     data = Path(texts["data"]).expanduser()
-    if not texts["data"] or not data.is_file():
-        raise FieldError("data", texts["data"], "a file that exists")
+    if not texts["data"] or not (data.exists() or named_on_hub(data) is not None):
+        raise FieldError("data", texts["data"], "a file that exists, a folder, or a data set of the Hub")
     validate.text("model", texts["model"])
     runs = Path(texts["runs"]).expanduser()
     if not texts["runs"] or (runs.exists() and not runs.is_dir()):
@@ -163,7 +165,7 @@ def read_wish(texts: dict[str, str]) -> RunWish:
     if steps is None:
         epochs = validate.number("epochs", _number(float, texts["epochs"]), minimum=1e-6, maximum=1e6)
     return RunWish(
-        data=data.resolve(),
+        data=data.resolve() if data.exists() else data,
         model_source=texts["model"],
         runs=runs.resolve(),
         num_train_epochs=epochs,
