@@ -31,6 +31,7 @@ READ: dict[str, dict[str, Any]] = {
     },
     "empty or null tool_calls": {"messages": [USER, {**ANSWER, "tool_calls": [], "function_call": None}]},
     "reasoning_content": {"messages": [USER, {**ANSWER, "reasoning_content": "Two and two."}]},
+    "thinking or reasoning": {"messages": [USER, {**ANSWER, "thinking": "Two and two.", "reasoning": ""}]},
     "weight": {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]},
     "content in parts of text": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]

@@ -8,6 +8,7 @@ from typing import Any
 from launcher.training.turn_spans import Turns, assistant_span, other_span
 from planner.base.errors import InputError, shorten
 from planner.data.reader import Conversation, TrainingData
+from planner.data.turns import REASONING
 
 # ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md), for tokenizers without a template.
 # The end-of-sequence token closes the assistant's turn, so that the model learns to stop.
@@ -123,7 +124,7 @@ def not_rendered(data: TrainingData, tokenizer: Any) -> tuple[str, ...]:
     """A line for each of tools, calls and reasoning that the data holds and the template leaves out."""
     template = ChatTemplate(tokenizer, False)
     notes = []
-    for key in ("tools", "tool_calls", "reasoning_content"):
+    for key in ("tools", "tool_calls", *REASONING):
         holding = [
             (f"{data.source}: example {number}", example)
             for number, example in enumerate(data.examples, start=1)

@@ -42,11 +42,6 @@ def duration(seconds: float) -> str:
     return f"{whole // _DAY:,}d {whole % _DAY // _HOUR:02d}h"
 
 
-def parameters(count: int) -> str:
-    """A parameter count as model names give it: 14.8B, 135M."""
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
-
-
 def plain(value: object, limit: int = 500) -> str:
     """Foreign text on one line: control characters become visible escapes, so that none reaches the terminal.
 

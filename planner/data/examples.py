@@ -22,7 +22,7 @@ class Message:
     """One turn of a conversation.
 
     `trained` is False for a turn that is to stay out of the loss. `more` holds what a chat template may
-    render beside role and content: reasoning_content, tool_calls, name, tool_call_id.
+    render beside role and content: reasoning_content or its other names, tool_calls, name, tool_call_id.
     """
 
     role: str

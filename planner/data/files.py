@@ -175,7 +175,7 @@ def _jsonl_rows(path: Path) -> Rows:
                 if len(line) > MAX_LINE_BYTES:
                     raise InputError(f"{path}: {place}: longer than {MAX_LINE_BYTES // 2**20} MiB")
                 if line.strip():
-                    yield place, parse_json(line, f"{path}: {place}")
+                    yield place, parse_json(line.rstrip(b"\r\n"), f"{path}: {place}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _gzip_error(path, error) from error
 

@@ -16,7 +16,7 @@ from planner.data.lengths import DatasetStats
 
 LEAST_BYTES = 2**22
 """A smaller file is read again faster than it is worth remembering."""
-READER_VERSION = 2
+READER_VERSION = 3
 """To be raised when the same file would give other lengths."""
 
 

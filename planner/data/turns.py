@@ -26,8 +26,11 @@ ROLE_OF_SPEAKER = {
     "function_response": "tool",
     "tool": "tool",
 }
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What an assistant thought, by the names under which templates render it: Qwen3's and DeepSeek's, that of
+gpt-oss (message.thinking), and the one of OpenAI-like interfaces."""
 # What a chat template may render beside role and content, as text.
-_TEXTS = ("reasoning_content", "name", "tool_call_id")
+_TEXTS = (*REASONING, "name", "tool_call_id")
 _READ = {"role", "content", "from", "value", "tool_calls", "weight", *_TEXTS}
 _PLAIN = {"role", "content"}
 _REFUSED = {

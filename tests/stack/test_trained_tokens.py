@@ -28,7 +28,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 FULL = (
     "{% for tool in tools or [] %}<|im_start|>tools\n{{ tool | tojson }}<|im_end|>\n{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content }}"
+    "{% set thought = m.reasoning_content or m.thinking %}"
+    "{% if thought %}<think>{{ thought }}</think>\n{% endif %}{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
     "{% if m.name %} ({{ m.name }}, {{ m.tool_call_id }}){% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -50,6 +51,7 @@ TURNS: dict[str, tuple[list[dict[str, Any]], list[Any] | None, int]] = {
     ),
     "empty or null tool_calls": ([USER, ANSWER], None, 0),
     "reasoning_content": ([USER, {**ANSWER, "reasoning_content": "Two and two."}], None, 0),
+    "thinking or reasoning": ([USER, {**ANSWER, "thinking": "Two and two."}], None, 0),
     "content in parts of text": ([{"role": "user", "content": "Hi"}, ANSWER], None, 0),
     "ShareGPT conversations": (
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],

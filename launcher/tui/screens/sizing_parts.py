@@ -10,10 +10,11 @@ from rich.text import Text
 from launcher.tui import cards, knobs
 from launcher.tui.screens.picker import Remark, Row
 from launcher.tui.sizing import Sizing, Verdict
-from launcher.tui.text import FITS, TIGHT, TOO_BIG, gib, parameters, plain
+from launcher.tui.text import FITS, TIGHT, TOO_BIG, gib, plain
 from launcher.tui.themes import component_colours
 from launcher.tui.widgets.memory_bar import BarData, BarPart
 from planner.models.catalog import ModelSummary
+from planner.text.figures import count
 
 _VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
 
@@ -23,7 +24,7 @@ def question(sizing: Sizing, muted: str) -> Text:
     card = sizing.card
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(plain(sizing.setup.model, 60), "bold")
-    text.append(f" {parameters(sizing.model.parameter_count)}", muted)
+    text.append(f" {count(sizing.model.parameter_count)}", muted)
     text.append(" on ", muted)
     text.append(plain(card.title, 60), "bold")
     if card.argument is not None:
@@ -49,7 +50,7 @@ def model_rows(models: Iterable[ModelSummary]) -> tuple[Row, ...]:
         Row(
             key=model.id,
             name=model.id,
-            detail=parameters(model.parameter_count).rjust(7),
+            detail=count(model.parameter_count).rjust(7),
             search=" ".join((model.hub_id, *model.aliases, model.architecture)),
         )
         for model in models
