@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from planner.answers.plan import Duration, OtherCard, Plan
+from planner.gpus.spec import GpuSpec
 from planner.text.figures import bullets, count, dollars, duration, gib, heading, pairs, rate
 
 BOUND_BY = {
@@ -69,16 +70,25 @@ def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
         passes = plan.schedule.num_train_epochs
         epochs = f"{passes:g} epoch{'' if passes == 1 else 's'}"
         yield "time", f"{interval} for {epochs}, {found.steps:,} steps, {count(found.tokens)} tokens"
-    yield "price", _price(found, plan)
+    hourly = hourly_price(plan)
+    yield (
+        "price",
+        f"{hourly} (--price-per-hour USD)" if found.usd is None else f"{dollars(found.usd)} at {hourly}",
+    )
 
 
-def _price(found: Duration, plan: Plan) -> str:
-    """What it costs and whose price that is, or that none is known."""
-    if found.usd is None or found.usd_per_gpu_hour is None:
-        return f"not known for {plan.gpu.spec.id} (--price-per-hour USD)"
-    text = f"{dollars(found.usd)} at ${found.usd_per_gpu_hour:g} a GPU-hour"
-    asked = plan.request.price_usd_per_hour is not None
-    return text if asked or plan.gpu.spec.price_source is None else f"{text} ({plan.gpu.spec.price_source})"
+def hourly_price(plan: Plan) -> str:
+    """The price of a GPU that a plan counts with and whose it is, or that none is known."""
+    asked = plan.request.price_usd_per_hour
+    return price_of(plan.gpu.spec) if asked is None else f"${asked:g} a GPU-hour"
+
+
+def price_of(gpu: GpuSpec) -> str:
+    """The catalog's price of a card with who asked it and when, or that none is known."""
+    if gpu.price_usd_per_hour is None:
+        return f"not known for {gpu.id}"
+    text = f"${gpu.price_usd_per_hour:g} a GPU-hour"
+    return text if gpu.price_source is None else f"{text} ({gpu.price_source})"
 
 
 def print_other_cards(out: Console, plan: Plan) -> None:

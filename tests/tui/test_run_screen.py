@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from launcher.runs import record as run_record
 from launcher.runs.events import WarningEvent
 from launcher.tui import run_follower
 from launcher.tui.screens.confirm import Confirm
-from launcher.tui.screens.run import RunScreen
+from launcher.tui.screens.run import RunScreen, planned
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.widgets.phase_comparison import compare
+from planner.base.data_files import PROFILES
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
 
@@ -219,3 +221,27 @@ async def test_what_of_the_data_is_not_trained_is_told_of_a_planned_run(
         told = " ".join(shown_text(pilot).split())
         assert "data: 1 of 20 examples are cut; 1 of 20 examples are not trained" in told
         assert "left out: id" in told
+        assert "price: not known for rtx-5060-ti-16gb" in told
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wishes", "said"),
+    [
+        (
+            "rtx-4090",
+            {},
+            r"\$\d.* for the \d.* planned, at \$0.39 a GPU-hour \(Akash, on-demand, 2026-09-20\)$",
+        ),
+        ("rtx-4090", {"price_usd_per_hour": 2.0}, r"\$\d.* for the \d.* planned, at \$2 a GPU-hour$"),
+        ("16GB", {}, "not known for rtx-5060-ti-16gb$"),
+    ],
+)
+def test_a_run_s_price_has_its_source_and_date_or_is_said_to_be_unknown(
+    gpu: str, wishes: dict[str, float], said: str
+) -> None:
+    data = str(PROFILES / "demo" / "data" / "train.jsonl")
+    plan = make_plan(
+        make_request("llama-3.2-1b", gpu=gpu, data=data, num_train_epochs=300.0, **wishes), methods=False
+    )
+    assert re.match(f"price: {said}", planned(plan, whole=True)[0])
+    assert " planned" not in planned(plan, whole=False)[0]

@@ -29,6 +29,8 @@ from launcher.tui.widgets.run_headline import RunHeadline
 from planner.answers.plan import Plan
 from planner.base.errors import VramwiseError
 from planner.text.data import not_trained
+from planner.text.figures import dollars, duration
+from planner.text.speed import hourly_price
 
 POLL_SECONDS = 0.25
 # Ends that leave a measurement, and what the record calls them.
@@ -129,7 +131,8 @@ class RunScreen(Screen[None]):
     def _show_planned(self, snapshot: RunSnapshot) -> None:
         place = self.query_one("#run-planned", Static)
         plan = None if snapshot.prediction is None else snapshot.prediction.plan
-        told = Text() if plan is None else Text("\n").join(map(Text, planned(plan)))
+        whole = snapshot.job is not None and snapshot.job.max_steps is None
+        told = Text() if plan is None else Text("\n").join(map(Text, planned(plan, whole=whole)))
         place.update(told)
         place.display = bool(told)
 
@@ -198,7 +201,13 @@ class RunScreen(Screen[None]):
         self.app.pop_screen()
 
 
-def planned(plan: Plan) -> tuple[str, ...]:
-    """What the plan of a run says of it beside its figures: what of the data is not trained."""
+def planned(plan: Plan, *, whole: bool) -> tuple[str, ...]:
+    """What the plan of a run says of it beside its figures: its price, and what of the data is not trained.
+
+    The time and the cost of the plan are those of the `whole` run that it was made for.
+    """
+    price = hourly_price(plan)
+    if whole and plan.data is not None and plan.duration is not None and plan.duration.usd is not None:
+        price = f"{dollars(plan.duration.usd)} for the {duration(plan.duration.hours)} planned, at {price}"
     lacking = "" if plan.data is None else not_trained(plan.data)
-    return (plain(f"data: {lacking}", 300),) if lacking else ()
+    return (plain(f"price: {price}"), *([plain(f"data: {lacking}", 300)] if lacking else []))

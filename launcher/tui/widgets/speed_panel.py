@@ -9,10 +9,13 @@ from textual.widget import Widget
 from launcher.tui.sizing import Sizing
 from launcher.tui.text import duration, plain
 from launcher.tui.themes import colours
+from planner.gpus.price import hours_for, run_cost
+from planner.text.figures import dollars
+from planner.text.speed import price_of
 
 
 class SpeedPanel(Widget):
-    """Tokens a second with its interval, time for a million tokens, what bounds the speed, the basis."""
+    """Tokens a second with its interval, time and price for a million tokens, what bounds it, the basis."""
 
     DEFAULT_CSS = "SpeedPanel { height: auto; }"
 
@@ -31,11 +34,20 @@ class SpeedPanel(Widget):
         return speed(self.sizing, muted=shown.muted, warning=shown.warning)
 
 
-def _wrapping(sizing: Sizing | None) -> tuple[bool, str]:
+def _wrapping(sizing: Sizing | None) -> tuple[bool, str, str]:
     """What may wrap: the rest is of one height."""
     if sizing is None or sizing.step is None:
-        return False, "" if sizing is None else sizing.no_step
-    return sizing.step.calibrated, sizing.step.basis
+        return False, "" if sizing is None else sizing.no_step, ""
+    return sizing.step.calibrated, sizing.step.basis, price_of(sizing.card.spec)
+
+
+def _cost(sizing: Sizing) -> str:
+    """What a million tokens cost; nothing where no price is known."""
+    if sizing.step is None:
+        return ""
+    hours = hours_for(1e6, sizing.step.tokens_per_second)
+    cost = run_cost(hours, sizing.card.spec, gpu_count=sizing.setup.num_processes)
+    return "" if cost is None else f" and {dollars(cost.usd)}"
 
 
 def speed(sizing: Sizing, *, muted: str, warning: str) -> Text:
@@ -47,7 +59,8 @@ def speed(sizing: Sizing, *, muted: str, warning: str) -> Text:
     text.append(f"{step.tokens_per_second:,.0f} tokens/s", "bold")
     text.append(f"  ({step.tokens_per_second_low:,.0f} to {step.tokens_per_second_high:,.0f})", muted)
     text.append("\n")
-    text.append(f"{duration(1e6 / step.tokens_per_second)} per million tokens\n", "bold")
+    text.append(f"{duration(1e6 / step.tokens_per_second)}{_cost(sizing)} per million tokens\n", "bold")
+    text.append(f"price {price_of(sizing.card.spec)}\n", muted)
     sequences = sizing.setup.effective_batch_size
     text.append(f"{duration(step.seconds_per_optimizer_step)} per step of {sequences:,} sequences\n", muted)
     text.append(f"bound by {plain(step.bound_by)}\n", muted)
