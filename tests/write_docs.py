@@ -25,6 +25,8 @@ from benchmarks import external_runs, memory_tables
 from launcher import cli
 from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
+from planner.gpus.catalog import gpu_catalog
+from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, CardLimit
 from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
 from planner.setup.knob import METHODS, SECTIONS, Knob, plain
 from planner.setup.knobs import KNOBS
@@ -45,7 +47,12 @@ _KNOBS_PREAMBLE = """# Knobs
 
 Every key of a training setup but `model`: of a line that `vramwise estimate` reads, of a plan's JSON, and as
 an option, `--lora-r` for `lora_r`. A default is the setup's; where `plan` takes another one, or chooses, a
-column says so. `make docs` writes this file; a test compares it.
+column says so. What a card cannot run is refused in a line, and chosen by no plan. `make docs` writes this
+file; a test compares it.
+"""
+LIMITS = (*CARD_LIMITS, BFLOAT16)
+_CARDS_HEAD = """| key | value | compute capability | why | cards that cannot run it |
+| --- | --- | --- | --- | --- |
 """
 _KNOBS_HEAD = """| key | what it is | accepted | default | `plan` takes | conditions |
 | --- | --- | --- | --- | --- | --- |
@@ -84,7 +91,18 @@ def knobs_page(knobs: tuple[Knob, ...] = KNOBS) -> str:
     for section in SECTIONS:
         lines = [_knob_line(knob) for knob in knobs if knob.section == section]
         parts.append(f"## {section}\n\n{_KNOBS_HEAD}{''.join(lines)}")
+    limits = [limit for limit in LIMITS if limit.knob in {knob.name for knob in knobs}]
+    parts.append(f"## Cards\n\n{_CARDS_HEAD}{''.join(_limit_line(limit) for limit in limits)}")
     return "\n".join(parts)
+
+
+def _limit_line(limit: CardLimit) -> str:
+    """Which cards of the catalog cannot run a knob's value."""
+    cards = sorted(gpu.id for gpu in gpu_catalog() if gpu.compute_capability < limit.capability)
+    capability = ".".join(map(str, limit.capability))
+    why = f"{limit.why} {capability}" if limit.why.endswith("below") else limit.why
+    cells = (f"`{limit.knob}`", f"`{plain(limit.value)}`", capability, why, ", ".join(cards))
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _knob_line(knob: Knob) -> str:
@@ -101,10 +119,18 @@ def _conditions(knob: Knob) -> str:
     """What values of a knob need of other knobs, in words."""
     needs = [] if knob.methods == METHODS else [f"method {' or '.join(knob.methods)}"]
     needs += [need.told for need in knob.needs]
-    if not needs or knob.kept:
-        return "".join(f"used with {need}" for need in needs)
-    free = " and ".join(f"`{plain(value)}`" for value in (knob.default, *knob.free))
-    return f"all but {free} need {' and '.join(needs)}"
+    said = []
+    if needs and knob.kept:
+        said.append(f"used with {' and '.join(needs)}")
+    elif needs:
+        free = " and ".join(f"`{plain(value)}`" for value in (knob.default, *knob.free))
+        said.append(f"all but {free} need {' and '.join(needs)}")
+    said += [
+        f"`{plain(limit.value)}` needs compute capability {'.'.join(map(str, limit.capability))}"
+        for limit in LIMITS
+        if limit.knob == knob.name
+    ]
+    return "; ".join(said)
 
 
 def readme(text: str) -> str:

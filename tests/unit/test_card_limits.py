@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from planner.base.errors import InputError
 from planner.gpus.catalog import gpu_catalog
-from planner.setup.card_limits import CARD_LIMITS, DEFAULT_BUILD, torch_build
+from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, DEFAULT_BUILD, refuse_on_card, torch_build
 
+KNOBS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "knobs.md"
 Cli = Callable[..., Any]
 
 REFUSED = (
@@ -72,6 +74,20 @@ def test_both_pages_tell_which_build(more: tuple[str, ...], cli: Cli) -> None:
         assert f"the default build has no kernels for {gpu} (compute capability {capability})" in said
         assert "CUDA 12.6" in said
     assert "no kernels" not in cli("plan", "--model", "llama-3.2-3b", "--gpu", "t4", *more).out
+
+
+def test_the_page_of_knobs_lists_the_cards_that_refuse_them() -> None:
+    lines = KNOBS_PAGE.read_text(encoding="utf-8").partition("\n## Cards\n")[2].splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    limits = (*CARD_LIMITS, BFLOAT16)
+    assert [(row[0], row[1]) for row in rows] == [(limit.knob, limit.value) for limit in limits]
+    for knob, value, capability, _, listed in rows:
+        for gpu in gpu_catalog():
+            if gpu.id in listed.split(", "):
+                with pytest.raises(InputError, match=f"needs compute capability {capability}"):
+                    refuse_on_card({knob: value}, gpu, limits)
+            else:
+                refuse_on_card({knob: value}, gpu, limits)
 
 
 def test_the_search_chooses_nothing_that_the_card_refuses(cli: Cli) -> None:
