@@ -6,6 +6,7 @@ Ctrl-C asks the run to stop after the current step and to save; a second Ctrl-C 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from launcher.runs import stack
 from planner.answers.plan import Plan
-from planner.base.errors import ExitCode, InputError
+from planner.base.errors import ExitCode, InputError, MissingExtraError
 from planner.commands.knobs import add_knobs
 from planner.commands.plan import add_request_arguments, request_from
 from planner.commands.program import StoreOnce, say, whole_number
@@ -57,18 +58,14 @@ def run(args: argparse.Namespace) -> int:
     if args.data is None:
         raise InputError("the following arguments are required: --data")
     stack.require("train")
-    from launcher.runs.job import create_planned_run, model_source
-    from planner.models.catalog import resolve_model
+    from launcher.runs.job import create_planned_run
     from planner.planning.make_plan import make_plan
 
     on_gpu = _has_gpu()
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
     request = request_from(args)
-    model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
-    source = model_source(args.model, model)
-    if not args.allow_download:
-        _refuse_absent_weights(source, model)
+    model, source = _find_model(args)
     _find_data(args)
     request = dataclasses.replace(request, data=args.data)
     if not on_gpu:
@@ -111,22 +108,31 @@ def _has_gpu() -> bool:
         return False
 
 
-def _refuse_absent_weights(source: str, model: ModelSpec) -> None:
-    """Say at once, before data and libraries are read, that there is nothing to train.
+def _find_model(args: argparse.Namespace) -> tuple[ModelSpec, str]:
+    """The model and where its weights are, which have to be there, or to be fetched, before it is described.
 
     Raises:
-        InputError: the weights of a Hub id are not in its cache.
+        InputError: the model is not known or not planned, or its weights are not on this machine.
     """
-    if Path(source).is_dir():
-        return
-    from huggingface_hub import try_to_load_from_cache
+    from launcher.runs.job import model_source
+    from launcher.runs.weights import require_weights
+    from planner.models.catalog import resolve_model
 
-    names = ("model.safetensors", "model.safetensors.index.json")
-    if not any(isinstance(try_to_load_from_cache(source, name), str) for name in names):
-        size = "" if model.download_bytes is None else f" {model.download_bytes / 2**30:,.1f} GiB"
-        raise InputError(
-            f"the weights of {source} are not on this machine; --allow-download fetches{size or ' them'}"
-        )
+    model = None
+    # Describing a model that equals none of the catalog takes seconds.
+    with contextlib.suppress(MissingExtraError):
+        model = resolve_model(args.model, allow_network=args.allow_download)
+    source = model_source(args.model, model)
+    fetched = require_weights(
+        source,
+        download_bytes=None if model is None else model.download_bytes,
+        allow_download=args.allow_download,
+    )
+    if model is None:
+        model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
+    if fetched is not None:
+        say(fetched)
+    return model, source
 
 
 def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:

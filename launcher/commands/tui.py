@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", type=Path, default=Path("runs"), help="folder in which run folders lie and are made"
     )
     parser.add_argument("--run", type=Path, help="run folder to follow")
+    parser.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="what a run needs and is not on this machine may be fetched from the Hugging Face Hub",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE
     from planner.setup.training_setup import TrainingSetup
 
-    model = resolve_model(args.model, inspector=inspector)
+    model = resolve_model(args.model, allow_network=args.allow_download, inspector=inspector)
     card = first_card(args.gpu, DEFAULT_GPU)
     if args.run is not None and not (args.run / "job.json").is_file():
         raise InputError(f"{args.run}: not a run folder (no job.json)")
@@ -71,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         runs_root=args.runs.expanduser(),
         run=None if args.run is None else RunFolder(args.run.resolve()),
         data=args.data,
+        allow_download=args.allow_download,
     )
     shorten_pauses()
     app.run()

@@ -19,7 +19,7 @@ from typing import Any
 
 from planner.base.errors import ExitCode, InputError, MissingExtraError, VramwiseError
 from planner.models import hub_config
-from planner.models.catalog import nearest_models
+from planner.models.catalog import nearest_models, refuse_unplanned
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
 
 TIMEOUT_SECONDS = 120
@@ -88,12 +88,15 @@ def inspect_in_child(
 ) -> ModelSpec:
     """`inspect_config` in a process of its own, ended after a time and limited in memory.
 
+    A family that is not planned is refused before that.
+
     Raises:
         InputError: as `inspect_config`, or transformers failed on the config, or a limit was reached.
         MissingExtraError: torch or transformers is not installed.
     """
     _require_stack()
     hub_config.check_config(config, where=hub_id)
+    refuse_unplanned(config, where=hub_id)
     request = json.dumps(
         {"config": dict(config), "model_id": model_id, "hub_id": hub_id, "memory_bytes": memory_bytes}
     )
@@ -112,7 +115,9 @@ def inspect_in_child(
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it died without a word"]
     if done.returncode == ExitCode.BAD_INPUT:
         raise InputError(lines[-1])
-    raise InputError(f"{hub_id}: transformers could not build the model: {lines[-1][:200]}")
+    raise InputError(
+        f"{hub_id}: transformers could not build the model: {lines[-1][:200]}{nearest_models(hub_id)}"
+    )
 
 
 def _require_stack() -> None:
@@ -165,7 +170,13 @@ def _describe(model: Any, *, model_id: str, hub_id: str, aliases: tuple[str, ...
         if {name for name, _ in module.named_children()} != expected:
             raise InputError(f"{hub_id}: {type(module).__name__} has other parts than {sorted(expected)}")
     rotary = model.model.rotary_emb
-    layers = _merge(layer_recipe.read_layer(m, config, rotary, i) for i, m in enumerate(model.model.layers))
+    try:
+        layers = _merge(
+            layer_recipe.read_layer(module, config, rotary, index)
+            for index, module in enumerate(model.model.layers)
+        )
+    except InputError as error:
+        raise InputError(f"{hub_id}: vramwise does not model it: {error}{nearest_models(hub_id)}") from error
     parameters = _parameters(model)
     scaled = type(model.model.embed_tokens).__name__.endswith("ScaledWordEmbedding")
     return ModelSpec(

@@ -75,9 +75,12 @@ def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | Non
     return folder
 
 
-def model_source(name: str, model: ModelSpec) -> str:
-    """Where the weights of a named model are: its folder, the Hub id as given, else that of the catalog."""
+def model_source(name: str, model: ModelSpec | None) -> str:
+    """Where the weights of a named model are: its folder, the Hub id as given, else that of the catalog.
+
+    Of a folder or a Hub id `model` need not be known yet.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
-    return name if "/" in name else model.hub_id
+    return name if model is None or "/" in name else model.hub_id

@@ -130,7 +130,12 @@ def load_tokenizer(source: str, *, allow_download: bool) -> PreTrainedTokenizerB
             source, trust_remote_code=False, local_files_only=not allow_download
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from error
+        why = _first_line(error)
+        if Path(source).is_dir():
+            why = f"the folder needs tokenizer.json and tokenizer_config.json ({why})"
+        elif not allow_download:
+            why = "it is not on this machine; --allow-download fetches it"
+        raise InputError(f"{source}: no tokenizer could be loaded: {why}") from error
 
 
 def load_model(

@@ -38,6 +38,7 @@ class VramwiseApp(App[None]):
 
     Sizing opens with `setup` and, if `automatic`, goes on to what `plan` chooses for the model and the card.
     `runs_root` is where run folders are looked for and made, `data` what the form for a new run starts with.
+    With `allow_download` models and data that are not on this machine may be fetched from the Hub.
     """
 
     TITLE = "vramwise"
@@ -83,6 +84,7 @@ class VramwiseApp(App[None]):
         runs_root: Path,
         run: RunFolder | None = None,
         data: str = "",
+        allow_download: bool = False,
     ) -> None:
         super().__init__()
         self.register_theme(DARK)
@@ -92,6 +94,7 @@ class VramwiseApp(App[None]):
         self._run = run
         self._runs_root = runs_root
         self._data = data
+        self.allow_download = allow_download
         self._started: list[starting.Started] = []
         self._followed: dict[Path, RunFolder] = {} if run is None else {run.path: run}
 
@@ -154,7 +157,8 @@ class VramwiseApp(App[None]):
     @work(thread=True, group="start")
     def _start_processes(self, sizing: Sizing, wish: RunWish) -> None:
         try:
-            self.post_message(self.RunStarted(starting.start(sizing, wish)))
+            started = starting.start(sizing, wish, allow_download=self.allow_download)
+            self.post_message(self.RunStarted(started))
         except VramwiseError as error:
             self.post_message(self.RunRefused(str(error), sizing, wish))
         except OSError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.runs import stack, supervisor
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
+from launcher.runs.weights import require_weights
 from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
 from planner.answers.plan import Plan
@@ -37,14 +38,24 @@ def refuse_what_cannot_start(sizing: Sizing) -> None:
         raise InputError("a run on several GPUs is sized here but cannot be started from here")
 
 
-def start(sizing: Sizing, wish: RunWish) -> Started:
+def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Started:
     """Write job.json and plan.json into a new run folder and start trainer and sampler.
 
     Raises:
-        VramwiseError: the job is not possible, or the processes cannot be started.
+        VramwiseError: the job is not possible, its weights or data are not on this machine and may not be
+            fetched, or the processes cannot be started.
     """
-    wish = replace(wish, data=Path(on_this_machine(str(wish.data))))
-    job = JobWish(model_source=wish.model_source, data=wish.data, max_steps=wish.max_steps)
+    require_weights(
+        wish.model_source, download_bytes=sizing.model.download_bytes, allow_download=allow_download
+    )
+    data = on_this_machine(str(wish.data), allow_network=allow_download)
+    wish = replace(wish, data=Path(data))
+    job = JobWish(
+        model_source=wish.model_source,
+        data=wish.data,
+        max_steps=wish.max_steps,
+        allow_download=allow_download,
+    )
     folder = create_planned_run(wish.runs, _plan(sizing, wish), job)
     return Started(folder, supervisor.start(folder.path))
 

@@ -208,11 +208,31 @@ def _from_config(
     if found is not None:
         return found
     if inspector is None:
+        refuse_unplanned(config, where=where)
         raise MissingExtraError(
             f"{shorten(where)} ({config['model_type']}) equals no catalog model; describing it",
             "torch and transformers",
         )
     return inspector(config, model_id=name, hub_id=where)
+
+
+def refuse_unplanned(config: Mapping[str, Any], *, where: str) -> None:
+    """Say at once, with nothing built or installed, that vramwise does not plan a config's kind of model.
+
+    Raises:
+        InputError: its language model is of no family that the layer recipes read.
+    """
+    text, wrapped = hub_config.text_part(config)
+    kind = text["model_type"]
+    if kind in hub_config.PLANNED_TYPES:
+        return
+    part = ", the language model of a multimodal one," if wrapped else ""
+    own = "; its own code (auto_map) is never run" if "auto_map" in config else ""
+    families = sorted({name.removesuffix("_text") for name in hub_config.PLANNED_TYPES})
+    raise InputError(
+        f"{shorten(where)}: model_type {shorten(kind)}{part} is not understood by vramwise, which plans "
+        f"{', '.join(families)}{own}{nearest_models(where)}"
+    )
 
 
 def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None) -> ModelSpec:
@@ -227,11 +247,23 @@ def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None)
         raise _unknown(repository, _HINT) from error
     except (HfHubHTTPError, OSError) as error:
         if not offline:
-            raise InputError(
-                f"cannot get config.json of {repository} from the Hub: {_first_line(error)}"
-            ) from error
+            raise _not_fetched(repository, error) from error
         raise _not_here(repository, allow_network) from error
     return _from_config(config, name=repository.rpartition("/")[2], where=repository, inspector=inspector)
+
+
+def _not_fetched(repository: str, error: Exception) -> InputError:
+    """Why the Hub gave no config.json, and what can be done."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"{repository} is gated: accept its terms at https://huggingface.co/{repository} and log in "
+            "(hf auth login)"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return _unknown(repository, "(neither in the catalog nor on the Hub, unless it is private)")
+    return InputError(f"cannot get config.json of {repository} from the Hub: {_first_line(error)}")
 
 
 def _not_here(repository: str, allow_network: bool) -> UnknownNameError:

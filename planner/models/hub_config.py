@@ -51,6 +51,7 @@ PLANNED_TYPES = frozenset(
     | {"nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 )
 """model_type of the families that launcher/models/layer_recipe.py reads."""
+_NO_GGUF = "GGUF is not trained: name the model that it was made from"
 # Keys that steer how transformers runs a model rather than describe it; in a config.json they are foreign.
 _FOREIGN_KEYS = ("attn_implementation", "experts_implementation", "_attn_", "_flash_attn", "_experts_")
 
@@ -62,18 +63,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: no folder, no config.json, unreadable, too large, not JSON, or refused by `check_config`.
     """
     if folder.is_file():
-        raise InputError(f"{shorten(str(folder))} is a file; give the folder that holds config.json")
+        hint = _NO_GGUF if folder.suffix.lower() == ".gguf" else "give the folder that holds config.json"
+        raise InputError(f"{shorten(str(folder))} is a file; {hint}")
     if not folder.is_dir():
         raise InputError(f"no folder {shorten(str(folder))}")
     path = folder / "config.json"
     try:
         if not path.is_file():
-            raise InputError(f"no config.json in {shorten(str(folder))}")
+            raise InputError(f"no config.json in {shorten(str(folder))}{_instead_of_config(folder)}")
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read {shorten(str(path))}: {error.strerror}") from error
     return parse_config(content, where=str(path))
+
+
+def _instead_of_config(folder: Path) -> str:
+    """What a folder without a model's config holds that may have been meant, as the end of a sentence."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        with adapter.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES)
+        try:
+            base = json.loads(content)["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            base = None
+        return f"; it holds an adapter: plan its base model{'' if base is None else f', {shorten(base)}'}"
+    if any(folder.glob("*.gguf")):
+        return f"; {_NO_GGUF}"
+    return ""
 
 
 def parse_config(content: bytes, *, where: str) -> dict[str, Any]:

@@ -300,3 +300,12 @@ def test_garbage_collection_passes_over_what_was_there_before_training(tmp_path:
 def test_missing_extras_name_the_package() -> None:
     with pytest.raises(MissingExtraError, match="liger-kernel"):
         build.refuse_unsupported(make_setup(kernels="liger"), on_gpu=True)
+
+
+def test_a_missing_tokenizer_is_told_with_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer could be loaded: the folder needs tokenizer\.json"):
+        build.load_tokenizer(str(tmp_path), allow_download=False)
+    with pytest.raises(
+        InputError, match=r"^nobody/nothing: .* not on this machine; --allow-download fetches"
+    ):
+        build.load_tokenizer("nobody/nothing", allow_download=False)

@@ -21,7 +21,8 @@ async def test_the_form_comes_back_as_it_was_filled_with_the_reason(
 ) -> None:
     tried: list[RunWish] = []
 
-    def refuses(answer: Sizing, wish: RunWish) -> None:
+    def refuses(answer: Sizing, wish: RunWish, *, allow_download: bool) -> None:
+        assert not allow_download
         tried.append(wish)
         raise InputError("row 3 is no example")
 

@@ -34,7 +34,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[obj
     """A machine with a GPU and every model on it, where runs are made but not started; what to give train."""
     pytest.importorskip("trl")
     monkeypatch.setattr(train, "_has_gpu", lambda: True)
-    monkeypatch.setattr(train, "_refuse_absent_weights", lambda source, model: None)
+    monkeypatch.setattr("launcher.runs.weights.require_weights", lambda *_, **__: None)
     monkeypatch.setattr(train, "_measured_stats", lambda wish: estimated_lengths(wish.data))
     monkeypatch.setattr(train, "_follow", lambda folder, plan: 0)
     return "--runs", tmp_path / "runs"

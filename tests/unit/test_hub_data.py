@@ -220,9 +220,7 @@ def test_train_asks_for_it_before_it_reads_anything_else(
     cli: Cli, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl")
-    from launcher.commands import train
-
-    monkeypatch.setattr(train, "_refuse_absent_weights", lambda source, model: None)
+    monkeypatch.setattr("launcher.runs.weights.require_weights", lambda *_, **__: None)
     asked = ("train", *ASKED[1:])
     assert f"o/n: {NOT_HERE}" in refused(cli, *asked, "--data", "o/n")
     prepared(cache, "o/n", "main", {"train": ROWS, "test": ROWS[:10]})

@@ -166,11 +166,11 @@ def test_the_planned_types_are_those_of_the_catalog() -> None:
     [
         (
             {"model_type": "gpt_oss", "time_step_limit": [0.0, float("inf")]},
-            "GptOssForCausalLM is not understood by vramwise",
+            "model_type 'gpt_oss' is not understood by vramwise, which plans gemma, gemma2",
         ),
         (
             {"model_type": "qwen2_5_vl", "text_config": {**LLAMA, "model_type": "qwen2_5_vl_text"}},
-            "the text part of a vision-language model",
+            "model_type 'qwen2_5_vl_text', the language model of a multimodal one, is not understood by",
         ),
     ],
 )

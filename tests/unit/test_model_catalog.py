@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -120,6 +121,33 @@ def test_unknown_hub_id_uses_no_network(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(InputError, match="cannot get config"):
         resolve_model("somebody/some-model", allow_network=True)
     assert asked == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "GatedRepoError",
+            r"is gated: accept its terms at https://huggingface.co/somebody/gemma-3-4 and log in",
+        ),
+        (
+            "RepositoryNotFoundError",
+            r"neither in the catalog nor on the Hub, unless it is private\); did you mean",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(kind: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    error = getattr(huggingface_hub.errors, kind)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise error("401 Client Error.\nCannot access", response=mock.MagicMock())
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match=said):
+        resolve_model("somebody/gemma-3-4", allow_network=True)
 
 
 def test_hub_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

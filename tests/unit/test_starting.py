@@ -135,7 +135,7 @@ def test_a_run_on_a_picked_card_of_this_machine_is_planned_for_that_card(
     card = Card(target=target, group=DETECTED, argument=None)
     setup = TrainingSetup(model="qwen2.5-0.5b", max_length=512)
     sizing = size_up(setup, resolve_model(setup.model), card)
-    form = StartRun(title="", model_source="m", data=str(DATA), runs=str(tmp_path))
+    form = StartRun(title="", model_source=str(MODEL), data=str(DATA), runs=str(tmp_path))
     with pytest.raises(InputError, match=NOT_HERE):
         starting.start(sizing, read_wish(form.values))
     (folder,) = map(RunFolder, tmp_path.iterdir())

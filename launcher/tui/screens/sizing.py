@@ -245,7 +245,12 @@ class SizingScreen(Screen[None]):
     def _resolve(self, name: str) -> None:
         """A model of the catalog is there at once; one that has to be inspected takes seconds."""
         try:
-            self.post_message(Resolved(name, resolve_model(name, inspector=inspector), ""))
+            model = resolve_model(
+                name,
+                allow_network=self.app.allow_download,  # type: ignore[attr-defined]
+                inspector=inspector,
+            )
+            self.post_message(Resolved(name, model, ""))
         except VramwiseError as error:
             self.post_message(Resolved(name, None, str(error)))
 
