@@ -287,7 +287,7 @@ async def test_filtering_picks_a_model(make_app: MakeApp) -> None:
         await pilot.press("enter")
         await settle(pilot)
         assert screen_of(pilot).sizing.model.id == "llama-3.1-8b"  # type: ignore[union-attr]
-        assert "8.0B" in shown_text(pilot)
+        assert "8.03B" in shown_text(pilot)
 
 
 async def test_a_picker_shows_which_models_fit(make_app: MakeApp) -> None:
