@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from launcher.runs.folder import SEED
 from launcher.runs.job import JobWish, job_of
+from launcher.runs.training_job import SEED
 from launcher.tui.screens.start_run import read_wish
 from planner.base.errors import FieldError, InputError
 from planner.data import files, remembered
