@@ -23,7 +23,8 @@ def print_memory(out: Console, plan: Plan, *, explain: bool = False) -> None:
     for part in parts:
         row = [part.title, figure(part.size_bytes)]
         if wide:
-            row.append(bar(out, part.size_bytes / largest, width))
+            drawn = bar(out, part.size_bytes / largest, width)
+            row.append(drawn if part.size_bytes else "not held at the peak")
         rows.append(row)
     total = ["what the driver will show", figure(memory.process_bytes)]
     rows.append([*total, ""] if wide else total)

@@ -117,11 +117,31 @@ def print_models(out: Console, models: Sequence[ModelSummary]) -> None:
 
 
 def print_rows(out: Console, rows: Sequence[Row]) -> None:
-    """Print models on GPUs, each with its planned setup."""
+    """Print models on GPUs, each with its planned setup; prices where one is known and there is room."""
     wide = out.width >= WIDE
+    priced = wide and any(one.usd_per_million_tokens is not None for one in rows)
+    heads, table = _rows(rows, wide=wide, priced=priced)
+    if priced and _width(heads, table) > out.width:
+        priced = False
+        heads, table = _rows(rows, wide=wide, priced=priced)
+    columns(out, heads, table, indent=0)
+    out.print()
+    if not all(one.fits for one in rows):
+        footnote(out, "Where nothing fits, the figures are those of the smallest setup tried.")
+    if wide:
+        footnote(out, "h/M: hours for a million tokens. Speeds follow from published rates, not calibrated.")
+    if priced:
+        footnote(out, "$/M: dollars for them; ? where no price is known. plan says whose price it is.")
+
+
+def _rows(
+    rows: Sequence[Row], *, wide: bool, priced: bool
+) -> tuple[list[tuple[str, str]], list[list[str | Text]]]:
     heads = [("model", "name"), ("GPU", "name"), ("fits", "name"), ("peak GiB", "number")]
     if wide:
         heads += [("length", "number"), ("batch", "number"), ("tokens/s", "number"), ("h/M", "number")]
+    if priced:
+        heads.append(("$/M", "number"))
     table: list[list[str | Text]] = []
     for one in rows:
         row: list[str | Text] = [one.model, one.gpu, yes_no(one.fits), figure(one.peak_upper_bytes)]
@@ -133,13 +153,17 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
                 rate(one.tokens_per_second),
                 "?" if hours is None else f"{hours:.2g}",
             ]
+        if priced:
+            usd = one.usd_per_million_tokens
+            row.append("?" if usd is None else f"{usd:.2f}" if usd >= 0.005 else "<0.01")
         table.append(row)
-    columns(out, heads, table, indent=0)
-    out.print()
-    if not all(one.fits for one in rows):
-        footnote(out, "Where nothing fits, the figures are those of the smallest setup tried.")
-    if wide:
-        footnote(out, "h/M: hours for a million tokens. Speeds follow from published rates, not calibrated.")
+    return heads, table
+
+
+def _width(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Text]]) -> int:
+    """Columns of a table of which nothing gives way, two blanks between them."""
+    widest = (max(len(head), *(len(row[index]) for row in rows)) for index, (head, _) in enumerate(heads))
+    return sum(widest) + 2 * (len(heads) - 1)
 
 
 def print_smallest_cards(out: Console, model: str, cards: Sequence[SmallestCard]) -> None:

@@ -181,6 +181,23 @@ def test_what_is_not_nothing_has_a_figure_and_a_bar(cli: Cli) -> None:
     assert not lines
     smallest = next(line for line in memory.splitlines() if "<0.01" in line)
     assert smallest.rstrip()[-1] in "▏▎▍▌▋▊▉█"
+    asked = ("plan", "qwen2.5-14b", "16GB", "--max-length", "4096", "--gradient-checkpointing", "--explain")
+    nothing = [line for line in cli(*asked).out.splitlines() if line.startswith("  head and loss  ")]
+    assert nothing[0].split("0.00")[1].strip() == "not held at the peak"
+
+
+def test_compare_tells_what_a_million_tokens_cost(cli: Cli) -> None:
+    pairs = ("--model", "qwen2.5-0.5b", "--gpu", "16GB", "--gpu", "rtx-4090")
+    asked = ("compare", *pairs, "--max-length", "512", "--compile", "none")
+    page = cli(*asked).out
+    costs = [line.split()[-1] for line in page.splitlines()[:3]]
+    usd = json.loads(cli(*asked, "--json").out)["rows"][1]["usd_per_million_tokens"]
+    assert costs == ["$/M", "?", f"{usd:.2f}" if usd >= 0.005 else "<0.01"]
+    assert "? where no price is known" in page
+    # A column that has no room would take the ends of others.
+    assert (
+        "$/M" not in cli(*asked, "--model", "deepseek-r1-distill-qwen-1.5b", "--gpu", "rtx-5060-ti-16gb").out
+    )
 
 
 def test_every_interface_counts_parameters_alike(cli: Cli) -> None:
