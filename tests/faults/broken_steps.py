@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,15 @@ def loses_a_weight() -> None:
     _before_a_step(poison)
 
 
+def dies_after(step: int) -> None:
+    """Kill the process when a step begins after that many are done."""
+
+    def die(trainer: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_a_step(die, after=step)
+
+
 def _cuda() -> BaseException:
     import torch
 
@@ -52,13 +63,13 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-def _before_a_step(action: Callable[[Any], None]) -> None:
+def _before_a_step(action: Callable[[Any], None], after: int = BROKEN_AFTER) -> None:
     from launcher.training.callbacks import LaunchedTrainer
 
     step = LaunchedTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == BROKEN_AFTER:
+        if self.state.global_step == after:
             action(self)
         return step(self, *args, **kwargs)
 

@@ -1,0 +1,128 @@
+"""Writing that outlives a full disk: what cannot be written is kept in memory and tried again.
+
+Light: no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+from launcher.runs.checkpoints import BrokenCheckpointError
+from launcher.runs.events import Event, StageEvent, WarningEvent
+from planner.base.errors import VramwiseError
+
+T = TypeVar("T")
+RETRY_SECONDS = 5.0
+BEAT_SECONDS = 1.0
+TRIES_AFTER_A_STOP = 3
+"""Once somebody wants the run to end, room is not waited for longer than this many tries."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_WAY = (errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO)
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+"""How Rust's std::io::Error ends, which safetensors passes on as text."""
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "cannot be opened")
+"""What torch.save's own file writer says instead of an errno (caffe2/serialize/inline_container.cc,
+torch/serialization.py)."""
+
+
+class DiskError(VramwiseError):
+    """There was no room, or no way, to write what must be kept, and somebody asked for an end."""
+
+
+@dataclass(slots=True)
+class PatientWriter:
+    """Tries an action again for as long as the disk refuses it.
+
+    `write` tells events, `beat` gives a sign of life by stage and step, `stop_requested` says whether
+    somebody asked for an end. `folder` is where things are written.
+    """
+
+    folder: Path
+    write: Callable[[Event], None]
+    beat: Callable[[str, int], None]
+    stop_requested: Callable[[], bool]
+    retry_seconds: float = RETRY_SECONDS
+
+    def insist(self, what: str, step: int, action: Callable[[], T]) -> T:
+        """What `action` returns, once it could be done; `what` names it in messages.
+
+        Raises:
+            DiskError: it cannot be done, and somebody asked for an end.
+        """
+        tries = 0
+        while True:
+            try:
+                done = action()
+            except (OSError, RuntimeError, SafetensorError, BrokenCheckpointError) as error:
+                reason = refusal_of_the_disk(error, self.folder)
+                if reason is None:
+                    raise
+                tries += 1
+                self._wait(what, step, reason, tries)
+            else:
+                if tries:
+                    self._tell("training", f"{what} is saved after {tries} more tries")
+                return done
+
+    def _wait(self, what: str, step: int, reason: str, tries: int) -> None:
+        if tries == 1:
+            message = f"{what} cannot be saved: {reason}; it is kept in memory and tried again"
+            self.write(WarningEvent(time=time.time(), message=message))
+            self._tell("waiting", reason)
+        until = time.monotonic() + self.retry_seconds
+        while True:
+            self.beat("waiting", step)
+            if self.stop_requested() and tries >= TRIES_AFTER_A_STOP:
+                raise DiskError(f"{what} could not be saved: {reason}")
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(BEAT_SECONDS, left))
+
+    def _tell(self, stage: str, message: str) -> None:
+        self.write(StageEvent(time=time.time(), stage=stage, message=message))
+
+
+def refusal_of_the_disk(error: BaseException, folder: Path) -> str | None:
+    """Why the disk refuses to be written, in words; None where the error says something else.
+
+    A missing file or a lack of rights may come from a bug as well: only if a file cannot be made in `folder`
+    either is it the disk's.
+    """
+    if isinstance(error, BrokenCheckpointError):
+        return str(error)
+    number = _errno(error)
+    if number in NO_ROOM:
+        return os.strerror(number)
+    if number in NO_WAY:
+        return _refused(folder)
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_WRITER):
+        return _refused(folder) or "there is no room to write it"
+    return None
+
+
+def _errno(error: BaseException) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _RUST_ERRNO.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def _refused(folder: Path) -> str | None:
+    """Why no file can be made in a folder; None if one can."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
