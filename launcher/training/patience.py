@@ -50,7 +50,6 @@ class PatientWriter:
     write: Callable[[Event], None]
     beat: Callable[[str, int], None]
     stop_requested: Callable[[], bool]
-    retry_seconds: float = RETRY_SECONDS
 
     def insist(self, what: str, step: int, action: Callable[[], T]) -> T:
         """What `action` returns, once it could be done; `what` names it in messages.
@@ -78,7 +77,7 @@ class PatientWriter:
             message = f"{what} cannot be saved: {reason}; it is kept in memory and tried again"
             self.write(WarningEvent(time=time.time(), message=message))
             self._tell("waiting", reason)
-        until = time.monotonic() + self.retry_seconds
+        until = time.monotonic() + RETRY_SECONDS
         while True:
             self.beat("waiting", step)
             if self.stop_requested() and tries >= TRIES_AFTER_A_STOP:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.runs import checkpoints, stack
+from launcher.runs import checkpoints, fingerprint, stack
 from launcher.runs.allocator import fall_back
 from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
 from launcher.runs.ends import RunExit
@@ -117,6 +117,8 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd)
     for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
         _warn(writer, sentence)
     tokenizer, train_rows, eval_rows = _data(job, writer)
+    if not folder.fingerprint.exists():
+        fingerprint.write(folder, fingerprint.take(folder.read_job()))
 
     from launcher.training import saving
     from launcher.training.callbacks import EventCallback, MemoryMeter

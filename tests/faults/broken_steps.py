@@ -30,6 +30,21 @@ def raises(kind: str) -> None:
     _before_a_step(fail)
 
 
+def loses_a_gradient() -> None:
+    """Make the adapter's first gradient not a number amid a step, after it has drawn random numbers."""
+    from launcher.training.callbacks import DivergedError, LaunchedTrainer
+
+    norm = LaunchedTrainer._get_grad_norm
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = norm(self, *args, **kwargs)
+        if self.state.global_step == BROKEN_AFTER:
+            raise DivergedError("the gradient norm is nan")
+        return found
+
+    LaunchedTrainer._get_grad_norm = broken
+
+
 def loses_a_weight() -> None:
     """Make the adapter's first weight not a number before a step."""
 
@@ -47,6 +62,15 @@ def dies_after(step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     _before_a_step(die, after=step)
+
+
+def asks_to_stop_after(file: Path, step: int) -> None:
+    """Ask for a stop when a step begins after that many are done."""
+
+    def ask(trainer: Any) -> None:
+        file.touch()
+
+    _before_a_step(ask, after=step)
 
 
 def _cuda() -> BaseException:

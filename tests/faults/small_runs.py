@@ -19,7 +19,14 @@ from tests import forks
 
 DEMO = PROFILES / "demo"
 SETUP = TrainingSetup(
-    model="demo", max_length=64, method="lora", dtype="float32", per_device_train_batch_size=2, lora_r=4
+    model="demo",
+    max_length=64,
+    method="lora",
+    dtype="float32",
+    per_device_train_batch_size=2,
+    lora_r=4,
+    gradient_checkpointing=False,
+    optim="adamw_torch_fused",
 )
 
 
@@ -107,7 +114,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def _tensors(torch: Any, path: Path) -> Any:
     import numpy as np
 
-    allowed = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    allowed = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, weights_only=True)
 
