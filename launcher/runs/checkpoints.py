@@ -82,6 +82,7 @@ def publish(staged: Path, root: Path) -> Checkpoint:
     values = {"version": MANIFEST_VERSION, "step": step, "files": hashes}
     _write(staged / MANIFEST, {**values, "sha256": _digest(values)})
     place(staged, path_of(root, step))
+    shutil.rmtree(root / _STAGING, ignore_errors=True)
     return verify(path_of(root, step))
 
 

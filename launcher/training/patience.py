@@ -43,28 +43,31 @@ class PatientWriter:
     """Tries an action again for as long as the disk refuses it.
 
     `write` tells events, `beat` gives a sign of life by stage and step, `stop_requested` says whether
-    somebody asked for an end. `folder` is where things are written.
+    somebody asked for an end.
     """
 
-    folder: Path
     write: Callable[[Event], None]
     beat: Callable[[str, int], None]
     stop_requested: Callable[[], bool]
 
-    def insist(self, what: str, step: int, action: Callable[[], T]) -> T:
-        """What `action` returns, once it could be done; `what` names it in messages.
+    def insist(self, what: str, step: int, place: Path, action: Callable[[], T]) -> T:
+        """What `action` returns, once it could be done; `what` names what it writes into the folder `place`.
 
         Raises:
             DiskError: it cannot be done, and somebody asked for an end.
         """
-        tries = 0
+        tries, gone = 0, False
         while True:
             try:
                 done = action()
             except (OSError, RuntimeError, SafetensorError, BrokenCheckpointError) as error:
-                reason = refusal_of_the_disk(error, self.folder)
-                if reason is None:
+                reason = refusal_of_the_disk(error, place)
+                if reason is None and (gone or _errno(error) not in NO_WAY):
                     raise
+                if reason is None:
+                    # What was in the way for a moment, as a folder that somebody removes, is so once.
+                    gone = True
+                    continue
                 tries += 1
                 self._wait(what, step, reason, tries)
             else:
@@ -91,10 +94,10 @@ class PatientWriter:
         self.write(StageEvent(time=time.time(), stage=stage, message=message))
 
 
-def refusal_of_the_disk(error: BaseException, folder: Path) -> str | None:
+def refusal_of_the_disk(error: BaseException, place: Path) -> str | None:
     """Why the disk refuses to be written, in words; None where the error says something else.
 
-    A missing file or a lack of rights may come from a bug as well: only if a file cannot be made in `folder`
+    A missing file or a lack of rights may come from a bug as well: only if a file cannot be made in `place`
     either is it the disk's.
     """
     if isinstance(error, BrokenCheckpointError):
@@ -103,9 +106,9 @@ def refusal_of_the_disk(error: BaseException, folder: Path) -> str | None:
     if number in NO_ROOM:
         return os.strerror(number)
     if number in NO_WAY:
-        return _refused(folder)
+        return _refused(place)
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_WRITER):
-        return _refused(folder) or "there is no room to write it"
+        return _refused(place) or "there is no room to write it"
     return None
 
 
@@ -116,9 +119,9 @@ def _errno(error: BaseException) -> int:
     return int(found[1]) if found else 0
 
 
-def _refused(folder: Path) -> str | None:
-    """Why no file can be made in a folder; None if one can."""
-    probe = folder / f".probe.{os.getpid()}"
+def _refused(place: Path) -> str | None:
+    """Why no file can be made in a folder, or in that where it would be; None if one can."""
+    probe = (place if place.exists() else place.parent) / f".probe.{os.getpid()}"
     try:
         probe.write_bytes(b"")
         probe.unlink()

@@ -59,7 +59,7 @@ class CheckpointSaver:
                 checkpoints.clear_partial(root)
                 raise
 
-        self.writer.insist(f"the checkpoint of step {step}", step, made)
+        self.writer.insist(f"the checkpoint of step {step}", step, root, made)
         self.verified.add(step)
         try:
             checkpoints.rotate(root, keep=self.keep, verified=self.verified)
@@ -95,7 +95,7 @@ def save_adapter(folder: RunFolder, writer: PatientWriter, model: Any, tokenizer
             folder.clear_partial()
             raise
 
-    writer.insist("the adapter", step, made)
+    writer.insist("the adapter", step, folder.path, made)
 
 
 class SavingTimes(TrainerCallback):  # type: ignore[misc]

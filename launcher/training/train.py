@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,20 +46,22 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]).resolve())
     stop = StopRequest(folder.stop)
     stop.install()
-    try:
-        with hold_lock(folder, "trainer"), anchored(folder) as held:
+    with ExitStack() as open_ones:
+        try:
+            open_ones.enter_context(hold_lock(folder, "trainer"))
+            held = open_ones.enter_context(anchored(folder))
             _refuse_started(folder)
             write_identity(folder, "trainer", os.getpid())
-            stop.file = held.stop
-            with EventWriter(held.events) as writer:
-                with (end := RunEnd(writer)):
-                    _run(held, writer, stop, end)
-                if end.state != "finished":
-                    print(f"{end.state}: {end.message}", file=sys.stderr)
-                return end.code
-    except (RunBusyError, InputError, OSError) as error:
-        print(error, file=sys.stderr)
-        return RunExit.BAD_INPUT
+            writer = open_ones.enter_context(EventWriter(held.events))
+        except (RunBusyError, InputError, OSError) as error:
+            print(error, file=sys.stderr)
+            return RunExit.BAD_INPUT
+        stop.file = held.stop
+        with (end := RunEnd(writer)):
+            _run(held, writer, stop, end)
+        if end.state != "finished":
+            print(f"{end.state}: {end.message}", file=sys.stderr)
+        return end.code
 
 
 def _refuse_started(folder: RunFolder) -> None:
@@ -148,9 +151,7 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd)
     )
     trainer.tell = functools.partial(_warn, writer)
     trainer.add_callback(Rehearsal(trainer, functools.partial(_stage, writer, "rehearsing")))
-    patient = PatientWriter(
-        folder=folder.path, write=writer.write, beat=_no_beat, stop_requested=stop.requested
-    )
+    patient = PatientWriter(write=writer.write, beat=_no_beat, stop_requested=stop.requested)
     _prepare_saving(trainer, folder, job, patient, attempt)
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")

@@ -64,13 +64,9 @@ def dies_after(step: int) -> None:
     _before_a_step(die, after=step)
 
 
-def asks_to_stop_after(file: Path, step: int) -> None:
-    """Ask for a stop when a step begins after that many are done."""
-
-    def ask(trainer: Any) -> None:
-        file.touch()
-
-    _before_a_step(ask, after=step)
+def does_after(step: int, action: Callable[[], object]) -> None:
+    """Do something when a step begins after that many are done."""
+    _before_a_step(lambda trainer: action(), after=step)
 
 
 def _cuda() -> BaseException:

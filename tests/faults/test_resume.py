@@ -154,7 +154,7 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path: Path) -> None
 
 def test_a_run_of_an_hour_saves_at_each_epochs_end_and_when_asked_to_stop(tmp_path: Path) -> None:
     run = make_run(tmp_path, examples=EXAMPLES)
-    assert trained(run, functools.partial(broken_steps.asks_to_stop_after, run.stop, 4)) == 130
+    assert trained(run, functools.partial(broken_steps.does_after, 4, run.stop.touch)) == 130
     assert [event.step for event in events_of(run, CheckpointEvent)] == [3, 5]
     kept = checkpoints.newest(run.checkpoints).newest
     assert kept is not None
