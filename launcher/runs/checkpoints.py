@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from planner.base.errors import InputError, VramwiseError
+from planner.setup.defaults import KEPT_CHECKPOINTS
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 MOST_MANIFEST_BYTES = 1_000_000
-KEPT = 2
-"""Verified checkpoints that are kept at least: with one, the moment in which it turns out bad loses all."""
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,9})")
 _STAGING, _REMOVED = ".saving", ".removed"
 
@@ -142,7 +141,7 @@ def newest(root: Path) -> Found:
     return Found(newest=None, broken=tuple(broken))
 
 
-def rotate(root: Path, *, keep: int = KEPT, verified: Iterable[int] = ()) -> list[int]:
+def rotate(root: Path, *, keep: int = KEPT_CHECKPOINTS, verified: Iterable[int] = ()) -> list[int]:
     """Remove what is older than the newest `keep` verified checkpoints; returns the steps removed.
 
     Nothing is removed before that many have been read and found whole; `verified` are steps that this

@@ -17,9 +17,6 @@ from planner.setup.training_setup import TrainingSetup
 
 JOB_SCHEMA_VERSION = 1
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-SAVE_MINUTES = 10.0
-"""Between checkpoints, where nothing else is asked for: what a fault costs at most, beside loading anew."""
-KEPT_CHECKPOINTS = 2
 SEED = 42
 """Of order, adapter and dropout, where none is asked for: transformers' own (TrainingArguments.seed)."""
 
@@ -31,7 +28,8 @@ class TrainingJob:
     `model_source` is a folder or a Hub id; a Hub id is fetched only with `allow_download`, else it must be in
     the Hugging Face cache. `max_steps` overrides `num_train_epochs`. `warmup_ratio` is a share of all steps.
     `eval_steps` is null for once an epoch. `checkpoints` are saved every `save_steps` steps, and
-    `save_minutes` after the last one and at the end of each epoch; with both null every SAVE_MINUTES. The
+    `save_minutes` after the last one and at the end of each epoch; with both null every
+    defaults.SAVE_MINUTES. The
     newest `keep_checkpoints` are kept. `assistant_only_loss` takes the loss on the assistant's
     turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
     within CUDA_VISIBLE_DEVICES when that is set.
@@ -53,7 +51,7 @@ class TrainingJob:
     checkpoints: bool = True
     save_steps: int | None = None
     save_minutes: float | None = None
-    keep_checkpoints: int = KEPT_CHECKPOINTS
+    keep_checkpoints: int = defaults.KEPT_CHECKPOINTS
     eval_steps: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
@@ -91,7 +89,7 @@ class TrainingJob:
     def saves_every_minutes(self) -> float | None:
         """Minutes from one checkpoint to the next; None where steps alone decide."""
         if self.save_minutes is None and self.save_steps is None:
-            return SAVE_MINUTES
+            return defaults.SAVE_MINUTES
         return self.save_minutes
 
     def to_dict(self) -> dict[str, Any]:

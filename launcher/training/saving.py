@@ -5,15 +5,12 @@ Imported by the training process alone.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launcher.runs import checkpoints
@@ -21,6 +18,7 @@ from launcher.runs.events import CheckpointEvent, WarningEvent
 from launcher.runs.folder import RunFolder
 from launcher.runs.training_job import TrainingJob
 from launcher.training.patience import PatientWriter
+from launcher.training.rehearsal import random_state, set_random_state
 
 KEPT_LOGS = 10
 """Entries of the trainer's own log that a checkpoint keeps: all that was logged is in events.jsonl, and a
@@ -167,16 +165,9 @@ class RandomStates(TrainerCallback):  # type: ignore[misc]
 
     def restore(self) -> None:
         """Go back to them."""
-        if self._states is None:
-            return
-        python, numpy, cpu, cuda = self._states
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.random.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.random.set_rng_state(cuda)
+        if self._states is not None:
+            set_random_state(self._states)
 
     def take(self) -> None:
         """Remember them as they are."""
-        cuda = torch.cuda.random.get_rng_state() if torch.cuda.is_available() else None
-        self._states = (random.getstate(), np.random.get_state(), torch.random.get_rng_state(), cuda)
+        self._states = random_state()

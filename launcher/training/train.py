@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import choose_gpu, gpu_facts
-from launcher.training.ending import RunEnd, StopRequest
+from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
 from launcher.training.patience import PatientWriter
 from planner.base.errors import InputError, shorten
 
@@ -181,7 +182,8 @@ def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: R
     """Train to the end, from the attempt's checkpoint on.
 
     Raises:
-        DivergedError: a step would have; what was good before it is saved.
+        DivergedError, RuntimeError, MemoryError: a step would have diverged, or ran out of memory; what was
+            good before it is saved.
     """
     from launcher.training.callbacks import DivergedError, NothingLeftError
 
@@ -191,8 +193,11 @@ def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: R
         trainer.train(resume_from_checkpoint=checkpoint)
     except NothingLeftError:
         pass
-    except DivergedError:
-        trainer.save_last_good()
+    except (DivergedError, RuntimeError, MemoryError) as error:
+        if isinstance(error, DivergedError) or is_out_of_memory(error):
+            # The frames of the step hold what it computed: memory that the save may need.
+            traceback.clear_frames(error.__traceback__)
+            trainer.save_last_good()
         raise
     finally:
         end.step = max(step, trainer.state.global_step)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import supervisor
+from launcher.runs import checkpoints, supervisor
 from launcher.runs.ends import RunExit
 from launcher.runs.events import (
     EndEvent,
@@ -232,6 +232,7 @@ def test_running_out_of_memory_is_told_apart(tmp_path: Path, kind: str) -> None:
     assert exit_code(start(run, functools.partial(broken_steps.raises, kind))) == RunExit.OOM
     end = the_end(run)
     assert (end.state, end.step) == ("oom", BROKEN_AFTER)
+    assert checkpoints.steps(run.checkpoints) == [BROKEN_AFTER]
     assert not run.adapter.exists()
 
 
@@ -252,7 +253,7 @@ def test_a_poisoned_run_diverges_and_keeps_its_last_good_checkpoint(tmp_path: Pa
     end = the_end(run)
     assert (end.state, end.step) == ("diverged", BROKEN_AFTER)
     saved = sorted(path.name for path in run.checkpoints.iterdir())
-    assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert saved == ["checkpoint-2", "checkpoint-3"]
     weights = load_file(run.checkpoints / "checkpoint-3" / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
     assert not run.adapter.exists()
