@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.kills import SAVE_STEPS, kill_runs
 from launcher.runs import checkpoints, supervisor
 from launcher.runs.attempts import as_trained
 from launcher.runs.ends import RunExit
@@ -166,3 +167,13 @@ def test_without_checkpoints_none_is_written(tmp_path: Path) -> None:
     assert trained(run) == RunExit.FINISHED
     assert not run.checkpoints.exists() or not list(run.checkpoints.iterdir())
     assert run.adapter.is_dir()
+
+
+def test_twenty_random_kills_lose_nothing_that_was_saved(tmp_path: Path) -> None:
+    tally = kill_runs(tmp_path, kills=20, seed=1, tell=lambda text: None)
+    assert tally.kills >= 20
+    assert tally.broken == []
+    assert tally.lost_checkpoints == 0
+    assert tally.not_identical == []
+    assert tally.identical == tally.runs_finished > 0
+    assert max(tally.steps_done_again) <= SAVE_STEPS
