@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.kills import SAVE_STEPS, kill_runs
+from launcher import cli
 from launcher.runs import checkpoints, supervisor
 from launcher.runs.attempts import as_trained
 from launcher.runs.ends import RunExit
@@ -22,6 +23,7 @@ from launcher.runs.events import (
     read_events,
 )
 from planner.base.data_files import PROFILES
+from planner.commands.program import guarded
 from tests.faults import broken_steps
 from tests.faults.broken_steps import BROKEN_AFTER
 from tests.faults.small_runs import (
@@ -108,15 +110,15 @@ def test_half_the_micro_batch_goes_on_with_the_same_examples_a_step(tmp_path: Pa
         assert mine.loss == pytest.approx(its.loss, rel=1e-4)
 
 
-def test_more_epochs_train_on_and_fewer_end_with_what_the_checkpoint_holds(tmp_path: Path) -> None:
+def test_more_epochs_train_on_and_fewer_steps_end_with_what_the_checkpoint_holds(tmp_path: Path) -> None:
     run = make_run(tmp_path, examples=EXAMPLES, save_steps=1)
     assert trained(run, functools.partial(broken_steps.dies_after, 4)) == -9
     at_four = load(checkpoints.path_of(run.checkpoints, 4))
-    go_on(run, num_train_epochs=1.0)
+    go_on(run, max_steps=4)
     assert trained(run) == RunExit.FINISHED
     assert events_of(run, EndEvent)[-1].step == 4
     assert load(run.adapter) == at_four
-    go_on(run, num_train_epochs=3.0)
+    go_on(run, num_train_epochs=3.0, max_steps=None)
     assert trained(run) == RunExit.FINISHED
     assert events_of(run, EndEvent)[-1].step == 9
     assert load(run.adapter) != at_four
@@ -177,3 +179,27 @@ def test_twenty_random_kills_lose_nothing_that_was_saved(tmp_path: Path) -> None
     assert tally.not_identical == []
     assert tally.identical == tally.runs_finished > 0
     assert max(tally.steps_done_again) <= SAVE_STEPS
+
+
+def test_the_command_goes_on_with_a_run_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a person does in the morning: the newest checkpoint is broken, and of the stop file of a run that
+    was stopped before nothing is left.
+    """
+    monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path / "own"))
+    whole = make_run(tmp_path, name="whole", examples=EXAMPLES, save_steps=1)
+    assert trained(whole) == RunExit.FINISHED
+    run = make_run(tmp_path, examples=EXAMPLES, save_steps=1, keep_checkpoints=3)
+    assert trained(run, functools.partial(broken_steps.dies_after, 4)) == -9
+    run.stop.touch()
+    (run.checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    assert guarded("vramwise", lambda: cli.run(["runs", "resume", "run", "--runs", str(tmp_path)])) == 0
+    said = capsys.readouterr()
+    assert "checkpoint-4/optimizer.pt" in said.err
+    assert "goes on after step 3" in said.err
+    assert "Finished after 6 steps" in said.out
+    assert differences(whole.adapter, run.adapter) == []
+    assert checkpoints.newest(run.checkpoints).broken == ()
+    assert guarded("vramwise", lambda: cli.run(["runs", "resume", "run", "--runs", str(tmp_path)])) == 2
+    assert "is finished" in capsys.readouterr().err
