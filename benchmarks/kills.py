@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import write_result
-from launcher.runs import checkpoints, fingerprint, resumption, sampler, supervisor
+from launcher.runs import sampler, supervisor
 from launcher.runs.attempts import add_attempt
 from launcher.runs.events import CheckpointEvent, LogEvent
 from launcher.runs.folder import RunFolder
+from launcher.runs.kept import checkpoints, fingerprint, resumption
 from tests import forks
 from tests.faults import kill_points
 from tests.faults.small_runs import SETUP, code_of, differences, events_of, make_run, start, trained

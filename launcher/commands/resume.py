@@ -45,8 +45,9 @@ def run(path: Path, args: argparse.Namespace) -> int:
         RunBusyError: it is running.
         MissingExtraError: the training stack is not installed.
     """
-    from launcher.runs import fingerprint, resumption, stack, supervisor
+    from launcher.runs import stack, supervisor
     from launcher.runs.folder import RunFolder
+    from launcher.runs.kept import fingerprint, resumption
 
     stack.require("runs resume")
     wish = resumption.ResumeWish(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.runs import checkpoints
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import write_atomically
 from planner.base.errors import InputError, VramwiseError
@@ -72,12 +72,12 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints (launcher/runs/checkpoints.py), when the job saves any."""
+        """Checkpoints (launcher/runs/kept/checkpoints.py), when the job saves any."""
         return self.path / "checkpoints"
 
     @property
     def fingerprint(self) -> Path:
-        """What the run was started on (launcher/runs/fingerprint.py)."""
+        """What the run was started on (launcher/runs/kept/fingerprint.py)."""
         return self.path / "fingerprint.json"
 
     @property

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.runs.checkpoints import refuse_full_disk
 from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.kept.checkpoints import refuse_full_disk
 from launcher.runs.training_job import SEED, TrainingJob
 from planner.answers.plan import Plan
 from planner.base.data_files import write_atomically

@@ -92,10 +92,7 @@ class LaunchedTrainer(SparingTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        if self._saver is None:
-            super()._save_checkpoint(model, trial)
-            return
-        if self._saver.holds(step):
+        if self._saver is None or self._saver.holds(step):
             return
         if not _are_finite(self.model):
             raise DivergedError(f"the weights are not finite after step {step}")

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from launcher.runs.checkpoints import BrokenCheckpointError
 from launcher.runs.events import Event, StageEvent, WarningEvent
+from launcher.runs.kept.checkpoints import BrokenCheckpointError
 from planner.base.errors import VramwiseError
 
 T = TypeVar("T")

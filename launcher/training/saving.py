@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from launcher.runs import checkpoints
 from launcher.runs.events import CheckpointEvent, WarningEvent
 from launcher.runs.folder import RunFolder
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from launcher.training.patience import PatientWriter
 from launcher.training.rehearsal import random_state, set_random_state

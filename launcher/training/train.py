@@ -17,12 +17,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.runs import checkpoints, fingerprint, stack
+from launcher.runs import stack
 from launcher.runs.allocator import fall_back
 from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
 from launcher.runs.ends import RunExit
 from launcher.runs.events import AttemptEvent, EventWriter, StageEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
+from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import choose_gpu, gpu_facts

@@ -8,10 +8,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from launcher.runs import checkpoints
 from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
 from launcher.runs.events import Event, read_events
 from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import PROFILES
 from planner.setup.training_setup import TrainingSetup

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs import checkpoints, supervisor
+from launcher.runs import supervisor
 from launcher.runs.ends import RunExit
 from launcher.runs.events import CheckpointEvent, StageEvent, WarningEvent
 from launcher.runs.folder import RunFolder
+from launcher.runs.kept import checkpoints
 from tests import forks
 from tests.faults import broken_steps, small_runs
 from tests.faults.small_runs import code_of, differences, events_of, make_run, start, trained

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import checkpoints, supervisor
+from launcher.runs import supervisor
 from launcher.runs.ends import RunExit
 from launcher.runs.events import (
     EndEvent,
@@ -34,6 +34,7 @@ from launcher.runs.events import (
     read_events,
 )
 from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import PROFILES
 from planner.setup.training_setup import TrainingSetup

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.kills import SAVE_STEPS, kill_runs
 from launcher import cli
-from launcher.runs import checkpoints, supervisor
+from launcher.runs import supervisor
 from launcher.runs.attempts import as_trained
 from launcher.runs.ends import RunExit
 from launcher.runs.events import (
@@ -22,6 +22,7 @@ from launcher.runs.events import (
     StartEvent,
     read_events,
 )
+from launcher.runs.kept import checkpoints
 from planner.base.data_files import PROFILES
 from planner.commands.program import guarded
 from tests.faults import broken_steps

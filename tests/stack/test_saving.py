@@ -10,9 +10,9 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from launcher.models.inspect import inspect_config
-from launcher.runs import checkpoints
-from launcher.runs.checkpoints import MANIFEST
 from launcher.runs.folder import RunFolder
+from launcher.runs.kept import checkpoints
+from launcher.runs.kept.checkpoints import MANIFEST
 from launcher.runs.training_job import TrainingJob
 from launcher.training.callbacks import LaunchedTrainer
 from launcher.training.patience import PatientWriter

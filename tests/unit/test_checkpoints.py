@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs import checkpoints
-from launcher.runs.checkpoints import MANIFEST, BrokenCheckpointError
+from launcher.runs.kept import checkpoints
+from launcher.runs.kept.checkpoints import MANIFEST, BrokenCheckpointError
 from planner.base.errors import InputError
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")

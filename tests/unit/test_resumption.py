@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import checkpoints, fingerprint, stack, supervisor
+from launcher.runs import stack, supervisor
 from launcher.runs.attempts import add_attempt, as_trained, first_attempt, read_attempts
 from launcher.runs.events import (
     AttemptEvent,
@@ -24,7 +24,8 @@ from launcher.runs.events import (
     StartEvent,
 )
 from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder, hold_lock
-from launcher.runs.resumption import ResumeWish, prepare
+from launcher.runs.kept import checkpoints, fingerprint
+from launcher.runs.kept.resumption import ResumeWish, prepare
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import InputError
 from planner.setup.training_setup import TrainingSetup

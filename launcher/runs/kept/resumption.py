@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from launcher.runs import checkpoints, fingerprint, supervisor
+from launcher.runs import supervisor
 from launcher.runs.attempts import Attempt, first_attempt, read_attempts
-from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.events import StartEvent, read_events
-from launcher.runs.fingerprint import Difference, Fingerprint
 from launcher.runs.folder import RunBusyError, RunFolder
+from launcher.runs.kept import checkpoints, fingerprint
+from launcher.runs.kept.checkpoints import Checkpoint
+from launcher.runs.kept.fingerprint import Difference, Fingerprint
 from planner.base import validate
 from planner.base.errors import InputError
 
