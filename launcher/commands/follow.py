@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from launcher.runs import supervisor
+from launcher.runs.attempts import as_trained
 from launcher.runs.events import (
     POLL_SECONDS,
     CheckpointEvent,
@@ -130,7 +131,7 @@ def finish(
     store: bool = True,
 ) -> int:
     """Say how the run ended, print predicted beside measured, store the record; returns the exit code."""
-    events = read_events(folder.events)
+    events = as_trained(read_events(folder.events))
     losses = [event.loss for event in events if isinstance(event, LogEvent) and event.loss is not None]
     show(lambda console: _print_end(console, folder, status, plan, events, losses), out)
     trained = any(isinstance(event, LogEvent) for event in events)

@@ -1,4 +1,4 @@
-"""List the runs of a folder, follow one, or stop one."""
+"""List the runs of a folder; follow one, stop one, or go on with one that has ended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from launcher.commands import resume
 from planner.base.errors import ExitCode, InputError, UnknownNameError
 from planner.commands.program import say
 
@@ -16,19 +17,22 @@ _SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("action", nargs="?", choices=("list", "follow", "stop"), default="list")
-    parser.add_argument("run", nargs="?", help="name of a run folder (follow, stop)")
+    parser.add_argument("action", nargs="?", choices=("list", "follow", "stop", "resume"), default="list")
+    parser.add_argument("run", nargs="?", help="name of a run folder (follow, stop, resume)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (runs)")
     parser.add_argument("--json", action="store_true", help="list as JSON")
+    resume.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, follow or stop.
+    """List, follow, stop or resume.
 
     Raises:
         InputError: no such run.
     """
     root: Path = args.runs.expanduser()
+    if args.action != "resume":
+        resume.refuse_arguments(args)
     if args.action == "list":
         if args.run is not None:
             raise InputError("list takes no run")
@@ -36,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.run is None:
         raise InputError(f"runs {args.action} needs the name of a run folder")
     path = _named(root, args.run)
+    if args.action == "resume":
+        return resume.run(path, args)
     return _follow(path) if args.action == "follow" else _stop(path)
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.saving import add_saving, saving_in_words, saving_wish
 from launcher.runs import stack
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError, MissingExtraError
@@ -38,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", action=StoreOnce, metavar="FILE", help="examples to evaluate on")
     for flag, text in (
         ("--eval-steps", "evaluate every N steps"),
-        ("--save-steps", "write a checkpoint every N steps"),
         ("--max-steps", "train N steps whatever the epochs"),
         ("--seed", "seed of order, adapter and dropout (42)"),
     ):
         parser.add_argument(flag, action=StoreOnce, type=whole_number, metavar="N", help=text)
+    add_saving(parser)
     parser.add_argument("--assistant-only-loss", action="store_true", help="learn the assistant's turns only")
     parser.add_argument("--full", action="store_true", help="print all that is known of the plan")
     add_knobs(parser)
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     if wish.eval_data is not None:
         _say_of_evaluation(dataclasses.replace(wish, data=wish.eval_data), plan)
+    say(saving_in_words(wish, plan))
     folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
     return _follow(folder, plan)
 
@@ -152,7 +154,7 @@ def _wish(args: argparse.Namespace, model_source: str) -> JobWish:
         data=Path(args.data),
         eval_data=None if args.eval_data is None else Path(args.eval_data),
         max_steps=args.max_steps,
-        save_steps=args.save_steps,
+        **saving_wish(args),
         eval_steps=args.eval_steps,
         seed=args.seed,
         assistant_only_loss=args.assistant_only_loss,

@@ -9,11 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.runs.events import (
+    AttemptEvent,
+    CheckpointEvent,
+    EndEvent,
+    EvalEvent,
+    Event,
+    LogEvent,
+)
+from launcher.runs.training_job import TrainingJob
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.setup.training_setup import TrainingSetup
@@ -47,6 +56,12 @@ class Attempt:
         if self.max_steps is not None:
             validate.integer("max_steps", self.max_steps, minimum=1, maximum=10**9)
 
+    def apply(self, job: TrainingJob) -> TrainingJob:
+        """The job as this attempt trains it."""
+        return dataclasses.replace(
+            job, setup=self.setup, num_train_epochs=self.num_train_epochs, max_steps=self.max_steps
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -67,6 +82,38 @@ class Attempt:
             return cls(**{**rest, "setup": TrainingSetup.from_dict(values["setup"])})
         except TypeError as error:
             raise InputError(f"an attempt lacks a value ({error})") from error
+
+
+def first_attempt(job: TrainingJob) -> Attempt:
+    """The attempt that trains a job as it was asked, from its beginning."""
+    return Attempt(
+        number=1,
+        reason="start",
+        from_step=0,
+        setup=job.setup,
+        num_train_epochs=job.num_train_epochs,
+        max_steps=job.max_steps,
+    )
+
+
+def as_trained(events: Iterable[Event]) -> list[Event]:
+    """The events of the one training that all attempts make together.
+
+    What an attempt goes on from a checkpoint for, it does again: what was told of later steps before is left
+    out, and so is every end but the last attempt's.
+    """
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, AttemptEvent):
+            kept = [one for one in kept if not _is_undone(one, event.from_step)]
+        kept.append(event)
+    return kept
+
+
+def _is_undone(event: Event, from_step: int) -> bool:
+    if isinstance(event, LogEvent | EvalEvent | CheckpointEvent):
+        return event.step > from_step
+    return isinstance(event, EndEvent)
 
 
 def read_attempts(path: Path) -> list[Attempt]:

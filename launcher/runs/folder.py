@@ -9,15 +9,20 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import write_atomically
 from planner.base.errors import InputError, VramwiseError
+
+OPEN_FOLDERS = Path("/proc/self/fd")
+"""Where Linux shows a process its open files: a path through one leads to a folder that is renamed, too."""
 
 
 class RunBusyError(VramwiseError):
@@ -61,9 +66,27 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def partial_adapter(self) -> Path:
+        """Where the adapter is written before it is whole."""
+        return self.path / ".adapter.partial"
+
+    @property
     def checkpoints(self) -> Path:
-        """Trainer checkpoints, when the job saves any."""
+        """Checkpoints (launcher/runs/kept/checkpoints.py), when the job saves any."""
         return self.path / "checkpoints"
+
+    @property
+    def fingerprint(self) -> Path:
+        """What the run was started on (launcher/runs/kept/fingerprint.py)."""
+        return self.path / "fingerprint.json"
+
+    @property
+    def shown(self) -> Path:
+        """Where the folder is now: the path itself, unless it goes through an open folder (anchored)."""
+        try:
+            return self.path.readlink() if self.path.parent == OPEN_FOLDERS else self.path
+        except OSError:
+            return self.path
 
     @property
     def attempts(self) -> Path:
@@ -91,6 +114,11 @@ class RunFolder:
     def lock_file(self, holder: str) -> Path:
         """File whose lock says that `holder` is alive."""
         return self.path / f".{holder}.lock"
+
+    def clear_partial(self) -> None:
+        """Remove what a save of the adapter that was cut off has left."""
+        checkpoints.clear_partial(self.path)
+        shutil.rmtree(self.partial_adapter, ignore_errors=True)
 
     def read_job(self) -> TrainingJob:
         """Read job.json.
@@ -129,6 +157,22 @@ def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) 
         write_atomically(folder.job, json.dumps(job.to_dict(), indent=2) + "\n")
         return folder
     raise InputError(f"{root}: no free name for a run folder")
+
+
+@contextmanager
+def anchored(folder: RunFolder) -> Iterator[RunFolder]:
+    """The folder by a path that follows it when it is renamed, for as long as it is held open; on a system
+    without such paths the folder as it is.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        through = OPEN_FOLDERS / str(descriptor)
+        yield RunFolder(through) if through.is_dir() else folder
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.kept.checkpoints import refuse_full_disk
 from launcher.runs.training_job import SEED, TrainingJob
 from planner.answers.plan import Plan
 from planner.base.data_files import write_atomically
 from planner.data.files import named_on_hub
 from planner.models.spec import ModelSpec
+from planner.setup.defaults import KEPT_CHECKPOINTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,10 @@ class JobWish:
     data: Path
     eval_data: Path | None = None
     max_steps: int | None = None
+    checkpoints: bool = True
     save_steps: int | None = None
+    save_minutes: float | None = None
+    keep_checkpoints: int = KEPT_CHECKPOINTS
     eval_steps: int | None = None
     seed: int | None = None
     assistant_only_loss: bool = False
@@ -51,7 +56,10 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         warmup_ratio=schedule.warmup_ratio,
         lr_scheduler_type=schedule.lr_scheduler_type,
         seed=SEED if wish.seed is None else wish.seed,
+        checkpoints=wish.checkpoints,
         save_steps=wish.save_steps,
+        save_minutes=wish.save_minutes,
+        keep_checkpoints=wish.keep_checkpoints,
         eval_steps=wish.eval_steps,
         assistant_only_loss=wish.assistant_only_loss,
         allow_download=wish.allow_download,
@@ -68,9 +76,14 @@ def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | Non
     """Make a run folder under `root` with the plan and its job.
 
     Raises:
-        InputError: a wish that is not accepted, or the folder exists or cannot be made.
+        InputError: a wish that is not accepted, no room for what the run writes, or the folder exists or
+            cannot be made.
     """
-    folder = create_run_folder(root, job_of(plan, wish), name=name)
+    job = job_of(plan, wish)
+    kept = job.keep_checkpoints if job.checkpoints else 0
+    what = f"the adapter and {kept + 1} checkpoints" if kept else "the adapter"
+    refuse_full_disk(root, plan.loading.written_bytes(kept), what)
+    folder = create_run_folder(root, job, name=name)
     write_atomically(folder.plan, json.dumps(plan.to_dict(), indent=2) + "\n")
     return folder
 

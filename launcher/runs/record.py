@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from launcher.runs.attempts import as_trained
 from launcher.runs.events import Event, LogEvent, MemoryEvent, StartEvent, read_events
 from launcher.runs.folder import RunFolder
 from planner.answers.plan import Plan
@@ -72,7 +73,7 @@ def make_record(folder: RunFolder, outcome: str) -> RunRecord | None:
     Raises:
         InputError: plan.json is not a plan.
     """
-    events = read_events(folder.events)
+    events = as_trained(read_events(folder.events))
     start = next((event for event in events if isinstance(event, StartEvent)), None)
     phases = tuple(
         MeasuredPhase(

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 
 from launcher.runs.allocator import allocator_environment
-from launcher.runs.events import EndEvent, LogEvent, StartEvent, WarningEvent, read_events
+from launcher.runs.attempts import Attempt, add_attempt, read_attempts
+from launcher.runs.events import AttemptEvent, EndEvent, LogEvent, StartEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from planner.base.data_files import write_atomically
 from planner.base.errors import MissingExtraError
@@ -87,13 +88,34 @@ def start(run_dir: Path) -> RunHandle:
     """
     folder = RunFolder(run_dir.resolve())
     folder.read_job()
-    allocator = allocator_environment(os.environ)
     with hold_lock(folder, "launcher"):
         now = status(folder.path)
         if now.state != "created":
             raise RunBusyError(f"{folder.path}: this run has been started before and is {now.state}")
-        trainer = _spawn(folder, "trainer", "launcher.training.train", allocator)
-        sampler = _spawn(folder, "sampler", "launcher.runs.sampler", {})
+        return _launch(folder)
+
+
+def resume(run_dir: Path, attempt: Attempt) -> RunHandle:
+    """Start trainer and sampler of a run that has ended once more, for an attempt (resumption.py).
+
+    Raises:
+        RunBusyError: the run goes on, or another process has begun an attempt since.
+        InputError: the attempts cannot be read.
+        OSError: the attempt cannot be written.
+    """
+    folder = RunFolder(run_dir.resolve())
+    with hold_lock(folder, "launcher"):
+        attempts = read_attempts(folder.attempts)
+        if status(folder.path).alive or (attempts and attempts[-1].number >= attempt.number):
+            raise RunBusyError(f"{folder.path}: this run is going on already")
+        folder.stop.unlink(missing_ok=True)
+        add_attempt(folder.attempts, attempt)
+        return _launch(folder)
+
+
+def _launch(folder: RunFolder) -> RunHandle:
+    trainer = _spawn(folder, "trainer", "launcher.training.train", allocator_environment(os.environ))
+    sampler = _spawn(folder, "sampler", "launcher.runs.sampler", {})
     return RunHandle(folder, trainer, sampler)
 
 
@@ -156,7 +178,9 @@ def status(run_dir: Path) -> RunStatus:
     total: int | None = None
     ended: EndEvent | None = None
     for event in events:
-        if isinstance(event, StartEvent):
+        if isinstance(event, AttemptEvent):
+            ended, step, message = None, event.from_step, ""
+        elif isinstance(event, StartEvent):
             total = event.total_steps
         elif isinstance(event, LogEvent):
             step = event.step

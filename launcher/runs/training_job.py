@@ -27,7 +27,10 @@ class TrainingJob:
 
     `model_source` is a folder or a Hub id; a Hub id is fetched only with `allow_download`, else it must be in
     the Hugging Face cache. `max_steps` overrides `num_train_epochs`. `warmup_ratio` is a share of all steps.
-    `save_steps` and `eval_steps` are null for none. `assistant_only_loss` takes the loss on the assistant's
+    `eval_steps` is null for once an epoch. `checkpoints` are saved every `save_steps` steps, and
+    `save_minutes` after the last one and at the end of each epoch; with both null every
+    defaults.SAVE_MINUTES. The
+    newest `keep_checkpoints` are kept. `assistant_only_loss` takes the loss on the assistant's
     turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
     within CUDA_VISIBLE_DEVICES when that is set.
     """
@@ -45,7 +48,10 @@ class TrainingJob:
     max_grad_norm: float = 1.0
     seed: int = SEED
     logging_steps: int = 1
+    checkpoints: bool = True
     save_steps: int | None = None
+    save_minutes: float | None = None
+    keep_checkpoints: int = defaults.KEPT_CHECKPOINTS
     eval_steps: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
@@ -63,6 +69,10 @@ class TrainingJob:
         for name in ("max_steps", "save_steps", "eval_steps"):
             if getattr(self, name) is not None:
                 validate.integer(name, getattr(self, name), minimum=1, maximum=10**9)
+        if self.save_minutes is not None:
+            validate.number("save_minutes", self.save_minutes, minimum=1e-6, maximum=1e6)
+        validate.integer("keep_checkpoints", self.keep_checkpoints, minimum=2, maximum=1000)
+        validate.boolean("checkpoints", self.checkpoints)
         validate.integer("logging_steps", self.logging_steps, minimum=1, maximum=10**6)
         validate.number("warmup_ratio", self.warmup_ratio, minimum=0.0, maximum=0.999)
         validate.choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
@@ -74,6 +84,13 @@ class TrainingJob:
         validate.boolean("allow_download", self.allow_download)
         if self.eval_steps is not None and self.eval_data_path is None:
             raise InputError("eval_steps needs eval_data_path")
+
+    @property
+    def saves_every_minutes(self) -> float | None:
+        """Minutes from one checkpoint to the next; None where steps alone decide."""
+        if self.save_minutes is None and self.save_steps is None:
+            return defaults.SAVE_MINUTES
+        return self.save_minutes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the setup in its own."""

@@ -123,8 +123,7 @@ def _written(job: TrainingJob, *, evaluates: bool) -> dict[str, Any]:
         "eval_strategy": ("steps" if job.eval_steps else "epoch") if evaluates else "no",
         "eval_steps": job.eval_steps if evaluates else None,
         "prediction_loss_only": True,
-        "save_strategy": "steps" if job.save_steps else "no",
-        "save_steps": job.save_steps or 500,
+        "save_strategy": "no",  # launcher/training/saving.py says when
         "save_total_limit": None,
         "save_only_model": False,
         "load_best_model_at_end": False,

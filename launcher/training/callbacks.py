@@ -14,36 +14,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launcher.runs.events import (
-    CheckpointEvent,
     EvalEvent,
     Event,
     LogEvent,
     MemoryEvent,
     StartEvent,
 )
+from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
 from launcher.training.sparing import SparingTrainer
-from planner.base.errors import VramwiseError
+from planner.base.errors import InputError, VramwiseError
 
 DRIVER_READING_SECONDS = 10.0
-TRAINING_ARGS_FILE = "training_args.bin"  # a pickle of all arguments; transformers never reads it to resume
 
 
 class DivergedError(VramwiseError):
     """The loss or the gradient is not finite; the weights are still those of the step before."""
 
 
+class NothingLeftError(VramwiseError):
+    """The checkpoint that a run goes on from holds all of its steps; transformers would do one more."""
+
+
 class LaunchedTrainer(SparingTrainer):
-    """SFTTrainer that ends before an update by a non-finite loss or gradient, and writes no model card."""
+    """SFTTrainer that ends before an update by a non-finite loss or gradient, saves checkpoints whole, loads
+    them exactly, and writes no model card.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._losses: list[torch.Tensor] = []
+        self._saver: CheckpointSaver | None = None
+        self._random_states = RandomStates()
+        self._staged: Path | None = None
+        self._updating = False
+
+    def save_with(self, saver: CheckpointSaver) -> None:
+        """Save checkpoints by a saver of the run from here on."""
+        self._saver = saver
+        self.add_callback(self._random_states)
+
+    def save_last_good(self) -> None:
+        """Amid a step that cannot be done: save the state before it, unless a checkpoint holds it, or an
+        update has begun that may have changed some of the weights.
+        """
+        step = self.state.global_step
+        if self._saver is not None and step > 0 and not (self._updating or self._saver.holds(step)):
+            self.model.zero_grad(set_to_none=True)
+            self._random_states.restore()
+            self._save_checkpoint(self.model, trial=None)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass."""
+        self._updating = False
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         # Looked at before the update: here the host would wait for the GPU, and the GPU then for the host.
         self._losses.append(loss.detach())
@@ -58,10 +84,62 @@ class LaunchedTrainer(SparingTrainer):
         # With float16 the gradient scaler meets overflows by design and skips those steps itself.
         if not self.args.fp16 and not math.isfinite(float(norm)):
             raise DivergedError(f"the gradient norm is {float(norm)} in step {self.state.global_step + 1}")
+        self._updating = True
         return norm
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staged is None else str(self._staged.parent)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        if self._saver is None or self._saver.holds(step):
+            return
+        if not _are_finite(self.model):
+            raise DivergedError(f"the weights are not finite after step {step}")
+        del self.state.log_history[:-KEPT_LOGS]
+
+        def write_files(staged: Path) -> None:
+            self._staged = staged
+            try:
+                super(LaunchedTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._staged = None
+
+        self._saver.save(step, write_files)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_model(self.model, self.processing_class, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """PEFT's load_adapter, which upstream calls, would turn 16-bit adapters into float32."""
+        if not hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+        set_peft_model_state_dict(self.model, weights)
+        loaded = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        for name in weights.keys() | loaded.keys():
+            wanted, found = weights.get(name), loaded.get(name)
+            if wanted is None or found is None or not torch.equal(wanted, found.cpu()):
+                raise InputError(f"{resume_from_checkpoint}: its weight {name} is not one of this adapter")
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        told = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        self._total_train_tokens = int(told[-1]) if told else 0
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._random_states.take()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: upstream's asks the Hub about the base model, and can fail at the end of a run."""
+
+
+def _are_finite(model: torch.nn.Module) -> bool:
+    """Whether all that is trained is."""
+    checks = [torch.isfinite(p).all() for p in model.parameters() if p.requires_grad]
+    return bool(torch.stack(checks).all())
 
 
 class QuietHeap(TrainerCallback):  # type: ignore[misc]
@@ -157,8 +235,16 @@ class EventCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Announce the run."""
         self._write(
-            StartEvent(time=time.time(), total_steps=state.max_steps, environment=dict(self._environment))
+            StartEvent(
+                time=time.time(),
+                total_steps=state.max_steps,
+                environment=dict(self._environment),
+                first_step=state.global_step,
+            )
         )
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError
+        self._tokens = next((e["num_tokens"] for e in reversed(state.log_history) if "num_tokens" in e), 0)
         self._mark = time.perf_counter()
 
     def on_step_end(
@@ -174,7 +260,14 @@ class EventCallback(TrainerCallback):  # type: ignore[misc]
             self.stopped = True
             control.should_training_stop = True
             control.should_log = True
-            control.should_save = args.save_strategy != "no"
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Leave out the evaluation at an epoch's end that transformers makes wherever a run is stopped."""
+        if self.stopped and not float(state.epoch or 0.0).is_integer():
+            control.should_evaluate = False
         return control
 
     def on_log(
@@ -223,11 +316,8 @@ class EventCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the checkpoint, and leave its time out of the steps'."""
+        """Leave its time out of the steps'."""
         self._meter.close("save", state.global_step)
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (path / TRAINING_ARGS_FILE).unlink(missing_ok=True)
-        self._write(CheckpointEvent(time=time.time(), step=state.global_step, path=str(path)))
         self._mark = time.perf_counter()
 
 

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 
 from launcher.runs.ends import RunExit, exit_code
 from launcher.runs.events import EndEvent, EventWriter
+from launcher.training.patience import NO_ROOM, DiskError
 from planner.base.errors import InputError, VramwiseError
 
 # Said by torch's CPU allocator, by CUDA calls outside torch's allocator, and by cuBLAS.
@@ -84,6 +85,9 @@ class RunEnd:
             self.message = "stopped at once by a second signal; the adapter was not saved"
         elif is_out_of_memory(error):
             self.state = "oom"
+        elif isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+            self.state = "disk"
+            self.message = str(error)
         elif type(error).__name__ == "DivergedError":
             self.state, self.message = "diverged", str(error)
         elif isinstance(error, VramwiseError):

@@ -119,7 +119,7 @@ def _nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
     before = [p.detach().to("cpu", copy=True) for p in trained] if _trains_adapters(trainer) else []
     fresh = not trainer.optimizer.state
     counts = trainer.counts()
-    numbers = _random_state()
+    numbers = random_state()
     try:
         yield
     finally:
@@ -129,19 +129,21 @@ def _nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
         for parameter, value in zip(trained, before, strict=False):
             parameter.data.copy_(value)
         trainer.set_counts(counts)
-        _set_random_state(numbers)
+        set_random_state(numbers)
         if torch.cuda.is_available():
             # The steps then reserve what they would have, and their peaks are their own.
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
-def _random_state() -> tuple[Any, ...]:
+def random_state() -> tuple[Any, ...]:
+    """The state of every source of random numbers that training draws from."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
-def _set_random_state(state: tuple[Any, ...]) -> None:
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Go back to a state of random_state()."""
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])

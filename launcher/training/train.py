@@ -10,22 +10,26 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import shutil
 import sys
 import time
+import traceback
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.runs import stack
 from launcher.runs.allocator import fall_back
+from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
 from launcher.runs.ends import RunExit
-from launcher.runs.events import EventWriter, StageEvent, WarningEvent, read_events
-from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.events import AttemptEvent, EventWriter, StageEvent, WarningEvent, read_events
+from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
+from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.record import read_plan
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import choose_gpu, gpu_facts
-from launcher.training.ending import RunEnd, StopRequest
+from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
+from launcher.training.patience import PatientWriter
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from launcher.training.callbacks import LaunchedTrainer
     from planner.data.reader import TrainingData
 
 
@@ -44,23 +49,62 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]).resolve())
     stop = StopRequest(folder.stop)
     stop.install()
-    try:
-        with hold_lock(folder, "trainer"):
-            if read_events(folder.events):
-                raise RunBusyError(f"{folder.path}: this run has been started before; start a new one")
+    with ExitStack() as open_ones:
+        try:
+            open_ones.enter_context(hold_lock(folder, "trainer"))
+            held = open_ones.enter_context(anchored(folder))
+            _refuse_started(folder)
             write_identity(folder, "trainer", os.getpid())
-            with EventWriter(folder.events) as writer:
-                with (end := RunEnd(writer)):
-                    _run(folder, folder.read_job(), writer, stop, end)
-                if end.state != "finished":
-                    print(f"{end.state}: {end.message}", file=sys.stderr)
-                return end.code
-    except (RunBusyError, OSError) as error:
-        print(error, file=sys.stderr)
-        return RunExit.BAD_INPUT
+            writer = open_ones.enter_context(EventWriter(held.events))
+        except (RunBusyError, InputError, OSError) as error:
+            print(error, file=sys.stderr)
+            return RunExit.BAD_INPUT
+        stop.file = held.stop
+        with (end := RunEnd(writer)):
+            _run(held, writer, stop, end)
+        if end.state != "finished":
+            print(f"{end.state}: {end.message}", file=sys.stderr)
+        return end.code
 
 
-def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopRequest, end: RunEnd) -> None:
+def _refuse_started(folder: RunFolder) -> None:
+    """See that there is an attempt that no trainer has begun, or that nothing has begun at all.
+
+    Raises:
+        RunBusyError: there is none.
+        InputError: the attempts cannot be read.
+    """
+    attempts, events = read_attempts(folder.attempts), read_events(folder.events)
+    begun = max((event.number for event in events if isinstance(event, AttemptEvent)), default=0)
+    if (events and not attempts) or (attempts and attempts[-1].number <= begun):
+        raise RunBusyError(f"{folder.path}: this run has been started before; `vramwise runs resume` goes on")
+
+
+def _begin_attempt(folder: RunFolder, writer: EventWriter) -> tuple[TrainingJob, Attempt]:
+    """The last attempt, told as an event, and the job as it trains it.
+
+    Raises:
+        InputError: job or attempts cannot be read.
+    """
+    job, attempts = folder.read_job(), read_attempts(folder.attempts)
+    attempt = attempts[-1] if attempts else first_attempt(job)
+    if not attempts:
+        add_attempt(folder.attempts, attempt)
+    writer.write(
+        AttemptEvent(
+            time=time.time(),
+            number=attempt.number,
+            reason=attempt.reason,
+            from_step=attempt.from_step,
+            changes=attempt.changes,
+        )
+    )
+    return attempt.apply(job), attempt
+
+
+def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd) -> None:
+    job, attempt = _begin_attempt(folder, writer)
+    end.step = attempt.from_step
     gpu = choose_gpu(job)
     _set_environment(job)
     fallen_back = fall_back(os.environ)
@@ -79,7 +123,10 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
         _warn(writer, sentence)
     tokenizer, train_rows, eval_rows = _data(job, writer)
+    if not folder.fingerprint.exists():
+        fingerprint.write(folder, fingerprint.take(folder.read_job()))
 
+    from launcher.training import saving
     from launcher.training.callbacks import EventCallback, MemoryMeter
     from launcher.training.rehearsal import Rehearsal
 
@@ -108,17 +155,55 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     trainer.tell = functools.partial(_warn, writer)
     tell = functools.partial(_stage, writer, "rehearsing")
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
+    patient = PatientWriter(write=writer.write, beat=_no_beat, stop_requested=stop.requested)
+    _prepare_saving(trainer, folder, job, patient, attempt)
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
-    try:
-        trainer.train()
-    finally:
-        end.step = trainer.state.global_step
-    save_adapter(folder, trainer.model, tokenizer)
+    _train(trainer, folder, attempt, end)
+    saving.save_adapter(folder, patient, trainer.model, tokenizer, end.step)
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+
+
+def _prepare_saving(
+    trainer: LaunchedTrainer, folder: RunFolder, job: TrainingJob, patient: PatientWriter, attempt: Attempt
+) -> None:
+    """Clear what a death has left half written, and have checkpoints saved where they are asked for."""
+    from launcher.training.saving import CheckpointSaver, SavingTimes
+
+    folder.clear_partial()
+    checkpoints.clear_partial(folder.checkpoints)
+    if job.checkpoints:
+        known = {attempt.from_step} if attempt.from_step else set()
+        trainer.save_with(CheckpointSaver(folder, patient, job.keep_checkpoints, known))
+        trainer.add_callback(SavingTimes(job))
+
+
+def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: RunEnd) -> None:
+    """Train to the end, from the attempt's checkpoint on.
+
+    Raises:
+        DivergedError, RuntimeError, MemoryError: a step would have diverged, or ran out of memory; what was
+            good before it is saved.
+    """
+    from launcher.training.callbacks import DivergedError, NothingLeftError
+
+    step = attempt.from_step
+    checkpoint = str(checkpoints.path_of(folder.checkpoints, step)) if step else None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except NothingLeftError:
+        pass
+    except (DivergedError, RuntimeError, MemoryError) as error:
+        if isinstance(error, DivergedError) or is_out_of_memory(error):
+            # The frames of the step hold what it computed: memory that the save may need.
+            traceback.clear_frames(error.__traceback__)
+            trainer.save_last_good()
+        raise
+    finally:
+        end.step = max(step, trainer.state.global_step)
 
 
 def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
@@ -149,22 +234,11 @@ def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBas
     return tokenizer, rows(train_data), None if eval_data is None else rows(eval_data)
 
 
-def save_adapter(folder: RunFolder, model: Any, tokenizer: Any) -> None:
-    """Write adapter/ (safetensors and the tokenizer) so that it appears whole or not at all."""
-    partial = folder.path / ".adapter.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    # PEFT's "auto" would ask the Hub whether the vocabulary was resized; it never is here.
-    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(partial, **options)
-    tokenizer.save_pretrained(partial)
-    for path in partial.iterdir():
-        path.chmod(0o644)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    partial.rename(folder.adapter)
-
-
 def _unknown() -> None:
+    return None
+
+
+def _no_beat(stage: str, step: int) -> None:
     return None
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from launcher.runs.ends import END_STATES
 from launcher.runs.events import (
+    AttemptEvent,
     CheckpointEvent,
     EndEvent,
     EvalEvent,
@@ -220,6 +221,8 @@ class _Facts:
             case EvalEvent():
                 if _is_number(event.step) and _is_number(event.loss):
                     self.eval_losses.add(event.step, event.loss)  # type: ignore[arg-type]
+            case AttemptEvent():
+                self._go_back_to(event)
             case StartEvent():
                 self.total_steps = event.total_steps if _is_number(event.total_steps) else None
                 self.end = None
@@ -231,6 +234,14 @@ class _Facts:
             case EndEvent():
                 self.end = event
                 self.step = event.step if _is_number(event.step) else self.step
+
+    def _go_back_to(self, attempt: AttemptEvent) -> None:
+        """Forget what this attempt does again."""
+        self.end = None
+        if _is_number(attempt.from_step):
+            self.step = attempt.from_step
+            for series in (self.losses, self.eval_losses):
+                series.drop_after(attempt.from_step)
 
     @property
     def on_gpu(self) -> bool | None:

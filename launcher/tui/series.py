@@ -31,6 +31,12 @@ class CoalescedSeries:
             self._points = [(right[0], (left[1] + right[1]) / 2) for left, right in pairs]
             self._stride *= 2
 
+    def drop_after(self, x: float) -> None:
+        """Forget what lies beyond x; of a stretch of several points that reaches beyond it, all."""
+        self._points = [point for point in self._points if point[0] <= x]
+        if self._x > x:
+            self._count, self._sum = 0, 0.0
+
     def points(self) -> tuple[tuple[float, float], ...]:
         """The points so far, the last stretch included though it is not full."""
         rest = ((self._x, self._sum / self._count),) if self._count else ()

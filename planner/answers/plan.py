@@ -102,13 +102,22 @@ class Duration:
 class LoadNeeds:
     """What loading and saving need beside the GPU.
 
-    `download_bytes` is the weights as published, null if unknown. `disk_bytes` adds what the run
-    writes; `host_memory_bytes` is about what the training process holds.
+    `download_bytes` is the weights as published, null if unknown. `result_bytes` is what is saved in the
+    end and `checkpoint_bytes` a checkpoint, at most. `disk_bytes` is the download and all that a run writes
+    with the usual checkpoints, null if unknown. `host_memory_bytes` is about what the training process holds.
     """
 
     download_bytes: int | None
+    result_bytes: int
+    checkpoint_bytes: int
     disk_bytes: int | None
     host_memory_bytes: int
+
+    def written_bytes(self, kept: int) -> int:
+        """What a run has on disk at its largest: the checkpoints that are kept, one more while it is saved,
+        and the result; `kept` is 0 for none.
+        """
+        return self.result_bytes + (kept + 1 if kept else 0) * self.checkpoint_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

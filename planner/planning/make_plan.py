@@ -115,7 +115,7 @@ def _plan(
         memory=best.memory,
         speed=best.speed,
         duration=duration,
-        loading=load_needs(evaluator.run(setup), best.memory),
+        loading=load_needs(evaluator.run(setup)),
         data=data,
         methods=(),
         alternatives=others,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from planner.answers.plan import LoadNeeds, Note
 from planner.memory.breakdown import MemoryBreakdown
+from planner.memory.held.optimizer import saved_state
 from planner.models.spec import ModelSpec
+from planner.setup.defaults import KEPT_CHECKPOINTS
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.work import step_work
@@ -17,20 +20,44 @@ HOST_PROCESS_BYTES = 3_000_000_000
 # Weights are published in 16 bits and read tensor by tensor: one as mapped from the file, one converted.
 PUBLISHED_BYTES_PER_PARAMETER = 2
 TENSORS_AT_ONCE = 2
-# Checkpoints kept (adapter, its optimizer state) beside the saved adapter.
-SAVED_COPIES = 3
+# What a checkpoint has beside tensors and tokenizer: states of random numbers (14 KB) and of the trainer,
+# schedule, configs, manifest, model card; about 30 KB in all.
+SAVED_BESIDE_BYTES = 64_000
+# Of a tensor in a file of its own kind, header and padding to the next 64 bytes: safetensors about 130 bytes,
+# torch.save's archive about 270.
+SAVED_PER_TENSOR_BYTES = 400
+# tokenizer.json for a token of the vocabulary: 127 bytes for Gemma 3, 134 for Llama 3.2, 75 for Qwen2.5.
+TOKENIZER_BYTES_PER_TOKEN = 140
 
 
-def load_needs(run: TrainingRun, memory: MemoryBreakdown) -> LoadNeeds:
+def load_needs(run: TrainingRun) -> LoadNeeds:
     """Download, disk and host memory to load the model, train and save the result."""
     largest = max(p.elements for p in run.model.parameters) * PUBLISHED_BYTES_PER_PARAMETER
-    trained = sum(c.size_bytes for c in memory.components if c.name == "adapter")
     download = run.model.download_bytes
-    return LoadNeeds(
+    needs = LoadNeeds(
         download_bytes=download,
-        disk_bytes=None if download is None else download + SAVED_COPIES * trained,
+        result_bytes=result_bytes(run),
+        checkpoint_bytes=checkpoint_bytes(run),
+        disk_bytes=None,
         host_memory_bytes=HOST_PROCESS_BYTES + max(TENSORS_AT_ONCE * largest, offloaded_bytes(run)),
     )
+    if download is None:
+        return needs
+    return dataclasses.replace(needs, disk_bytes=download + needs.written_bytes(KEPT_CHECKPOINTS))
+
+
+def result_bytes(run: TrainingRun) -> int:
+    """What a run leaves on disk in the end, at most: the adapter, or all weights, and the tokenizer."""
+    trained = run.trained
+    tokenizer = run.model.vocab_size * TOKENIZER_BYTES_PER_TOKEN
+    tensors = trained.size_bytes + trained.tensor_count * SAVED_PER_TENSOR_BYTES
+    return tensors + tokenizer + SAVED_BESIDE_BYTES
+
+
+def checkpoint_bytes(run: TrainingRun) -> int:
+    """A checkpoint's bytes at most: the result so far and the optimizer's state."""
+    state, count = saved_state(run.setup.optim, run.trained)
+    return result_bytes(run) + state + count * SAVED_PER_TENSOR_BYTES
 
 
 def offloaded_bytes(run: TrainingRun) -> int:

@@ -42,6 +42,11 @@ EPOCHS = 3.0
 LR_SCHEDULER_TYPE = "cosine"
 WARMUP_RATIO = 0.03
 
+SAVE_MINUTES = 10.0
+"""Between checkpoints, where nothing else is asked for: what a fault costs at most, beside loading anew."""
+KEPT_CHECKPOINTS = 2
+"""Kept at least: with one, the moment in which it turns out to be broken loses all."""
+
 
 def learning_rate(method: str, model: ModelSpec) -> float:
     """Learning rate by method and model size."""

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from planner.answers.plan import Plan
 from planner.setup.card_limits import torch_build
+from planner.setup.defaults import KEPT_CHECKPOINTS, SAVE_MINUTES
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS
 from planner.setup.training_setup import TrainingSetup
@@ -120,10 +121,18 @@ def _loading(plan: Plan) -> Iterator[tuple[str, str]]:
     unknown = "unknown"
     yield "download", gib(need.download_bytes) if need.download_bytes is not None else unknown
     yield "disk", gib(need.disk_bytes) if need.disk_bytes is not None else unknown
+    yield "checkpoints", _checkpoints(plan)
     yield "host memory", f"about {gib(need.host_memory_bytes)}"
     build = torch_build(plan.gpu.spec)
     if build is not None:
         yield "torch", build
+
+
+def _checkpoints(plan: Plan) -> str:
+    return (
+        f"{KEPT_CHECKPOINTS} of {gib(plan.loading.checkpoint_bytes)} kept in the run folder, one every "
+        f"{SAVE_MINUTES:g} minutes and each epoch"
+    )
 
 
 def _basis(plan: Plan) -> Iterator[tuple[str, str]]:

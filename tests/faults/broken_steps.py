@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,21 @@ def raises(kind: str) -> None:
     _before_a_step(fail)
 
 
+def loses_a_gradient() -> None:
+    """Make the adapter's first gradient not a number amid a step, after it has drawn random numbers."""
+    from launcher.training.callbacks import DivergedError, LaunchedTrainer
+
+    norm = LaunchedTrainer._get_grad_norm
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = norm(self, *args, **kwargs)
+        if self.state.global_step == BROKEN_AFTER:
+            raise DivergedError("the gradient norm is nan")
+        return found
+
+    LaunchedTrainer._get_grad_norm = broken
+
+
 def loses_a_weight() -> None:
     """Make the adapter's first weight not a number before a step."""
 
@@ -36,6 +53,20 @@ def loses_a_weight() -> None:
         weight.data.fill_(float("nan"))
 
     _before_a_step(poison)
+
+
+def dies_after(step: int) -> None:
+    """Kill the process when a step begins after that many are done."""
+
+    def die(trainer: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_a_step(die, after=step)
+
+
+def does_after(step: int, action: Callable[[], object]) -> None:
+    """Do something when a step begins after that many are done."""
+    _before_a_step(lambda trainer: action(), after=step)
 
 
 def _cuda() -> BaseException:
@@ -52,13 +83,13 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-def _before_a_step(action: Callable[[Any], None]) -> None:
+def _before_a_step(action: Callable[[Any], None], after: int = BROKEN_AFTER) -> None:
     from launcher.training.callbacks import LaunchedTrainer
 
     step = LaunchedTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == BROKEN_AFTER:
+        if self.state.global_step == after:
             action(self)
         return step(self, *args, **kwargs)
 

@@ -34,6 +34,7 @@ from launcher.runs.events import (
     read_events,
 )
 from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import PROFILES
 from planner.setup.training_setup import TrainingSetup
@@ -232,6 +233,7 @@ def test_running_out_of_memory_is_told_apart(tmp_path: Path, kind: str) -> None:
     assert exit_code(start(run, functools.partial(broken_steps.raises, kind))) == RunExit.OOM
     end = the_end(run)
     assert (end.state, end.step) == ("oom", BROKEN_AFTER)
+    assert checkpoints.steps(run.checkpoints) == [BROKEN_AFTER]
     assert not run.adapter.exists()
 
 
@@ -252,7 +254,7 @@ def test_a_poisoned_run_diverges_and_keeps_its_last_good_checkpoint(tmp_path: Pa
     end = the_end(run)
     assert (end.state, end.step) == ("diverged", BROKEN_AFTER)
     saved = sorted(path.name for path in run.checkpoints.iterdir())
-    assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert saved == ["checkpoint-2", "checkpoint-3"]
     weights = load_file(run.checkpoints / "checkpoint-3" / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
     assert not run.adapter.exists()

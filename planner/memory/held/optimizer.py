@@ -69,6 +69,20 @@ def state_blocks(optim: str, tensor: TrainedTensor) -> tuple[int, ...]:
     return tuple(blocks)
 
 
+def saved_state(optim: str, trained: Trained) -> tuple[int, int]:
+    """Bytes of the state as a checkpoint holds it, unrounded, and how many tensors hold them."""
+    size, count = 0, 0
+    for tensor in trained.tensors:
+        blocks = state_blocks(optim, tensor)
+        managed = managed_bytes(optim, tensor)
+        size += (sum(blocks) + managed) * tensor.count
+        count += (len(blocks) + (MOMENTS[optim] if managed else 0)) * tensor.count
+    if "8bit" in optim:
+        # Each tensor names the maps, which are stored once.
+        size += MOMENTS[optim] * QUANTIZATION_MAP_BYTES
+    return size, count
+
+
 def managed_bytes(optim: str, tensor: TrainedTensor) -> int:
     """Bytes of CUDA managed memory that one tensor's state takes."""
     if not _is_paged(optim, tensor):

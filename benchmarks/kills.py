@@ -1,0 +1,203 @@
+"""Random kills, each followed by a resumption: `python -m benchmarks.kills [KILLS] [SEED]`.
+
+Runs of the demo model are killed with SIGKILL at random moments and at random file operations of their saves:
+the trainer, or all of the run's processes. After each kill the newest whole checkpoint must be at least the
+last that the run told of, no folder named as a checkpoint may be partial, and the run must go on from there.
+What a run ends with is compared bit by bit with a run that nobody killed.
+Writes benchmarks/results/kills.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import write_result
+from launcher.runs import sampler, supervisor
+from launcher.runs.attempts import add_attempt
+from launcher.runs.events import CheckpointEvent, LogEvent
+from launcher.runs.folder import RunFolder
+from launcher.runs.kept import checkpoints, fingerprint, resumption
+from tests import forks
+from tests.faults import kill_points
+from tests.faults.small_runs import SETUP, code_of, differences, events_of, make_run, start, trained
+
+KILLS = 200
+EXAMPLES, EPOCHS, SAVE_STEPS = 9, 2.0, 2
+"""Ten steps of two examples, the last of each epoch of one; a checkpoint every other step and at the end."""
+STEPS = 10
+LOADING = 0.3
+"""Share of a life in which the first step is not done."""
+RUN = {
+    "examples": EXAMPLES,
+    "num_train_epochs": EPOCHS,
+    "save_steps": SAVE_STEPS,
+    "setup": SETUP.replace(lora_dropout=0.1),
+}
+TARGETS = {"trainer": 12, "trainer and sampler": 4, "sampler": 1}
+"""Who is killed, and how often; most deaths of a trainer alone are at a file operation."""
+AT_A_FILE = 0.7
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of the kills; `kills` are those of trainers."""
+
+    kills: int = 0
+    runs_finished: int = 0
+    identical: int = 0
+    not_identical: list[str] = field(default_factory=list)
+    resumed: int = 0
+    begun_anew: int = 0
+    broken: list[str] = field(default_factory=list)
+    lost_checkpoints: int = 0
+    steps_done_again: Counter[int] = field(default_factory=Counter)
+    amid: Counter[str] = field(default_factory=Counter)
+    targets: Counter[str] = field(default_factory=Counter)
+
+
+def kill_runs(root: Path, kills: int, seed: int, tell: Callable[[str], None] = print) -> Tally:
+    """Kill runs below `root` until that many kills are done and the last run has ended."""
+    chance, tally = random.Random(seed), Tally()
+    whole = make_run(root, name="whole", **RUN)
+    begun = time.monotonic()
+    assert trained(whole, functools.partial(kill_points.dies_at, 0)) == 0
+    life = time.monotonic() - begun
+    operations = whole.log("trainer").read_text().count("operation ")
+    number = 0
+    while tally.kills < kills:
+        number += 1
+        run = make_run(root, name=f"run-{number}", **RUN)
+        while True:
+            ended = _live(run, chance, tally, life, operations if tally.kills < kills else 0)
+            if ended:
+                break
+            _resume(run, tally)
+            tell(f"{tally.kills} kills, {tally.runs_finished} runs finished, {len(tally.broken)} broken")
+        _compare(run, whole, tally)
+        shutil.rmtree(run.path)
+    return tally
+
+
+def _live(run: RunFolder, chance: random.Random, tally: Tally, life: float, operations: int) -> bool:
+    """One life of a run, killed if there are `operations` to kill it at; whether it came to its end."""
+    if not operations:
+        return _ended(code_of(start(run)), run)
+    target = chance.choices(list(TARGETS), weights=list(TARGETS.values()))[0]
+    at_a_file = target == "trainer" and chance.random() < AT_A_FILE
+    left = 1 - max(checkpoints.steps(run.checkpoints), default=0) / STEPS
+    operation = chance.randint(1, max(1, round(operations * left)))
+    point = functools.partial(kill_points.dies_at, operation) if at_a_file else None
+    trainer = start(run, point)
+    watcher = forks.start(_sample, run.path, output=run.log("sampler"))
+    if not at_a_file:
+        trainer.join(chance.uniform(0, life * max(left, LOADING)))
+        if "trainer" in target:
+            _kill(trainer)
+        if "sampler" in target:
+            _kill(watcher)
+    code = code_of(trainer)
+    watcher.join(60)
+    if target == "sampler":
+        tally.targets[target] += 1
+    if code == -signal.SIGKILL:
+        tally.kills += 1
+        tally.targets[target] += 1
+        tally.amid[_moment(run)] += 1
+    return _ended(code, run)
+
+
+def _ended(code: int | None, run: RunFolder) -> bool:
+    assert code in (0, -signal.SIGKILL), run.log("trainer").read_text()[-2000:]
+    # Killed after its last word it is at its end, too.
+    return code == 0 or supervisor.status(run.path).state == "finished"
+
+
+def _sample(run: Path) -> int:
+    return sampler.main([str(run)])
+
+
+def _kill(process: BaseProcess) -> None:
+    if process.is_alive() and process.pid is not None:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def _moment(run: RunFolder) -> str:
+    """What the trainer was about when it was killed, by what it has left."""
+    if any((run.checkpoints / name).exists() for name in (".saving", ".removed")):
+        return "a checkpoint's save"
+    if run.partial_adapter.exists():
+        return "the adapter's save"
+    return "training" if events_of(run, LogEvent) else "loading"
+
+
+def _resume(run: RunFolder, tally: Tally) -> None:
+    """Go on as `vramwise runs resume` does, in a forked trainer."""
+    plan = resumption.prepare(run, resumption.ResumeWish())
+    tally.broken += plan.broken
+    told = max((event.step for event in events_of(run, CheckpointEvent)), default=0)
+    done = max((event.step for event in events_of(run, LogEvent)), default=0)
+    tally.lost_checkpoints += plan.attempt.from_step < told
+    tally.steps_done_again[max(0, done - plan.attempt.from_step)] += 1
+    tally.resumed += plan.attempt.from_step > 0
+    tally.begun_anew += plan.attempt.from_step == 0
+    fingerprint.write(run, plan.fingerprint)
+    add_attempt(run.attempts, plan.attempt)
+
+
+def _compare(run: RunFolder, whole: RunFolder, tally: Tally) -> None:
+    tally.runs_finished += 1
+    last = checkpoints.steps(whole.checkpoints)[-1]
+    states = [checkpoints.path_of(one.checkpoints, last) for one in (whole, run)]
+    different = [*differences(whole.adapter, run.adapter), *differences(*states)]
+    partial = [path.name for path in run.path.rglob(".*") if path.name in (".saving", ".removed")]
+    tally.identical += not different and not partial
+    tally.not_identical += [f"{run.path.name}: {name}" for name in (*different, *partial)]
+
+
+def result(tally: Tally, seed: int, seconds: float) -> dict[str, Any]:
+    """The benchmark's JSON."""
+    return {
+        "what": "SIGKILL at random moments and at random file operations of saves, and resumptions",
+        "run": f"demo model, {EXAMPLES} examples, {EPOCHS:g} epochs, dropout, saved every {SAVE_STEPS} steps",
+        "seed": seed,
+        "trainers_killed": tally.kills,
+        "killed": dict(sorted(tally.targets.items())),
+        "killed_amid": dict(sorted(tally.amid.items())),
+        "resumed_from_a_checkpoint": tally.resumed,
+        "begun_anew_without_one": tally.begun_anew,
+        "partial_folders_named_as_checkpoints": tally.broken,
+        "checkpoints_told_and_not_there": tally.lost_checkpoints,
+        "steps_done_again": {str(steps): count for steps, count in sorted(tally.steps_done_again.items())},
+        "runs_finished": tally.runs_finished,
+        "bit_identical_to_the_uninterrupted_run": tally.identical,
+        "different": tally.not_identical,
+        "seconds": round(seconds),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark and write its result."""
+    kills = int(arguments[0]) if arguments else KILLS
+    seed = int(arguments[1]) if len(arguments) > 1 else 0
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tally = kill_runs(Path(folder), kills, seed)
+    write_result("kills", result(tally, seed, time.monotonic() - begun))
+    return 0 if tally.identical == tally.runs_finished and not tally.broken else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

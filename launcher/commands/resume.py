@@ -1,0 +1,75 @@
+"""Go on with a run that has ended, from its newest whole checkpoint, and follow it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planner.base.errors import InputError
+from planner.commands.program import StoreOnce, real_number, say, whole_number
+
+if TYPE_CHECKING:
+    from launcher.runs.folder import RunFolder
+    from launcher.runs.supervisor import RunHandle
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `runs resume` takes beside the run."""
+    asked = parser.add_argument_group("resume")
+    for flag, kind, metavar, text in (
+        ("--epochs", real_number, "X", "passes over the data, other than before"),
+        ("--max-steps", whole_number, "N", "steps in all, other than before"),
+        ("--accept-changes", str, "KINDS", "go on although these changed: data, model, versions"),
+    ):
+        asked.add_argument(flag, action=StoreOnce, type=kind, metavar=metavar, help=text)
+
+
+def refuse_arguments(args: argparse.Namespace) -> None:
+    """See that nothing is asked of a resumption where none is.
+
+    Raises:
+        InputError: something is.
+    """
+    for name in ("epochs", "max_steps", "accept_changes"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is for runs resume")
+
+
+def run(path: Path, args: argparse.Namespace) -> int:
+    """Go on, follow, compare.
+
+    Raises:
+        InputError: the run cannot go on, or not like this.
+        RunBusyError: it is running.
+        MissingExtraError: the training stack is not installed.
+    """
+    from launcher.runs import stack, supervisor
+    from launcher.runs.folder import RunFolder
+    from launcher.runs.kept import fingerprint, resumption
+
+    stack.require("runs resume")
+    wish = resumption.ResumeWish(
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        accepted=tuple(part.strip() for part in (args.accept_changes or "").split(",") if part.strip()),
+    )
+    folder = RunFolder(path.resolve())
+    plan = resumption.prepare(folder, wish)
+    for reason in plan.broken:
+        say(f"not a whole checkpoint: {reason}")
+    step = plan.attempt.from_step
+    say(f"{path.name} goes on after step {step:,}" if step else f"{path.name} begins anew: no checkpoint")
+    if plan.attempt.changes:
+        say(f"changed: {plan.attempt.changes}")
+    fingerprint.write(folder, plan.fingerprint)
+    return _follow(folder, supervisor.resume(folder.path, plan.attempt))
+
+
+def _follow(folder: RunFolder, handle: RunHandle) -> int:
+    from launcher.commands.follow import finish, follow_run
+    from launcher.runs.record import read_plan
+
+    interrupted = follow_run(folder, still_running=lambda: handle.trainer.poll() is None)
+    return finish(folder, handle.wait(), read_plan(folder), interrupted=interrupted, out=sys.stdout)

@@ -1,0 +1,147 @@
+"""Whether and how a run that has ended goes on: from its newest whole checkpoint, on what it was started on.
+
+Light: no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from launcher.runs import supervisor
+from launcher.runs.attempts import Attempt, first_attempt, read_attempts
+from launcher.runs.events import StartEvent, read_events
+from launcher.runs.folder import RunBusyError, RunFolder
+from launcher.runs.kept import checkpoints, fingerprint
+from launcher.runs.kept.checkpoints import Checkpoint
+from launcher.runs.kept.fingerprint import Difference, Fingerprint
+from planner.base import validate
+from planner.base.errors import InputError
+
+NO_FINGERPRINT = "what the run was started on is not known: it has no fingerprint.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumeWish:
+    """What a person asks of a resumption: other epochs or steps (null: as before), and the kinds of
+    differences (fingerprint.KINDS) that they accept.
+    """
+
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+    accepted: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_train_epochs is not None:
+            validate.number("epochs", self.num_train_epochs, minimum=1e-6, maximum=1e6)
+        if self.max_steps is not None:
+            validate.integer("max_steps", self.max_steps, minimum=1, maximum=10**9)
+        for kind in self.accepted:
+            validate.choice("accept_changes", kind, fingerprint.KINDS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumption:
+    """How a run goes on: the attempt to make, the checkpoint that it goes on from (null: from the beginning),
+    of each newer folder that is no whole checkpoint why, and the fingerprint that holds from here on.
+    """
+
+    attempt: Attempt
+    checkpoint: Checkpoint | None
+    broken: tuple[str, ...]
+    fingerprint: Fingerprint
+
+
+def prepare(folder: RunFolder, wish: ResumeWish) -> Resumption:
+    """See how a run goes on; changes nothing.
+
+    Raises:
+        RunBusyError: it is running.
+        InputError: it has not been started or is finished; data, model, versions or job are not what they
+            were and that is not accepted; there is nothing left to do, or no room.
+    """
+    now = supervisor.status(folder.path)
+    if now.alive:
+        raise RunBusyError(f"{folder.path}: this run is running (pid {now.pid})")
+    if now.state in ("created", "finished"):
+        why = "has not been started" if now.state == "created" else "is finished; nothing is left to do"
+        raise InputError(f"{folder.path}: this run {why}")
+    job = folder.read_job()
+    found = checkpoints.newest(folder.checkpoints)
+    current = fingerprint.take(job)
+    accepted = _accepted(folder, current, wish, trained=bool(found.newest or found.broken))
+    last = (read_attempts(folder.attempts) or [first_attempt(job)])[-1]
+    attempt = _attempt(last, found.newest, wish, accepted)
+    if found.newest is not None:
+        _refuse_the_past(folder, last, attempt, found.newest.step)
+        checkpoints.refuse_full_disk(
+            folder.path, 2 * found.newest.size_bytes, "one more checkpoint and the adapter"
+        )
+    return Resumption(attempt=attempt, checkpoint=found.newest, broken=found.broken, fingerprint=current)
+
+
+def _accepted(
+    folder: RunFolder, current: Fingerprint, wish: ResumeWish, *, trained: bool
+) -> list[Difference]:
+    """What is not as it was, all of it accepted.
+
+    Raises:
+        InputError: some of it is not.
+    """
+    before = fingerprint.read(folder)
+    if before is not None:
+        found = fingerprint.differences(before, current)
+    else:
+        found = [Difference(kind=kind, text=NO_FINGERPRINT) for kind in fingerprint.KINDS if trained]
+    job = [one.text for one in found if one.kind == "job"]
+    if job:
+        raise InputError(
+            f"{folder.job} has been changed: {'; '.join(job)}; a resumption can change nothing but "
+            "--epochs and --max-steps"
+        )
+    refused = [one for one in found if one.kind not in wish.accepted]
+    if refused:
+        texts = list(dict.fromkeys(one.text for one in refused))
+        kinds = list(dict.fromkeys(one.kind for one in (*refused, *found)))
+        raise InputError(
+            f"{folder.path}: not what the run was started on: {'; '.join(texts)}; "
+            f"--accept-changes {','.join(kinds)} goes on all the same"
+        )
+    return found
+
+
+def _attempt(
+    last: Attempt, newest: Checkpoint | None, wish: ResumeWish, accepted: list[Difference]
+) -> Attempt:
+    epochs = last.num_train_epochs if wish.num_train_epochs is None else wish.num_train_epochs
+    # Steps override epochs: who asks for epochs alone wants no steps.
+    kept = last.max_steps if wish.num_train_epochs is None else None
+    steps = kept if wish.max_steps is None else wish.max_steps
+    changes = [one.text for one in accepted]
+    if epochs != last.num_train_epochs:
+        changes.append(f"epochs {last.num_train_epochs:g} before, {epochs:g} now")
+    if steps != last.max_steps:
+        changes.append(f"max steps {last.max_steps or 'none'} before, {steps or 'none'} now")
+    return dataclasses.replace(
+        last,
+        number=last.number + 1,
+        reason="resume",
+        from_step=0 if newest is None else newest.step,
+        num_train_epochs=epochs,
+        max_steps=steps,
+        changes="; ".join(changes),
+    )
+
+
+def _refuse_the_past(folder: RunFolder, last: Attempt, attempt: Attempt, step: int) -> None:
+    """See that the checkpoint does not hold more steps than are asked for.
+
+    Raises:
+        InputError: it does.
+    """
+    wanted = attempt.max_steps
+    starts = [event for event in read_events(folder.events) if isinstance(event, StartEvent)]
+    if wanted is None and last.max_steps is None and starts:
+        wanted = round(starts[-1].total_steps * attempt.num_train_epochs / last.num_train_epochs)
+    if wanted is not None and wanted < step:
+        raise InputError(f"{folder.path}: {wanted:,} steps are asked for, and the checkpoint holds {step:,}")
