@@ -1,6 +1,7 @@
 """Plan a run, show the plan, start exactly it in processes of its own, and follow it to its end.
 
-Ctrl-C asks the run to stop after the current step and to save; a second Ctrl-C ends it at once.
+Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop after the current step and to save; a second Ctrl-C ends it at
+once, a third kills the trainer. Exit codes: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.interrupts import sigterm_as_ctrl_c
+from launcher.commands.runs_folder import add_runs_option, refuse_taken, run_name, runs_root
 from launcher.runs import stack
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
@@ -19,7 +22,6 @@ from planner.commands.plan import add_request_arguments, request_from
 from planner.commands.program import StoreOnce, say, whole_number
 
 if TYPE_CHECKING:
-    from launcher.runs.folder import RunFolder
     from launcher.runs.job import JobWish
     from planner.data.lengths import DatasetStats
     from planner.models.spec import ModelSpec
@@ -32,8 +34,10 @@ CARD_WITHOUT_GPU = "16GB"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     add_request_arguments(parser)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (runs)")
-    parser.add_argument("--name", action=StoreOnce, help="name of the run folder (default: time and model)")
+    add_runs_option(parser)
+    parser.add_argument(
+        "--name", action=StoreOnce, type=run_name, help="name of the run folder (default: time and model)"
+    )
     parser.add_argument("--eval-data", action=StoreOnce, metavar="FILE", help="examples to evaluate on")
     for flag, text in (
         ("--eval-steps", "evaluate every N steps"),
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, start, follow, compare.
+    """Plan, start, follow, compare; the exit code is that of the run's end (ends.RUN_ENDS).
 
     Raises:
         InputError: what was asked cannot be planned or run.
@@ -55,8 +59,16 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.data is None:
         raise InputError("the following arguments are required: --data")
+    with sigterm_as_ctrl_c():
+        return _plan_and_train(args)
+
+
+def _plan_and_train(args: argparse.Namespace) -> int:
     stack.require("train")
-    from launcher.runs.job import create_planned_run, model_source
+    root = runs_root(args.runs)
+    if args.name is not None:
+        refuse_taken(root, args.name)
+    from launcher.runs.job import model_source
     from planner.models.catalog import resolve_model
     from planner.planning.make_plan import make_plan
 
@@ -88,8 +100,7 @@ def run(args: argparse.Namespace) -> int:
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     if wish.eval_data is not None:
         _measured_stats(dataclasses.replace(wish, data=wish.eval_data)).not_trained(plan.setup.max_length)
-    folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
-    return _follow(folder, plan)
+    return _start_and_follow(root, plan, wish, args.name)
 
 
 def _has_gpu() -> bool:
@@ -161,12 +172,17 @@ def _show(plan: Plan) -> None:
     print(flush=True)
 
 
-def _follow(folder: RunFolder, plan: Plan) -> int:
-    from launcher.commands.follow import finish, follow_run
+def _start_and_follow(root: Path, plan: Plan, wish: JobWish, name: str | None) -> int:
+    """Signals are taken from before the start: a run that is started is followed, or told to end."""
+    from launcher.commands.follow import RunView, finish
+    from launcher.commands.interrupts import Interrupts
     from launcher.runs import supervisor
+    from launcher.runs.job import create_planned_run
 
-    handle = supervisor.start(folder.path)
-    say(f"run folder: {folder.path}")
-    interrupted = follow_run(folder, still_running=lambda: handle.trainer.poll() is None)
-    status = handle.wait()
-    return finish(folder, status, plan, interrupted=interrupted, out=sys.stdout)
+    with Interrupts() as interrupts:
+        folder = create_planned_run(root, plan, wish, name=name)
+        handle = supervisor.start(folder.path)
+        left = RunView(folder, interrupts, handle.goes_on, ends_run=True).show()
+    if left is not None:
+        return 128 + left
+    return finish(folder, supervisor.status(folder.path), plan, out=sys.stdout)

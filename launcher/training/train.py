@@ -22,7 +22,6 @@ from launcher.runs.ends import RunExit
 from launcher.runs.events import EventWriter, StageEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.record import read_plan
-from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest
@@ -48,7 +47,6 @@ def main(arguments: list[str]) -> int:
         with hold_lock(folder, "trainer"):
             if read_events(folder.events):
                 raise RunBusyError(f"{folder.path}: this run has been started before; start a new one")
-            write_identity(folder, "trainer", os.getpid())
             with EventWriter(folder.events) as writer:
                 with (end := RunEnd(writer)):
                     _run(folder, folder.read_job(), writer, stop, end)

@@ -125,7 +125,7 @@ def test_predicted_is_shown_beside_measured(
 ) -> None:
     pytest.importorskip("psutil")
     folder = run_with(tmp_path, facts, on_gpu=on_gpu)
-    folder.identity("trainer").write_text('{"pid": 999999999, "create_time": 0}')
+    folder.lock_file("trainer").touch()
     finished = cli("runs", "follow", "run", "--runs", tmp_path)
     assert finished.code == 0
     assert "Predicted beside measured" in finished.out
