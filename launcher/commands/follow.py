@@ -32,7 +32,7 @@ from launcher.runs.events import (
 )
 from launcher.runs.folder import RunFolder
 from launcher.runs.record import read_plan, store_record
-from launcher.runs.state import RunStatus, last_checkpoint
+from launcher.runs.state import TRIED_AGAIN, RunStatus, last_checkpoint
 from launcher.runs.summary import RunSummary, summarize
 from launcher.tui.text import plain
 from planner.answers.plan import Plan
@@ -42,8 +42,6 @@ from planner.memory.breakdown import MemoryBreakdown
 from planner.text.figures import columns, figure, footnote, heading, pairs, rate, show
 
 LONGEST_MESSAGE = 2000
-TRIED_AGAIN = ("hang", "oom")
-"""Ends that another attempt may follow, so that they are told while the run goes on."""
 # Without a terminal a line is printed for at most this many steps of the run.
 PLAIN_LINES = 20
 SHOWN_BYTES = 2**18
@@ -93,7 +91,7 @@ class _Line:
         match event:
             case StartEvent(total_steps=total):
                 self._start(total)
-            case AttemptEvent(number=number, reason=reason, from_step=step, changes=changes):
+            case AttemptEvent(number=number, reason=reason, from_step=step, changes=changes) if number > 1:
                 then = f"; {changes}" if changes else ""
                 self.tell(f"attempt {number} ({reason}), from step {step}{then}")
             case EndEvent(state=state, message=message) if state in TRIED_AGAIN:
@@ -136,7 +134,7 @@ class RunView:
     _told: int | None = field(default=None, init=False)
 
     def show(self) -> int | None:
-        """Show events as they come; returns the signal by which the view was left, None where the run ended."""
+        """Show events as they come; returns the signal by which the view was left, None at the run's end."""
         reader, ending = EventReader(self.folder.events), supervisor.Ending(self.folder)
         reader.skip_to_last(SHOWN_BYTES)
         try:

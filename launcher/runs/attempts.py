@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.runs.training_job import TrainingJob
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.setup.training_setup import TrainingSetup
@@ -67,6 +68,18 @@ class Attempt:
             return cls(**{**rest, "setup": TrainingSetup.from_dict(values["setup"])})
         except TypeError as error:
             raise InputError(f"an attempt lacks a value ({error})") from error
+
+
+def first_attempt(job: TrainingJob) -> Attempt:
+    """The attempt that trains a job as it was asked, from its beginning."""
+    return Attempt(
+        number=1,
+        reason="start",
+        from_step=0,
+        setup=job.setup,
+        num_train_epochs=job.num_train_epochs,
+        max_steps=job.max_steps,
+    )
 
 
 def read_attempts(path: Path) -> list[Attempt]:

@@ -1,8 +1,9 @@
 """`python -m launcher.runs.keeper RUN_DIR`: the process that starts a run's trainer and sampler.
 
-It minds them to the run's end. It needs nobody to watch it and holds nothing that can break it: no torch, no driver. It writes the end that a
-dead trainer could not, starts the sampler again, ends a trainer that hangs and makes the next attempt. Should
-it be killed, the trainer goes on and the sampler ends with it. The exit codes are ends.RunExit.
+It minds them to the run's end. It needs nobody to watch it and holds nothing that can break it: no torch, no
+driver. It writes the end that a dead trainer could not, starts the sampler again, ends a trainer that hangs
+and makes the next attempt. Should it be killed, the trainer goes on and the sampler ends with it. The exit
+codes are ends.RunExit.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from launcher.runs.allocator import allocator_environment
 from launcher.runs.attempts import Attempt, add_attempt, read_attempts
 from launcher.runs.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
 from launcher.runs.ends import RUN_ENDS, RunExit, exit_code
-from launcher.runs.events import AttemptEvent, EndEvent, WarningEvent, append_event, from_line
+from launcher.runs.events import EndEvent, WarningEvent, append_event, from_line
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.hang import HangLimits, HangWatch, Silence
-from launcher.runs.heartbeat import read_beat
+from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.spawn import spawn
 from launcher.runs.state import last_checkpoint, read_recent
 from launcher.runs.tail import last_lines, lines_from_the_end
@@ -34,12 +35,10 @@ from planner.base.errors import InputError, shorten
 
 POLL_SECONDS = 0.2
 DUMP_SECONDS = 2.0
-"""Left to a trainer that hangs for writing down its stacks."""
+"""Left at most to a trainer that hangs for writing down its stacks."""
 SAMPLER_RESTARTS = 3
 HANG_RESTARTS = 3
 """Restarts after a hang without a new checkpoint in between, after which the run is given up."""
-STACKS_SIGNAL = signal.SIGUSR2
-"""Has the trainer write the stacks of its threads into its log."""
 _LAST_LINES = 200
 _STATES = {end.code: end.state for end in reversed(RUN_ENDS)}
 
@@ -102,16 +101,6 @@ class Keeper:
                 if following is None:
                     return exit_code(end.state)
                 add_attempt(self.folder.attempts, following)
-                append_event(
-                    self.folder.events,
-                    AttemptEvent(
-                        time=time.time(),
-                        number=following.number,
-                        reason=following.reason,
-                        from_step=following.from_step,
-                        changes=following.changes,
-                    ),
-                )
         finally:
             self._end_sampler()
 
@@ -185,7 +174,7 @@ class Keeper:
     def _end_hanging(self, trainer: subprocess.Popen[bytes]) -> None:
         """Have the stacks written down, then SIGTERM, then SIGKILL."""
         for number, seconds in (
-            (STACKS_SIGNAL, DUMP_SECONDS),
+            (STACKS_SIGNAL, min(DUMP_SECONDS, self.patience_seconds)),
             (signal.SIGTERM, self.patience_seconds),
             (signal.SIGKILL, self.patience_seconds),
         ):

@@ -35,6 +35,8 @@ RECENT_LINES = 2000
 """Lines at the end of the events that are looked at: of a run that logs each step, its last half hour."""
 RECENT_STEPS = 20
 """Log events whose median is the pace that the time left is worked out with."""
+TRIED_AGAIN = ("hang", "oom")
+"""Ends that another attempt may follow, while the keeper lives."""
 NOBODY_KNOWS = "unknown"
 
 
@@ -223,6 +225,8 @@ def _state(folder: RunFolder, recent: Recent, *, alive: bool, attempts: int) -> 
     step = recent.step
     warning = "" if recent.warning is None else recent.warning.message
     if recent.end is not None:
+        if alive and recent.end.state in TRIED_AGAIN:
+            return "starting", recent.end.message, recent.end.step
         return recent.end.state, recent.end.message, recent.end.step
     training = recent.training
     if recent.lines == 0 and (beat := read_beat(folder.heartbeat)) is not None:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.runs import state, stopping
-from launcher.runs.attempts import Attempt, add_attempt
+from launcher.runs.attempts import add_attempt, first_attempt
 from launcher.runs.ends import RunExit, exit_code
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.locks import holder, is_alive, live_pid
 from launcher.runs.spawn import spawn
 from launcher.runs.state import RunStatus
-from launcher.runs.training_job import TrainingJob
 
 POLL_SECONDS = 0.1
 KEEPER_ANSWERS_SECONDS = 3.0
@@ -67,18 +66,6 @@ def start(run_dir: Path) -> RunHandle:
             raise RunBusyError(f"{folder.path}: this run has been started before and is {now.state}")
         add_attempt(folder.attempts, first_attempt(job))
         return launch(folder)
-
-
-def first_attempt(job: TrainingJob) -> Attempt:
-    """The attempt that does what the job asks for, from the beginning."""
-    return Attempt(
-        number=1,
-        reason="start",
-        from_step=0,
-        setup=job.setup,
-        num_train_epochs=job.num_train_epochs,
-        max_steps=job.max_steps,
-    )
 
 
 def launch(folder: RunFolder) -> RunHandle:

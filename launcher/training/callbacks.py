@@ -35,6 +35,10 @@ class DivergedError(VramwiseError):
     """The loss or the gradient is not finite; the weights are still those of the step before."""
 
 
+class EvaluationStoppedError(VramwiseError):
+    """Somebody asked for an end while the run was evaluated."""
+
+
 class LaunchedTrainer(SparingTrainer):
     """SFTTrainer that ends before an update by a non-finite loss or gradient, and writes no model card."""
 
@@ -59,6 +63,15 @@ class LaunchedTrainer(SparingTrainer):
         if not self.args.fp16 and not math.isfinite(float(norm)):
             raise DivergedError(f"the gradient norm is {float(norm)} in step {self.state.global_step + 1}")
         return norm
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; a stop that is asked for meanwhile ends it after the batch, and no step is done then."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except EvaluationStoppedError:
+            self.control.should_training_stop = True
+            self.control.should_save = self.args.save_strategy != "no"
+            return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: upstream's asks the Hub about the base model, and can fail at the end of a run."""
@@ -205,6 +218,18 @@ class EventCallback(TrainerCallback):  # type: ignore[misc]
             )
         )
         self._seconds, self._steps, self._tokens = 0.0, 0, tokens or 0
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Break off an evaluation when a stop is asked for.
+
+        Raises:
+            EvaluationStoppedError: to LaunchedTrainer.evaluate.
+        """
+        if self._stop_requested():
+            self.stopped = state.global_step < state.max_steps
+            raise EvaluationStoppedError("a stop was asked for during the evaluation")
 
     def on_evaluate(
         self,

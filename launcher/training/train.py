@@ -1,12 +1,14 @@
 """The training process: `python -m launcher.training.train RUN_DIR` runs the job of a run folder and exits.
 
 It needs nobody to watch it: what it does is told in events.jsonl, what libraries print goes where stdout
-goes. SIGHUP is ignored; the first SIGTERM or SIGINT, or a file named `stop`, ends the run after the current
-step with the adapter saved; a second signal ends it at once. The exit codes are ends.RunExit.
+goes. SIGHUP is ignored; SIGUSR1, the first SIGTERM or SIGINT, or a file named `stop`, ends the run after the
+current step with the adapter saved; a second SIGTERM or SIGINT ends it at once; SIGUSR2 writes the stacks of
+its threads to stderr. The exit codes are ends.RunExit.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import platform
@@ -21,6 +23,7 @@ from launcher.runs.allocator import fall_back
 from launcher.runs.ends import RunExit
 from launcher.runs.events import EventWriter, StageEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.record import read_plan
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import choose_gpu, gpu_facts
@@ -43,13 +46,15 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]).resolve())
     stop = StopRequest(folder.stop)
     stop.install()
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     try:
-        with hold_lock(folder, "trainer"):
+        with hold_lock(folder, "trainer"), HeartbeatWriter(folder.heartbeat) as beats:
             if read_events(folder.events):
                 raise RunBusyError(f"{folder.path}: this run has been started before; start a new one")
             with EventWriter(folder.events) as writer:
                 with (end := RunEnd(writer)):
-                    _run(folder, folder.read_job(), writer, stop, end)
+                    _run(folder, folder.read_job(), writer, stop, end, beats)
                 if end.state != "finished":
                     print(f"{end.state}: {end.message}", file=sys.stderr)
                 return end.code
@@ -58,7 +63,15 @@ def main(arguments: list[str]) -> int:
         return RunExit.BAD_INPUT
 
 
-def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopRequest, end: RunEnd) -> None:
+def _run(
+    folder: RunFolder,
+    job: TrainingJob,
+    writer: EventWriter,
+    stop: StopRequest,
+    end: RunEnd,
+    beats: HeartbeatWriter,
+) -> None:
+    beats.beat("loading", end.step)
     gpu = choose_gpu(job)
     _set_environment(job)
     fallen_back = fall_back(os.environ)
@@ -79,6 +92,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     tokenizer, train_rows, eval_rows = _data(job, writer)
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
+    from launcher.training.heart import HeartbeatCallback
     from launcher.training.rehearsal import Rehearsal
 
     meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
@@ -109,10 +123,12 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
+    trainer.add_callback(HeartbeatCallback(beats.beat, compiles=job.setup.compile != "none"))
     try:
         trainer.train()
     finally:
         end.step = trainer.state.global_step
+    beats.beat("saving", end.step)
     save_adapter(folder, trainer.model, tokenizer)
     meter.close("save", end.step)
     if callback.stopped:

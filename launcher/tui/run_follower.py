@@ -29,7 +29,7 @@ from launcher.runs.events import (
 )
 from launcher.runs.folder import RunFolder
 from launcher.runs.locks import is_alive
-from launcher.runs.state import was_started
+from launcher.runs.state import TRIED_AGAIN, was_started
 from launcher.runs.tail import LineTail, last_lines
 from launcher.runs.training_job import TrainingJob
 from launcher.tui.series import CoalescedSeries
@@ -42,8 +42,6 @@ from planner.setup.run import TrainingRun
 LOG_LINES = 200
 RECENT_STEPS = 20
 WARNINGS = 50
-TRIED_AGAIN = ("hang", "oom")
-"""Ends after which a keeper that lives makes another attempt."""
 
 Points = tuple[tuple[float, float], ...]
 

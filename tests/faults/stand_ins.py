@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.events import CheckpointEvent, EventWriter, LogEvent, StartEvent
+from launcher.runs.attempts import read_attempts
+from launcher.runs.events import AttemptEvent, CheckpointEvent, EventWriter, LogEvent, StartEvent
 from launcher.runs.folder import RunFolder, hold_lock
-from launcher.runs.heartbeat import HeartbeatWriter
-from launcher.runs.keeper import STACKS_SIGNAL
+from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.training.ending import RunEnd, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,12 +77,19 @@ def _trainer(folder: RunFolder, values: dict[str, Any]) -> int:
         EventWriter(folder.events) as writer,
         (end := RunEnd(writer)),
     ):
+        attempt = read_attempts(folder.attempts)[-1]
+        number, reason = attempt.number, attempt.reason
+        writer.write(
+            AttemptEvent(time=time.time(), number=number, reason=reason, from_step=attempt.from_step)
+        )
         beats.beat("loading", 0)
-        writer.write(StartEvent(time=time.time(), total_steps=steps, environment={}))
-        for step in range(1, steps + 1):
+        writer.write(
+            StartEvent(time=time.time(), total_steps=steps, environment={}, first_step=attempt.from_step)
+        )
+        for step in range(attempt.from_step + 1, steps + 1):
             beats.beat("training", step - 1)
             time.sleep(step_seconds)
-            if step == values.get("hangs_at"):
+            if step == values.get("hangs_at") and number <= values.get("hangs", 1):
                 time.sleep(10**6)
             if step == values.get("dies_at"):
                 os.kill(os.getpid(), values["by"])

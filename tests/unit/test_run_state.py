@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.runs import supervisor, tail
-from launcher.runs.attempts import add_attempt
+from launcher.runs.attempts import add_attempt, first_attempt
 from launcher.runs.events import (
     NO_EVENT,
     AttemptEvent,
@@ -34,7 +34,7 @@ from launcher.runs.events import (
 from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder, hold_lock
 from launcher.runs.heartbeat import HeartbeatWriter
 from launcher.runs.locks import holder, live_pid
-from launcher.runs.supervisor import first_attempt, status
+from launcher.runs.supervisor import status
 from launcher.runs.tail import last_line_with, lines_from_the_end
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import InputError
