@@ -17,9 +17,11 @@ from typing import Any
 
 from launcher.runs.attempts import read_attempts
 from launcher.runs.events import AttemptEvent, CheckpointEvent, EventWriter, LogEvent, StartEvent
-from launcher.runs.folder import RunFolder, hold_lock
+from launcher.runs.folder import RunFolder, create_run_folder, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
+from launcher.runs.training_job import TrainingJob
 from launcher.training.ending import RunEnd, StopRequest
+from planner.commands.program import run_as_program
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = "stand-in.json"
@@ -29,6 +31,32 @@ ORDER = "stand-in.json"
 def order(folder: RunFolder, **values: Any) -> None:
     """Say what the trainer is to do: see `_Order`."""
     (folder.path / ORDER).write_text(json.dumps(values))
+
+
+def order_next(root: Path, **values: Any) -> None:
+    """Say what the trainer of the run that `train` makes under a folder is to do."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / ORDER).write_text(json.dumps(values))
+
+
+def train(root: Path) -> int:
+    """`vramwise train`, from the moment on in which it has planned: the run is called `run`."""
+    from launcher.commands import train as command
+    from launcher.runs import job as jobs
+    from launcher.runs import supervisor
+    from planner.setup.training_setup import TrainingSetup
+
+    def create(place: Path, *_: Any, name: str) -> RunFolder:
+        setup = TrainingSetup(model="demo", max_length=64)
+        job = TrainingJob(setup=setup, model_source="m", data_path="d.jsonl", max_steps=9)
+        folder = create_run_folder(place, job, name=name)
+        (place / ORDER).rename(folder.path / ORDER)
+        return folder
+
+    jobs.create_planned_run = create
+    supervisor.spawn = spawn_stand_in
+    nothing: Any = None
+    return command._start_and_follow(root, nothing, nothing, "run")
 
 
 def spawn_stand_in(
@@ -91,6 +119,8 @@ def _trainer(folder: RunFolder, values: dict[str, Any]) -> int:
             time.sleep(step_seconds)
             if step == values.get("hangs_at") and number <= values.get("hangs", 1):
                 time.sleep(10**6)
+            if step == values.get("late_step"):
+                time.sleep(values["late_seconds"])
             if step == values.get("dies_at"):
                 os.kill(os.getpid(), values["by"])
             writer.write(_log(step, step_seconds))
@@ -137,6 +167,8 @@ def _sampler(folder: RunFolder, values: dict[str, Any]) -> int:
 
 def main(process: str, run: str) -> int:
     """Be the trainer, the sampler or the keeper of a run."""
+    if process == "train":
+        run_as_program("vramwise", lambda: train(Path(run)))
     if process == "keeper":
         return keeper_with_stand_ins([run])
     folder = RunFolder(Path(run))

@@ -10,7 +10,7 @@ import pytest
 from launcher.runs.hang import LONGEST_TICK_SECONDS, HangLimits, HangWatch, Silence, percentile_99
 from launcher.runs.heartbeat import HeartbeatWriter
 
-TICK = 0.2
+TICK = 1.0
 
 
 class Clock:
@@ -83,7 +83,7 @@ def test_the_first_steps_and_other_stages_have_limits_of_their_own(clock: Clock)
 
 def test_who_waits_for_room_on_the_disk_does_not_hang(clock: Clock) -> None:
     clock.beat("waiting", 5)
-    assert clock.wait(50_000) is None
+    assert clock.wait(9_000) is None
 
 
 def test_a_trainer_that_never_beats_is_loading(clock: Clock) -> None:
