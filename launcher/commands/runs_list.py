@@ -49,7 +49,7 @@ def as_json(name: str, run: RunStatus) -> dict[str, Any]:
 
 
 def print_table(found: Sequence[tuple[str, RunStatus]]) -> None:
-    """A row a run."""
+    """A row a run, and under them why those stand as they do that neither run nor are finished."""
     heads = [
         ("run", "name"),
         ("age", "number"),
@@ -58,7 +58,6 @@ def print_table(found: Sequence[tuple[str, RunStatus]]) -> None:
         ("step", "number"),
         ("loss", "number"),
         ("left", "number"),
-        ("reason", "text"),
     ]
     rows = [
         [
@@ -69,11 +68,18 @@ def print_table(found: Sequence[tuple[str, RunStatus]]) -> None:
             _steps(run),
             number(run.loss),
             "-" if run.seconds_left is None else duration(run.seconds_left),
-            _reason(run),
         ]
         for name, run in found
     ]
-    show(lambda out: columns(out, heads, rows, indent=0))
+    reasons = [(plain(name, _NAME), _reason(run)) for name, run in found if _reason(run)]
+
+    def write(out: Console) -> None:
+        columns(out, heads, rows, indent=0)
+        if reasons:
+            heading(out, "Why")
+            pairs(out, reasons)
+
+    show(write)
 
 
 def _reason(run: RunStatus) -> str:
@@ -145,7 +151,10 @@ def _print_facts(out: Console, folder: RunFolder, run: RunStatus) -> None:
         columns(
             out,
             [("step", "number"), ("size", "number"), ("folder", "name")],
-            [[f"{step:,}", size(_bytes(path)), plain(path)] for step, path in checkpoints],
+            [
+                [f"{step:,}", size(_bytes(path)), plain(path.relative_to(folder.path))]
+                for step, path in checkpoints
+            ],
         )
     lines = last_lines(folder.log("trainer"), _LOG_LINES)
     if lines:

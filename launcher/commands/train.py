@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from launcher.runs.job import JobWish
     from planner.data.lengths import DatasetStats
     from planner.models.spec import ModelSpec
-    from planner.setup.request import KnobValue
+    from planner.setup.request import KnobValue, PlanRequest
 
 # Stands in for planning where this machine has no GPU; the run is then on the CPU.
 CARD_WITHOUT_GPU = "16GB"
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, action=StoreOnce, type=whole_number, metavar="N", help=text)
     parser.add_argument("--assistant-only-loss", action="store_true", help="learn the assistant's turns only")
+    parser.add_argument("--wait", action="store_true", help="wait for the end of a run on the same GPU")
     add_knobs(parser)
 
 
@@ -64,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan_and_train(args: argparse.Namespace) -> int:
-    stack.require("train")
     root = runs_root(args.runs)
     if args.name is not None:
         refuse_taken(root, args.name)
+    stack.require("train")
     from launcher.runs.job import model_source
     from planner.models.catalog import resolve_model
     from planner.planning.make_plan import make_plan
@@ -76,6 +77,8 @@ def _plan_and_train(args: argparse.Namespace) -> int:
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
     request = request_from(args)
+    if on_gpu:
+        _see_that_the_gpu_is_free(request, wait=args.wait)
     model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
     source = model_source(args.model, model)
     if not args.allow_download:
@@ -110,6 +113,24 @@ def _has_gpu() -> bool:
         return bool(local_gpus())
     except NoGpuError:
         return False
+
+
+def _see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool) -> None:
+    """Before planning, which counts what others hold of the GPU.
+
+    Raises:
+        GpuBusyError: another run trains on it, and nobody wants to wait.
+    """
+    from launcher.runs import gpu_lock
+    from planner.gpus.target import resolve_gpu
+
+    uuid = gpu_lock.gpu_at(resolve_gpu(request.gpu, display=request.display).position or 0)
+    if uuid is None:
+        return
+    if wait:
+        gpu_lock.wait_for_gpu(uuid, say)
+    else:
+        gpu_lock.refuse_busy_gpu(uuid)
 
 
 def _refuse_absent_weights(source: str, model: ModelSpec) -> None:

@@ -1,9 +1,10 @@
-"""`python -m launcher.runs.keeper RUN_DIR`: the process that starts a run's trainer and sampler.
+"""`python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR]`: the process that starts a run's trainer and sampler.
 
 It minds them to the run's end. It needs nobody to watch it and holds nothing that can break it: no torch, no
 driver. It writes the end that a dead trainer could not, starts the sampler again, ends a trainer that hangs
-and makes the next attempt. Should it be killed, the trainer goes on and the sampler ends with it. The exit
-codes are ends.RunExit.
+and makes the next attempt. Should it be killed, the trainer goes on and the sampler ends with it. The open
+file of the GPU's lock (gpu_lock.py), if there is one, is handed on to the trainer. The exit codes are
+ends.RunExit.
 """
 
 from __future__ import annotations
@@ -268,16 +269,19 @@ def _size(path: Path) -> int:
 
 def main(arguments: list[str]) -> int:
     """Mind the run of the folder named; returns the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m launcher.runs.keeper RUN_DIR", file=sys.stderr)
+    if len(arguments) not in (1, 2) or not all(one.isdecimal() for one in arguments[1:]):
+        print("usage: python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR]", file=sys.stderr)
         return RunExit.BAD_INPUT
     folder = RunFolder(Path(arguments[0]).resolve())
+    gpu = [int(one) for one in arguments[1:]]
     allocator = allocator_environment(os.environ)
     try:
         with hold_lock(folder, "keeper"):
             return Keeper(
                 folder,
-                start_trainer=lambda: spawn(folder, "trainer", "launcher.training.train", allocator),
+                start_trainer=lambda: spawn(
+                    folder, "trainer", "launcher.training.train", allocator, descriptors=gpu
+                ),
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
             ).keep()
     except (RunBusyError, InputError) as error:

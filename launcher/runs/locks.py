@@ -27,8 +27,9 @@ class Holder:
     pid: int | None
 
 
-def holder(path: Path) -> Holder | None:
-    """Who holds the lock of a file; None if nobody does.
+def holder(path: Path, *, parent_may_be_gone: bool = False) -> Holder | None:
+    """Who holds the lock of a file; None if nobody does. `parent_may_be_gone`: the lock was handed on to
+    processes by one that has ended, which is no end of the lock.
 
     The kernel says that it is held; the pid is the one in the file if the kernel names it too, else the
     kernel's, else (where there is no /proc/locks) the file's.
@@ -47,7 +48,7 @@ def holder(path: Path) -> Holder | None:
     if known is None:
         return Holder(told)
     alive = [pid for pid in known if _exists(pid)]
-    if known and not alive:
+    if known and not alive and not parent_may_be_gone:
         # A child of the holder that outlives it has the file open: the process itself is gone.
         return None
     return Holder(told if told in alive else next(iter(alive), None))

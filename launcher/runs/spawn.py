@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from launcher.runs.folder import RunFolder
@@ -22,7 +22,7 @@ def spawn(
     module: str,
     variables: Mapping[str, str] | None = None,
     *,
-    arguments: Sequence[str] = (),
+    arguments: Iterable[str] = (),
     descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `python -m module RUN_DIR ARGUMENTS`; it inherits `descriptors` and this process's environment

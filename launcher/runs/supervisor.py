@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.runs import state, stopping
-from launcher.runs.attempts import add_attempt, first_attempt
+from launcher.runs.attempts import Attempt, add_attempt, first_attempt
 from launcher.runs.ends import RunExit, exit_code
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.gpu_lock import gpu_of, take_gpu
 from launcher.runs.locks import holder, is_alive, live_pid
 from launcher.runs.spawn import spawn
 from launcher.runs.state import RunStatus
@@ -56,6 +57,7 @@ def start(run_dir: Path) -> RunHandle:
 
     Raises:
         RunBusyError: the run has been started before, or is being started by another process.
+        GpuBusyError: another run trains on its GPU.
         InputError: job.json is absent or not a training job.
     """
     folder = RunFolder(run_dir.resolve())
@@ -64,20 +66,27 @@ def start(run_dir: Path) -> RunHandle:
         now = status(folder.path)
         if now.state != "created":
             raise RunBusyError(f"{folder.path}: this run has been started before and is {now.state}")
-        add_attempt(folder.attempts, first_attempt(job))
-        return launch(folder)
+        return launch(folder, first_attempt(job))
 
 
-def launch(folder: RunFolder) -> RunHandle:
-    """Start the keeper for the last attempt of the folder, and wait until it is there.
+def launch(folder: RunFolder, attempt: Attempt) -> RunHandle:
+    """Write down an attempt, start the keeper for it, and wait until that is there.
 
-    The caller holds the lock "launcher" and has written the attempt.
+    The caller holds the lock "launcher".
 
     Raises:
+        GpuBusyError: another run trains on its GPU.
         OSError: there is no process to be had, or the folder cannot be written.
     """
-    folder.stop.unlink(missing_ok=True)
-    keeper = spawn(folder, "keeper", "launcher.runs.keeper")
+    uuid = gpu_of(folder.read_job())
+    gpu = [] if uuid is None else [take_gpu(uuid, folder)]
+    try:
+        folder.stop.unlink(missing_ok=True)
+        add_attempt(folder.attempts, attempt)
+        keeper = spawn(folder, "keeper", "launcher.runs.keeper", arguments=map(str, gpu), descriptors=gpu)
+    finally:
+        for descriptor in gpu:
+            os.close(descriptor)
     deadline = time.monotonic() + KEEPER_START_SECONDS
     while keeper.poll() is None and holder(folder.lock_file("keeper")) is None:
         if time.monotonic() > deadline:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,19 @@ def train(root: Path) -> int:
 
 
 def spawn_stand_in(
-    folder: RunFolder, process: str, module: str, variables: object = None, **_: Any
+    folder: RunFolder,
+    process: str,
+    module: str,
+    variables: object = None,
+    *,
+    arguments: Iterable[str] = (),
+    descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """In place of launcher.runs.spawn.spawn."""
     with folder.log(process).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.stand_ins", process, str(folder.path)],
+            [sys.executable, "-m", "tests.faults.stand_ins", process, str(folder.path), *arguments],
+            pass_fds=descriptors,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -79,13 +87,14 @@ def keeper_with_stand_ins(arguments: list[str]) -> int:
     from launcher.runs import keeper
     from launcher.runs.hang import HangLimits
 
-    (run,) = arguments
+    run, *rest = arguments
+    gpu = [int(one) for one in rest]
     values = json.loads((Path(run) / ORDER).read_text())
     folder = RunFolder(Path(run))
     with hold_lock(folder, "keeper"):
         return keeper.Keeper(
             folder,
-            start_trainer=lambda: spawn_stand_in(folder, "trainer", ""),
+            start_trainer=lambda: spawn_stand_in(folder, "trainer", "", descriptors=gpu),
             start_sampler=lambda: spawn_stand_in(folder, "sampler", ""),
             limits=HangLimits(**values.get("limits", {})),
             patience_seconds=values.get("patience", 10.0),
@@ -165,12 +174,12 @@ def _sampler(folder: RunFolder, values: dict[str, Any]) -> int:
     return sampler.main([str(folder.path)])
 
 
-def main(process: str, run: str) -> int:
+def main(process: str, run: str, *rest: str) -> int:
     """Be the trainer, the sampler or the keeper of a run."""
     if process == "train":
         run_as_program("vramwise", lambda: train(Path(run)))
     if process == "keeper":
-        return keeper_with_stand_ins([run])
+        return keeper_with_stand_ins([run, *rest])
     folder = RunFolder(Path(run))
     values = json.loads((folder.path / ORDER).read_text())
     return _trainer(folder, values) if process == "trainer" else _sampler(folder, values)
