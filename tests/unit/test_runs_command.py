@@ -202,7 +202,8 @@ def test_show_tells_all_that_is_known(cli: Cli, tmp_path: Path) -> None:
     for words in ("killed", "4/9", "1.25", "/data/d.jsonl", "step 4", "Attempts", "line 29"):
         assert words in out
     assert "line 3\n" not in out
-    assert out.index("checkpoint-2") < out.index("checkpoint-4") < out.rindex("checkpoint-10")
+    listed = out[out.index("Checkpoints") :]
+    assert listed.index("checkpoint-2") < listed.index("checkpoint-4") < listed.index("checkpoint-10")
     facts = json.loads(cli("runs", "show", "run", "--json", "--runs", tmp_path).out)
     assert [one["step"] for one in facts["checkpoints"]] == [2, 4, 10]
     assert facts["checkpoints"][0]["bytes"] == 3000
