@@ -46,6 +46,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DEMO = PROFILES / "demo"
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 100_000
+SMALL = TrainingSetup(
+    model="demo", max_length=64, method="lora", dtype="float32", per_device_train_batch_size=2, lora_r=4
+)
 SECRETS = {"HF_TOKEN": "hf_canary_token_0123456789", "WANDB_API_KEY": "wandb_canary_0123456789"}
 
 
@@ -193,7 +196,7 @@ def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path
 
 @pytest.mark.parametrize("warning", [signal.SIGTERM, signal.SIGUSR1])
 def test_hangup_is_ignored_and_a_warning_saves(tmp_path: Path, warning: signal.Signals) -> None:
-    run = make_run(tmp_path, max_steps=LONG)
+    run = make_run(tmp_path, setup=SMALL, max_steps=LONG)
     trainer = start(run)
     wait_until(lambda: steps_seen(run) >= 1)
     assert trainer.pid is not None
@@ -214,8 +217,10 @@ def test_hangup_is_ignored_and_a_warning_saves(tmp_path: Path, warning: signal.S
 def test_a_stop_ends_a_long_evaluation_without_one_more_step(tmp_path: Path) -> None:
     """After the present batch, with the step before it saved."""
     evaluated = tmp_path / "eval.jsonl"
-    evaluated.write_text((DEMO / "data" / "eval.jsonl").read_text() * 500)
-    run = make_run(tmp_path, max_steps=LONG, save_steps=LONG, eval_steps=2, eval_data_path=str(evaluated))
+    evaluated.write_text((DEMO / "data" / "eval.jsonl").read_text() * 20)
+    run = make_run(
+        tmp_path, setup=SMALL, max_steps=LONG, save_steps=LONG, eval_steps=2, eval_data_path=str(evaluated)
+    )
     trainer = start(run)
 
     def evaluates() -> bool:
