@@ -16,7 +16,7 @@ from rich.text import Text
 
 from launcher.commands.interrupts import Interrupts
 from launcher.commands.runs_folder import command_for
-from launcher.runs import stopping, supervisor
+from launcher.runs import supervisor
 from launcher.runs.events import (
     POLL_SECONDS,
     AttemptEvent,
@@ -31,6 +31,7 @@ from launcher.runs.events import (
     WarningEvent,
 )
 from launcher.runs.folder import RunFolder
+from launcher.runs.minding import stopping
 from launcher.runs.record import read_plan, store_record
 from launcher.runs.state import TRIED_AGAIN, RunStatus, last_checkpoint
 from launcher.runs.summary import RunSummary, summarize

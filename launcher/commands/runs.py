@@ -15,8 +15,9 @@ from pathlib import Path
 
 from launcher.commands import runs_list
 from launcher.commands.runs_folder import add_runs_option, named_run, run_folders, runs_root
-from launcher.runs import stopping, supervisor
+from launcher.runs import supervisor
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.minding import stopping
 from launcher.tui.text import plain
 from planner.base.errors import ExitCode, InputError
 from planner.commands.program import say

@@ -121,7 +121,7 @@ def _see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool) -> None:
     Raises:
         GpuBusyError: another run trains on it, and nobody wants to wait.
     """
-    from launcher.runs import gpu_lock
+    from launcher.runs.minding import gpu_lock
     from planner.gpus.target import resolve_gpu
 
     uuid = gpu_lock.gpu_at(resolve_gpu(request.gpu, display=request.display).position or 0)

@@ -20,16 +20,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.runs import stopping
 from launcher.runs.allocator import allocator_environment
 from launcher.runs.attempts import Attempt, add_attempt, read_attempts
-from launcher.runs.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
 from launcher.runs.ends import RUN_ENDS, RunExit, exit_code
 from launcher.runs.events import EndEvent, WarningEvent, append_event, from_line
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
-from launcher.runs.hang import HangLimits, HangWatch, Silence
 from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
-from launcher.runs.spawn import spawn
+from launcher.runs.minding import stopping
+from launcher.runs.minding.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
+from launcher.runs.minding.hang import HangLimits, HangWatch, Silence
+from launcher.runs.minding.spawn import spawn
 from launcher.runs.state import last_checkpoint, read_recent
 from launcher.runs.tail import last_lines, lines_from_the_end
 from planner.base.errors import InputError, shorten

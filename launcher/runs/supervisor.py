@@ -11,13 +11,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.runs import state, stopping
+from launcher.runs import state
 from launcher.runs.attempts import Attempt, add_attempt, first_attempt
 from launcher.runs.ends import RunExit, exit_code
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
-from launcher.runs.gpu_lock import gpu_of, take_gpu
 from launcher.runs.locks import holder, is_alive, live_pid
-from launcher.runs.spawn import spawn
+from launcher.runs.minding import stopping
+from launcher.runs.minding.gpu_lock import gpu_of, take_gpu
+from launcher.runs.minding.spawn import spawn
 from launcher.runs.state import RunStatus
 
 POLL_SECONDS = 0.1

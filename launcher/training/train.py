@@ -26,7 +26,7 @@ from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.record import read_plan
 from launcher.runs.training_job import TrainingJob
-from launcher.training.card import choose_gpu, gpu_facts
+from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest
 from planner.base.errors import InputError, shorten
 
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
                 raise RunBusyError(f"{folder.path}: this run has been started before; start a new one")
             with EventWriter(folder.events) as writer:
                 with (end := RunEnd(writer)):
-                    _run(folder, folder.read_job(), writer, stop, end, beats)
+                    _run(folder, writer, stop, end, beats)
                 if end.state != "finished":
                     print(f"{end.state}: {end.message}", file=sys.stderr)
                 return end.code
@@ -64,14 +64,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(
-    folder: RunFolder,
-    job: TrainingJob,
-    writer: EventWriter,
-    stop: StopRequest,
-    end: RunEnd,
-    beats: HeartbeatWriter,
+    folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, beats: HeartbeatWriter
 ) -> None:
     beats.beat("loading", end.step)
+    job = folder.read_job()
     gpu = choose_gpu(job)
     _set_environment(job)
     fallen_back = fall_back(os.environ)
@@ -84,11 +80,7 @@ def _run(
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
-    if gpu is not None and not on_gpu:
-        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
-    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
-        _warn(writer, sentence)
+    _refuse_and_warn(job, gpu, writer, on_gpu=on_gpu)
     tokenizer, train_rows, eval_rows = _data(job, writer)
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
@@ -120,10 +112,10 @@ def _run(
     trainer.tell = functools.partial(_warn, writer)
     tell = functools.partial(_stage, writer, "rehearsing")
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
+    trainer.add_callback(HeartbeatCallback(beats.beat, compiles=job.setup.compile != "none"))
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
-    trainer.add_callback(HeartbeatCallback(beats.beat, compiles=job.setup.compile != "none"))
     try:
         trainer.train()
     finally:
@@ -133,6 +125,17 @@ def _run(
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+
+
+def _refuse_and_warn(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter, *, on_gpu: bool) -> None:
+    """Refuse what cannot run here, and say what runs otherwise than asked."""
+    from launcher.training import build
+
+    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
+    if gpu is not None and not on_gpu:
+        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
+    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
+        _warn(writer, sentence)
 
 
 def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:

@@ -69,7 +69,7 @@ def spawn_stand_in(
     arguments: Iterable[str] = (),
     descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """In place of launcher.runs.spawn.spawn."""
+    """In place of launcher.runs.minding.spawn.spawn."""
     with folder.log(process).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.faults.stand_ins", process, str(folder.path), *arguments],
@@ -85,7 +85,7 @@ def spawn_stand_in(
 def keeper_with_stand_ins(arguments: list[str]) -> int:
     """launcher.runs.keeper.main with these processes; the folder's order may name limits."""
     from launcher.runs import keeper
-    from launcher.runs.hang import HangLimits
+    from launcher.runs.minding.hang import HangLimits
 
     run, *rest = arguments
     gpu = [int(one) for one in rest]

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import gpu_lock, supervisor
+from launcher.runs import supervisor
 from launcher.runs.folder import RunFolder, create_run_folder
-from launcher.runs.gpu_lock import GpuBusyError, refuse_busy_gpu, take_gpu, wait_for_gpu, who_holds
 from launcher.runs.locks import live_pid
+from launcher.runs.minding import gpu_lock
+from launcher.runs.minding.gpu_lock import GpuBusyError, refuse_busy_gpu, take_gpu, wait_for_gpu, who_holds
 from launcher.runs.supervisor import status
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import ExitCode
@@ -88,7 +89,7 @@ def test_a_second_run_on_a_gpu_is_told_who_holds_it(tmp_path: Path) -> None:
 
 def test_a_lock_that_says_nothing_still_holds_and_a_dead_holder_does_not(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from launcher.runs.gpu_lock import *\n"
+        "import sys; from pathlib import Path; from launcher.runs.minding.gpu_lock import *\n"
         f"take_gpu({UUID!r}, RunFolder(Path('/run\\x1b[2J')))\n"
         "print('held', flush=True); sys.stdin.read()"
     )

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import keeper, stopping, supervisor
+from launcher.runs import keeper, supervisor
 from launcher.runs.attempts import add_attempt, first_attempt, read_attempts
-from launcher.runs.deaths import KillCounters, read_kill_counters, signal_name
 from launcher.runs.ends import RunExit
 from launcher.runs.events import (
     CheckpointEvent,
@@ -29,6 +28,8 @@ from launcher.runs.events import (
 from launcher.runs.folder import RunFolder, create_run_folder
 from launcher.runs.keeper import HANG_RESTARTS, AttemptEnd, Keeper, next_attempt
 from launcher.runs.locks import live_pid
+from launcher.runs.minding import stopping
+from launcher.runs.minding.deaths import KillCounters, read_kill_counters, signal_name
 from launcher.runs.supervisor import status
 from launcher.runs.training_job import TrainingJob
 from planner.setup.training_setup import TrainingSetup

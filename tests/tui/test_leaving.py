@@ -43,7 +43,8 @@ def test_a_run_that_goes_on_is_named_with_the_command_that_follows_it(
         synthetic.append(folder.events, synthetic.end("finished", 240))
     assert tui.run(asked("--run", str(folder.path))) == 0
     said = capsys.readouterr().err
-    assert (f"run my run goes on: vramwise runs follow '{folder.path}'" in said) is alive
+    command = f"vramwise runs follow 'my run' --runs {tmp_path}"
+    assert (f"run my run goes on: {command}" in said) is alive
 
 
 def test_in_a_browser_no_terminal_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

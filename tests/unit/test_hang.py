@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs.hang import LONGEST_TICK_SECONDS, HangLimits, HangWatch, Silence, percentile_99
 from launcher.runs.heartbeat import HeartbeatWriter
+from launcher.runs.minding.hang import LONGEST_TICK_SECONDS, HangLimits, HangWatch, Silence, percentile_99
 
 TICK = 1.0
 

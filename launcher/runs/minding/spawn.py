@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.runs.folder import RunFolder
 
-_PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
+_PROJECT_ROOT = Path(__file__).resolve().parents[3]
 
 
 def spawn(
