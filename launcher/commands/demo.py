@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.runs_folder import add_runs_option, runs_root
 from planner.base.data_files import PROFILES
 from planner.base.errors import ExitCode
 from planner.commands.program import Parser, StoreOnce
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", action=StoreOnce, help="card to plan for (default: the GPU of this machine, else 16GB)"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (runs)")
+    add_runs_option(parser)
     parser.add_argument("--full", action="store_true", help="print all that is known of the plan")
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     name = time.strftime("demo-%Y%m%d-%H%M%S")
     code = train.run(_training_arguments(args, name))
-    adapter = args.runs.expanduser() / name / "adapter"
+    adapter = runs_root(args.runs) / name / "adapter"
     if code != ExitCode.OK or not adapter.is_dir():
         return code
     _show_answers(adapter)
@@ -66,7 +67,7 @@ def _training_arguments(args: argparse.Namespace, name: str) -> argparse.Namespa
         f"--model={DEMO / 'model'}",
         f"--data={DEMO / 'data' / 'train.jsonl'}",
         f"--eval-data={DEMO / 'data' / 'eval.jsonl'}",
-        f"--runs={args.runs}",
+        f"--runs={runs_root(args.runs)}",
         f"--name={name}",
         *SETTINGS,
     ]

@@ -11,8 +11,8 @@ from planner.base.errors import InputError
 from planner.commands.program import StoreOnce, real_number, say, whole_number
 
 if TYPE_CHECKING:
+    from launcher.runs.attempts import Attempt
     from launcher.runs.folder import RunFolder
-    from launcher.runs.supervisor import RunHandle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(path: Path, args: argparse.Namespace) -> int:
         RunBusyError: it is running.
         MissingExtraError: the training stack is not installed.
     """
-    from launcher.runs import stack, supervisor
+    from launcher.runs import stack
     from launcher.runs.folder import RunFolder
     from launcher.runs.kept import fingerprint, resumption
 
@@ -64,12 +64,18 @@ def run(path: Path, args: argparse.Namespace) -> int:
     if plan.attempt.changes:
         say(f"changed: {plan.attempt.changes}")
     fingerprint.write(folder, plan.fingerprint)
-    return _follow(folder, supervisor.resume(folder.path, plan.attempt))
+    return _go_on(folder, plan.attempt)
 
 
-def _follow(folder: RunFolder, handle: RunHandle) -> int:
-    from launcher.commands.follow import finish, follow_run
-    from launcher.runs.record import read_plan
+def _go_on(folder: RunFolder, attempt: Attempt) -> int:
+    """Signals are taken from before the start: a run that goes on is followed, or told to end."""
+    from launcher.commands.follow import RunView, finish, read_plan_or_say
+    from launcher.commands.interrupts import Interrupts
+    from launcher.runs import supervisor
 
-    interrupted = follow_run(folder, still_running=lambda: handle.trainer.poll() is None)
-    return finish(folder, handle.wait(), read_plan(folder), interrupted=interrupted, out=sys.stdout)
+    with Interrupts() as interrupts:
+        handle = supervisor.resume(folder.path, attempt)
+        left = RunView(folder, interrupts, handle.goes_on, ends_run=True).show()
+    if left is not None:
+        return 128 + left
+    return finish(folder, supervisor.status(folder.path), read_plan_or_say(folder), out=sys.stdout)

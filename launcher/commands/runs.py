@@ -1,36 +1,49 @@
-"""List the runs of a folder; follow one, stop one, or go on with one that has ended."""
+"""List runs, show all of one, follow it, stop it, go on with one that has ended, or delete it.
+
+Ctrl-C in `runs follow` leaves the view; the run goes on. When the followed run ends, the exit code is that of
+its end (docs/reliability.md).
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from launcher.commands import resume
-from planner.base.errors import ExitCode, InputError, UnknownNameError
+from launcher.commands import resume, runs_list
+from launcher.commands.runs_folder import add_runs_option, named_run, run_folders, runs_root
+from launcher.runs import supervisor
+from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.minding import stopping
+from launcher.tui.text import plain
+from planner.base.errors import ExitCode, InputError
 from planner.commands.program import say
 
-_SHOWN = 10
-"""Names of runs that a message lists at most, the latest."""
+_PREVIOUS_ROOT = Path("runs")
+"""A folder of runs beside the person, where --runs=runs may have been meant."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("action", nargs="?", choices=("list", "follow", "stop", "resume"), default="list")
-    parser.add_argument("run", nargs="?", help="name of a run folder (follow, stop, resume)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (runs)")
-    parser.add_argument("--json", action="store_true", help="list as JSON")
+    parser.add_argument("action", nargs="?", choices=("list", *_ACTIONS), default="list")
+    parser.add_argument("run", nargs="?", metavar="NAME", help="name of a run (all actions but list)")
+    add_runs_option(parser)
+    parser.add_argument("--json", action="store_true", help="list or show as JSON")
+    parser.add_argument("--now", action="store_true", help="stop at once, keeping what is saved already")
+    parser.add_argument("--yes", action="store_true", help="delete without asking")
     resume.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, follow, stop or resume.
+    """Do what was asked.
 
     Raises:
-        InputError: no such run.
+        InputError: no such run, or one that this cannot be done with.
     """
-    root: Path = args.runs.expanduser()
+    root = runs_root(args.runs)
     if args.action != "resume":
         resume.refuse_arguments(args)
     if args.action == "list":
@@ -38,83 +51,105 @@ def run(args: argparse.Namespace) -> int:
             raise InputError("list takes no run")
         return _list(root, as_json=args.json)
     if args.run is None:
-        raise InputError(f"runs {args.action} needs the name of a run folder")
-    path = _named(root, args.run)
-    if args.action == "resume":
-        return resume.run(path, args)
-    return _follow(path) if args.action == "follow" else _stop(path)
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(path.parent for path in root.glob("*/job.json"))
-
-
-def _named(root: Path, name: str) -> Path:
-    """The folder of a run.
-
-    Raises:
-        UnknownNameError: no run there has that name; the message tells those that are.
-    """
-    if (root / name / "job.json").is_file():
-        return root / name
-    names = [path.name for path in _folders(root)]
-    where = f"in {root.resolve()}; --runs names another folder"
-    hint = f"(the runs {where}: {', '.join(names[-_SHOWN:])})" if names else f"(none are {where})"
-    raise UnknownNameError("run", name, names, hint)
+        raise InputError(f"runs {args.action} needs the name of a run")
+    return _ACTIONS[args.action](named_run(root, args.run), args)
 
 
 def _list(root: Path, *, as_json: bool) -> int:
-    from launcher.runs import supervisor
-
-    found = [(path, supervisor.status(path)) for path in _folders(root)]
+    found = [(path.name, supervisor.status(path)) for path in run_folders(root)]
     if as_json:
-        rows = [
-            {"run": path.name, "state": one.state, "step": one.step, "total_steps": one.total_steps}
-            for path, one in found
-        ]
+        rows = [runs_list.as_json(name, one) for name, one in found]
         json.dump({"version": 1, "runs": rows}, sys.stdout, indent=2)
         print()
-        return ExitCode.OK
-    if not found:
-        say(f"no runs in {root.resolve()}: they stay where they are started (--runs names another folder)")
-        return ExitCode.OK
-    from planner.text.figures import columns, show
-
-    table = [
-        [path.name, one.state, f"{one.step}/{'?' if one.total_steps is None else one.total_steps}"]
-        for path, one in found
-    ]
-    heads = [("run", "name"), ("state", "name"), ("step", "number")]
-    show(lambda out: columns(out, heads, table, indent=0))
+    elif found:
+        runs_list.print_table(found)
+    else:
+        here = _PREVIOUS_ROOT.resolve()
+        others = len(run_folders(_PREVIOUS_ROOT)) if here != root.resolve() else 0
+        there = f"; {others} are in {here} (--runs runs)" if others else " (--runs names another folder)"
+        say(f"no runs in {root.resolve()}{there}")
     return ExitCode.OK
 
 
-def _follow(path: Path) -> int:
-    from launcher.commands.follow import finish, follow_run
-    from launcher.runs import supervisor
-    from launcher.runs.folder import RunFolder
-    from launcher.runs.record import read_plan
+def _show(folder: RunFolder, args: argparse.Namespace) -> int:
+    if args.json:
+        json.dump(runs_list.facts(folder), sys.stdout, indent=2)
+        print()
+    else:
+        runs_list.print_facts(folder)
+    return ExitCode.OK
 
-    folder = RunFolder(path.resolve())
+
+def _follow(folder: RunFolder, args: argparse.Namespace) -> int:
+    from launcher.commands.follow import RunView, finish, read_plan_or_say
+    from launcher.commands.interrupts import Interrupts
+    from launcher.runs.locks import is_alive
+
     if supervisor.status(folder.path).state == "created":
-        raise InputError(f"{path}: this run has not been started")
-    interrupted = follow_run(folder, still_running=lambda: supervisor.status(folder.path).alive)
-    return finish(
-        folder,
-        supervisor.status(folder.path),
-        read_plan(folder),
-        interrupted=interrupted,
-        out=sys.stdout,
-        store=False,
-    )
+        raise InputError(f"{folder.path}: this run has not been started")
+    with Interrupts() as interrupts:
+        left = RunView(folder, interrupts, lambda: is_alive(folder), ends_run=False).show()
+    if left is not None:
+        return 128 + left
+    status = supervisor.status(folder.path)
+    return finish(folder, status, read_plan_or_say(folder), out=sys.stdout, store=False)
 
 
-def _stop(path: Path) -> int:
-    from launcher.runs import supervisor
-
-    status = supervisor.status(path)
+def _stop(folder: RunFolder, args: argparse.Namespace) -> int:
+    status = supervisor.status(folder.path)
     if not status.alive:
-        raise InputError(f"{path}: this run is not running ({status.state})")
-    supervisor.request_stop(path)
-    say(f"{path.name} stops after its current step and saves")
+        raise InputError(f"{folder.path}: this run is not running ({status.state})")
+    if args.now:
+        supervisor.kill(folder.path)
+        status = supervisor.status(folder.path)
+        if status.alive:
+            say(f"{folder.path.name} cannot be ended (process {status.pid}); see {folder.log('keeper')}")
+            return ExitCode.FAILED
+        say(f"{folder.path.name} was ended: {status.message or status.state}")
+        return ExitCode.OK
+    stopping.ask(folder, stopping.AFTER_STEP)
+    say(f"{folder.path.name} stops after its current step and saves")
     return ExitCode.OK
+
+
+def _delete(folder: RunFolder, args: argparse.Namespace) -> int:
+    """Remove a run that is not alive, at once for everybody who lists runs.
+
+    Raises:
+        InputError: the run is alive, or nobody has said yes.
+        RunBusyError: it is just being started.
+    """
+    status = supervisor.status(folder.path)
+    if status.alive:
+        raise InputError(f"{folder.path}: this run goes on ({status.state}); stop it first")
+    name = plain(folder.path.name, 100)
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"delete asks before it removes {folder.path}; --yes answers for scripts")
+        print(
+            f"delete {name} ({status.state}, step {status.step:,}) for ever? [y/N] ", end="", file=sys.stderr
+        )
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            say("nothing was deleted")
+            return ExitCode.OK
+    gone = folder.path.with_name(f".deleting-{folder.path.name}")
+    try:
+        with hold_lock(folder, "launcher"), hold_lock(folder, "keeper"), hold_lock(folder, "trainer"):
+            folder.path.rename(gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise InputError(f"{folder.path}: cannot be deleted ({error.strerror})") from error
+    except RunBusyError as error:
+        raise InputError(str(error)) from error
+    say(f"{name} is deleted")
+    return ExitCode.OK
+
+
+_ACTIONS: dict[str, Callable[[RunFolder, argparse.Namespace], int]] = {
+    "show": _show,
+    "follow": _follow,
+    "stop": _stop,
+    "resume": lambda folder, args: resume.run(folder.path, args),
+    "delete": _delete,
+}

@@ -1,6 +1,7 @@
 """Plan a run, show the plan, start exactly it in processes of its own, and follow it to its end.
 
-Ctrl-C asks the run to stop after the current step and to save; a second Ctrl-C ends it at once.
+Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop after the current step and to save; a second Ctrl-C ends it at
+once, a third kills the trainer. Exit codes: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.interrupts import sigterm_as_ctrl_c
+from launcher.commands.runs_folder import add_runs_option, refuse_taken, run_name, runs_root
 from launcher.commands.saving import add_saving, saving_in_words, saving_wish
 from launcher.runs import stack
 from planner.answers.plan import Plan
@@ -21,11 +24,10 @@ from planner.commands.plan import add_request_arguments, request_from
 from planner.commands.program import StoreOnce, say, whole_number
 
 if TYPE_CHECKING:
-    from launcher.runs.folder import RunFolder
     from launcher.runs.job import JobWish
     from planner.data.lengths import DatasetStats
     from planner.models.spec import ModelSpec
-    from planner.setup.request import KnobValue
+    from planner.setup.request import KnobValue, PlanRequest
 
 # Stands in for planning where this machine has no GPU; the run is then on the CPU.
 CARD_WITHOUT_GPU = "16GB"
@@ -34,8 +36,10 @@ CARD_WITHOUT_GPU = "16GB"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     add_request_arguments(parser)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (runs)")
-    parser.add_argument("--name", action=StoreOnce, help="name of the run folder (default: time and model)")
+    add_runs_option(parser)
+    parser.add_argument(
+        "--name", action=StoreOnce, type=run_name, help="name of the run folder (default: time and model)"
+    )
     parser.add_argument("--eval-data", action=StoreOnce, metavar="FILE", help="examples to evaluate on")
     for flag, text in (
         ("--eval-steps", "evaluate every N steps"),
@@ -46,11 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_saving(parser)
     parser.add_argument("--assistant-only-loss", action="store_true", help="learn the assistant's turns only")
     parser.add_argument("--full", action="store_true", help="print all that is known of the plan")
+    parser.add_argument("--wait", action="store_true", help="wait for the end of a run on the same GPU")
     add_knobs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, start, follow, compare.
+    """Plan, start, follow, compare; the exit code is that of the run's end (ends.RUN_ENDS).
 
     Raises:
         InputError: what was asked cannot be planned or run.
@@ -58,14 +63,23 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.data is None:
         raise InputError("the following arguments are required: --data")
+    with sigterm_as_ctrl_c():
+        return _plan_and_train(args)
+
+
+def _plan_and_train(args: argparse.Namespace) -> int:
+    root = runs_root(args.runs)
+    if args.name is not None:
+        refuse_taken(root, args.name)
     stack.require("train")
-    from launcher.runs.job import create_planned_run
     from planner.planning.make_plan import make_plan
 
     on_gpu = _has_gpu()
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
     request = request_from(args)
+    if on_gpu:
+        _see_that_the_gpu_is_free(request, wait=args.wait)
     model, source = _find_model(args)
     _find_data(args)
     request = dataclasses.replace(request, data=args.data)
@@ -88,8 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if wish.eval_data is not None:
         _say_of_evaluation(dataclasses.replace(wish, data=wish.eval_data), plan)
     say(saving_in_words(wish, plan))
-    folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
-    return _follow(folder, plan)
+    return _start_and_follow(root, plan, wish, args.name)
 
 
 def _find_data(args: argparse.Namespace) -> None:
@@ -108,6 +121,24 @@ def _has_gpu() -> bool:
         return bool(local_gpus())
     except NoGpuError:
         return False
+
+
+def _see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool) -> None:
+    """Before planning, which counts what others hold of the GPU.
+
+    Raises:
+        GpuBusyError: another run trains on it, and nobody wants to wait.
+    """
+    from launcher.runs.minding import gpu_lock
+    from planner.gpus.target import resolve_gpu
+
+    uuid = gpu_lock.gpu_at(resolve_gpu(request.gpu, display=request.display).position or 0)
+    if uuid is None:
+        return
+    if wait:
+        gpu_lock.wait_for_gpu(uuid, say)
+    else:
+        gpu_lock.refuse_busy_gpu(uuid)
 
 
 def _find_model(args: argparse.Namespace) -> tuple[ModelSpec, str]:
@@ -195,12 +226,17 @@ def _show(plan: Plan, *, full: bool) -> None:
     print(flush=True)
 
 
-def _follow(folder: RunFolder, plan: Plan) -> int:
-    from launcher.commands.follow import finish, follow_run
+def _start_and_follow(root: Path, plan: Plan, wish: JobWish, name: str | None) -> int:
+    """Signals are taken from before the start: a run that is started is followed, or told to end."""
+    from launcher.commands.follow import RunView, finish
+    from launcher.commands.interrupts import Interrupts
     from launcher.runs import supervisor
+    from launcher.runs.job import create_planned_run
 
-    handle = supervisor.start(folder.path)
-    say(f"run folder: {folder.path}")
-    interrupted = follow_run(folder, still_running=lambda: handle.trainer.poll() is None)
-    status = handle.wait()
-    return finish(folder, status, plan, interrupted=interrupted, out=sys.stdout)
+    with Interrupts() as interrupts:
+        folder = create_planned_run(root, plan, wish, name=name)
+        handle = supervisor.start(folder.path)
+        left = RunView(folder, interrupts, handle.goes_on, ends_run=True).show()
+    if left is not None:
+        return 128 + left
+    return finish(folder, supervisor.status(folder.path), plan, out=sys.stdout)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 
+from launcher.commands.runs_folder import add_runs_option, command_for, runs_root
 from planner.base.errors import InputError
 
 DEFAULT_MODEL = "qwen2.5-14b"
@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", help=f"GPU to begin with (default: this machine's, or {DEFAULT_GPU} where there is none)"
     )
     parser.add_argument("--data", default="", help="data file that the form for a new run begins with")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder in which run folders lie and are made"
-    )
+    add_runs_option(parser)
     parser.add_argument("--run", type=Path, help="run folder to follow")
     parser.add_argument(
         "--allow-download",
@@ -52,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from launcher.tui.cards import first_card
     from launcher.tui.inspection import inspector
     from launcher.tui.pauses import shorten_pauses
+    from launcher.tui.text import plain
     from planner.models.catalog import resolve_model
     from planner.setup.defaults import DEFAULT_LENGTHS, OPTIM
     from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         card=card,
         setup=setup,
         automatic=True,
-        runs_root=args.runs.expanduser(),
+        runs_root=runs_root(args.runs),
         run=None if args.run is None else RunFolder(args.run.resolve()),
         data=args.data,
         allow_download=args.allow_download,
@@ -82,6 +81,6 @@ def run(args: argparse.Namespace) -> int:
     app.run()
     for folder in app.runs_that_go_on():
         # Not on stdout, which a server reads.
-        again = shlex.join(["vramwise", "runs", "follow", str(folder.path)])
-        print(f"run {folder.path.name} goes on: {again}", file=sys.stderr)
+        again = command_for("follow", folder)
+        print(f"run {plain(folder.path.name, 100)} goes on: {plain(again)}", file=sys.stderr)
     return app.return_code or 0

@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from launcher.runs.tail import LineTail
+
 POLL_SECONDS = 0.2
+NO_EVENT = "a line of the event file is not an event"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,18 +190,43 @@ def to_line(event: Event) -> str:
     return json.dumps({"time": values.pop("time"), "kind": event.kind, **values}, allow_nan=False) + "\n"
 
 
+def _accepted(annotation: str) -> frozenset[type]:
+    """Types that JSON may give a field; a bool is no number."""
+    if annotation.startswith("Mapping["):
+        return frozenset({dict})
+    kinds: dict[str, set[type]] = {"float": {float, int}, "int": {int}, "str": {str}, "None": {type(None)}}
+    return frozenset().union(*(kinds[name] for name in annotation.split(" | ")))
+
+
+_FIELDS = {
+    name: {field.name: _accepted(str(field.type)) for field in dataclasses.fields(kind)}
+    for name, kind in _TYPES.items()
+}
+_LARGEST = 2**63
+
+
 def from_line(line: str | bytes) -> Event:
     """Read one line. Keys that this version does not know are left out.
 
-    A line that is no event becomes a WarningEvent, since one bad line must not hide the rest of a run.
+    A line that is no event, or has a value of another type than its field's, becomes a WarningEvent, since
+    one bad line must not hide the rest of a run.
     """
     try:
-        values: Any = json.loads(line)
-        kind = _TYPES[values["kind"]]
-        known = {f.name for f in dataclasses.fields(kind)}
-        return kind(**{name: value for name, value in values.items() if name in known})
+        values: Any = json.loads(line, parse_constant=_refuse_constant)
+        kind, fields = _TYPES[values["kind"]], _FIELDS[values["kind"]]
+        known = {name: value for name, value in values.items() if name in fields}
+        if all(
+            type(value) in fields[name] and not (type(value) is int and abs(value) > _LARGEST)
+            for name, value in known.items()
+        ):
+            return kind(**known)
     except (ValueError, TypeError, KeyError, RecursionError):
-        return WarningEvent(time=0.0, message="a line of the event file is not an event")
+        pass
+    return WarningEvent(time=0.0, message=NO_EVENT)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of an event")
 
 
 @dataclass(slots=True)
@@ -256,31 +284,48 @@ def _ends_torn(path: Path) -> bool:
         return False
 
 
+def append_event(path: Path, event: Event) -> None:
+    """Append one event to a file that another process may be writing too; a full disk loses it."""
+    with EventWriter(path) as writer:
+        writer.write(event)
+
+
 @dataclass(slots=True)
 class EventReader:
-    """Reads what was appended since the last call; keeps a partial last line for the next one."""
+    """Reads what was appended since the last call, a slice at most; a partial last line waits for its end."""
 
     path: Path
-    _offset: int = field(default=0, init=False)
-    _partial: bytes = field(default=b"", init=False)
+    _tail: LineTail = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tail = LineTail(self.path)
+
+    @property
+    def behind(self) -> bool:
+        """Whether more is there than the last call gave."""
+        return self._tail.behind
 
     def read_new(self) -> list[Event]:
-        """All whole events that are new; an absent file has none."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
-        except FileNotFoundError:
-            return []
-        self._offset += len(content)
-        lines = (self._partial + content).split(b"\n")
-        self._partial = lines.pop()
-        return [from_line(line) for line in lines if line.strip()]
+        """Whole events that are new; an absent file has none."""
+        return [from_line(line) for line in self._tail.read_new()]
+
+    def skip_to_last(self, size_bytes: int) -> None:
+        """Begin with the last `size_bytes` of what is there."""
+        self._tail.skip_to_last(size_bytes)
+
+
+def iter_events(path: Path) -> Iterator[Event]:
+    """All whole events of a live or dead run, read in slices; a partial last line is left out."""
+    reader = EventReader(path)
+    while True:
+        yield from reader.read_new()
+        if not reader.behind:
+            return
 
 
 def read_events(path: Path) -> list[Event]:
     """All whole events of a live or dead run; a partial last line is left out."""
-    return EventReader(path).read_new()
+    return list(iter_events(path))
 
 
 def follow(path: Path, *, until: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -292,6 +337,8 @@ def follow(path: Path, *, until: Callable[[], bool] = lambda: False) -> Iterator
             yield event
             if isinstance(event, EndEvent):
                 return
+        if reader.behind:
+            continue
         if over:
             return
         time.sleep(POLL_SECONDS)

@@ -18,8 +18,12 @@ from pathlib import Path
 
 from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
-from planner.base.data_files import write_atomically
-from planner.base.errors import InputError, VramwiseError
+from planner.base.data_files import user_data_dir, write_atomically
+from planner.base.errors import FieldError, InputError, VramwiseError
+
+LONGEST_NAME_BYTES = 100
+ASKERS_SECONDS = 1
+"""How long a lock may seem taken by those who only ask whether it is (locks.py), each for microseconds."""
 
 OPEN_FOLDERS = Path("/proc/self/fd")
 """Where Linux shows a process its open files: a path through one leads to a folder that is renamed, too."""
@@ -104,12 +108,8 @@ class RunFolder:
         return self.path / "record.json"
 
     def log(self, process: str) -> Path:
-        """Output of a process ("trainer" or "sampler")."""
+        """Output of a process ("trainer", "sampler" or "keeper")."""
         return self.path / f"{process}.log"
-
-    def identity(self, process: str) -> Path:
-        """pid and creation time of a process."""
-        return self.path / f"{process}.json"
 
     def lock_file(self, holder: str) -> Path:
         """File whose lock says that `holder` is alive."""
@@ -128,9 +128,37 @@ class RunFolder:
         """
         try:
             values = json.loads(self.job.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{self.job}: not a readable training job ({error})") from error
         return TrainingJob.from_dict(values)
+
+
+def default_root() -> Path:
+    """Where run folders are made and looked for unless another place is named: in the person's own folder."""
+    return user_data_dir() / "runs"
+
+
+def check_name(name: str) -> str:
+    """A name that a run may have: one component of a path that a terminal shows as it is.
+
+    Raises:
+        FieldError: it has a separator, control or direction characters, begins with a dot or a dash, begins
+            or ends with a blank, or is too long.
+    """
+    fits = (
+        0 < len(name.encode("utf-8", "replace")) <= LONGEST_NAME_BYTES
+        and name.isprintable()
+        and not any(separator in name for separator in "/\\")
+        and name[0] not in ".-"
+        and name == name.strip()
+    )
+    if not fits:
+        raise FieldError(
+            "run name",
+            name,
+            f"up to {LONGEST_NAME_BYTES} printable characters without / and \\, not beginning with . or -",
+        )
+    return name
 
 
 def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) -> RunFolder:
@@ -139,8 +167,11 @@ def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) 
     The name is made of the time and the model unless given; a given name that exists is refused.
 
     Raises:
+        FieldError: a name that no run may have.
         InputError: the folder exists or cannot be made.
     """
+    if name is not None:
+        check_name(name)
     label = re.sub(r"[^a-z0-9.]+", "-", Path(job.setup.model).name.lower()).strip("-.") or "model"
     stem = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{label[:40]}"
     for attempt in range(1000):
@@ -177,7 +208,8 @@ def anchored(folder: RunFolder) -> Iterator[RunFolder]:
 
 @contextmanager
 def hold_lock(folder: RunFolder, holder: str) -> Iterator[None]:
-    """Hold the run's lock of `holder` ("trainer", "sampler", "launcher"); the kernel frees it when we die.
+    """Hold the run's lock of `holder` ("trainer", "sampler", "keeper", "launcher"); the kernel frees it when
+    we die.
 
     Raises:
         RunBusyError: another process holds it.
@@ -185,13 +217,24 @@ def hold_lock(folder: RunFolder, holder: str) -> Iterator[None]:
     path = folder.lock_file(holder)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not take_lock(descriptor):
             owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise RunBusyError(f"{folder.path}: another {holder} holds this run (pid {owner})") from error
+            raise RunBusyError(f"{folder.path}: another {holder} holds this run (pid {owner})")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def take_lock(descriptor: int) -> bool:
+    """Lock an open file for this process alone; whether that was possible."""
+    for attempt in range(ASKERS_SECONDS * 100):
+        if attempt:
+            time.sleep(0.01)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        return True
+    return False

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+STACKS_SIGNAL = signal.SIGUSR2
+"""Has the trainer write the stacks of its threads into its log."""
 _WIDTH_BYTES = 256
 """A beat is padded to this, so that a shorter one leaves nothing of a longer one behind."""
 

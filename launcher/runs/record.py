@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from launcher.runs.attempts import as_trained
-from launcher.runs.events import Event, LogEvent, MemoryEvent, StartEvent, read_events
+from launcher.runs.events import StartEvent
 from launcher.runs.folder import RunFolder
+from launcher.runs.summary import RunSummary, summarize
 from planner.answers.plan import Plan
 from planner.base.data_files import user_data_dir, write_atomically
 from planner.base.errors import InputError
@@ -17,26 +15,7 @@ from planner.calibration.records import Environment, MeasuredPhase, Predicted, R
 from planner.gpus.catalog import gpu_catalog
 from planner.setup.cuda_allocator import NATIVE
 
-# The first steps load kernels and make the optimizer's state; the rate is steady from the third on.
-STEADY_FROM_STEP = 3
 RECORDS_FILE = "train.jsonl"
-
-
-def measured_memory(events: Sequence[Event]) -> dict[str, MemoryEvent]:
-    """The last, so the highest, peak of each phase."""
-    return {event.phase: event for event in events if isinstance(event, MemoryEvent)}
-
-
-def steady_tokens_per_second(events: Sequence[Event]) -> float | None:
-    """Median rate from the third step on; None when the run was shorter."""
-    rates = [
-        event.tokens_per_second
-        for event in events
-        if isinstance(event, LogEvent)
-        and event.step >= STEADY_FROM_STEP
-        and event.tokens_per_second is not None
-    ]
-    return statistics.median(rates) if rates else None
 
 
 def read_plan(folder: RunFolder) -> Plan | None:
@@ -49,32 +28,34 @@ def read_plan(folder: RunFolder) -> Plan | None:
         values = json.loads(folder.plan.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder.plan}: not a readable plan ({error})") from error
     return Plan.from_dict(values)
 
 
-def store_record(folder: RunFolder, outcome: str) -> RunRecord | None:
+def store_record(folder: RunFolder, outcome: str, summary: RunSummary | None = None) -> RunRecord | None:
     """Write record.json and add the record to the person's own; None when the run was not on a GPU.
 
     Raises:
         InputError: plan.json is not a plan.
     """
-    record = make_record(folder, outcome)
+    record = make_record(folder, outcome, summary)
     if record is not None:
         write_atomically(folder.record, json.dumps(record.to_dict(), indent=2) + "\n")
         append_record(user_data_dir() / "runs" / RECORDS_FILE, record)
     return record
 
 
-def make_record(folder: RunFolder, outcome: str) -> RunRecord | None:
+def make_record(folder: RunFolder, outcome: str, summary: RunSummary | None = None) -> RunRecord | None:
     """Make the record of a run from its files; None when it was not on a GPU or measured nothing.
+
+    `summary` is that of the events, where they have been read already.
 
     Raises:
         InputError: plan.json is not a plan.
     """
-    events = as_trained(read_events(folder.events))
-    start = next((event for event in events if isinstance(event, StartEvent)), None)
+    found = summarize(folder.events) if summary is None else summary
+    start = found.start
     phases = tuple(
         MeasuredPhase(
             name=name,
@@ -82,7 +63,7 @@ def make_record(folder: RunFolder, outcome: str) -> RunRecord | None:
             reserved_bytes=event.reserved_bytes,
             process_bytes=event.process_bytes,
         )
-        for name, event in measured_memory(events).items()
+        for name, event in found.memory.items()
         if event.allocated_bytes is not None and event.reserved_bytes is not None
     )
     environment = None if start is None else _environment(start)
@@ -92,7 +73,6 @@ def make_record(folder: RunFolder, outcome: str) -> RunRecord | None:
     plan = read_plan(folder)
     if not isinstance(weights, int) or not isinstance(context, int) or plan is None:
         return None
-    logs = [event for event in events if isinstance(event, LogEvent)]
     return RunRecord(
         id=folder.path.name,
         created=datetime.fromtimestamp(start.time, UTC).isoformat(timespec="seconds"),
@@ -104,8 +84,8 @@ def make_record(folder: RunFolder, outcome: str) -> RunRecord | None:
         weights_bytes=weights,
         context_bytes=context,
         phases=phases,
-        step_seconds=tuple(log.step_seconds for log in logs if log.step_seconds is not None),
-        tokens_per_second=steady_tokens_per_second(events),
+        step_seconds=tuple(found.step_seconds.kept),
+        tokens_per_second=found.tokens_per_second,
         predicted=_predicted(plan),
         allocator=str(start.environment.get("allocator", NATIVE)),
         padded=plan.setup.per_device_train_batch_size > 1 and not plan.setup.packing,

@@ -15,11 +15,10 @@ import psutil
 
 from launcher.runs.events import EventWriter, SampleEvent
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
-from launcher.runs.supervisor import live_pid
+from launcher.runs.locks import is_alive, live_pid
 from planner.base.errors import ExitCode, InputError
 
 SAMPLE_SECONDS = 1.0
-TRAINER_START_SECONDS = 30.0
 
 Sampler = Callable[[int], SampleEvent]
 
@@ -33,24 +32,15 @@ def main(arguments: list[str]) -> int:
     try:
         with hold_lock(folder, "sampler"), EventWriter(folder.samples) as writer:
             sample = _choose_sampler(folder.read_job().gpu_index)
-            if not _wait_for_trainer(folder):
-                return ExitCode.FAILED
-            while (pid := live_pid(folder, "trainer")) is not None:
-                writer.write(sample(pid))
+            while is_alive(folder):
+                # Between two attempts there is a keeper and no trainer.
+                if (pid := live_pid(folder, "trainer")) is not None:
+                    writer.write(sample(pid))
                 time.sleep(SAMPLE_SECONDS)
     except (RunBusyError, InputError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return ExitCode.OK
-
-
-def _wait_for_trainer(folder: RunFolder) -> bool:
-    deadline = time.monotonic() + TRAINER_START_SECONDS
-    while time.monotonic() < deadline:
-        if live_pid(folder, "trainer") is not None:
-            return True
-        time.sleep(SAMPLE_SECONDS / 10)
-    return False
 
 
 def _choose_sampler(gpu_index: int) -> Sampler:

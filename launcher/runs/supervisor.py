@@ -1,59 +1,31 @@
-"""Start a run's processes, say where it stands, stop it: all through the files of the run folder.
+"""Start a run's keeper, say where the run stands, stop it: all through the files of the run folder.
 
 Light: no torch. Nothing here needs to stay alive for the run to go on; any number of watchers may ask.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
 import os
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
-from launcher.runs.allocator import allocator_environment
-from launcher.runs.attempts import Attempt, add_attempt, read_attempts
-from launcher.runs.events import AttemptEvent, EndEvent, LogEvent, StartEvent, WarningEvent, read_events
+from launcher.runs import state
+from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
+from launcher.runs.ends import RunExit, exit_code
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
-from planner.base.data_files import write_atomically
-from planner.base.errors import MissingExtraError
+from launcher.runs.locks import holder, is_alive, live_pid
+from launcher.runs.minding import stopping
+from launcher.runs.minding.gpu_lock import gpu_of, take_gpu
+from launcher.runs.minding.spawn import spawn
+from launcher.runs.state import RunStatus
 
-# Two readings of a process's creation time may differ by the clock's correction in between.
-CREATE_TIME_TOLERANCE_SECONDS = 2.0
 POLL_SECONDS = 0.1
-_PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunStatus:
-    """Where a run stands.
-
-    `state` is "created" (never started), "starting" (no event of training yet), "running", one of the end
-    states, or "killed" (the trainer is gone without an end event). `pid` is the trainer's while it is alive.
-    """
-
-    state: str
-    step: int
-    total_steps: int | None
-    message: str
-    pid: int | None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the trainer process exists."""
-        return self.pid is not None
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will happen: started, and the trainer is gone."""
-        return self.state != "created" and not self.alive
+KEEPER_ANSWERS_SECONDS = 3.0
+"""A keeper that has not obeyed after this stands still; it looks five times a second."""
+KEEPER_START_SECONDS = 120.0
+"""A keeper imports no torch; on a machine that is busy swapping this is still enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,45 +33,49 @@ class RunHandle:
     """A started run, as its starter sees it."""
 
     folder: RunFolder
-    trainer: subprocess.Popen[bytes]
-    sampler: subprocess.Popen[bytes]
+    keeper: subprocess.Popen[bytes]
 
     def wait(self, timeout_seconds: float | None = None) -> RunStatus:
-        """Wait for the trainer and then the sampler to end.
+        """Wait for the run to end: for the keeper, and for a trainer that has outlived its keeper.
 
         Raises:
-            TimeoutError: the trainer is still alive then.
+            TimeoutError: it goes on then.
         """
-        try:
-            self.trainer.wait(timeout_seconds)
-            self.sampler.wait(10.0)
-        except subprocess.TimeoutExpired as error:
-            if self.trainer.poll() is None:
-                raise TimeoutError(f"the trainer is alive after {timeout_seconds:g} s") from error
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while self.goes_on():
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"the run goes on after {timeout_seconds:g} s")
+            time.sleep(POLL_SECONDS)
         return status(self.folder.path)
+
+    def goes_on(self) -> bool:
+        """Whether something of the run is alive."""
+        return self.keeper.poll() is None or is_alive(self.folder)
 
 
 def start(run_dir: Path) -> RunHandle:
-    """Start trainer and sampler of a created run folder, each in a session of its own, output to files.
+    """Start the keeper of a created run folder, which starts trainer and sampler.
 
     Raises:
         RunBusyError: the run has been started before, or is being started by another process.
+        GpuBusyError: another run trains on its GPU.
         InputError: job.json is absent or not a training job.
     """
     folder = RunFolder(run_dir.resolve())
-    folder.read_job()
+    job = folder.read_job()
     with hold_lock(folder, "launcher"):
         now = status(folder.path)
         if now.state != "created":
             raise RunBusyError(f"{folder.path}: this run has been started before and is {now.state}")
-        return _launch(folder)
+        return launch(folder, first_attempt(job))
 
 
 def resume(run_dir: Path, attempt: Attempt) -> RunHandle:
-    """Start trainer and sampler of a run that has ended once more, for an attempt (resumption.py).
+    """Start the keeper of a run that has ended once more, for an attempt (kept/resumption.py).
 
     Raises:
         RunBusyError: the run goes on, or another process has begun an attempt since.
+        GpuBusyError: another run trains on its GPU.
         InputError: the attempts cannot be read.
         OSError: the attempt cannot be written.
     """
@@ -108,137 +84,101 @@ def resume(run_dir: Path, attempt: Attempt) -> RunHandle:
         attempts = read_attempts(folder.attempts)
         if status(folder.path).alive or (attempts and attempts[-1].number >= attempt.number):
             raise RunBusyError(f"{folder.path}: this run is going on already")
+        return launch(folder, attempt)
+
+
+def launch(folder: RunFolder, attempt: Attempt) -> RunHandle:
+    """Write down an attempt, start the keeper for it, and wait until that is there.
+
+    The caller holds the lock "launcher".
+
+    Raises:
+        GpuBusyError: another run trains on its GPU.
+        OSError: there is no process to be had, or the folder cannot be written.
+    """
+    uuid = gpu_of(folder.read_job())
+    gpu = [] if uuid is None else [take_gpu(uuid, folder)]
+    try:
         folder.stop.unlink(missing_ok=True)
         add_attempt(folder.attempts, attempt)
-        return _launch(folder)
-
-
-def _launch(folder: RunFolder) -> RunHandle:
-    trainer = _spawn(folder, "trainer", "launcher.training.train", allocator_environment(os.environ))
-    sampler = _spawn(folder, "sampler", "launcher.runs.sampler", {})
-    return RunHandle(folder, trainer, sampler)
-
-
-def _spawn(
-    folder: RunFolder, process: str, module: str, variables: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    # -P and the project's own root: a file beside the user's data must not shadow a library.
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(_PROJECT_ROOT), *([inherited] if inherited else [])])
-    with folder.log(process).open("ab") as log:
-        child = subprocess.Popen(  # noqa: S603 (our own interpreter and module, no shell)
-            [sys.executable, "-P", "-m", module, str(folder.path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **variables, "PYTHONPATH": path},
-        )
-    write_identity(folder, process, child.pid)
-    return child
-
-
-def write_identity(folder: RunFolder, process: str, pid: int) -> None:
-    """Write pid and creation time, so that a later process with the same pid is not taken for this one."""
-    psutil = _psutil()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        values = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-        write_atomically(folder.identity(process), json.dumps(values) + "\n")
-
-
-def live_pid(folder: RunFolder, process: str) -> int | None:
-    """pid of a run's process ("trainer" or "sampler") if that very process is alive."""
-    try:
-        values = json.loads(folder.identity(process).read_text(encoding="utf-8"))
-        pid, created = int(values["pid"]), float(values["create_time"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    psutil = _psutil()
-    try:
-        found = psutil.Process(pid)
-        if found.status() == psutil.STATUS_ZOMBIE:
-            return None
-        same = abs(found.create_time() - created) <= CREATE_TIME_TOLERANCE_SECONDS
-    except psutil.NoSuchProcess:
-        return None
-    return pid if same else None
+        keeper = spawn(folder, "keeper", "launcher.runs.keeper", arguments=map(str, gpu), descriptors=gpu)
+    finally:
+        for descriptor in gpu:
+            os.close(descriptor)
+    deadline = time.monotonic() + KEEPER_START_SECONDS
+    while keeper.poll() is None and holder(folder.lock_file("keeper")) is None:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS / 5)
+    return RunHandle(folder, keeper)
 
 
 def status(run_dir: Path) -> RunStatus:
-    """Where the run stands, from its files and the process table.
+    """Where the run stands, from its files and locks.
 
     Raises:
-        InputError: the folder holds no job.
+        InputError: the folder holds nothing of a run.
     """
-    folder = RunFolder(run_dir)
-    # The process first: an end event written in between is then seen, not mistaken for a kill.
-    pid = live_pid(folder, "trainer")
-    events = read_events(folder.events)
-    step, message = 0, ""
-    total: int | None = None
-    ended: EndEvent | None = None
-    for event in events:
-        if isinstance(event, AttemptEvent):
-            ended, step, message = None, event.from_step, ""
-        elif isinstance(event, StartEvent):
-            total = event.total_steps
-        elif isinstance(event, LogEvent):
-            step = event.step
-        elif isinstance(event, WarningEvent):
-            message = event.message
-        elif isinstance(event, EndEvent):
-            ended = event
-    if ended is not None:
-        state, step, message = ended.state, ended.step, ended.message
-    elif pid is not None:
-        state = "running" if total is not None else "starting"
-    elif not events and not folder.identity("trainer").exists():
-        folder.read_job()
-        state = "created"
-    else:
-        state, message = "killed", f"the trainer is gone without a word after step {step}"
-    return RunStatus(state=state, step=step, total_steps=total, message=message, pid=pid)
+    return state.status(run_dir)
+
+
+def end_code(run: RunStatus) -> RunExit:
+    """The exit code of a run that is over."""
+    return exit_code(run.state)
 
 
 def request_stop(run_dir: Path) -> None:
     """Ask the trainer to stop after the current step and save; returns at once."""
-    RunFolder(run_dir).stop.touch()
+    stopping.ask(RunFolder(run_dir), stopping.AFTER_STEP)
 
 
-def kill(run_dir: Path, *, patience_seconds: float = 10.0) -> bool:
-    """End the trainer now: SIGTERM twice (stop, then stop at once), SIGKILL when it outlives the patience.
+@dataclass(slots=True)
+class Ending:
+    """Sees to it that a run ends at once when that was asked for: its keeper does it; where the keeper is
+    gone or stands still, signals of ours do. `tick` does what is due and returns at once.
+    """
 
-    Returns whether there was a trainer to end. Nothing that it has not saved yet is kept.
+    folder: RunFolder
+    _how: str | None = field(default=None, init=False)
+    _since: float = field(default=0.0, init=False)
+    _ender: stopping.Ender = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ender = stopping.Ender(self._send)
+
+    def tick(self) -> None:
+        """Do what is due."""
+        how, now = stopping.asked(self.folder), time.monotonic()
+        if how is None or how == stopping.AFTER_STEP:
+            return
+        if how != self._how:
+            self._how, self._since = how, now
+        allowed = KEEPER_ANSWERS_SECONDS + (0.0 if how == stopping.KILL else stopping.PATIENCE_SECONDS)
+        if holder(self.folder.lock_file("keeper")) is None or now - self._since > allowed:
+            self._ender.tick(how, now)
+
+    def _send(self, number: int) -> None:
+        pid = live_pid(self.folder, "trainer")
+        if pid is not None:
+            os.kill(pid, number)
+
+
+def kill(run_dir: Path, *, patience_seconds: float = stopping.PATIENCE_SECONDS) -> bool:
+    """End the run now: a stop at once, and SIGKILL when the trainer outlives the patience; waits for it.
+
+    Returns whether there was a run to end. Nothing that it has not saved yet is kept.
     """
     folder = RunFolder(run_dir)
-    pid = live_pid(folder, "trainer")
-    if pid is None:
+    if not is_alive(folder):
         return False
-    # The first SIGTERM asks for a stop after the step, the second for one at once.
-    steps = (
-        (signal.SIGTERM, 2 * POLL_SECONDS),
-        (signal.SIGTERM, patience_seconds),
-        (signal.SIGKILL, patience_seconds),
-    )
-    for number, seconds in steps:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        if _gone(folder, seconds):
+    stopping.ask(folder, stopping.NOW)
+    ending, begun = Ending(folder), time.monotonic()
+    while is_alive(folder):
+        waited = time.monotonic() - begun
+        if waited > patience_seconds:
+            stopping.ask(folder, stopping.KILL)
+        if waited > patience_seconds + 3 * KEEPER_ANSWERS_SECONDS:
             break
-    return True
-
-
-def _gone(folder: RunFolder, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if live_pid(folder, "trainer") is None:
-            return True
+        ending.tick()
         time.sleep(POLL_SECONDS)
-    return False
-
-
-def _psutil() -> ModuleType:
-    try:
-        return importlib.import_module("psutil")
-    except ImportError as error:
-        raise MissingExtraError("watching a run", "psutil") from error
+    return True

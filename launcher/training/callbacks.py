@@ -39,6 +39,10 @@ class NothingLeftError(VramwiseError):
     """The checkpoint that a run goes on from holds all of its steps; transformers would do one more."""
 
 
+class EvaluationStoppedError(VramwiseError):
+    """Somebody asked for an end while the run was evaluated."""
+
+
 class LaunchedTrainer(SparingTrainer):
     """SFTTrainer that ends before an update by a non-finite loss or gradient, saves checkpoints whole, loads
     them exactly, and writes no model card.
@@ -131,6 +135,15 @@ class LaunchedTrainer(SparingTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         self._random_states.take()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; a stop that is asked for meanwhile ends it after the batch, and no step is done then."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except EvaluationStoppedError:
+            self.control.should_training_stop = True
+            self.control.should_save = self._saver is not None
+            return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: upstream's asks the Hub about the base model, and can fail at the end of a run."""
@@ -298,6 +311,18 @@ class EventCallback(TrainerCallback):  # type: ignore[misc]
             )
         )
         self._seconds, self._steps, self._tokens = 0.0, 0, tokens or 0
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Break off an evaluation when a stop is asked for.
+
+        Raises:
+            EvaluationStoppedError: to LaunchedTrainer.evaluate.
+        """
+        if self._stop_requested():
+            self.stopped = state.global_step < state.max_steps
+            raise EvaluationStoppedError("a stop was asked for during the evaluation")
 
     def on_evaluate(
         self,

@@ -26,11 +26,12 @@ class StopRequest:
 
     file: Path
     signalled: bool = field(default=False, init=False)
+    _ended: int = field(default=0, init=False)
 
     def install(self) -> None:
         """Take over the signals."""
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def requested(self) -> bool:
@@ -38,9 +39,14 @@ class StopRequest:
         return self.signalled or self.file.exists()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signalled:
-            raise KeyboardInterrupt
         self.signalled = True
+        # SIGUSR1 is a scheduler's warning, which a SIGTERM follows: only a second one of the others hurries.
+        if number == signal.SIGUSR1:
+            return
+        self._ended += 1
+        # Once: what an end at once has to say is not to be cut off by a third.
+        if self._ended == 2:
+            raise KeyboardInterrupt
 
 
 @dataclass(slots=True)

@@ -1,12 +1,14 @@
 """The training process: `python -m launcher.training.train RUN_DIR` runs the job of a run folder and exits.
 
 It needs nobody to watch it: what it does is told in events.jsonl, what libraries print goes where stdout
-goes. SIGHUP is ignored; the first SIGTERM or SIGINT, or a file named `stop`, ends the run after the current
-step with the adapter saved; a second signal ends it at once. The exit codes are ends.RunExit.
+goes. SIGHUP is ignored; SIGUSR1, the first SIGTERM or SIGINT, or a file named `stop`, ends the run after the
+current step with the adapter saved; a second SIGTERM or SIGINT ends it at once; SIGUSR2 writes the stacks of
+its threads to stderr. The exit codes are ends.RunExit.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import platform
@@ -23,11 +25,11 @@ from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_att
 from launcher.runs.ends import RunExit
 from launcher.runs.events import AttemptEvent, EventWriter, StageEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
+from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.record import read_plan
-from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
-from launcher.training.card import choose_gpu, gpu_facts
+from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
 from launcher.training.patience import PatientWriter
 from planner.base.errors import InputError, shorten
@@ -49,19 +51,21 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]).resolve())
     stop = StopRequest(folder.stop)
     stop.install()
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     with ExitStack() as open_ones:
         try:
             open_ones.enter_context(hold_lock(folder, "trainer"))
             held = open_ones.enter_context(anchored(folder))
             _refuse_started(folder)
-            write_identity(folder, "trainer", os.getpid())
             writer = open_ones.enter_context(EventWriter(held.events))
+            beats = open_ones.enter_context(HeartbeatWriter(held.heartbeat))
         except (RunBusyError, InputError, OSError) as error:
             print(error, file=sys.stderr)
             return RunExit.BAD_INPUT
         stop.file = held.stop
         with (end := RunEnd(writer)):
-            _run(held, writer, stop, end)
+            _run(held, writer, stop, end, beats)
         if end.state != "finished":
             print(f"{end.state}: {end.message}", file=sys.stderr)
         return end.code
@@ -102,7 +106,10 @@ def _begin_attempt(folder: RunFolder, writer: EventWriter) -> tuple[TrainingJob,
     return attempt.apply(job), attempt
 
 
-def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd) -> None:
+def _run(
+    folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, beats: HeartbeatWriter
+) -> None:
+    beats.beat("loading", end.step)
     job, attempt = _begin_attempt(folder, writer)
     end.step = attempt.from_step
     gpu = choose_gpu(job)
@@ -117,17 +124,14 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd)
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
-    if gpu is not None and not on_gpu:
-        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
-    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
-        _warn(writer, sentence)
+    _refuse_and_warn(job, gpu, writer, on_gpu=on_gpu)
     tokenizer, train_rows, eval_rows = _data(job, writer)
     if not folder.fingerprint.exists():
         fingerprint.write(folder, fingerprint.take(folder.read_job()))
 
     from launcher.training import saving
     from launcher.training.callbacks import EventCallback, MemoryMeter
+    from launcher.training.heart import HeartbeatCallback
     from launcher.training.rehearsal import Rehearsal
 
     meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
@@ -155,12 +159,16 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd)
     trainer.tell = functools.partial(_warn, writer)
     tell = functools.partial(_stage, writer, "rehearsing")
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
-    patient = PatientWriter(write=writer.write, beat=_no_beat, stop_requested=stop.requested)
+    patient = PatientWriter(write=writer.write, beat=beats.beat, stop_requested=stop.requested)
     _prepare_saving(trainer, folder, job, patient, attempt)
+    trainer.add_callback(HeartbeatCallback(beats.beat, compiles=job.setup.compile != "none"))
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
+    # The longest micro-batch compiles what the steps compile.
+    beats.beat("compiling" if job.setup.compile != "none" else "loading", end.step)
     _train(trainer, folder, attempt, end)
+    beats.beat("saving", end.step)
     saving.save_adapter(folder, patient, trainer.model, tokenizer, end.step)
     meter.close("save", end.step)
     if callback.stopped:
@@ -206,6 +214,17 @@ def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: R
         end.step = max(step, trainer.state.global_step)
 
 
+def _refuse_and_warn(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter, *, on_gpu: bool) -> None:
+    """Refuse what cannot run here, and say what runs otherwise than asked."""
+    from launcher.training import build
+
+    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
+    if gpu is not None and not on_gpu:
+        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
+    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
+        _warn(writer, sentence)
+
+
 def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
     """The tokenizer, and what it makes of the job's data."""
     from launcher.training import build, dataset
@@ -235,10 +254,6 @@ def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBas
 
 
 def _unknown() -> None:
-    return None
-
-
-def _no_beat(stage: str, step: int) -> None:
     return None
 
 

@@ -176,7 +176,7 @@ class VramwiseApp(App[None]):
 
     def runs_that_go_on(self) -> tuple[RunFolder, ...]:
         """Runs that were started or followed here and whose trainer is alive."""
-        return tuple(one for one in self._followed.values() if runs.short_state(one)[0] == "running")
+        return tuple(one for one in self._followed.values() if runs.goes_on(one))
 
     def action_help(self) -> None:
         """Show or hide the panel of keys."""

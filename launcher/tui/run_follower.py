@@ -28,12 +28,13 @@ from launcher.runs.events import (
     from_line,
 )
 from launcher.runs.folder import RunFolder
-from launcher.runs.supervisor import live_pid
+from launcher.runs.locks import is_alive
+from launcher.runs.state import TRIED_AGAIN, was_started
+from launcher.runs.tail import LineTail, last_lines
 from launcher.runs.training_job import TrainingJob
 from launcher.tui.series import CoalescedSeries
-from launcher.tui.tail import LineTail, last_lines
 from planner.answers.plan import Plan
-from planner.base.errors import InputError, MissingExtraError, VramwiseError
+from planner.base.errors import InputError, VramwiseError
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.catalog import resolve_model
 from planner.setup.run import TrainingRun
@@ -58,9 +59,9 @@ class Prediction:
 class RunSnapshot:
     """A run as its files tell it at one moment.
 
-    `state` is a supervisor state, or "stopping" once a stop was asked for, or "unknown" where no one can say
-    whether the trainer is alive. `seconds_left` was right at `at`, a reading of the monotonic clock.
-    `behind` says that the files hold more than has been read.
+    `state` is a supervisor state, or "stopping" once a stop was asked for, or "unknown" while the files are
+    still being read. `seconds_left` was right at `at`, a reading of the monotonic clock. `behind` says that
+    the files hold more than has been read.
     """
 
     folder: RunFolder
@@ -113,7 +114,7 @@ class RunFollower:
     def poll(self) -> RunSnapshot:
         """Read at most one slice of each file and say where the run stands."""
         # The process first: an end event written in between is then seen, not taken for a kill.
-        alive = self._alive()
+        alive = is_alive(self.folder)
         self._read_job()
         lines = self._events.read_new()
         if self._events.restarted:
@@ -125,7 +126,7 @@ class RunFollower:
             self._facts.take(from_line(line), now)
         return self._snapshot(alive, now)
 
-    def _snapshot(self, alive: bool | None, now: float) -> RunSnapshot:
+    def _snapshot(self, alive: bool, now: float) -> RunSnapshot:
         facts = self._facts
         behind = self._events.behind or self._samples.behind
         state, message = self._state(alive)
@@ -154,12 +155,6 @@ class RunFollower:
             behind=behind,
         )
 
-    def _alive(self) -> bool | None:
-        try:
-            return live_pid(self.folder, "trainer") is not None
-        except MissingExtraError:
-            return None
-
     def _read_job(self) -> None:
         if self._job is None:
             try:
@@ -170,17 +165,16 @@ class RunFollower:
             self._asked_for_prediction = True
             self._prediction = _prediction(self.folder, self._job)
 
-    def _state(self, alive: bool | None) -> tuple[str, str]:
+    def _state(self, alive: bool) -> tuple[str, str]:
         facts = self._facts
-        if facts.end is not None:
+        again = alive and facts.end is not None and facts.end.state in TRIED_AGAIN
+        if facts.end is not None and not again:
             return facts.end.state if facts.end.state in END_STATES else "failed", str(facts.end.message)
-        if alive is None:
-            return "unknown", "whether the trainer is alive cannot be told without psutil"
         if alive:
             if self.folder.stop.exists():
                 return "stopping", "after the present step"
             return ("running" if facts.total_steps is not None else "starting"), ""
-        if facts.event_count == 0 and not self.folder.identity("trainer").exists():
+        if facts.event_count == 0 and not was_started(self.folder):
             return "created", "not started yet"
         if self._events.behind:
             return "unknown", "still reading"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launcher.runs.events import EndEvent, LogEvent, from_line
 from launcher.runs.folder import RunFolder
-from launcher.runs.supervisor import live_pid
-from launcher.tui.tail import last_lines
-from planner.base.errors import MissingExtraError
+from launcher.runs.locks import is_alive
+from launcher.runs.state import is_run, status
+from planner.base.errors import InputError
 
 LISTED = 200
 
@@ -17,29 +16,24 @@ LISTED = 200
 def list_runs(root: Path) -> tuple[RunFolder, ...]:
     """Run folders directly under a folder, the newest first."""
     try:
-        found = [path for path in root.iterdir() if (path / "job.json").is_file()]
+        found = [path for path in root.iterdir() if path.is_dir() and is_run(path)]
     except OSError:
         return ()
     return tuple(RunFolder(path.resolve()) for path in sorted(found, key=_changed, reverse=True)[:LISTED])
 
 
 def short_state(folder: RunFolder) -> tuple[str, str]:
-    """State and a few words, from the end of the event file."""
-    step = 0
-    for line in reversed(last_lines(folder.events, 20)):
-        event = from_line(line)
-        if isinstance(event, EndEvent):
-            return str(event.state), f"step {event.step}"
-        if isinstance(event, LogEvent):
-            step = event.step
-            break
+    """State and a few words."""
     try:
-        alive = live_pid(folder, "trainer") is not None
-    except MissingExtraError:
-        return "unknown", f"step {step}"
-    if alive:
-        return "running", f"step {step}"
-    return ("killed", f"step {step}") if folder.identity("trainer").exists() else ("created", "")
+        found = status(folder.path)
+    except InputError:
+        return "unknown", ""
+    return found.state, "" if found.state == "created" else f"step {found.step}"
+
+
+def goes_on(folder: RunFolder) -> bool:
+    """Whether the run is alive."""
+    return is_alive(folder)
 
 
 def age(folder: RunFolder) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -34,6 +33,7 @@ from launcher.runs.events import (
     read_events,
 )
 from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder
+from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import PROFILES
@@ -47,6 +47,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DEMO = PROFILES / "demo"
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 100_000
+SMALL = TrainingSetup(
+    model="demo", max_length=64, method="lora", dtype="float32", per_device_train_batch_size=2, lora_r=4
+)
 SECRETS = {"HF_TOKEN": "hf_canary_token_0123456789", "WANDB_API_KEY": "wandb_canary_0123456789"}
 
 
@@ -139,8 +142,7 @@ def test_the_demo_learns_and_its_adapter_changes_the_answer(demo: Demo) -> None:
 
     run, handle = demo.run, demo.handle
     assert demo.status.state == "finished"
-    assert handle.trainer.returncode == RunExit.FINISHED
-    assert not handle.sampler.returncode
+    assert handle.keeper.wait(60) == RunExit.FINISHED
     with pytest.raises(RunBusyError, match="finished"):
         supervisor.start(run.path)
 
@@ -186,24 +188,53 @@ def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path
     supervisor.request_stop(run.path)
     status = handle.wait(600)
     assert status.state == "stopped"
-    assert handle.trainer.returncode == RunExit.STOPPED_SAVED
+    assert handle.keeper.wait(60) == RunExit.STOPPED_SAVED
     assert (run.adapter / "adapter_model.safetensors").exists()
     checkpoint = run.checkpoints / f"checkpoint-{status.step}"
     assert (checkpoint / "adapter_model.safetensors").exists()
     assert not (checkpoint / "training_args.bin").exists()
 
 
-def test_hangup_is_ignored_and_sigterm_saves(tmp_path: Path) -> None:
-    run = make_run(tmp_path, max_steps=LONG)
+@pytest.mark.parametrize("warning", [signal.SIGTERM, signal.SIGUSR1])
+def test_hangup_is_ignored_and_a_warning_saves(tmp_path: Path, warning: signal.Signals) -> None:
+    run = make_run(tmp_path, setup=SMALL, max_steps=LONG)
     trainer = start(run)
     wait_until(lambda: steps_seen(run) >= 1)
     assert trainer.pid is not None
     os.kill(trainer.pid, signal.SIGHUP)
     step = steps_seen(run)
     wait_until(lambda: steps_seen(run) > step + 2)
-    os.kill(trainer.pid, signal.SIGTERM)
+    os.kill(trainer.pid, STACKS_SIGNAL)
+    wait_until(lambda: "in training_step" in run.log("trainer").read_text())
+    beat = read_beat(run.heartbeat)
+    assert beat is not None
+    assert (beat.stage, beat.step > step) == ("training", True)
+    os.kill(trainer.pid, warning)
     assert exit_code(trainer) == RunExit.STOPPED_SAVED
     assert supervisor.status(run.path).state == "stopped"
+    assert run.adapter.exists()
+
+
+def test_a_stop_ends_a_long_evaluation_without_one_more_step(tmp_path: Path) -> None:
+    """After the present batch, with the step before it saved."""
+    evaluated = tmp_path / "eval.jsonl"
+    evaluated.write_text((DEMO / "data" / "eval.jsonl").read_text() * 20)
+    run = make_run(
+        tmp_path, setup=SMALL, max_steps=LONG, save_steps=LONG, eval_steps=2, eval_data_path=str(evaluated)
+    )
+    trainer = start(run)
+
+    def evaluates() -> bool:
+        beat = read_beat(run.heartbeat)
+        return beat is not None and (beat.stage, beat.step) == ("evaluating", 2)
+
+    wait_until(evaluates)
+    os.kill(trainer.pid or 0, signal.SIGTERM)
+    assert exit_code(trainer) == RunExit.STOPPED_SAVED
+    end = the_end(run)
+    assert (end.state, end.step) == ("stopped", 2)
+    assert not any(isinstance(event, EvalEvent) for event in read_events(run.events))
+    assert (run.checkpoints / "checkpoint-2" / "adapter_model.safetensors").exists()
     assert run.adapter.exists()
 
 
@@ -290,4 +321,3 @@ def test_a_second_trainer_by_hand_leaves_the_events_alone(tmp_path: Path) -> Non
     before = run.events.read_bytes()
     assert exit_code(start(run)) == RunExit.BAD_INPUT
     assert run.events.read_bytes() == before
-    assert json.loads(run.identity("trainer").read_text())["pid"]

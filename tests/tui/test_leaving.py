@@ -38,12 +38,13 @@ def test_a_run_that_goes_on_is_named_with_the_command_that_follows_it(
     folder = synthetic.half_way(tmp_path / "my run")
     monkeypatch.setenv("TEXTUAL_DRIVER", "served")
     monkeypatch.setattr(VramwiseApp, "run", lambda app: None)
-    monkeypatch.setattr(runs, "live_pid", lambda folder, process: 4242 if alive else None)
+    monkeypatch.setattr(runs, "is_alive", lambda folder: alive)
     if not alive:
         synthetic.append(folder.events, synthetic.end("finished", 240))
     assert tui.run(asked("--run", str(folder.path))) == 0
     said = capsys.readouterr().err
-    assert (f"run my run goes on: vramwise runs follow '{folder.path}'" in said) is alive
+    command = f"vramwise runs follow 'my run' --runs {tmp_path}"
+    assert (f"run my run goes on: {command}" in said) is alive
 
 
 def test_in_a_browser_no_terminal_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def test_in_a_browser_no_terminal_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
 async def test_a_run_that_is_over_says_where_its_adapter_is_and_offers_no_stop(
     make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
+    monkeypatch.setattr(run_follower, "is_alive", lambda folder: True)
     folder = synthetic.half_way(tmp_path / "r")
     async with make_app(run=folder).run_test(size=(200, 40)) as pilot:
         await see(pilot)

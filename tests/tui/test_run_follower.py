@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 from launcher.runs.events import WarningEvent, to_line
+from launcher.runs.tail import MAX_LINE_BYTES, LineTail, last_lines
 from launcher.tui import run_follower
 from launcher.tui.run_follower import RunFollower
 from launcher.tui.series import CoalescedSeries
-from launcher.tui.tail import MAX_LINE_BYTES, LineTail, last_lines
 
 from . import synthetic
 
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
+    monkeypatch.setattr(run_follower, "is_alive", lambda folder: True)
 
 
 def test_a_run_that_was_never_started(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_figures_of_a_wrong_type_are_left_out(tmp_path: Path) -> None:
     snapshot = RunFollower(folder).poll()
     assert snapshot.total_steps is None
     assert snapshot.losses == ()
-    assert snapshot.warning_count == 3
+    assert snapshot.warning_count == 5
 
 
 def test_warnings_are_counted_and_the_last_are_kept(tmp_path: Path) -> None:

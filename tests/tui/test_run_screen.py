@@ -27,7 +27,7 @@ SIZE = (120, 40)
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
+    monkeypatch.setattr(run_follower, "is_alive", lambda folder: True)
 
 
 async def see(pilot: Pilot[None]) -> RunScreen:

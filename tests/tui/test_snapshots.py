@@ -136,7 +136,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sizing, "estimate_step", fixed_step)
     monkeypatch.setattr(advice, "work_out", fixed_advice)
     monkeypatch.setattr(run_follower, "estimate_memory", fixed_memory)
-    monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
+    monkeypatch.setattr(run_follower, "is_alive", lambda folder: True)
     monkeypatch.setattr(run_screen, "POLL_SECONDS", 3600.0)
     models = sizing_pickers.list_models()[:8]
     monkeypatch.setattr(sizing_pickers, "list_models", lambda: models)

@@ -99,7 +99,7 @@ async def test_every_theme_is_shown_over_sizing(
 async def test_every_theme_is_shown_over_a_run(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(run_follower, "live_pid", lambda folder, process: 4242)
+    monkeypatch.setattr(run_follower, "is_alive", lambda folder: True)
     monkeypatch.setattr(run_screen, "POLL_SECONDS", 3600.0)
     app = make_app(run=synthetic.half_way(tmp_path / "run"))
     async with app.run_test(size=SIZE) as pilot:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import allocator, supervisor
+from launcher.runs import allocator, keeper
 from launcher.runs.allocator import (
     allocator_environment,
     fall_back,
@@ -142,20 +142,21 @@ def test_the_trainer_is_started_with_expandable_segments_and_with_what_a_person_
     on_machine.setenv("PYTHONPATH", str(tmp_path))
     if own is not None:
         on_machine.setenv(GENERAL, own)
-    spawn = supervisor._spawn
+    asked = keeper.spawn
 
     def spawn_another(
-        folder: RunFolder, process: str, module: str, variables: dict[str, str]
+        folder: RunFolder, process: str, module: str, variables: dict[str, str] | None = None, **_: Any
     ) -> subprocess.Popen[bytes]:
-        return spawn(folder, process, "says", variables)
+        return asked(folder, process, "says", variables)
 
-    on_machine.setattr(supervisor, "_spawn", spawn_another)
+    on_machine.setattr(keeper, "spawn", spawn_another)
+    on_machine.setattr(keeper.signal, "signal", lambda *_: None)
+    on_machine.setattr(keeper.Keeper, "_end_sampler", lambda self: self._sampler.wait(500))
     job = TrainingJob(
         setup=TrainingSetup(model="m", max_length=64, packing=True), model_source="m", data_path="d.jsonl"
     )
     folder = create_run_folder(tmp_path, job, name="run")
-    handle = supervisor.start(folder.path)
-    assert (handle.trainer.wait(500), handle.sampler.wait(500)) == (0, 0)
+    assert keeper.main([str(folder.path)]) == 0
     trainer = folder.log("trainer").read_text(encoding="utf-8").strip()
     assert trainer == str([SETTING[CUDA] if own is None else None, own])
     assert folder.log("sampler").read_text(encoding="utf-8").strip() == str([None, own])

@@ -121,7 +121,7 @@ def test_a_run_that_there_is_none_of_is_answered_with_those_that_are(cli: Cli, t
 def test_no_runs_here_says_where_here_is(cli: Cli, tmp_path: Path) -> None:
     done = cli("runs", "--runs", tmp_path)
     assert done.code == 0
-    assert f"no runs in {tmp_path}: they stay where they are started" in done.err
+    assert f"no runs in {tmp_path} (--runs names another folder)" in done.err
 
 
 def test_a_config_may_have_numbers_without_an_end(tmp_path: Path) -> None:

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from launcher.runs import supervisor
-from launcher.runs.events import EndEvent, EventWriter, LogEvent, StartEvent
 from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder, hold_lock
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import InputError
@@ -105,65 +101,6 @@ def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
     holder.wait()
     with hold_lock(folder, "trainer"):
         pass
-
-
-def test_status_follows_the_files(tmp_path: Path) -> None:
-    folder = create_run_folder(tmp_path, make_job())
-    assert supervisor.status(folder.path).state == "created"
-    supervisor.write_identity(folder, "trainer", os.getpid())
-    assert supervisor.status(folder.path).state == "starting"
-    with EventWriter(folder.events) as writer:
-        writer.write(StartEvent(time=1.0, total_steps=9, environment={}))
-        log = LogEvent(
-            time=2.0,
-            step=4,
-            loss=1.0,
-            learning_rate=None,
-            grad_norm=None,
-            tokens_per_second=None,
-            step_seconds=None,
-        )
-        writer.write(log)
-        now = supervisor.status(folder.path)
-        assert (now.state, now.step, now.total_steps, now.pid) == ("running", 4, 9, os.getpid())
-        with pytest.raises(RunBusyError, match="running"):
-            supervisor.start(folder.path)
-        writer.write(EndEvent(time=3.0, state="oom", message="CUDA out of memory", step=5))
-    now = supervisor.status(folder.path)
-    assert (now.state, now.step, now.message) == ("oom", 5, "CUDA out of memory")
-
-
-def test_a_dead_and_a_reused_pid_are_not_running(tmp_path: Path) -> None:
-    folder = create_run_folder(tmp_path, make_job())
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    supervisor.write_identity(folder, "trainer", child.pid)
-    child.wait()
-    assert supervisor.status(folder.path).state == "killed"
-    reused = {"pid": os.getpid(), "create_time": psutil.Process().create_time() - 3600}
-    folder.identity("trainer").write_text(json.dumps(reused))
-    now = supervisor.status(folder.path)
-    assert (now.state, now.alive, now.over) == ("killed", False, True)
-
-
-def test_a_zombie_is_not_running(tmp_path: Path) -> None:
-    folder = create_run_folder(tmp_path, make_job())
-    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    supervisor.write_identity(folder, "trainer", child.pid)
-    assert supervisor.status(folder.path).alive
-    assert child.stdin is not None
-    child.stdin.close()
-    deadline = time.monotonic() + 300
-    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not supervisor.status(folder.path).alive
-    child.wait()
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x", "create_time": 1}'])
-def test_a_truncated_identity_is_no_process(tmp_path: Path, content: str) -> None:
-    folder = create_run_folder(tmp_path, make_job())
-    folder.identity("trainer").write_text(content)
-    assert supervisor.live_pid(folder, "trainer") is None
 
 
 def test_a_folder_without_a_job_is_refused(tmp_path: Path) -> None:

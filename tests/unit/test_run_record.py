@@ -125,7 +125,7 @@ def test_predicted_is_shown_beside_measured(
 ) -> None:
     pytest.importorskip("psutil")
     folder = run_with(tmp_path, facts, on_gpu=on_gpu)
-    folder.identity("trainer").write_text('{"pid": 999999999, "create_time": 0}')
+    folder.lock_file("trainer").touch()
     finished = cli("runs", "follow", "run", "--runs", tmp_path)
     assert finished.code == 0
     assert "Predicted beside measured" in finished.out
@@ -139,6 +139,8 @@ def test_runs_are_listed(cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("psutil")
     run_with(tmp_path, ON_CPU, on_gpu=False)
     listed = json.loads(cli("runs", "--runs", tmp_path, "--json").out)
-    assert listed["runs"] == [{"run": "run", "state": "finished", "step": 4, "total_steps": 4}]
+    (row,) = listed["runs"]
+    assert (row["run"], row["state"], row["step"], row["total_steps"]) == ("run", "finished", 4, 4)
+    assert (row["alive"], row["damaged"], row["model"]) == (False, [], "qwen2.5-0.5b")
     assert "finished" in cli("runs", "--runs", tmp_path).out
     assert cli("runs", "--runs", tmp_path / "none").code == 0

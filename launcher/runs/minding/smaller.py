@@ -1,0 +1,114 @@
+"""`python -m launcher.runs.smaller RUN_DIR STEP OTHERS_BYTES`: the attempt that needs less, as a line of JSON.
+
+A process of its own, that the keeper waits for: planning reads catalogs and may describe a model, and the keeper
+is to hold nothing that can break it. `null` says that there is no smaller one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from launcher.runs.attempts import Attempt, read_attempts
+from launcher.runs.events import StartEvent, first_event
+from launcher.runs.folder import RunFolder
+from launcher.runs.record import read_plan
+from planner.answers.plan import Plan
+from planner.base.errors import ExitCode, InputError, VramwiseError
+from planner.models.catalog import resolve_model
+from planner.models.inspectors import installed_inspector
+from planner.models.spec import ModelSpec
+from planner.planning.step_down import CPU_KEEPS, step_down
+
+OOM_RESTARTS = 2
+"""Restarts with a smaller setup, after which the run is given up."""
+TIMEOUT_SECONDS = 180
+"""A plan takes a second; describing a model outside the catalog may take two minutes."""
+
+
+def ask_for_smaller(folder: RunFolder, *, from_step: int, others_bytes: int) -> Attempt | None:
+    """The attempt that goes on from `from_step` with less memory, worked out in a child process.
+
+    `others_bytes` is what other processes hold of the GPU. None: the run has been made smaller often enough,
+    nothing smaller learns the same, or it cannot be worked out.
+    """
+    attempts = read_attempts(folder.attempts)
+    if sum(attempt.reason == "oom" for attempt in attempts) >= OOM_RESTARTS:
+        return None
+    command = [sys.executable, "-P", "-m", "launcher.runs.smaller"]
+    try:
+        child = subprocess.run(  # noqa: S603 (our own interpreter and module, no shell)
+            [*command, str(folder.path), str(from_step), str(others_bytes)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        values = json.loads(child.stdout)
+    except (subprocess.TimeoutExpired, OSError, ValueError):
+        return None
+    return None if values is None else Attempt.from_dict(values)
+
+
+def smaller_attempt(folder: RunFolder, *, from_step: int, others_bytes: int) -> Attempt | None:
+    """The same, worked out here; None too for a job made by hand, whose card nobody knows.
+
+    Raises:
+        VramwiseError: plan, attempts or model cannot be read.
+    """
+    plan, attempts = read_plan(folder), read_attempts(folder.attempts)
+    if plan is None or not attempts:
+        return None
+    last = attempts[-1]
+    found = step_down(
+        last.setup,
+        _model(folder, plan),
+        plan.gpu.spec,
+        usable_bytes=max(0, plan.gpu.usable_bytes - max(0, others_bytes - plan.gpu.held_bytes)),
+        keep=() if _on_gpu(folder, plan) else CPU_KEEPS,
+    )
+    if found is None:
+        return None
+    return Attempt(
+        number=last.number + 1,
+        reason="oom",
+        from_step=from_step,
+        setup=found.setup,
+        num_train_epochs=last.num_train_epochs,
+        max_steps=last.max_steps,
+        changes=found.changes,
+    )
+
+
+def _model(folder: RunFolder, plan: Plan) -> ModelSpec:
+    try:
+        return resolve_model(plan.model.id)
+    except InputError:
+        return resolve_model(folder.read_job().model_source, inspector=installed_inspector)
+
+
+def _on_gpu(folder: RunFolder, plan: Plan) -> bool:
+    """Whether the run is on a GPU: planned for one of this machine, or its trainer said so."""
+    if plan.gpu.index is not None:
+        return True
+    start = first_event(folder.events, StartEvent)
+    return start is not None and start.environment.get("device") != "cpu"
+
+
+def main(arguments: list[str]) -> int:
+    """Print the attempt; returns the exit code."""
+    folder, step, others = RunFolder(Path(arguments[0])), int(arguments[1]), int(arguments[2])
+    try:
+        attempt = smaller_attempt(folder, from_step=step, others_bytes=others)
+    except VramwiseError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.FAILED
+    print(json.dumps(None if attempt is None else attempt.to_dict()))
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
