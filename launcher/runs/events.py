@@ -127,13 +127,16 @@ class WarningEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndEvent:
-    """The run is over. `state` is one of ends.END_STATES."""
+    """The run is over. `state` is one of ends.END_STATES. `others_bytes` is what other processes held of the
+    GPU when memory ran out, where the driver says.
+    """
 
     kind: ClassVar[str] = "end"
     time: float
     state: str
     message: str
     step: int
+    others_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.minding import stopping
 from launcher.runs.minding.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
 from launcher.runs.minding.hang import HangLimits, HangWatch, Silence
+from launcher.runs.minding.smaller import ask_for_smaller
 from launcher.runs.minding.spawn import spawn
 from launcher.runs.state import last_checkpoint, read_recent
 from launcher.runs.tail import last_lines, lines_from_the_end
@@ -48,24 +49,34 @@ Spawn = Callable[[], "subprocess.Popen[bytes]"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptEnd:
-    """How an attempt ended: state, message and step of its end event; `host_memory` when the kernel ended the
-    trainer for want of memory of the host, `gone` when the trainer does not exist any more.
+    """How an attempt ended: state, message, step and others' bytes of its end event; `host_memory` when the
+    kernel ended the trainer for want of memory of the host, `gone` when the trainer does not exist any more.
     """
 
     state: str
     message: str
     step: int
+    others_bytes: int = 0
     host_memory: bool = False
     gone: bool = True
 
 
 def next_attempt(folder: RunFolder, end: AttemptEnd) -> Attempt | None:
     """The attempt that is made after this end; None: the run is over."""
-    attempts = read_attempts(folder.attempts)
-    if not attempts or not end.gone or end.state != "hang":
+    if not end.gone or end.host_memory:
         return None
     checkpoint = last_checkpoint(folder.events)
     from_step = 0 if checkpoint is None or not Path(checkpoint.path).is_dir() else checkpoint.step
+    if end.state == "oom":
+        return ask_for_smaller(folder, from_step=from_step, others_bytes=end.others_bytes)
+    return _after_hang(folder, from_step) if end.state == "hang" else None
+
+
+def _after_hang(folder: RunFolder, from_step: int) -> Attempt | None:
+    """The same again, a few times."""
+    attempts = read_attempts(folder.attempts)
+    if not attempts:
+        return None
     restarts = 0
     for attempt in reversed(attempts):
         if attempt.reason != "hang" or attempt.from_step != from_step:
@@ -190,7 +201,9 @@ class Keeper:
         """What the trainer said of its end, else what can be told from outside, written in its place."""
         told = _told_end(self.folder.events, offset)
         if told is not None and (silence is None or told.state == "finished"):
-            return AttemptEnd(state=told.state, message=told.message, step=told.step)
+            return AttemptEnd(
+                state=told.state, message=told.message, step=told.step, others_bytes=told.others_bytes or 0
+            )
         end = self._untold(trainer.returncode, kills) if silence is None else self._hung(trainer, silence)
         append_event(
             self.folder.events,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
+from launcher.runs.attempts import read_attempts
 from launcher.runs.events import StartEvent
 from launcher.runs.folder import RunFolder
 from launcher.runs.summary import RunSummary, summarize
@@ -73,11 +74,13 @@ def make_record(folder: RunFolder, outcome: str, summary: RunSummary | None = No
     plan = read_plan(folder)
     if not isinstance(weights, int) or not isinstance(context, int) or plan is None:
         return None
+    attempts = read_attempts(folder.attempts)
+    setup = attempts[-1].setup if attempts else folder.read_job().setup
     return RunRecord(
         id=folder.path.name,
         created=datetime.fromtimestamp(start.time, UTC).isoformat(timespec="seconds"),
         source="train",
-        setup=folder.read_job().setup,
+        setup=setup,
         model_parameter_count=plan.model.parameter_count,
         environment=environment,
         outcome=outcome,
@@ -86,9 +89,9 @@ def make_record(folder: RunFolder, outcome: str, summary: RunSummary | None = No
         phases=phases,
         step_seconds=tuple(found.step_seconds.kept),
         tokens_per_second=found.tokens_per_second,
-        predicted=_predicted(plan),
+        predicted=_predicted(plan) if setup == plan.setup else None,
         allocator=str(start.environment.get("allocator", NATIVE)),
-        padded=plan.setup.per_device_train_batch_size > 1 and not plan.setup.packing,
+        padded=setup.per_device_train_batch_size > 1 and not setup.packing,
     )
 
 

@@ -89,7 +89,7 @@ class RunSummary:
                 pass
 
     def _forget_what_was_too_much(self) -> None:
-        """Another setup is trained from here on: peaks, rates and the start of the one before are not its own."""
+        """Another setup is trained from here on: peaks, rates and start of the one before are not its own."""
         self.start = None
         self.memory.clear()
         self.rates, self.step_seconds = Figures(), Figures()

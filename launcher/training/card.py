@@ -32,6 +32,19 @@ class ChosenGpu:
             return None
         return None if used is None else max(0, used - self.used_before_bytes)
 
+    def held_by_others(self) -> int | None:
+        """What other processes hold of the GPU now; None where the driver does not list them all."""
+        from planner.gpus.detect import NoGpuError, local_gpus
+
+        try:
+            gpu = next((gpu for gpu in local_gpus() if gpu.uuid == self.uuid), None)
+        except NoGpuError:
+            return None
+        own = None if gpu is None else next((one for one in gpu.processes if one.pid == os.getpid()), None)
+        if gpu is None or own is None or own.used_bytes is None:
+            return None
+        return max(0, gpu.used_bytes - own.used_bytes)
+
 
 def choose_gpu(job: TrainingJob) -> ChosenGpu | None:
     """Make the job's GPU the only visible one; None when NVML shows none (torch then decides)."""

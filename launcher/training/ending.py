@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -60,6 +61,7 @@ class RunEnd:
     step: int = 0
     state: str = "finished"
     message: str = ""
+    held_by_others: Callable[[], int | None] = field(default=lambda: None)
 
     @property
     def code(self) -> RunExit:
@@ -76,8 +78,17 @@ class RunEnd:
         if error is not None:
             self.message = f"{type(error).__name__}: {error}"
             understood = self._classify(error)
+        others = self.held_by_others() if self.state == "oom" else None
+        if others:
+            self.message += f"; other processes hold {others / 2**30:.2f} GiB of the GPU"
         self.writer.write(
-            EndEvent(time=time.time(), state=self.state, message=self.message[:2000], step=self.step)
+            EndEvent(
+                time=time.time(),
+                state=self.state,
+                message=self.message[:2000],
+                step=self.step,
+                others_bytes=others,
+            )
         )
         return understood
 

@@ -113,6 +113,8 @@ def _run(
     job, attempt = _begin_attempt(folder, writer)
     end.step = attempt.from_step
     gpu = choose_gpu(job)
+    if gpu is not None:
+        end.held_by_others = gpu.held_by_others
     _set_environment(job)
     fallen_back = fall_back(os.environ)
     if fallen_back is not None:

@@ -9,7 +9,8 @@ from typing import Any
 from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.search import search
-from planner.search.evaluator import Evaluator
+from planner.search.evaluator import Candidate, Evaluator
+from planner.search.lean import smallest_that_fits
 from planner.setup.knobs import KNOBS
 from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
 
@@ -49,7 +50,8 @@ def step_down(
     keep: Iterable[str] = (),
 ) -> StepDown | None:
     """The fastest setup that learns the same and needs at most a share of SHARES_LEFT of what `setup` was to
-    need, or of `usable_bytes`, whichever is less; None where there is none.
+    need, or of `usable_bytes`, whichever is less; else the leanest that needs less at all; None where there
+    is none.
 
     Method, rank, length, effective batch, optimizer and how examples are batched stay; of EXECUTION_KNOBS
     those in `keep` too. `usable_bytes` is what the card leaves to the run.
@@ -70,13 +72,20 @@ def step_down(
             setup, evaluator, effective_batch_size=setup.effective_batch_size, fixed=fixed, confirm=True
         )
         if found.chosen is not None:
-            candidate = found.chosen.candidate
-            return StepDown(
-                setup=candidate.setup,
-                peak_upper_bytes=candidate.peak_upper_bytes,
-                changes=changes_in_words(setup, candidate.setup),
-            )
-    return None
+            return _to(found.chosen.candidate, setup)
+    evaluator = Evaluator(model, gpu, min(needed, usable_bytes) - 1, padded=padded)
+    leanest = smallest_that_fits(
+        setup, evaluator, effective_batch_size=setup.effective_batch_size, fixed=fixed
+    )
+    return None if leanest is None else _to(leanest, setup)
+
+
+def _to(candidate: Candidate, before: TrainingSetup) -> StepDown:
+    return StepDown(
+        setup=candidate.setup,
+        peak_upper_bytes=candidate.peak_upper_bytes,
+        changes=changes_in_words(before, candidate.setup),
+    )
 
 
 def changes_in_words(before: TrainingSetup, after: TrainingSetup) -> str:

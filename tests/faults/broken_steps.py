@@ -94,3 +94,13 @@ def _before_a_step(action: Callable[[Any], None], after: int = BROKEN_AFTER) -> 
         return step(self, *args, **kwargs)
 
     LaunchedTrainer.training_step = training_step
+
+
+def runs_out_beyond(largest: int) -> None:
+    """Let memory run out in steps of larger micro-batches, once BROKEN_AFTER steps are done."""
+
+    def fail(trainer: Any) -> None:
+        if trainer.args.per_device_train_batch_size > largest:
+            raise ERRORS["CUDA"]()
+
+    _before_a_step(fail)

@@ -42,7 +42,7 @@ def test_a_run_on_the_cpu_gets_nothing_that_only_a_gpu_has() -> None:
 def test_the_leanest_has_nothing_below_it() -> None:
     spec, target = resolve_model("llama-3.1-8b"), resolve_gpu("16GB")
     setup = TrainingSetup(
-        model="llama-3.1-8b", max_length=64, gradient_checkpointing=True, activation_offloading=True
+        model="llama-3.1-8b", max_length=8192, gradient_checkpointing=True, activation_offloading=True
     )
     assert step_down(setup, spec, target.spec, usable_bytes=target.usable_bytes) is None
 

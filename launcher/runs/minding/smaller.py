@@ -1,7 +1,7 @@
-"""`python -m launcher.runs.smaller RUN_DIR STEP OTHERS_BYTES`: the attempt that needs less, as a line of JSON.
+"""`python -m launcher.runs.minding.smaller RUN_DIR STEP OTHERS_BYTES`: the attempt that needs less, as JSON.
 
-A process of its own, that the keeper waits for: planning reads catalogs and may describe a model, and the keeper
-is to hold nothing that can break it. `null` says that there is no smaller one.
+A process of its own, which the keeper waits for: planning reads catalogs and may describe a model, and the
+keeper is to hold nothing that can break it. `null` says that there is no smaller one.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.runs.attempts import Attempt, read_attempts
-from launcher.runs.events import StartEvent, first_event
+from launcher.runs.events import StartEvent, iter_events
 from launcher.runs.folder import RunFolder
-from launcher.runs.record import read_plan
-from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError, VramwiseError
-from planner.models.catalog import resolve_model
-from planner.models.inspectors import installed_inspector
-from planner.models.spec import ModelSpec
-from planner.planning.step_down import CPU_KEEPS, step_down
+
+if TYPE_CHECKING:
+    from planner.answers.plan import Plan
+    from planner.models.spec import ModelSpec
 
 OOM_RESTARTS = 2
 """Restarts with a smaller setup, after which the run is given up."""
@@ -37,7 +36,7 @@ def ask_for_smaller(folder: RunFolder, *, from_step: int, others_bytes: int) -> 
     attempts = read_attempts(folder.attempts)
     if sum(attempt.reason == "oom" for attempt in attempts) >= OOM_RESTARTS:
         return None
-    command = [sys.executable, "-P", "-m", "launcher.runs.smaller"]
+    command = [sys.executable, "-P", "-m", "launcher.runs.minding.smaller"]
     try:
         child = subprocess.run(  # noqa: S603 (our own interpreter and module, no shell)
             [*command, str(folder.path), str(from_step), str(others_bytes)],
@@ -59,6 +58,9 @@ def smaller_attempt(folder: RunFolder, *, from_step: int, others_bytes: int) -> 
     Raises:
         VramwiseError: plan, attempts or model cannot be read.
     """
+    from launcher.runs.record import read_plan
+    from planner.planning.step_down import CPU_KEEPS, step_down
+
     plan, attempts = read_plan(folder), read_attempts(folder.attempts)
     if plan is None or not attempts:
         return None
@@ -84,6 +86,9 @@ def smaller_attempt(folder: RunFolder, *, from_step: int, others_bytes: int) -> 
 
 
 def _model(folder: RunFolder, plan: Plan) -> ModelSpec:
+    from planner.models.catalog import resolve_model
+    from planner.models.inspectors import installed_inspector
+
     try:
         return resolve_model(plan.model.id)
     except InputError:
@@ -94,7 +99,7 @@ def _on_gpu(folder: RunFolder, plan: Plan) -> bool:
     """Whether the run is on a GPU: planned for one of this machine, or its trainer said so."""
     if plan.gpu.index is not None:
         return True
-    start = first_event(folder.events, StartEvent)
+    start = next((event for event in iter_events(folder.events) if isinstance(event, StartEvent)), None)
     return start is not None and start.environment.get("device") != "cpu"
 
 
