@@ -26,7 +26,7 @@ from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
-from launcher.training.card import choose_gpu, gpu_facts
+from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
 from launcher.training.patience import PatientWriter
 from planner.base.errors import InputError, shorten
@@ -112,20 +112,13 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd)
 
     import torch
 
-    from launcher.training import build
-
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
-    if gpu is not None and not on_gpu:
-        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
-    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
-        _warn(writer, sentence)
+    device = _device(job, gpu, writer)
+    on_gpu = device.type == "cuda"
     tokenizer, train_rows, eval_rows = _data(job, writer)
     if not folder.fingerprint.exists():
         fingerprint.write(folder, fingerprint.take(folder.read_job()))
 
-    from launcher.training import saving
+    from launcher.training import build, saving
     from launcher.training.callbacks import EventCallback, MemoryMeter
     from launcher.training.rehearsal import Rehearsal
 
@@ -163,6 +156,25 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd)
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+
+
+def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter) -> torch.device:
+    """What the job is trained on; tells what differs there from what was asked.
+
+    Raises:
+        InputError: the setup cannot be run there.
+    """
+    import torch
+
+    from launcher.training import build
+
+    on_gpu = torch.cuda.is_available()
+    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
+    if gpu is not None and not on_gpu:
+        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
+    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
+        _warn(writer, sentence)
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
 def _prepare_saving(
