@@ -122,16 +122,13 @@ def _run(
 
     import torch
 
-    from launcher.training import build
-
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    _refuse_and_warn(job, gpu, writer, on_gpu=on_gpu)
+    device = _device(job, gpu, writer)
+    on_gpu = device.type == "cuda"
     tokenizer, train_rows, eval_rows = _data(job, writer)
     if not folder.fingerprint.exists():
         fingerprint.write(folder, fingerprint.take(folder.read_job()))
 
-    from launcher.training import saving
+    from launcher.training import build, saving
     from launcher.training.callbacks import EventCallback, MemoryMeter
     from launcher.training.heart import HeartbeatCallback
     from launcher.training.rehearsal import Rehearsal
@@ -177,6 +174,25 @@ def _run(
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
 
 
+def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter) -> torch.device:
+    """What the job is trained on; tells what differs there from what was asked.
+
+    Raises:
+        InputError: the setup cannot be run there.
+    """
+    import torch
+
+    from launcher.training import build
+
+    on_gpu = torch.cuda.is_available()
+    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
+    if gpu is not None and not on_gpu:
+        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
+    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
+        _warn(writer, sentence)
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+
+
 def _prepare_saving(
     trainer: LaunchedTrainer, folder: RunFolder, job: TrainingJob, patient: PatientWriter, attempt: Attempt
 ) -> None:
@@ -214,17 +230,6 @@ def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: R
         raise
     finally:
         end.step = max(step, trainer.state.global_step)
-
-
-def _refuse_and_warn(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter, *, on_gpu: bool) -> None:
-    """Refuse what cannot run here, and say what runs otherwise than asked."""
-    from launcher.training import build
-
-    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
-    if gpu is not None and not on_gpu:
-        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
-    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
-        _warn(writer, sentence)
 
 
 def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
