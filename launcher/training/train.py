@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from launcher.training.callbacks import LaunchedTrainer
     from planner.data.reader import TrainingData
 
 
@@ -116,15 +117,20 @@ def _run(
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
-    try:
-        trainer.train()
-    finally:
-        end.step = trainer.state.global_step
+    _train(trainer, end)
     beats.beat("saving", end.step)
     save_adapter(folder, trainer.model, tokenizer)
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+
+
+def _train(trainer: LaunchedTrainer, end: RunEnd) -> None:
+    """Train; how far it came is known whatever ends it."""
+    try:
+        trainer.train()
+    finally:
+        end.step = trainer.state.global_step
 
 
 def _refuse_and_warn(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter, *, on_gpu: bool) -> None:
