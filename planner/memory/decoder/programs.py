@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from planner.base.values import dataclass
 from planner.memory.decoder.buffer_reuse import placed, tuned
 from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.program import Program, layer_program

@@ -8,13 +8,13 @@ come together, and by sizes. What no run had is named, and widens the interval
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from operator import attrgetter
 from typing import Any
 
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.models.spec import ModelSpec
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS

@@ -8,8 +8,9 @@ those of allocation traces (tests/stack/traces).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import MIN_BLOCK
 from planner.memory.decoder.groups import layer_groups
