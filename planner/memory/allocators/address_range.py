@@ -15,6 +15,9 @@ from planner.memory.allocators.native import ADDRESS, SHIFT
 from planner.memory.allocators.passes import Piece
 from planner.memory.allocators.repetition import Repetition, worth_recording
 
+MOST_KNOWN = 4
+"""Ways in which a pass came that are remembered: layers often fill the gaps of those before in turns."""
+
 
 class AddressRange:
     """Blocks of a range without holes in what is mapped; addresses, sizes and pages in units.
@@ -62,7 +65,7 @@ class AddressRange:
         address, found = entry & ADDRESS, entry >> SHIFT
         del self.size_at[address]
         if found > size:
-            self._add(address + size, address + found)
+            self.add(address + size, address + found)
         else:
             del self.start_of[address + found]
         return address
@@ -82,24 +85,35 @@ class AddressRange:
         if end == self.top:
             self.top = address
         else:
-            self._add(address, end)
+            self.add(address, end)
 
-    def _add(self, start: int, end: int) -> None:
+    def add(self, start: int, end: int) -> None:
+        """Add a free block."""
         insort(self.holes, (end - start) << SHIFT | start)
         self.size_at[start] = end - start
         self.start_of[end] = start
+
+    def remove(self, start: int, end: int) -> None:
+        """Remove a free block."""
+        del self.holes[bisect_left(self.holes, (end - start) << SHIFT | start)]
+        del self.size_at[start], self.start_of[end]
 
     def play(self, piece: Piece, slots: list[int]) -> None:
         """Replay what a pass asks of this pool. Where what the last time rested on is there once more, the
         same happens, and nothing has to be replayed.
         """
-        known = piece.known
-        if isinstance(known, Repetition) and known.again(self, slots):
-            piece.missed = 0
-            return
+        if not isinstance(piece.known, list):
+            piece.known = []
+        known: list[Repetition] = piece.known
+        for number, one in enumerate(known):
+            if one.again(self, slots):
+                piece.missed = 0
+                known.insert(0, known.pop(number))
+                return
         piece.missed += 1
         if worth_recording(piece):
-            piece.known = Repetition(self, piece, slots)
+            known.insert(0, Repetition(self, piece, slots))
+            del known[MOST_KNOWN:]
         else:
             self._run(piece.events, piece.sizes, slots)
 

@@ -7,9 +7,8 @@ if there is one; memory is mapped at the lowest address where the request fits w
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass
 
+from planner.base.values import dataclass
 from planner.memory.allocators.native import ADDRESS, SHIFT
 from planner.memory.allocators.passes import Piece
 
@@ -17,13 +16,14 @@ RANGE_UNITS = 2**34
 """Length of a range: larger than any GPU's memory."""
 
 
-@dataclass(slots=True)
-class _LastTime:
-    """A pass that mapped nothing: the state that it found and the one that it left."""
+MOST_KNOWN = 16
+"""States that are remembered of a pass: offloading goes through as many as it holds tensors."""
 
-    before: list[int]
-    unmapped: dict[int, int]
-    given: list[int]
+
+@dataclass(frozen=True, slots=True)
+class _After:
+    """The state that a pass left which mapped nothing."""
+
     holes: list[int]
     size_at: dict[int, int]
     start_of: dict[int, int]
@@ -53,34 +53,29 @@ class GappedRange:
         return other
 
     def play(self, piece: Piece, slots: list[int]) -> None:
-        """Replay what a pass asks of this pool; what it found the last time leads to what that left."""
-        known = piece.known
-        given = [slots[block] for block in piece.given]
-        if isinstance(known, _LastTime) and self._is_before(known, given):
+        """Replay what a pass asks of this pool; from a state that it once found it gets to what that left."""
+        if not piece.events:
+            return
+        if not isinstance(piece.known, dict):
+            piece.known = {}
+        given = tuple(slots[block] for block in piece.given)
+        state = (given, tuple(self.holes), tuple(self.unmapped.items()))
+        known: _After | None = piece.known.get(state)
+        if known is not None:
             self.holes = known.holes.copy()
             self.size_at, self.start_of = known.size_at.copy(), known.start_of.copy()
             for block, address in zip(piece.left, known.left, strict=True):
                 slots[block] = address
             return
-        before, reserved = self.holes.copy(), self.reserved
+        reserved = self.reserved
         for event in piece.events:
             if event >= 0:
                 slots[event] = self.take(piece.sizes[event])
             else:
                 self.give(slots[-1 - event], piece.sizes[-1 - event])
-        if self.reserved == reserved:
-            piece.known = _LastTime(
-                before=before,
-                unmapped=self.unmapped.copy(),
-                given=given,
-                holes=self.holes.copy(),
-                size_at=self.size_at.copy(),
-                start_of=self.start_of.copy(),
-                left=[slots[block] for block in piece.left],
-            )
-
-    def _is_before(self, known: _LastTime, given: Sequence[int]) -> bool:
-        return known.given == given and known.before == self.holes and known.unmapped == self.unmapped
+        if self.reserved == reserved and len(piece.known) < MOST_KNOWN:
+            left = [slots[block] for block in piece.left]
+            piece.known[state] = _After(self.holes.copy(), self.size_at.copy(), self.start_of.copy(), left)
 
     def take(self, size: int) -> int:
         """Serve a request; returns its address."""

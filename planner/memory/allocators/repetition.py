@@ -16,7 +16,7 @@ it, as it did.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -25,8 +25,6 @@ from planner.memory.allocators.passes import Piece
 
 FEW = 12
 """Events below which recording a pass costs more than replaying it."""
-PATIENCE, SELDOM = 2, 4
-"""Times in a row that a pass may come otherwise before it is recorded every fourth time only."""
 _MORE = 2**40
 
 
@@ -41,16 +39,21 @@ class Space(Protocol):
     def take(self, size: int) -> int:
         """Serve a request; returns its address."""
 
-    def give(self, address: int, size: int) -> None:
-        """Free a block."""
+    def add(self, start: int, end: int) -> None:
+        """Add a free block."""
+
+    def remove(self, start: int, end: int) -> None:
+        """Remove a free block."""
 
     def reach(self, end: int) -> None:
         """Map pages so far that `end` is within them."""
 
 
 def worth_recording(piece: Piece) -> bool:
-    """Whether a pass may come in the same way again."""
-    return len(piece.events) >= FEW and (piece.missed <= PATIENCE or piece.missed % SELDOM == 0)
+    """Whether a pass may come in the same way again: the more seldom it is recorded, the more often in a row
+    it has come otherwise.
+    """
+    return len(piece.events) >= FEW and piece.missed & (piece.missed - 1) == 0
 
 
 class Repetition:
@@ -77,70 +80,79 @@ class Repetition:
 
     def _run(self, space: Space, piece: Piece, slots: list[int]) -> set[int]:
         """Replay, and return the starts of the free blocks that are new or have changed."""
+        holes, size_at, start_of, roots = space.holes, space.size_at, space.start_of, self._roots
         fresh: set[int] = set()
         for event in piece.events:
             if event >= 0:
-                slots[event] = self._take(space, piece.sizes[event], fresh)
+                size = piece.sizes[event]
+                index = bisect_left(holes, size << SHIFT)
+                if index == len(holes):
+                    self._serve_at_end(size)
+                    slots[event] = space.take(size)
+                    self._highest = max(self._highest, space.top)
+                    continue
+                entry = holes.pop(index)
+                self._serve(size, entry, holes[index] if index < len(holes) else 0)
+                slots[event] = address = entry & ADDRESS
+                end = address + (entry >> SHIFT)
+                del size_at[address]
+                if address in fresh:
+                    fresh.remove(address)
+                else:
+                    roots[address] = end - address
+                address += size
+                if address == end:
+                    del start_of[end]
+                    continue
             else:
-                self._give(space, slots[-1 - event], piece.sizes[-1 - event], fresh)
+                address, size = slots[-1 - event], piece.sizes[-1 - event]
+                end = address + size
+                self._rigid |= address == self._end_of_largest
+                for start, stop in (
+                    (end, end + size_at.get(end, 0)),
+                    (start_of.get(address, address), address),
+                ):
+                    if start != stop:
+                        space.remove(start, stop)
+                        if start in fresh:
+                            fresh.remove(start)
+                        else:
+                            roots[start] = stop - start
+                        address, end = min(address, start), max(end, stop)
+                if end == self._end_of_largest:
+                    self._start_of_largest = address
+                if end == space.top:
+                    space.top, self._at_end = address, True
+                    continue
+            space.add(address, end)
+            fresh.add(address)
         space.reach(self._highest)
         return fresh
 
-    def _take(self, space: Space, size: int, fresh: set[int]) -> int:
-        holes, rest = space.holes, self._end_of_largest - self._start_of_largest
-        index = bisect_left(holes, size << SHIFT)
-        if index == len(holes):
-            self._served[size], self._at_end = 0, True
-            self._room = min(self._room, size - rest)
-            address = space.take(size)
-            self._highest = max(self._highest, space.top)
-            return address
-        entry = holes[index]
-        found = entry >> SHIFT
+    def _serve_at_end(self, size: int) -> None:
+        """Nothing but the range's end is large enough for a request."""
+        self._served[size], self._at_end = 0, True
+        self._room = min(self._room, size - (self._end_of_largest - self._start_of_largest))
+
+    def _serve(self, size: int, entry: int, following: int) -> None:
+        """A free block is taken for a request, `following` being the next larger one (0: none)."""
+        rest, found = self._end_of_largest - self._start_of_largest, entry >> SHIFT
         if (entry & ADDRESS) + found == self._end_of_largest:
             self._served[size] = 0
             self._rigid |= found == size
             self._slack = min(self._slack, found - size)
-            if index + 1 < len(holes):
-                self._room = min(self._room, (holes[index + 1] >> SHIFT) - found)
+            if following:
+                self._room = min(self._room, (following >> SHIFT) - found)
             self._start_of_largest += size
+            return
+        if self._served.setdefault(size, entry):
+            self._served[size] = max(self._served[size], entry)
+        if rest > found:
+            self._slack = min(self._slack, rest - found)
+        elif rest < size:
+            self._room = min(self._room, size - rest)
         else:
-            if self._served.setdefault(size, entry):
-                self._served[size] = max(self._served[size], entry)
-            if rest > found:
-                self._slack = min(self._slack, rest - found)
-            elif rest < size:
-                self._room = min(self._room, size - rest)
-            else:
-                self._rigid = True
-        self._note(entry & ADDRESS, found, fresh)
-        address = space.take(size)
-        if found > size:
-            fresh.add(address + size)
-        return address
-
-    def _give(self, space: Space, address: int, size: int, fresh: set[int]) -> None:
-        end = address + size
-        self._rigid |= address == self._end_of_largest
-        after, before = space.size_at.get(end, 0), space.start_of.get(address, address)
-        if after:
-            self._note(end, after, fresh)
-        if before != address:
-            self._note(before, address - before, fresh)
-        space.give(address, size)
-        if end + after == self._end_of_largest:
-            self._start_of_largest = before
-        if space.top == before:
-            self._at_end = True
-        else:
-            fresh.add(before)
-
-    def _note(self, address: int, size: int, fresh: set[int]) -> None:
-        """A free block is split or joined with another: a region, if it is there from the start."""
-        if address in fresh:
-            fresh.remove(address)
-        else:
-            self._roots[address] = size
+            self._rigid = True
 
     def _settle(self, given: Sequence[tuple[int, int, int]]) -> None:
         """List the regions by address: size, the block that one of those given is (None: it was free),
@@ -262,17 +274,11 @@ class Repetition:
         return True
 
     def _apply(self, space: Space, slots: list[int], starts: Sequence[int], grown: int) -> None:
-        holes, size_at, start_of = space.holes, space.size_at, space.start_of
         for region in self._gone:
-            start = starts[region]
-            size = size_at.pop(start)
-            del holes[bisect_left(holes, size << SHIFT | start)], start_of[start + size]
+            space.remove(starts[region], starts[region] + space.size_at[starts[region]])
         for region, offset, size, grows in self._new:
             start = starts[region] + offset
-            size += grown if grows else 0
-            insort(holes, size << SHIFT | start)
-            size_at[start] = size
-            start_of[start + size] = start
+            space.add(start, start + size + (grown if grows else 0))
         for block, region, offset in self._left:
             slots[block] = starts[region] + offset
         if self._at_end:
