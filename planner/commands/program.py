@@ -218,6 +218,20 @@ def say(message: str) -> None:
     print(_one_line(message), file=sys.stderr, flush=True)
 
 
+def progress(what: str) -> Callable[[int, int], None]:
+    """What is told how many of how many are done: a line on stderr that goes away with the last of them.
+    Where stderr is no terminal nothing is shown.
+    """
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+
+    def show(done: int, total: int) -> None:
+        line = f"\r{what}: {done} of {total}" if done < total else "\r\x1b[K"
+        print(line, end="", file=sys.stderr, flush=True)
+
+    return show
+
+
 def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 

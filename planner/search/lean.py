@@ -15,6 +15,7 @@ from planner.base.errors import NotModelledError
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.longest import longest_length
 from planner.search.strategies import choices, layers_decided, start, ways
+from planner.setup.defaults import LENGTH_STEP
 from planner.setup.training_setup import TrainingSetup
 
 WORTH_A_REPLAY = 0.85
@@ -82,13 +83,18 @@ def longest_that_fits(
     shortest = base.replace(max_length=min(start_length, limit))
     setups = list(leanest(shortest, evaluator, effective_batch_size=effective_batch_size, fixed=fixed))
     by_fit = partial(longest_length, evaluator, start=start_length, limit=limit)
-    guesses = sorted(((by_fit(one) or 0, index) for index, one in enumerate(setups)), reverse=True)
+    guesses = [(by_fit(one) or 0, one) for one in setups]
+    # Of those that may be equally long the smallest first: it is the likeliest to reach the model's limit.
+    guesses.sort(
+        key=lambda pair: (-pair[0], evaluator.fitted(pair[1].replace(max_length=pair[0] or limit)).peak_bytes)
+    )
     best: int | None = None
-    for guess, index in guesses:
-        if best is not None and guess < WORTH_A_REPLAY * best:
+    for guess, setup in guesses:
+        if best is not None and (best == limit or guess < WORTH_A_REPLAY * best):
             continue
-        found = longest_length(
-            evaluator, setups[index], start=best or start_length, limit=limit, confirm=True
-        )
+        longer = start_length if best is None else best + LENGTH_STEP
+        if best is not None and not evaluator.decide(setup.replace(max_length=min(longer, limit))):
+            continue
+        found = longest_length(evaluator, setup, start=longer, limit=limit, confirm=True)
         best = found if best is None else max(best, found or 0)
     return best
