@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import shlex
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -30,10 +31,9 @@ _BAR_WIDTH = 30
 
 def print_short(out: Console, plan: Plan) -> None:
     """Print a plan on one page; where lines are few, the smaller parts and later advice give way."""
-    parts, changes = next(
-        (room for room in _ROOMS if _lines(plan, out.width, *room) <= MOST_LINES), _ROOMS[-1]
-    )
-    _page(out, plan, parts, changes)
+    # Every room has fewer lines than the one before.
+    room = bisect_left(_ROOMS[:-1], True, key=lambda room: _lines(plan, out.width, *room) <= MOST_LINES)
+    _page(out, plan, *_ROOMS[room])
 
 
 def _lines(plan: Plan, width: int, parts: int, changes: int) -> int:

@@ -89,6 +89,7 @@ class DecoderSetup:
         )
 
 
+@lru_cache(maxsize=64)
 def decoder_setup(run: TrainingRun) -> DecoderSetup:
     """What a run says of its decoder layers."""
     setup = run.setup
