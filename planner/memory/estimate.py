@@ -15,7 +15,7 @@ from planner.memory.measured.coefficients import Coefficients, ReserveTerms, bas
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, phases
-from planner.memory.step.replay import ReplayedMemory, replay_steps
+from planner.memory.step.replay import replay_steps
 from planner.memory.step.resident import Resident, resident_memory
 from planner.memory.step.timeline import StepMoment, StepShape, StepTimeline
 from planner.setup.cuda_allocator import planned_allocator
@@ -28,7 +28,6 @@ def estimate_memory(
     gpu: GpuSpec | None = None,
     coefficients: Coefficients | None = None,
     replay: bool = False,
-    as_replayed: bool = False,
     limit_bytes: int | None = None,
     allocator: str | None = None,
 ) -> MemoryBreakdown:
@@ -38,8 +37,7 @@ def estimate_memory(
     With `replay` allocated and reserved bytes are those of torch's allocator after whole steps, replayed
     (tens of milliseconds); without it live bytes are counted and what the allocator reserves beside them is
     fitted (a tenth of a millisecond). A replay ends early once more than `limit_bytes` are needed: what it
-    then says is that it is too much. `as_replayed` is what a replay would say if it came out as the fit does:
-    where to look for what a replay decides. `allocator` is the one that torch is told to use
+    then says is that it is too much. `allocator` is the one that torch is told to use
     (planner/setup/cuda_allocator.py), null for the one that a run started from here would get.
 
     Raises:
@@ -59,8 +57,6 @@ def estimate_memory(
     if replay:
         limit = None if limit_bytes is None else limit_bytes - context
         replayed = replay_steps(run, gpu=gpu, allocator=allocator, limit_bytes=limit)
-    elif as_replayed:
-        replayed = _as_fitted(live, measured.reserve_bytes(terms))
     distance = measured.distance(run, gpu_name)
     kind = interval_kind(run.setup)
     found = phases(
@@ -76,20 +72,6 @@ def estimate_memory(
         components=components(run, measured, resident, step, step_phase, replayed=replay),
         phases=found,
         basis=basis_of(measured, run.model, gpu_name, distance, replayed=replay),
-    )
-
-
-def _as_fitted(live: LiveMemory, reserve_bytes: int) -> ReplayedMemory:
-    """What a replay is expected to find."""
-    resident = live.resident
-    load = resident.weights.allocated_bytes + resident.largest_dequantized_bytes
-    step = resident.allocated_bytes + live.peak.total_bytes
-    return ReplayedMemory(
-        load_allocated_bytes=load,
-        load_reserved_bytes=load,
-        step_allocated_bytes=step,
-        step_reserved_bytes=step + reserve_bytes,
-        largest_block_bytes=0,
     )
 
 

@@ -144,15 +144,6 @@ class Evaluator:
             found = self._memories[key] = self._memory(key, replay=False)
         return found
 
-    def expected(self, setup: TrainingSetup) -> MemoryBreakdown:
-        """Memory as a replay would have it that came out as the fit does: where to look for what fits.
-
-        Raises:
-            NotModelledError: a knob whose memory is not modelled.
-        """
-        run = self.runs.of(self._as_batched(setup), padded=self._padded(setup))
-        return estimate_memory(run, gpu=self.gpu, as_replayed=True)
-
     def _step(self, setup: TrainingSetup) -> StepEstimate | None:
         return forecast(self.run(setup), self.gpu)
 

@@ -15,7 +15,6 @@ from planner.base.errors import NotModelledError
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.longest import longest_length
 from planner.search.strategies import choices, layers_decided, start, ways
-from planner.setup.defaults import LENGTH_STEP
 from planner.setup.training_setup import TrainingSetup
 
 WORTH_A_REPLAY = 0.85
@@ -85,16 +84,11 @@ def longest_that_fits(
     by_fit = partial(longest_length, evaluator, start=start_length, limit=limit)
     guesses = [(by_fit(one) or 0, one) for one in setups]
     # Of those that may be equally long the smallest first: it is the likeliest to reach the model's limit.
-    guesses.sort(
-        key=lambda pair: (-pair[0], evaluator.fitted(pair[1].replace(max_length=pair[0] or limit)).peak_bytes)
-    )
+    guesses.sort(key=lambda pair: (-pair[0], evaluator.fitted(pair[1]).peak_bytes))
     best: int | None = None
     for guess, setup in guesses:
         if best is not None and (best == limit or guess < WORTH_A_REPLAY * best):
             continue
-        longer = start_length if best is None else best + LENGTH_STEP
-        if best is not None and not evaluator.decide(setup.replace(max_length=min(longer, limit))):
-            continue
-        found = longest_length(evaluator, setup, start=longer, limit=limit, confirm=True)
+        found = longest_length(evaluator, setup, start=best or start_length, limit=limit, confirm=True)
         best = found if best is None else max(best, found or 0)
     return best

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 from planner.base.errors import NotModelledError
 from planner.search.evaluator import Evaluator
@@ -51,48 +52,24 @@ def _halve(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _confirmed(evaluator: Evaluator, at: Callable[[int], TrainingSetup], low: int, high: int) -> int | None:
-    """The same by replay. The first is made where the fitted estimate leads; that says how far off it is, and
-    so where the second is made, and the two of them where the others are.
-    """
+    """The same by replay: each one says how far off the fitted estimate is, and so where to look next."""
     if evaluator.try_evaluate(at(low)) is None:
         return None
 
-    def expected(step: int) -> int:
-        return evaluator.expected(at(step)).peak_upper_bytes
+    def within(step: int, room: int) -> bool:
+        return evaluator.fitted(at(step)).peak_upper_bytes <= room
 
-    def where(room: int) -> int:
-        return _halve(lambda step: expected(step) <= room, low, high)
-
-    usable, guess = evaluator.usable_bytes, where(evaluator.usable_bytes)
+    room = evaluator.usable_bytes
+    guess = _halve(lambda step: within(step, room), low, high)
     known, beyond = low - 1, high + 1
-    seen: list[tuple[int, int]] = []
     while True:
-        # Beside one that is known a replay need not go on beyond what does not fit.
-        near = guess in (known + 1, beyond - 1)
-        fits = evaluator.decide(at(guess)) if near else _fits_whole(evaluator, at(guess))
-        known, beyond = (guess, beyond) if fits else (known, guess)
+        if evaluator.decide(at(guess)):
+            known = guess
+        else:
+            beyond = guess
         if beyond - known <= 1:
             return None if known < low else known
-        peak = evaluator.confirm(at(guess), whole=True).peak_upper_bytes
-        seen.append((guess, peak))
-        step = _on_a_line(seen, usable)
-        if step is None:
-            step = where(usable - peak + expected(guess))
-        guess = min(beyond - 1, max(known + 1, step))
-
-
-def _fits_whole(evaluator: Evaluator, setup: TrainingSetup) -> bool:
-    return evaluator.fits(evaluator.confirm(setup, whole=True))
-
-
-def _on_a_line(seen: Sequence[tuple[int, int]], usable_bytes: int) -> int | None:
-    """The last step that fits if memory rises from the nearest as between the first two, which lie furthest
-    apart; None where they do not tell.
-    """
-    if len(seen) < 2:
-        return None
-    (one, less), (other, more) = sorted(seen[:2])
-    if more <= less:
-        return None
-    nearest, peak = min(seen, key=lambda pair: abs(pair[1] - usable_bytes))
-    return nearest + (usable_bytes - peak) * (other - one) // (more - less)
+        replayed = evaluator.confirm(at(guess), whole=True).peak_upper_bytes
+        room = evaluator.usable_bytes - replayed + evaluator.fitted(at(guess)).peak_upper_bytes
+        again = partial(within, room=room)
+        guess = min(beyond - 1, max(known + 1, _halve(again, max(low, known), beyond - 1)))
