@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.memory.tape.events import block_of, frees
-
 
 class Piece:
     """What a pass asks of one of the two pools: its events with the sizes of all blocks, in units.
@@ -61,14 +59,14 @@ class Pass:
         now, self.most = 0, 0
         left: set[int] = set()
         for event in self.events:
-            block = block_of(event)
-            now += -sizes[block] if frees(event) else sizes[block]
+            block = _block(event)
+            now += sizes[block] if event >= 0 else -sizes[block]
             self.most = max(self.most, now)
-            (left.discard if frees(event) else left.add)(block)
+            (left.add if event >= 0 else left.discard)(block)
         self.change = now
         small, large = (
             Piece(
-                tuple(event for event in self.events if in_small[block_of(event)] is pool),
+                tuple(event for event in self.events if in_small[_block(event)] is pool),
                 sizes,
                 tuple(block for block in self._given if in_small[block] is pool),
                 tuple(block for block in sorted(left) if in_small[block] is pool),
@@ -84,9 +82,13 @@ def _given(events: Sequence[int]) -> tuple[int, ...]:
     made: set[int] = set()
     found = []
     for event in events:
-        if frees(event):
-            if block_of(event) not in made:
-                found.append(block_of(event))
-        else:
+        if event >= 0:
             made.add(event)
+        elif _block(event) not in made:
+            found.append(_block(event))
     return tuple(found)
+
+
+def _block(event: int) -> int:
+    """The block that an event allocates or frees: see planner/memory/tape/events.py."""
+    return event if event >= 0 else -1 - event
