@@ -29,7 +29,7 @@ def inspector(config: Mapping[str, Any], *, model_id: str, hub_id: str) -> Model
 
 
 def _with_inspector(command: Command) -> Command:
-    return Command(command.module, command.help, {**command.defaults, "inspector": inspector})
+    return Command(command.module, command.help, (*command.defaults, ("inspector", inspector)))
 
 
 COMMANDS = {
@@ -43,7 +43,7 @@ COMMANDS = {
 COMMANDS["completion"] = Command(
     "planner.commands.completion",
     "print what makes a shell complete commands, options and names",
-    {"program": PROGRAM, "commands": lambda: COMMANDS},
+    (("program", PROGRAM), ("commands", lambda: COMMANDS)),
 )
 # A word behind a command that makes it another one.
 SUBCOMMANDS = {

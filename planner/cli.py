@@ -9,7 +9,7 @@ from typing import NoReturn
 from planner.commands.program import Command, run_as_program, run_command
 from planner.models.inspectors import installed_inspector
 
-_INSPECTING = {"inspector": installed_inspector}
+_INSPECTING = (("inspector", installed_inspector),)
 COMMANDS = {
     "plan": Command(
         "planner.commands.plan",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from planner.base.errors import FieldError, InputError
 from planner.base.json_codec import NOT_IN_JSON
+from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.memory.breakdown import MemoryBreakdown
 from planner.setup.request import PlanRequest

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from planner.base.data_files import PROFILES
+from planner.base.values import dataclass
 from planner.calibration.memory_fit import Residual, held_out_residuals
 from planner.calibration.records import RunRecord, read_records
 from planner.calibration.speed_fit import (

@@ -8,8 +8,9 @@ one thing are held out together, and the factor is the worst of what they needed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+
+from planner.base.values import dataclass
 
 SIZES = ("length", "tokens", "rank", "parameters")
 MIN_RUNS = 3

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from planner.base.errors import InputError
 from planner.base.units import MIB
+from planner.base.values import dataclass
 from planner.calibration.margins import HeldOutThing, Shortfall, held_out_things, margin_share, outside_factor
 from planner.calibration.records import RunRecord
 from planner.calibration.reserve_fit import non_negative_fit

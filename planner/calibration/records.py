@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from planner.base import validate
 from planner.base.data_files import PROFILES, user_data_dir
 from planner.base.errors import FieldError, InputError
+from planner.base.values import dataclass
 from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import ALLOCATORS, NATIVE
 from planner.setup.run import TrainingRun

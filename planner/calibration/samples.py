@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median_low
 
 from planner.base.errors import InputError, NotModelledError
 from planner.base.units import MIB
+from planner.base.values import dataclass
 from planner.calibration.records import RunRecord
 from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown

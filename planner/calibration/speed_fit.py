@@ -8,11 +8,12 @@ by its machine does not pull the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
 from planner.base.errors import InputError, NotModelledError
+from planner.base.values import dataclass
 from planner.calibration.records import RunRecord
 from planner.calibration.speed_problem import START, RatesProblem, as_launched, host_factor, step_seconds
 from planner.gpus.spec import GpuSpec

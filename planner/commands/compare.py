@@ -15,7 +15,7 @@ from typing import Any
 
 from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs, given_knobs
-from planner.commands.program import StoreOnce
+from planner.commands.program import StoreOnce, progress
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest
 from planner.setup.training_setup import METHODS
 
@@ -127,7 +127,13 @@ def _longest_lengths(args: argparse.Namespace) -> int:
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
         dtype=target.spec.dtype,
     )
-    found = longest_lengths(target, base, fixed=request.fixed, processes=len(os.sched_getaffinity(0)))
+    found = longest_lengths(
+        target,
+        base,
+        fixed=request.fixed,
+        processes=len(os.sched_getaffinity(0)),
+        progress=progress("models looked at"),
+    )
     if args.json:
         return _print_json("models", found)
     from planner.text.figures import show

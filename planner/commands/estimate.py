@@ -11,11 +11,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.base.values import dataclass
 from planner.commands.program import StoreOnce, SwitchOnce
 from planner.gpus.target import resolve_gpu
 from planner.planning.estimation import Estimate, Estimator

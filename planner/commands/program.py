@@ -12,10 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from planner.base.errors import ExitCode, InputError, UnknownNameError, VramwiseError
+from planner.base.values import dataclass
 
 _OPTION = re.compile(r"-[-A-Za-z]")
 """How an option begins; a number below zero does not."""
@@ -27,7 +27,7 @@ class Command:
 
     module: str
     help: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: tuple[tuple[str, Any], ...] = ()
 
 
 class Parser(argparse.ArgumentParser):
@@ -173,7 +173,7 @@ def run_command(program: str, command: Command, argv: Sequence[str]) -> int:
     module = importlib.import_module(command.module)
     parser = Parser(prog=program, usage="%(prog)s [OPTIONS]")
     declare(parser, command)
-    parser.set_defaults(**command.defaults)
+    parser.set_defaults(**dict(command.defaults))
     run: Callable[[argparse.Namespace], int] = module.run
     return run(parser.parse_args([_with_dashes(argument) for argument in argv]))
 
@@ -216,6 +216,20 @@ def run_as_program(program: str, run: Callable[[], int]) -> NoReturn:
 def say(message: str) -> None:
     """Talk to the person: one line on stderr."""
     print(_one_line(message), file=sys.stderr, flush=True)
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """What is told how many of how many are done: a line on stderr that goes away with the last of them.
+    Where stderr is no terminal nothing is shown.
+    """
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+
+    def show(done: int, total: int) -> None:
+        line = f"\r{what}: {done} of {total}" if done < total else "\r\x1b[K"
+        print(line, end="", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _version() -> str:

@@ -6,9 +6,9 @@ import math
 import random
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 
+from planner.base.values import dataclass
 from planner.data.lengths import DatasetStats, Padding
 
 FINE = 480

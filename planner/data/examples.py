@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.data.lengths import DatasetStats
 
 FORMATS = ("messages", "prompt_completion", "text")

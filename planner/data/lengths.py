@@ -6,11 +6,12 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.base.values import dataclass
 
 SCHEMA_VERSION = 3
 LOSS_KINDS = ("all", "completion", "assistant")

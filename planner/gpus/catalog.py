@@ -6,12 +6,12 @@ import functools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from planner.base.data_files import PROFILES
 from planner.base.errors import UnknownNameError
 from planner.base.units import MIB
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec, has_native_bfloat16, reserved_bytes_upper_bound
 
 CATALOG_FILE = PROFILES / "gpus.toml"

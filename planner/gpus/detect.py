@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog, normalise
 from planner.gpus.spec import GpuSpec, has_native_bfloat16, reserved_bytes_upper_bound
 

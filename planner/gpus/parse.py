@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from planner.base.errors import FieldError, InputError, shorten
+from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog, normalise
 from planner.gpus.spec import GpuSpec
 

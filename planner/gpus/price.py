@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base import validate
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 
 MAX_HOURS = 1e9

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base import validate
 from planner.base.errors import FieldError
 from planner.base.units import MIB
+from planner.base.values import dataclass
 
 # nvidia-smi's total less what torch sees on Linux, over the cards of profiles/gpus.toml that have a
 # usable_mib, runs from 254 MiB (V100) to 728 MiB (B200); this line lies above all, by 38 MiB at the least

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base import validate
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.gpus.parse import parse_gpu
 from planner.gpus.spec import DISPLAY_BYTES, GpuSpec
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 
 PHASES = ("load", "step", "evaluation", "save")
 REPLAYED = "allocator replayed"

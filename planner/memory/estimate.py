@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.decoder.groups import layer_groups

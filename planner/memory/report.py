@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache, partial
 
+from planner.base.values import dataclass
 from planner.memory.breakdown import Component, PhaseMemory
 from planner.memory.measured.coefficients import Coefficients, Distance, ReserveTerms
 from planner.memory.measured.cuda_terms import managed_process_bytes
@@ -145,19 +146,23 @@ def components(
         "allocator": weights.rounding_bytes + phase.reserved_bytes - counted,
         "context": measured.context_of(run.setup),
     }
-    words = {
-        "bits": run.storage.width * 8,
-        "optim": run.setup.optim,
-        "head": run.stack.head_words,
-        "reserve": "torch's allocator replayed" if replayed else "measured",
-        "coefficients": measured.name,
-    }
-    return tuple(
-        Component(
-            name=row.name,
-            title=row.title.format(**words),
-            size_bytes=sizes[row.name],
-            origin=row.origin.format(**words),
-        )
-        for row in COMPONENTS
+    texts = _component_texts(
+        run.storage.width * 8,
+        run.setup.optim,
+        run.stack.head_words,
+        "torch's allocator replayed" if replayed else "measured",
+        measured.name,
     )
+    return tuple(
+        Component(name=row.name, title=row.title, size_bytes=sizes[row.name], origin=row.origin)
+        for row in texts
+    )
+
+
+@lru_cache(maxsize=512)
+def _component_texts(
+    bits: int, optim: str, head: str, reserve: str, coefficients: str
+) -> tuple[ComponentText, ...]:
+    """COMPONENTS with the words of a run."""
+    fill = partial(str.format, bits=bits, optim=optim, head=head, reserve=reserve, coefficients=coefficients)
+    return tuple(_text(row.name, fill(row.title), fill(row.origin)) for row in COMPONENTS)

@@ -13,12 +13,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from planner.base import data_files
 from planner.base.errors import InputError, MissingExtraError, UnknownNameError, shorten
+from planner.base.values import dataclass
 from planner.models import hub_config
 from planner.models.spec import ModelSpec
 

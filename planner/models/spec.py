@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from functools import cached_property
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.base.values import dataclass
 
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from planner.base.values import dataclass
 from planner.models.spec import Parameter
 
 QUANTIZED_CLASSES = ("Linear", "Conv1D")

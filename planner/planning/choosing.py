@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from planner.base.errors import NotModelledError
+from planner.base.values import dataclass
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget
 from planner.models.spec import ModelSpec

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from planner.answers.plan import Plan
+from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import list_models, resolve_model
 from planner.models.spec import ModelSpec
@@ -117,22 +117,36 @@ def smallest_cards(
 
 
 def longest_lengths(
-    target: GpuTarget, base: TrainingSetup, *, fixed: Mapping[str, Any], processes: int = 1
+    target: GpuTarget,
+    base: TrainingSetup,
+    *,
+    fixed: Mapping[str, Any],
+    processes: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[LongestLength, ...]:
     """For each model of the catalog that fits, the longest sequences that do; the largest model first.
 
     Lengths are tried in steps of 64 tokens up to what the model was made for. With several `processes` models
-    are shared out among them, which a script may do only below `if __name__ == "__main__"`.
+    are shared out among them, which a script may do only below `if __name__ == "__main__"`. `progress` is
+    told before the first model and after each how many of how many are done.
     """
     names = [summary.id for summary in list_models()]
     one = partial(_longest, target, base, dict(fixed))
+    found: list[LongestLength | None] = []
+    progress(0, len(names))
+
+    def take(results: Iterable[LongestLength | None]) -> None:
+        for result in results:
+            found.append(result)
+            progress(len(found), len(names))
+
     if processes == 1:
-        found = [one(name) for name in names]
+        take(map(one, names))
     else:
         from concurrent.futures import ProcessPoolExecutor
 
         with ProcessPoolExecutor(min(processes, len(names))) as pool:
-            found = list(pool.map(one, names))
+            take(pool.map(one, names))
     fitting = [longest for longest in found if longest is not None]
     return tuple(sorted(fitting, key=lambda one: (-one.parameter_count, one.model)))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import Basis

@@ -8,10 +8,10 @@ more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from planner.answers.plan import CardAdvice, Duration, OtherCard
 from planner.base.errors import NotModelledError
+from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.price import run_cost
 from planner.gpus.spec import GpuSpec

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.models.spec import ModelSpec
 from planner.setup.defaults import DEFAULT_LENGTHS, OPTIM

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.setup.training_setup import TrainingSetup
 
 MOST_OFF = 0.25

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from planner.base.values import dataclass
 from planner.search.evaluator import Candidate, Evaluator
 from planner.throughput import compile_seconds
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from planner.base.errors import NotModelledError
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.spec import ModelSpec

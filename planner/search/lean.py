@@ -82,13 +82,13 @@ def longest_that_fits(
     shortest = base.replace(max_length=min(start_length, limit))
     setups = list(leanest(shortest, evaluator, effective_batch_size=effective_batch_size, fixed=fixed))
     by_fit = partial(longest_length, evaluator, start=start_length, limit=limit)
-    guesses = sorted(((by_fit(one) or 0, index) for index, one in enumerate(setups)), reverse=True)
+    guesses = [(by_fit(one) or 0, one) for one in setups]
+    # Of those that may be equally long the smallest first: it is the likeliest to reach the model's limit.
+    guesses.sort(key=lambda pair: (-pair[0], evaluator.fitted(pair[1]).peak_bytes))
     best: int | None = None
-    for guess, index in guesses:
-        if best is not None and guess < WORTH_A_REPLAY * best:
+    for guess, setup in guesses:
+        if best is not None and (best == limit or guess < WORTH_A_REPLAY * best):
             continue
-        found = longest_length(
-            evaluator, setups[index], start=best or start_length, limit=limit, confirm=True
-        )
+        found = longest_length(evaluator, setup, start=best or start_length, limit=limit, confirm=True)
         best = found if best is None else max(best, found or 0)
     return best

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from planner.base.values import dataclass
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
 from planner.setup.training_setup import TrainingSetup

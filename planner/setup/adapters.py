@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.setup.stack import Stack
 from planner.setup.training_setup import TrainingSetup
 

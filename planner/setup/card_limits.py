@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.gpus.spec import NATIVE_BFLOAT16, GpuSpec
 from planner.setup.knob import KnobValue
 

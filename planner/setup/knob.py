@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from planner.base import validate
 from planner.base.errors import FieldError
+from planner.base.values import dataclass
 
 Kind = Literal["choice", "int", "float", "bool", "names"]
 KnobValue = str | int | float | bool | tuple[str, ...]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.base.values import dataclass
 from planner.gpus.parse import parse_gpu
 from planner.setup.knob import Knob, KnobValue
 from planner.setup.knobs import KNOBS

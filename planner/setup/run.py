@@ -5,10 +5,10 @@ The memory and the speed model read it. Each derived fact is computed once a run
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 from planner.base.units import DTYPE_WIDTH
+from planner.base.values import dataclass
 from planner.models.spec import ModelSpec
 from planner.models.storage import Storage
 from planner.setup.adapters import Adapter, adapter_of

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base import validate
 from planner.base.errors import FieldError
 from planner.base.units import DTYPE_WIDTH
+from planner.base.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

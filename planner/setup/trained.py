@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.models.spec import ModelSpec, Parameter
 from planner.setup.adapters import Adapter
 from planner.setup.training_setup import ALL_LINEAR

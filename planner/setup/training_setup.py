@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.base.values import dataclass
 from planner.setup.checks import setup_check
 from planner.setup.knob import METHODS
 from planner.setup.knobs import KNOBS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import shlex
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -35,10 +36,11 @@ def print_short(out: Console, plan: Plan, *, starts: bool = False) -> None:
     What `starts` needs no word on how to start it.
     """
     command = _train_command(plan) if plan.fits and not starts else None
-    parts, changes = next(
-        (room for room in _ROOMS if _lines(plan, command, out.width, *room) <= MOST_LINES), _ROOMS[-1]
+    # Every room has fewer lines than the one before.
+    room = bisect_left(
+        _ROOMS[:-1], True, key=lambda room: _lines(plan, command, out.width, *room) <= MOST_LINES
     )
-    _page(out, plan, command, parts, changes)
+    _page(out, plan, command, *_ROOMS[room])
 
 
 def _lines(plan: Plan, command: str | None, width: int, parts: int, changes: int) -> int:

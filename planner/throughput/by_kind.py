@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from planner.base.errors import FieldError
+from planner.base.values import dataclass
 from planner.throughput.work_kinds import SIDES, WORK_KINDS, Per
 
 _POSITIONS = {kind.name: at for at, kind in enumerate(WORK_KINDS)}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from planner.base.values import dataclass
 from planner.data.batches import BatchLength, Lengths, padding
 from planner.data.lengths import DatasetStats, Packing
 from planner.setup.training_setup import TrainingSetup

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from planner.base.values import dataclass
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
 from planner.setup.adapters import Adapter
 from planner.setup.attention import SKIPS_MASKED

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from planner.base import validate
 from planner.base.data_files import PROFILES, read_json, user_data_dir
 from planner.base.errors import FieldError
 from planner.base.json_codec import decode_fields, encode_fields
+from planner.base.values import dataclass
 
 SCHEMA_VERSION = 1
 RATE_LIMIT = 1e18

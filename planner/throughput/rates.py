@@ -6,13 +6,14 @@ Shipped rates lie in profiles/calibration/throughput, a person's own in the user
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from planner.base import validate
 from planner.base.data_files import PROFILES, read_json, user_data_dir
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.throughput.by_kind import ByKind
 from planner.throughput.microbenchmarks import Microbenchmarks, Slowdown, microbenchmarks_of, slowdown

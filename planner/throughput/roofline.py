@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.setup.run import TrainingRun

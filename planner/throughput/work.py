@@ -7,10 +7,10 @@ written, forward, recomputed and backward, for every knob that the memory model 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from planner.base.values import dataclass
 from planner.memory.decoder.groups import DecoderSetup, decoder_setup, groups_of
 from planner.memory.decoder.layer import run_layer
 from planner.memory.layers.layer_knobs import LayerKnobs

@@ -4,10 +4,10 @@ scaling to other cards and the equations of their fit follow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from planner.base import validate
+from planner.base.values import dataclass
 
 Per = Literal["pass", "micro_step", "optimizer_step"]
 """What is counted: a forward or backward pass, a micro-step beside its passes, an optimizer step."""

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from planner.memory.allocators.expandable import ExpandableAllocator, empty_allocator
 from planner.memory.allocators.native import MIB, MIN_BLOCK, SMALL_SIZE, CachingAllocator, rounded
+from planner.memory.allocators.passes import Pass
+from planner.memory.allocators.repetition import Repetition
 from planner.memory.step.offload import OffloadReplay
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 from tests.unit.expandable_reference import Reference
@@ -307,3 +309,108 @@ def test_with_everything_free_an_emptied_cache_has_nothing(events: list[object])
     for event in events:
         if isinstance(event, int):
             assert allocator.allocate(event) == fresh.allocate(event)
+
+
+SIZES = (1, 700, 2048, 2049, 5000, 20_000, 90_000)
+"""In units of 512 bytes: of both pools, and larger than a page."""
+
+
+@st.composite
+def passes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[int]]:
+    """Events on block 0, which is there before, and on others; and the sizes of those."""
+    sizes, events, alive = [0], [], []
+    for _ in range(draw(st.integers(12, 30))):
+        if not alive or draw(st.booleans()):
+            alive.append(len(sizes))
+            events.append(len(sizes))
+            sizes.append(draw(st.sampled_from(SIZES)))
+        else:
+            events.append(-1 - alive.pop(draw(st.integers(0, len(alive) - 1))))
+    if draw(st.booleans()):
+        events.append(-1)
+    return tuple(events), sizes
+
+
+@settings(max_examples=60)
+@given(
+    one=passes(),
+    given_units=st.sampled_from(SIZES),
+    others=st.lists(st.tuples(st.sampled_from(SIZES), st.booleans()), max_size=12),
+    between=st.lists(
+        st.sampled_from(("nothing", "nothing", "free", "take", "empty")), min_size=6, max_size=20
+    ),
+)
+def test_a_pass_that_comes_again_is_replayed_as_if_it_never_had(
+    one: tuple[tuple[int, ...], list[int]],
+    given_units: int,
+    others: list[tuple[int, bool]],
+    between: list[str],
+) -> None:
+    """Layers one after the other, on what was allocated and freed before and is in between."""
+    events, units = one
+    remembering, forgetful = ExpandableAllocator(), ExpandableAllocator()
+    known = Pass(events, units)
+    left: list[int] = []
+
+    def on_both(size: int) -> int:
+        address = remembering.allocate(size * MIN_BLOCK)
+        assert forgetful.allocate(size * MIN_BLOCK) == address
+        return address
+
+    blocks = [(on_both(size), freed) for size, freed in others]
+    for address in [address for address, freed in blocks if freed]:
+        remembering.free(address)
+        forgetful.free(address)
+    for what in between:
+        own = [on_both(given_units)] + [0] * (len(units) - 1)
+        again = own.copy()
+        remembering.play(known, own)
+        forgetful.play(Pass(events, units), again)
+        alive = set(range(len(units))) - {-1 - event for event in events if event < 0}
+        assert [own[block] for block in alive] == [again[block] for block in alive]
+        left += [own[block] for block in alive]
+        assert state(remembering) == state(forgetful)
+        if what == "free" and left:
+            address = left.pop(0)
+            remembering.free(address)
+            forgetful.free(address)
+        elif what == "take":
+            left.append(on_both(given_units))
+        elif what == "empty":
+            remembering.empty_cache()
+            forgetful.empty_cache()
+
+
+def state(allocator: ExpandableAllocator) -> tuple[int, int, int]:
+    """What is told of an allocator."""
+    return allocator.allocated_bytes, allocator.reserved_bytes, allocator.peak_allocated_bytes
+
+
+def test_layers_that_ask_for_the_same_are_replayed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each leaves lies behind what the one before has left: one pass is recorded, the rest follow it."""
+    events = (1, 2, 3, -1 - 2, 4, -1 - 3, 5, -1 - 4, 6, -1 - 5, 7, -1 - 6, -1 - 7)
+    units = [0, 5000, 20_000, 2049, 90_000, 5000, 3000, 20_000]
+    recorded = []
+    allocator, known = ExpandableAllocator(), Pass(events, units)
+    record = Repetition.__init__
+    monkeypatch.setattr(
+        Repetition, "__init__", lambda self, *what: recorded.append(what) or record(self, *what)
+    )
+    left = []
+    for _ in range(20):
+        own = [allocator.allocate(20_000 * MIN_BLOCK)] + [0] * 7
+        allocator.play(known, own)
+        left.append(own[1])
+    steps = {later - earlier for earlier, later in itertools.pairwise(left[2:])}
+    assert steps == {25_000}
+    assert len(recorded) <= 3
+
+
+def test_a_block_that_is_freed_beside_a_free_one_is_joined_with_it_however_the_pass_came_before() -> None:
+    size, events = 5000, (*(1, -2) * 6, -1)
+    allocator, known = ExpandableAllocator(), Pass(events, [0, 90_000])
+    first, _, second, beside, _ = (allocator.allocate(size * MIN_BLOCK) for _ in range(5))
+    allocator.play(known, [first, 0])
+    allocator.free(beside)
+    allocator.play(known, [second, 0])
+    assert allocator.allocate(2 * size * MIN_BLOCK) == second

@@ -10,25 +10,25 @@ cache unmaps the pages that lie wholly in free blocks.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from collections.abc import Sequence
 
+from planner.memory.allocators.address_range import AddressRange
+from planner.memory.allocators.gapped_range import GappedRange
 from planner.memory.allocators.native import (
-    ADDRESS,
     LARGE_SEGMENT,
     MIN_BLOCK,
-    SHIFT,
     SMALL_SEGMENT,
     SMALL_UNITS,
     CachingAllocator,
+    block_units,
 )
+from planner.memory.allocators.passes import Pass
 from planner.setup.cuda_allocator import EXPANDABLE
 
 _SMALL_PAGE_UNITS = SMALL_SEGMENT // MIN_BLOCK
 _LARGE_PAGE_UNITS = LARGE_SEGMENT // MIN_BLOCK
 _SMALL_RANGE = 2**35
 """Where the small pool's addresses begin; the large pool's begin at 0."""
-_RANGE_UNITS = 2**34
-"""Length of a range: larger than any GPU's memory."""
 
 
 def empty_allocator(allocator: str) -> CachingAllocator:
@@ -39,103 +39,65 @@ def empty_allocator(allocator: str) -> CachingAllocator:
 class ExpandableAllocator(CachingAllocator):
     """Replays requests as CachingAllocator does, in two segments that grow."""
 
-    always_splits = True
-
     def __init__(self) -> None:
         super().__init__()
-        self._unmapped = {0: _RANGE_UNITS, _SMALL_RANGE: _RANGE_UNITS}
+        self._small_range: AddressRange | GappedRange = AddressRange(_SMALL_RANGE, _SMALL_PAGE_UNITS)
+        self._large_range: AddressRange | GappedRange = AddressRange(0, _LARGE_PAGE_UNITS)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all pages that are mapped."""
+        return (self._small_range.reserved + self._large_range.reserved) * MIN_BLOCK
 
     def copy(self) -> ExpandableAllocator:
         """An allocator in the same state."""
         other = ExpandableAllocator()
-        self._copy_into(other)
-        other._unmapped = self._unmapped.copy()
+        other._allocated, other._peak, other._used = self._allocated, self._peak, self._used.copy()
+        other._small_range, other._large_range = self._small_range.copy(), self._large_range.copy()
         return other
+
+    def allocate(self, size_bytes: int) -> int:
+        """Serve a request; returns its address."""
+        size = block_units(size_bytes)
+        address = (self._small_range if size <= SMALL_UNITS else self._large_range).take(size)
+        self._used[address] = size
+        self._allocated += size
+        self._peak = max(self._peak, self._allocated)
+        return address
+
+    def free(self, address: int) -> None:
+        """Give a block back to the cache, merging it with free neighbours."""
+        size = self._used.pop(address)
+        self._allocated -= size
+        (self._small_range if address >= _SMALL_RANGE else self._large_range).give(address, size)
+
+    def run(self, events: Sequence[int], units: Sequence[int], slots: list[int]) -> None:
+        """Replay events once: see `play`."""
+        self.play(Pass(events, units), slots)
+
+    def play(self, one: Pass, slots: list[int]) -> None:
+        """Replay a pass: its block n has the address `slots[n]`, where it is there before or after it."""
+        used = self._used
+        self._small_range, self._large_range = _simplest(self._small_range), _simplest(self._large_range)
+        small, large = one.pieces(slots, used, small_from=_SMALL_RANGE, small_units=SMALL_UNITS)
+        for piece in (small, large):
+            for block in piece.given:
+                del used[slots[block]]
+        self._small_range.play(small, slots)
+        self._large_range.play(large, slots)
+        for piece in (small, large):
+            for block in piece.left:
+                used[slots[block]] = piece.sizes[block]
+        self._peak = max(self._peak, self._allocated + one.most)
+        self._allocated += one.change
 
     def empty_cache(self) -> None:
         """Unmap the pages that lie wholly in free blocks (torch.cuda.empty_cache)."""
-        for pool, page in ((self._small, _SMALL_PAGE_UNITS), (self._large, _LARGE_PAGE_UNITS)):
-            for entry in list(pool):
-                size, address = entry >> SHIFT, entry & ADDRESS
-                first, last = -(-address // page) * page, (address + size) // page * page
-                if last <= first:
-                    continue
-                self._take_out(pool, size, address)
-                self._put_in(pool, first - address, address)
-                self._put_in(pool, address + size - last, last)
-                self._reserved -= last - first
-                self._unmap(first, last - first)
+        self._small_range, self._large_range = self._small_range.emptied(), self._large_range.emptied()
 
-    def _unmap(self, start: int, length: int) -> None:
-        """Mark addresses as unmapped, joined with those after and before."""
-        length += self._unmapped.pop(start + length, 0)
-        for before, units in self._unmapped.items():
-            if before + units == start:
-                self._unmapped[before] = units + length
-                return
-        self._unmapped[start] = length
 
-    def _best(self, pool: list[int], index: int) -> int:
-        """Of the free blocks that are large enough the smallest, by the size that each can grow to."""
-        best, size = index, self._grown(pool[index])
-        for other in range(index + 1, len(pool)):
-            grown = self._grown(pool[other])
-            if grown >= size:
-                break
-            best, size = other, grown
-        return best
-
-    def _grown(self, entry: int) -> int:
-        size, address = entry >> SHIFT, entry & ADDRESS
-        return size + self._unmapped.get(address + size, 0)
-
-    def _new_segment(self, size: int) -> tuple[int, int]:
-        """Map pages until a request fits; one free block that is in no list: its size and address."""
-        small = size <= SMALL_UNITS
-        pool, page = (self._small, _SMALL_PAGE_UNITS) if small else (self._large, _LARGE_PAGE_UNITS)
-        start = self._lowest_fit(size, small=small)
-        found = self._size_at.get(start, 0)
-        if found:
-            self._take_out(pool, found, start)
-        while found < size:
-            end = start + found
-            hole = self._unmapped.pop(end)
-            mapped = min(hole, -(-(size - found) // page) * page)
-            self._reserved += mapped
-            found += mapped
-            if mapped < hole:
-                self._unmapped[end + mapped] = hole - mapped
-                continue
-            after = self._size_at.get(start + found, 0)
-            if after:
-                self._take_out(pool, after, start + found)
-                found += after
-        self._start_of[start + found] = start
-        return found, start
-
-    def _lowest_fit(self, size: int, *, small: bool) -> int:
-        """The lowest address where free and unmapped blocks in a row, the second at latest unmapped, fit."""
-        size_at, unmapped = self._size_at, self._unmapped
-        for hole in sorted(unmapped):
-            if (hole >= _SMALL_RANGE) != small:
-                continue
-            start = self._start_of.get(hole, hole)
-            end = start
-            while end - start < size:
-                following = size_at.get(end) or unmapped.get(end)
-                if following is None:
-                    break
-                end += following
-            else:
-                return start
-        raise MemoryError("a request larger than the range of addresses")
-
-    def _take_out(self, pool: list[int], size: int, address: int) -> None:
-        del pool[bisect_left(pool, size << SHIFT | address)]
-        del self._size_at[address], self._start_of[address + size]
-
-    def _put_in(self, pool: list[int], size: int, address: int) -> None:
-        if size:
-            insort(pool, size << SHIFT | address)
-            self._size_at[address] = size
-            self._start_of[address + size] = address
+def _simplest(one: AddressRange | GappedRange) -> AddressRange | GappedRange:
+    """A range whose gaps have been filled is one without them again."""
+    if isinstance(one, GappedRange) and len(one.unmapped) == 1:
+        return AddressRange.of(one)
+    return one

@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from planner.base.units import MIB
+from planner.memory.allocators.passes import Pass
 
 MIN_BLOCK = 512
 SMALL_SIZE = MIB
@@ -27,7 +28,7 @@ _LARGE_SEGMENT_UNITS = LARGE_SEGMENT // MIN_BLOCK
 _MIN_LARGE_UNITS = MIN_LARGE_ALLOCATION // MIN_BLOCK
 _LARGE_ROUNDING_UNITS = LARGE_ROUNDING // MIN_BLOCK
 SHIFT = 36
-ADDRESS = 2**SHIFT - 1
+ADDRESS = (1 << SHIFT) - 1
 
 
 def rounded(size_bytes: int) -> int:
@@ -45,9 +46,6 @@ class CachingAllocator:
     that blocks never merge across.
     """
 
-    always_splits = False
-    """Whether a large block's rest is split off however small it is."""
-
     def __init__(self) -> None:
         self._allocated = 0
         self._reserved = 0
@@ -60,8 +58,6 @@ class CachingAllocator:
         self._used: dict[int, int] = {}
         self._segments: dict[int, int] = {}
         self._next = 0
-        # Addresses that are not backed by memory yet, where segments can grow: start and length.
-        self._unmapped: dict[int, int] = {}
 
     @property
     def allocated_bytes(self) -> int:
@@ -85,14 +81,11 @@ class CachingAllocator:
     def copy(self) -> CachingAllocator:
         """An allocator in the same state."""
         other = CachingAllocator()
-        self._copy_into(other)
-        return other
-
-    def _copy_into(self, other: CachingAllocator) -> None:
         other._allocated, other._reserved, other._peak = self._allocated, self._reserved, self._peak
         other._small, other._large = self._small.copy(), self._large.copy()
         other._size_at, other._start_of = self._size_at.copy(), self._start_of.copy()
         other._used, other._segments, other._next = self._used.copy(), self._segments.copy(), self._next
+        return other
 
     def allocate(self, size_bytes: int) -> int:
         """Serve a request; returns its address."""
@@ -104,6 +97,10 @@ class CachingAllocator:
         """Give a block back to the cache, merging it with free neighbours of its segment."""
         self.run((-1,), (0,), [address])
 
+    def play(self, one: Pass, slots: list[int]) -> None:
+        """Replay a pass (planner/memory/allocators/passes.py)."""
+        self.run(one.events, one.units, slots)
+
     def run(self, events: Sequence[int], units: Sequence[int], slots: list[int]) -> None:
         """Replay events (planner/memory/tape/events.py): block n has `units[n]`, and its address `slots[n]`.
         One loop over local names: a plan replays some 100,000 events.
@@ -111,23 +108,19 @@ class CachingAllocator:
         small, large = self._small, self._large
         size_at, start_of, used = self._size_at, self._start_of, self._used
         allocated, peak = self._allocated, self._peak
-        unmapped, least_rest = self._unmapped, 0 if self.always_splits else SMALL_UNITS
         for event in events:
             if event >= 0:
                 size = units[event]
                 pool = small if size <= SMALL_UNITS else large
                 index = bisect_left(pool, size << SHIFT)
                 if index < len(pool):
-                    entry = pool[index]
-                    if unmapped and (entry >> SHIFT) + (entry & ADDRESS) in unmapped:
-                        index = self._best(pool, index)
                     entry = pool.pop(index)
                     found, address = entry >> SHIFT, entry & ADDRESS
                     del size_at[address]
                 else:
                     found, address = self._new_segment(size)
                 rest = found - size
-                if rest > least_rest or (rest and pool is small):
+                if rest > SMALL_UNITS or (rest and pool is small):
                     after = address + size
                     insort(pool, rest << SHIFT | after)
                     size_at[after] = rest
@@ -177,10 +170,6 @@ class CachingAllocator:
                 else:
                     kept.append(entry)
             pool[:] = kept
-
-    def _best(self, pool: list[int], index: int) -> int:
-        """Which free block serves a request for which the one at `index` lies before unmapped addresses."""
-        return index
 
     def _new_segment(self, size: int) -> tuple[int, int]:
         """A segment from the driver, as one free block that is in no list: its size and address."""

@@ -11,10 +11,10 @@ Sources: allocation traces (tests/stack/traces/compiled); docs/compilation.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.models.spec import LayerSpec
 from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK

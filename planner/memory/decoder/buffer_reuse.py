@@ -9,10 +9,11 @@ attention kernels) allocate their own outputs, which later kernels may take over
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
+from planner.base.values import dataclass
 from planner.memory.decoder.program import Program, renamed
 from planner.memory.tape.events import block_of, free, frees
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.memory.decoder.live_bytes import LayerMemory, final_norm_memory, layer_memory, output_width
 from planner.memory.layers.base_weight import LinearKind
 from planner.memory.layers.layer_knobs import LayerKnobs
@@ -88,6 +89,7 @@ class DecoderSetup:
         )
 
 
+@lru_cache(maxsize=64)
 def decoder_setup(run: TrainingRun) -> DecoderSetup:
     """What a run says of its decoder layers."""
     setup = run.setup

@@ -5,10 +5,10 @@ One tape per layer kind and set of knobs (planner/memory/decoder/layer.py) answe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.memory.decoder.layer import run_layer
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.norms import FP32_NORMS, norm, norm_saves_input

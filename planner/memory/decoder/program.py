@@ -7,9 +7,9 @@ that logs. A program has no sizes of its own: bytes are linear in tokens and att
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
+from planner.base.values import dataclass
 from planner.memory.allocators.native import block_units
 from planner.memory.decoder.layer import run_layer
 from planner.memory.decoder.live_bytes import gradients_before

@@ -2,20 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from functools import cached_property
 
+from planner.base.values import dataclass
+from planner.memory.allocators.passes import Pass
 from planner.memory.decoder.buffer_reuse import placed, tuned
 from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.program import Program, layer_program
+from planner.memory.tape.events import block_of, frees
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class SizedProgram:
-    """A layer's program with the sizes of its blocks in the allocator's units."""
+    """A layer's program with the sizes of its blocks in the allocator's units, and its passes, each made when
+    it is first asked for: an allocator remembers on them what they did.
+    """
 
     program: Program
     units: Sequence[int]
+
+    def _pass(self, events: Sequence[int]) -> Pass:
+        return Pass(events, self.units)
+
+    @cached_property
+    def forward(self) -> Pass:
+        """The forward pass."""
+        return self._pass(self.program.forward)
+
+    @cached_property
+    def first_forward(self) -> tuple[Pass, Pass]:
+        """The first layer's, up to its first matrix product and from there on. The model's own forward pass
+        holds the embeddings in a variable.
+        """
+        program = self.program
+        held = (program.forward[: program.first_product], program.forward[program.first_product :])
+        if not program.keeps_input:
+            held = (_without(held[0], {0}), _without(held[1], {0}))
+        return self._pass(held[0]), self._pass(held[1])
+
+    @cached_property
+    def backward(self) -> Pass:
+        """The backward pass."""
+        return self._pass(self.program.backward)
+
+    @cached_property
+    def checkpointed_backward(self) -> tuple[Pass, Pass]:
+        """Backward up to where the checkpoint lets go of the layer's input, and from there on."""
+        at, events = self.program.unpacked + 1, self.program.backward
+        return self._pass(events[:at]), self._pass(events[at:])
+
+    @cached_property
+    def fetched_backward(self) -> tuple[Pass, Pass]:
+        """Backward of what offloading brings back, which it lets go of itself: up to where all is recomputed,
+        and from there on.
+        """
+        program = self.program
+        fetched = {0} if program.keeps_input_alone else set(program.kept_once)
+        events = _without(program.backward, fetched)
+        return self._pass(events[: program.recomputed]), self._pass(events[program.recomputed :])
+
+    @cached_property
+    def kept_by_size(self) -> Sequence[int]:
+        """What one node alone has saved, the largest last."""
+        return sorted(self.program.kept_once, key=lambda block: self.units[block])
+
+
+def _without(events: Sequence[int], blocks: Set[int]) -> tuple[int, ...]:
+    """Events but for frees of some blocks."""
+    return tuple(event for event in events if not (frees(event) and block_of(event) in blocks))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,9 +5,8 @@ Source: trl/kernels/chunked_logprob.py (ChunkedLogProbFunction) and trainer/util
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.setup.run import TrainingRun
 
 ROW_STATISTICS = 8

@@ -6,9 +6,8 @@ embeddings); bitsandbytes optim/optimizer.py (8-bit from 4,096 elements, paging 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.memory.allocators.native import rounded
 from planner.setup.trained import Trained, TrainedTensor
 

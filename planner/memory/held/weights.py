@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.memory.allocators.expandable import empty_allocator
 from planner.memory.allocators.native import CachingAllocator
 from planner.models.spec import ModelSpec, Parameter

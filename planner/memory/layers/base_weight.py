@@ -6,8 +6,7 @@ nn/modules.py (Linear4bit.forward: casts to the compute dtype and back).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from planner.base.values import dataclass
 from planner.memory.tape.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
 from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
 

@@ -8,9 +8,8 @@ Sources: transformers integrations/moe.py (grouped_mm_experts_forward), PEFT tun
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.memory.layers.base_weight import LinearKind, weight_gradient
 from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from planner.base.values import dataclass
 from planner.memory.layers.base_weight import LinearKind
 
 

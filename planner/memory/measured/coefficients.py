@@ -5,12 +5,13 @@ Coefficients lie in profiles/calibration (shipped) or the user's data folder; `v
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import InputError
 from planner.base.units import MIB
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import FITTED, REPLAYED, Basis
 from planner.memory.measured.coverage import Coverage

@@ -8,13 +8,13 @@ come together, and by sizes. What no run had is named, and widens the interval
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from operator import attrgetter
 from typing import Any
 
 from planner.base.errors import InputError
+from planner.base.values import dataclass
 from planner.models.spec import ModelSpec
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS
@@ -40,22 +40,8 @@ class Coverage:
 
     def outside(self, run: TrainingRun) -> tuple[str, ...]:
         """What of a run no measured one had, each in a few plain words; empty where all was measured."""
-        own, layout = run_traits(run), model_traits(run.model)
-        missing = own - self.values
-        found = [f"no run with {knob}={value} among the records" for knob, value in sorted(missing)]
-        found += [
-            f"no run of a model with {knob}={value} among the records"
-            for knob, value in sorted(layout - self.values)
-        ]
-        together = [
-            f"{first} and {second}"
-            for first, second in _pairs(own - missing)
-            if (first, second) not in self.pairs
-        ]
-        if together:
-            found.append(f"no run with {', or with '.join(together)} together among the records")
-        found += self._beyond(run)
-        return tuple(found)
+        missing = _missing(self.values, self.pairs, run_traits(run), model_traits(run.model))
+        return (*missing, *self._beyond(run))
 
     def _beyond(self, run: TrainingRun) -> Iterator[str]:
         setup = run.setup
@@ -128,6 +114,29 @@ def coverage_of(runs: Iterable[TrainingRun]) -> Coverage:
         max_rank=rank,
         max_parameters=parameters,
     )
+
+
+@lru_cache(maxsize=4096)
+def _missing(
+    values: frozenset[Trait],
+    pairs: frozenset[tuple[str, str]],
+    own: frozenset[Trait],
+    layout: frozenset[Trait],
+) -> tuple[str, ...]:
+    """Which of a run's own traits and of its model's layout, and which two together, are not among the
+    measured.
+    """
+    missing = own - values
+    found = [f"no run with {knob}={value} among the records" for knob, value in sorted(missing)]
+    found += [
+        f"no run of a model with {knob}={value} among the records" for knob, value in sorted(layout - values)
+    ]
+    together = [
+        f"{first} and {second}" for first, second in _pairs(own - missing) if (first, second) not in pairs
+    ]
+    if together:
+        found.append(f"no run with {', or with '.join(together)} together among the records")
+    return tuple(found)
 
 
 def run_traits(run: TrainingRun) -> frozenset[Trait]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.base.units import FP32
+from planner.base.values import dataclass
 from planner.memory.allocators.native import CachingAllocator
 from planner.memory.held.weights import loaded_weights
 from planner.models.spec import ModelSpec

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from planner.memory.allocators.native import CachingAllocator
+from planner.memory.allocators.native import MIN_BLOCK, CachingAllocator
 from planner.memory.decoder.program import Program
-from planner.memory.tape.events import FREE_INPUT, block_of, frees
+from planner.memory.decoder.programs import SizedProgram
 
 FETCHED_AT_ONCE = 3
 """Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
@@ -81,33 +81,34 @@ class OffloadReplay:
             self.stream.free(block)
         self._previous = []
 
-    def run_backward(self, program: Program, units: Sequence[int], own: list[int]) -> None:
+    def run_backward(self, sized: SizedProgram, own: list[int]) -> None:
         """Run a layer's backward pass, with what it reads brought back."""
-        events = self._fetch(program, units, own)
-        self.compute.run(events[: program.recomputed], units, own)
+        program = sized.program
+        recomputing, rest = sized.fetched_backward
+        self._fetch(sized, own)
+        self.compute.play(recomputing, own)
         if program.recomputed:
             # The layer's first node has run, which recomputed it: TRL lets go of what it brought back before.
             self.mark()
             self.end_backward()
             self.stream.reset_peak()
-        self.compute.run(events[program.recomputed :], units, own)
+        self.compute.play(rest, own)
         if program.keeps_input_alone:
             self.end_backward()
             self._previous = [own[0]]
         self.mark()
 
-    def _fetch(self, program: Program, units: Sequence[int], own: list[int]) -> tuple[int, ...]:
-        """Bring back what a layer's backward reads; returns its events without frees of those blocks."""
-        if program.keeps_input_alone:
+    def _fetch(self, sized: SizedProgram, own: list[int]) -> None:
+        """Bring back what a layer's backward reads."""
+        if sized.program.keeps_input_alone:
             own[0] = self.stream.allocate(self.input_bytes)
-            return tuple(event for event in program.backward if event != FREE_INPUT)
+            return
         # One after the other: what the node at work and the two before it read is there at a time.
-        largest = sorted(program.kept_once, key=lambda block: units[block])[-FETCHED_AT_ONCE:]
-        self.stream.run(largest, units, own)
+        largest = sized.kept_by_size[-FETCHED_AT_ONCE:]
+        for block in largest:
+            own[block] = self.stream.allocate(sized.units[block] * MIN_BLOCK)
         self.end_backward()
         self._previous = [own[block] for block in largest]
-        fetched = set(program.kept_once)
-        return tuple(event for event in program.backward if not (frees(event) and block_of(event) in fetched))
 
     @staticmethod
     def blocks_of(program: Program) -> tuple[int, ...]:

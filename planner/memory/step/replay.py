@@ -8,8 +8,9 @@ those of allocation traces (tests/stack/traces).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import MIN_BLOCK
 from planner.memory.decoder.groups import layer_groups
@@ -28,7 +29,6 @@ from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
-from planner.memory.tape.events import FREE_INPUT
 from planner.setup.run import TrainingRun
 
 ADAPTER_STEPS = 2
@@ -116,8 +116,8 @@ class StepReplay:
             tuning_bytes=sizes.tuning_bytes,
         )
         last = max(groups, key=lambda group: group.indices[-1])
-        self.norm = norm_program(last.layer, replace(last.knobs, stream_width=last.memory.output_width))
-        self.norm_units = self.norm.units(self.tokens, self.scores)
+        norm = norm_program(last.layer, replace(last.knobs, stream_width=last.memory.output_width))
+        self.norm = SizedProgram(program=norm, units=norm.units(self.tokens, self.scores))
         self.head = HeadReplay(head_shape(run, final_norm.output_width))
         self.optimizer = OptimizerReplay(run)
         self.biased = run.model.has_biased_linear
@@ -181,7 +181,7 @@ class StepReplay:
         self.gradients = []
 
     def _largest_block_bytes(self) -> int:
-        lists = [self.norm_units, *(layer.first.units for layer in self.layers)]
+        lists = [self.norm.units, *(layer.first.units for layer in self.layers)]
         units = max(max(sizes) for sizes in lists)
         return max(units * MIN_BLOCK, self.head.largest_bytes, self.optimizer.largest_bytes)
 
@@ -219,22 +219,17 @@ class StepReplay:
         allocator, offload = self.allocator, self.offload
         slots: list[list[int]] = []
         for index, sized in enumerate(layers):
-            program, units = sized.program, sized.units
-            own = [0] * len(units)
+            program = sized.program
+            own = [0] * len(sized.units)
             own[0] = hidden
-            forward = program.forward
-            if not index:
-                at_first, forward = forward[: program.first_product], forward[program.first_product :]
-                if not program.keeps_input:
-                    # The model's forward pass holds the embeddings in a variable.
-                    at_first, forward = (
-                        tuple(event for event in events if event != FREE_INPUT)
-                        for events in (at_first, forward)
-                    )
-                allocator.run(at_first, units, own)
+            if index:
+                allocator.play(sized.forward, own)
+            else:
+                to_product, from_product = sized.first_forward
+                allocator.play(to_product, own)
                 if takes_workspaces:
                     self._take_workspaces()
-            allocator.run(forward, units, own)
+                allocator.play(from_product, own)
             hidden = own[program.output]
             slots.append(own)
             if offload is not None and (index or not program.keeps_input_alone):
@@ -250,16 +245,18 @@ class StepReplay:
         """The layers' backward passes; returns the first one's input gradient. A `leaf` input stays."""
         allocator, offload = self.allocator, self.offload
         for index in reversed(range(len(layers))):
-            program, units, own = layers[index].program, layers[index].units, slots[index]
+            sized, own = layers[index], slots[index]
+            program = sized.program
             own[program.incoming] = gradient
             if offload is not None and (index or not program.keeps_input_alone):
-                offload.run_backward(program, units, own)
+                offload.run_backward(sized, own)
             elif program.checkpointed and (index or not leaf):
-                allocator.run(program.backward[: program.unpacked + 1], units, own)
+                to_input, from_input = sized.checkpointed_backward
+                allocator.play(to_input, own)
                 allocator.free(own[0])
-                allocator.run(program.backward[program.unpacked + 1 :], units, own)
+                allocator.play(from_input, own)
             else:
-                allocator.run(program.backward, units, own)
+                allocator.play(sized.backward, own)
             self.gradients += [own[block] for block in program.gradients]
             if program.outgoing is not None:
                 gradient = own[program.outgoing]
@@ -277,10 +274,10 @@ class StepReplay:
         self, hidden: int, casts: Sequence[int], embeddings: int | None, *, first: bool, later: bool
     ) -> int:
         """Final norm and head, forward and backward; returns the gradient of the last hidden state."""
-        allocator, norm = self.allocator, self.norm
-        own = [0] * len(self.norm_units)
+        allocator, norm = self.allocator, self.norm.program
+        own = [0] * len(self.norm.units)
         own[0] = hidden
-        allocator.run(norm.forward, self.norm_units, own)
+        allocator.play(self.norm.forward, own)
         if embeddings is not None:
             allocator.free(embeddings)
         gradient, kept = self.head.run(
@@ -292,7 +289,7 @@ class StepReplay:
         )
         self.gradients += kept
         own[norm.incoming] = gradient
-        allocator.run(norm.backward, self.norm_units, own)
+        allocator.play(self.norm.backward, own)
         self.gradients += [own[block] for block in norm.gradients]
         if norm.outgoing is None:
             raise AssertionError("the final norm's input has no gradient")

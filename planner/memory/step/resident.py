@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.held.optimizer import OptimizerMemory, optimizer_memory, trained_bytes
 from planner.memory.held.weights import WeightMemory, largest_quantized_bytes, loaded_weights, upcast_bytes

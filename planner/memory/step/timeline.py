@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from planner.base.values import dataclass
 from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.live_bytes import LayerMemory, at, peak
 from planner.memory.held.head import HeadMemory

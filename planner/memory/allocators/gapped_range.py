@@ -1,0 +1,192 @@
+"""One range of addresses with holes in what is mapped, as emptying the cache leaves them.
+
+A free block before unmapped addresses counts as large as it could grow, so a request takes another that fits
+if there is one; memory is mapped at the lowest address where the request fits with the free block before it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from planner.base.values import dataclass
+from planner.memory.allocators.native import ADDRESS, SHIFT
+from planner.memory.allocators.passes import Piece
+
+RANGE_UNITS = 2**34
+"""Length of a range: larger than any GPU's memory."""
+
+
+MOST_KNOWN = 16
+"""States that are remembered of a pass: offloading goes through as many as it holds tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class _After:
+    """The state that a pass left which mapped nothing."""
+
+    holes: list[int]
+    size_at: dict[int, int]
+    start_of: dict[int, int]
+    left: list[int]
+
+
+class GappedRange:
+    """Blocks of a range; addresses, sizes and pages in units.
+
+    All free blocks are in `holes` as size << 36 | address, sorted; `unmapped` are lengths by start.
+    """
+
+    def __init__(self, start: int, page: int, *, mapped: int) -> None:
+        self.start, self.page = start, page
+        self.reserved = mapped - start
+        self.holes: list[int] = []
+        self.size_at: dict[int, int] = {}
+        self.start_of: dict[int, int] = {}
+        self.unmapped = {mapped: start + RANGE_UNITS - mapped}
+
+    def copy(self) -> GappedRange:
+        """A range in the same state."""
+        other = GappedRange(self.start, self.page, mapped=self.start)
+        other.reserved, other.unmapped = self.reserved, self.unmapped.copy()
+        other.holes = self.holes.copy()
+        other.size_at, other.start_of = self.size_at.copy(), self.start_of.copy()
+        return other
+
+    def play(self, piece: Piece, slots: list[int]) -> None:
+        """Replay what a pass asks of this pool; from a state that it once found it gets to what that left."""
+        if not piece.events:
+            return
+        if not isinstance(piece.known, dict):
+            piece.known = {}
+        given = tuple(slots[block] for block in piece.given)
+        state = (given, tuple(self.holes), tuple(self.unmapped.items()))
+        known: _After | None = piece.known.get(state)
+        if known is not None:
+            self.holes = known.holes.copy()
+            self.size_at, self.start_of = known.size_at.copy(), known.start_of.copy()
+            for block, address in zip(piece.left, known.left, strict=True):
+                slots[block] = address
+            return
+        reserved = self.reserved
+        for event in piece.events:
+            if event >= 0:
+                slots[event] = self.take(piece.sizes[event])
+            else:
+                self.give(slots[-1 - event], piece.sizes[-1 - event])
+        if self.reserved == reserved and len(piece.known) < MOST_KNOWN:
+            left = [slots[block] for block in piece.left]
+            piece.known[state] = _After(self.holes.copy(), self.size_at.copy(), self.start_of.copy(), left)
+
+    def take(self, size: int) -> int:
+        """Serve a request; returns its address."""
+        holes = self.holes
+        index = bisect_left(holes, size << SHIFT)
+        if index < len(holes):
+            entry = holes[index]
+            if (entry >> SHIFT) + (entry & ADDRESS) in self.unmapped:
+                index = self._best(index)
+            entry = holes[index]
+            found, address = entry >> SHIFT, entry & ADDRESS
+            self.take_out(found, address)
+        else:
+            found, address = self._grown_block(size)
+        self.put_in(found - size, address + size)
+        return address
+
+    def give(self, address: int, size: int) -> None:
+        """Free a block, merging it with its free neighbours."""
+        after = self.size_at.get(address + size, 0)
+        if after:
+            self.take_out(after, address + size)
+            size += after
+        before = self.start_of.get(address)
+        if before is not None:
+            self.take_out(address - before, before)
+            size += address - before
+            address = before
+        self.put_in(size, address)
+
+    def emptied(self) -> GappedRange:
+        """The range as emptying the cache leaves it: pages that lie wholly in free blocks are unmapped."""
+        page = self.page
+        for entry in self.holes.copy():
+            size, address = entry >> SHIFT, entry & ADDRESS
+            first, last = -(-address // page) * page, (address + size) // page * page
+            if last <= first:
+                continue
+            self.take_out(size, address)
+            self.put_in(first - address, address)
+            self.put_in(address + size - last, last)
+            self.reserved -= last - first
+            self._unmap(first, last - first)
+        return self
+
+    def _unmap(self, start: int, length: int) -> None:
+        """Mark addresses as unmapped, joined with those after and before."""
+        length += self.unmapped.pop(start + length, 0)
+        for before, units in self.unmapped.items():
+            if before + units == start:
+                self.unmapped[before] = units + length
+                return
+        self.unmapped[start] = length
+
+    def _best(self, index: int) -> int:
+        """Of the free blocks that are large enough the smallest, by the size that each can grow to."""
+        best, size = index, self._grown(self.holes[index])
+        for other in range(index + 1, len(self.holes)):
+            grown = self._grown(self.holes[other])
+            if grown >= size:
+                break
+            best, size = other, grown
+        return best
+
+    def _grown(self, entry: int) -> int:
+        size, address = entry >> SHIFT, entry & ADDRESS
+        return size + self.unmapped.get(address + size, 0)
+
+    def _grown_block(self, size: int) -> tuple[int, int]:
+        """Map pages until a request fits; size and address of one free block that is in no list."""
+        start = self._lowest_fit(size)
+        found = self.size_at.get(start, 0)
+        if found:
+            self.take_out(found, start)
+        while found < size:
+            end = start + found
+            hole = self.unmapped.pop(end)
+            mapped = min(hole, -(-(size - found) // self.page) * self.page)
+            self.reserved += mapped
+            found += mapped
+            if mapped < hole:
+                self.unmapped[end + mapped] = hole - mapped
+                continue
+            after = self.size_at.get(start + found, 0)
+            if after:
+                self.take_out(after, start + found)
+                found += after
+        return found, start
+
+    def _lowest_fit(self, size: int) -> int:
+        """The lowest address where free and unmapped blocks in a row, the second at latest unmapped, fit."""
+        for hole in sorted(self.unmapped):
+            start = self.start_of.get(hole, hole)
+            end = start
+            while end - start < size:
+                following = self.size_at.get(end) or self.unmapped.get(end)
+                if following is None:
+                    break
+                end += following
+            else:
+                return start
+        raise MemoryError("a request larger than the range of addresses")
+
+    def take_out(self, size: int, address: int) -> None:
+        """Remove a free block."""
+        del self.holes[bisect_left(self.holes, size << SHIFT | address)]
+        del self.size_at[address], self.start_of[address + size]
+
+    def put_in(self, size: int, address: int) -> None:
+        """Add a free block, unless it has no size."""
+        if size:
+            insort(self.holes, size << SHIFT | address)
+            self.size_at[address] = size
+            self.start_of[address + size] = address
