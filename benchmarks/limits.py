@@ -41,11 +41,11 @@ def main() -> None:
 def judge(model: str, gpu: str) -> dict[str, Any]:
     """One pair: the longest length that is said to fit, and what plans for it and beyond say."""
     window = load_shipped(model).max_position_embeddings
-    longest = make_plan(make_request(model, gpu=gpu), longest=True, methods=False).longest
+    longest = make_plan(make_request(model, gpu=gpu), longest=True, whole=False).longest
 
     def fits(length: int) -> bool:
         request = make_request(model, gpu=gpu, knobs={"max_length": length})
-        return make_plan(request, methods=False).fits
+        return make_plan(request, whole=False).fits
 
     if longest is None:
         shortest = min(STEP, window)
