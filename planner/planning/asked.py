@@ -32,7 +32,7 @@ class Asked:
     """A request, the card and the model that it names, and the lengths of its data where it has any.
 
     `runs` are those of the model that are known already: shapes, which no request changes. Estimates are
-    each request's own.
+    each request's own, made as if nothing else had been asked.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Asked:
         self.stats = stats
         examples = None if stats is None else Examples(stats)
         self.evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples, runs=runs)
+        self._others: dict[PlanRequest, Asked] = {}
 
     @cached_property
     def chosen(self) -> Chosen:
@@ -114,8 +115,11 @@ class Asked:
         return self.with_request(self.request.without(*without).with_knobs(knobs))
 
     def with_request(self, request: PlanRequest) -> Asked:
-        """Another request of the same card and model."""
-        return Asked(request, self.target, self.model, self.stats, runs=self.evaluator.runs)
+        """Another request of the same card and model; of the same one the same."""
+        if request not in self._others:
+            other = Asked(request, self.target, self.model, self.stats, runs=self.evaluator.runs)
+            self._others[request] = other
+        return self._others[request]
 
     def refused_with(self, method: str) -> tuple[str, ...]:
         """Fixed knobs that have to go for a method."""

@@ -106,5 +106,5 @@ def test_a_method_is_said_to_fit_where_its_own_plan_does(model: str, gpu: str) -
     plan = make_plan(make_request(model, gpu=gpu))
     assert [one.method for one in plan.methods] == list(METHODS)
     for figures in plan.methods:
-        own = plan_of(model, gpu, method=figures.method, max_length=plan.setup.max_length)
+        own = plan_of(model, gpu, method=figures.method)
         assert own.fits is figures.fits, figures.method

@@ -36,7 +36,9 @@ class AdvicePanel(SetupList[Advice]):
         drawn = colours(self.app)
         more = ", ".join(item.changes) or item.effect
         title = f"{item.title} ({more})" if more else item.title
-        shown = title if len(title) < self.title_width(_FIGURES) else item.title
+        # What else changes is said as far as there is room; an effect only where there is.
+        fitting = item.changes or len(title) < self.title_width(_FIGURES)
+        shown = title if fitting else item.title
         titled, told = self.titled(shown, fits=item.fits, figures=_FIGURES)
         text = Text(titled, no_wrap=True, overflow="ellipsis")
         text.append(f"{told}{gib(item.peak_upper_bytes):>10}", drawn.success if item.fits else drawn.error)
