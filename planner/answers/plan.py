@@ -110,10 +110,10 @@ class MethodFigures:
     """What a plan answers that is asked for a method: what it chooses, or the smallest it tried.
 
     `flags` are what to type, in place of what was typed of the same knobs and `without` options that the
-    method refuses. `changes` say how its setup differs from the plan's, `faster` by what share of its speed
-    it is faster (negative: slower; null for the plan's own). `smallest_gpu` is the card with least
-    memory of `desktop_card` and `rented_card`, which are the smallest of their kind that take the method at
-    that length; null where none does. Plans written before a field was added have not got it.
+    method refuses. `changes` say how its setup differs from the plan's beside that and its length, `faster`
+    by what share of its speed it is faster (negative: slower; null for the plan's own). `smallest_gpu` is the
+    card with least memory of `desktop_card` and `rented_card`, which are the smallest of their kind that take
+    the method at that length; null where none does. Plans written before a field was added have not got it.
     """
 
     method: str

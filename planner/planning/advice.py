@@ -215,8 +215,11 @@ def _free_memory(asked: Asked) -> Iterator[Advice]:
 
 
 def _smaller_model(asked: Asked) -> Iterator[Advice]:
-    """The largest smaller model of the family for which a plan fits."""
+    """The largest smaller model of the family that fits and was made for sequences as long as asked for."""
+    wished = asked.request.fixed.get("max_length", 0)
     for summary in _family(asked.model):
+        if isinstance(wished, int) and wished > summary.max_position_embeddings:
+            continue
         there = asked.of_model(summary.id)
         found = there.answer if there.can_fit() else None
         if found is not None and found.fits:

@@ -44,7 +44,7 @@ def _figures(asked: Asked, method: str) -> MethodFigures | None:
         max_length=best.setup.max_length,
         flags=change.flags,
         without=change.left_out(asked.request),
-        changes=() if there is asked else other_knobs(asked, found, change.told),
+        changes=() if there is asked else other_knobs(asked, found, change.told | {"max_length"}),
         faster=None if there is asked else gain(asked, found),
         desktop_card=names.get(DESKTOP),
         rented_card=names.get(RENTED),

@@ -146,7 +146,8 @@ def _on(asked: Asked, card: str, duration: Duration) -> OtherCard | None:
         usd_per_gpu_hour=takes.usd_per_gpu_hour,
         usd=takes.usd,
         flags=f"--gpu {gpu.id}",
-        changes=other_knobs(asked, found),
+        # At which length it runs there is told with its speed where the plan's does not fit.
+        changes=other_knobs(asked, found, () if fits else {"max_length"}),
     )
 
 

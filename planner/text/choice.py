@@ -60,9 +60,9 @@ def print_frontier(out: Console, plan: Plan) -> None:
                 Text("chosen" if one.chosen else "", style="bold"),
             ]
         )
-    heads = [("batch", "number"), ("", "text"), ("peak GiB", "number"), ("tokens/s", "number")]
-    if timed:
-        heads.append(("time", "name"))
+    heads = [("batch", "number"), ("", "text"), ("peak GiB", "number")]
+    # With data, of its own tokens: padding is no progress.
+    heads += [("useful/s", "number"), ("time", "name")] if timed else [("tokens/s", "number")]
     heads += [("fits", "name"), ("", "name")]
     columns(out, heads, rows)
 
@@ -97,25 +97,23 @@ def print_advice(out: Console, plan: Plan) -> None:
     if not plan.advice:
         return
     heading(out, "To use what is left" if plan.fits else "To make it fit")
-    table: list[list[str | Text]] = []
-    wide = out.width >= WIDE
-    for one in plan.advice:
-        row: list[str | Text] = [one.title, figure(one.peak_upper_bytes)]
-        if not plan.fits:
-            row.append(yes_no(one.fits))
-        if wide:
-            if plan.fits:
-                row.append(rate(one.tokens_per_second))
-            row.append("\n".join(line for line in (how(one), ", ".join(what_else(one))) if line))
-        table.append(row)
-    heads = [("", "text"), ("peak GiB", "number")]
-    if not plan.fits:
-        heads.append(("fits", "name"))
-    if wide:
-        if plan.fits:
-            heads.append(("tokens/s", "number"))
-        heads.append(("", "text"))
-    columns(out, heads, table)
+    if out.width < WIDE:
+        rows: list[list[str | Text]] = [
+            [one.title, figure(one.peak_upper_bytes), yes_no(one.fits)] for one in plan.advice
+        ]
+        columns(out, [("", "text"), ("peak GiB", "number"), ("fits", "name")], rows)
+        return
+    rows = [
+        [figure(one.peak_upper_bytes), yes_no(one.fits), rate(one.tokens_per_second), _told(one)]
+        for one in plan.advice
+    ]
+    columns(out, [("peak GiB", "number"), ("fits", "name"), ("tokens/s", "number"), ("", "text")], rows)
+
+
+def _told(one: Advice) -> str:
+    """A change: what it is and how to ask for it, then what else is different."""
+    changes = ", ".join(what_else(one))
+    return f"{one.title}: {how(one)}" + (f"\n{changes}" if changes else "")
 
 
 def how(one: Advice) -> str:
@@ -129,7 +127,11 @@ def without(options: tuple[str, ...]) -> str:
 
 
 def what_else(one: Advice | MethodFigures) -> tuple[str, ...]:
-    """How a row's setup differs from the plan's, and what that does to speed."""
+    """How a row's setup differs from the plan's, and what that does to speed; of one that fits, as what does
+    not will not be run.
+    """
+    if not one.fits:
+        return ()
     if one.faster is None or abs(one.faster) < LEAST_TOLD:
         return one.changes
     return (*one.changes, f"{abs(one.faster):.0%} {'faster' if one.faster > 0 else 'slower'}")
