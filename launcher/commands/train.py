@@ -88,7 +88,7 @@ def _plan_and_train(args: argparse.Namespace) -> int:
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
     wish = _wish(args, source)
     stats = _measured_stats(wish)
-    plan = make_plan(request, model=model, stats=stats, methods=args.full)
+    plan = make_plan(request, model=model, stats=stats, whole=args.full)
     _show(plan, full=args.full)
     if not on_gpu:
         say(f"no NVIDIA GPU here: planned for {request.gpu}, trained on this machine's CPU")

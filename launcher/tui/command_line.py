@@ -1,13 +1,15 @@
-"""The command line that is equal to what the sizing screen shows."""
+"""The command line and the request that are equal to what the sizing screen shows."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from launcher.tui.sizing import Sizing
 from planner.setup import defaults
 from planner.setup.options import option
+from planner.setup.request import PlanRequest, make_request
 from planner.setup.training_setup import TrainingSetup
 
 _CHOSEN_OTHERWISE = (
@@ -20,6 +22,20 @@ _CHOSEN_OTHERWISE = (
     "train_sampling_strategy",
 )
 """What `plan` chooses where it is not told."""
+
+
+def request_of(sizing: Sizing, **wishes: Any) -> PlanRequest:
+    """The request of exactly the sizing's setup and card: every knob that has a value is fixed.
+
+    Raises:
+        InputError: a wish that is not accepted.
+    """
+    setup = sizing.setup
+    fixed = {name: value for name, value in setup.to_dict().items() if name != "model" and value is not None}
+    if setup.packing:
+        # Null is the model's own attention; with packing a plan would choose.
+        fixed.setdefault("attn_implementation", sizing.model.default_attn_implementation)
+    return make_request(setup.model, knobs=fixed, gpu=sizing.card.argument, **wishes)
 
 
 def plan_command(sizing: Sizing) -> str:

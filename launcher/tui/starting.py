@@ -9,13 +9,13 @@ from launcher.runs import stack, supervisor
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
 from launcher.runs.weights import require_weights
+from launcher.tui.command_line import request_of
 from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
 from planner.answers.plan import Plan
 from planner.base.errors import InputError
 from planner.data.files import on_this_machine
 from planner.planning.make_plan import make_plan
-from planner.setup.request import make_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +62,5 @@ def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Sta
 
 def _plan(sizing: Sizing, wish: RunWish) -> Plan:
     """The plan of exactly this setup on exactly this card, on the data that will be trained on."""
-    setup = sizing.setup
-    fixed = {name: value for name, value in setup.to_dict().items() if name != "model" and value is not None}
-    if setup.packing:
-        # Null is the model's own attention; with packing a plan would choose.
-        fixed.setdefault("attn_implementation", sizing.model.default_attn_implementation)
-    request = make_request(
-        setup.model,
-        knobs=fixed,
-        gpu=sizing.card.argument,
-        data=str(wish.data),
-        num_train_epochs=wish.num_train_epochs,
-    )
-    return make_plan(request, model=sizing.model, target=sizing.card.target)
+    request = request_of(sizing, data=str(wish.data), num_train_epochs=wish.num_train_epochs)
+    return make_plan(request, model=sizing.model, target=sizing.card.target, whole=False)

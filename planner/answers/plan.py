@@ -123,8 +123,13 @@ class LoadNeeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodFigures:
-    """One method at the plan's length, batch and checkpointing. `smallest_gpu` is the card with least memory
-    in the catalog that takes it; null if none does. Null figures: the method is not modelled for the model.
+    """What a plan answers that is asked for a method: what it chooses, or the smallest it tried.
+
+    `flags` are what to type, in place of what was typed of the same knobs and `without` options that the
+    method refuses. `changes` say how its setup differs from the plan's beside that and its length, `faster`
+    by what share of its speed it is faster (negative: slower; null for the plan's own). `smallest_gpu` is the
+    card with least memory of `desktop_card` and `rented_card`, which are the smallest of their kind that take
+    the method at that length; null where none does. Plans written before a field was added have not got it.
     """
 
     method: str
@@ -135,6 +140,13 @@ class MethodFigures:
     fits: bool
     tokens_per_second: float | None
     smallest_gpu: str | None
+    max_length: int | None = None
+    flags: str = ""
+    without: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    faster: float | None = None
+    desktop_card: str | None = None
+    rented_card: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,11 +199,14 @@ class RunnerUp:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """A change to the plan, estimated like the plan itself.
+    """A change to the request, and what a plan for it answers.
 
-    `flags` are what to type. `peak_upper_bytes` is what has to fit after the change, `change_bytes` how much
-    more (or, negative, less) than now. `effect` says what it costs or brings. `setup` is what the change
-    leads to: null where no setup can do it (closing a program), and for advice read from JSON.
+    `flags` are what to type, in place of what was typed of the same knobs; `without`, the options to leave
+    out. Where both are empty nothing can be typed (closing a program). `peak_upper_bytes` is what has to fit
+    after the change, `change_bytes` how much more (or, negative, less) than now. `effect` says what it costs
+    or brings, `changes` how the setup that it leads to differs from the plan's beside that, `faster` by what
+    share of the plan's speed it is faster (negative: slower; null for another model). `setup` is that setup:
+    null where no setup can do it, and for advice read from JSON.
     """
 
     title: str
@@ -201,26 +216,34 @@ class Advice:
     change_bytes: int
     fits: bool
     tokens_per_second: float | None
+    without: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    faster: float | None = None
     setup: TrainingSetup | None = field(default=None, compare=False, metadata=NOT_IN_JSON)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardAdvice:
-    """The card with least memory that takes the model, and the longest default length that fits on it."""
+    """The card with least memory of its kind on which a plan fits, and the length that it then has.
+
+    `kind` is "desktop" or "rented"; empty in plans written before it was told.
+    """
 
     gpu: str
     name: str
     memory_bytes: int
     usable_bytes: int
     max_length: int
+    kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OtherCard:
-    """What a card with more memory would bring: `setup` is the fastest of a few that fit on it.
+    """What a card with more memory would bring: what a plan answers that is asked for it by `flags`.
 
-    Hours and price are for what the plan's `duration` is for. `speedup` is the plan's hours over these where
-    the plan fits, else null. `longer_length` is a length beyond the plan's that fits there, but not here.
+    `changes` say how its setup differs from the plan's. Hours and price are for what the plan's `duration` is
+    for. `speedup` is the plan's hours over these where the plan fits, else null. `longer_length` is a length
+    beyond the plan's that fits there, but not here.
     """
 
     gpu: str
@@ -235,6 +258,8 @@ class OtherCard:
     hours: float
     usd_per_gpu_hour: float | None
     usd: float | None
+    flags: str = ""
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,7 +289,10 @@ class Plan:
 
     `fits` is the verdict; where it is false, `setup` is the smallest one tried. `advice` says how to make
     it fit or how to use what is left. `assumptions` are everything that was chosen without being asked.
-    `frontier` is by rising memory. Plans written before it and `other_cards` were added have neither.
+    `smallest_cards` are, where it does not fit, the smallest card for a desktop and the smallest to rent that
+    take it, `smallest_gpu` the one of them with less memory. `frontier` is by rising memory. Plans written
+    before a field was added have not got it; plans made for the short page have no methods, alternatives,
+    frontier and other cards, and of advice only what it shows.
     `longest` is null where it was not asked for or nothing fits.
     `neighbours` are the points of the frontier around the plan's own, and `runners_up` the setups that a
     reader would ask about: chosen for a reader with the plan, and no part of its JSON.
@@ -290,6 +318,7 @@ class Plan:
     notes: tuple[Note, ...]
     frontier: tuple[FrontierPoint, ...] = ()
     other_cards: tuple[OtherCard, ...] = ()
+    smallest_cards: tuple[CardAdvice, ...] = ()
     longest: Longest | None = None
     neighbours: tuple[FrontierPoint, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
     runners_up: tuple[RunnerUp, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)

@@ -82,7 +82,7 @@ def _pairs(args: argparse.Namespace) -> int:
     for name in args.model:
         model = resolve_model(name, allow_network=args.allow_download, inspector=inspector)
         requests = [_request(args, name, gpu) for gpu in args.gpu]
-        rows += [row_of(make_plan(request, model=model, methods=False)) for request in requests]
+        rows += [row_of(make_plan(request, model=model, whole=False)) for request in requests]
     if args.json:
         return _print_json("rows", rows)
     from planner.text.figures import show
@@ -93,6 +93,7 @@ def _pairs(args: argparse.Namespace) -> int:
 
 
 def _smallest_cards(args: argparse.Namespace) -> int:
+    from planner.gpus.spec import DISPLAY_BYTES
     from planner.models.catalog import resolve_model
     from planner.planning.comparison import smallest_cards
 
@@ -104,7 +105,14 @@ def _smallest_cards(args: argparse.Namespace) -> int:
         max_length=min(512, model.max_position_embeddings),
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
     )
-    cards = smallest_cards(base, model, methods, fixed=request.fixed, given_length=args.max_length)
+    cards = smallest_cards(
+        base,
+        model,
+        methods,
+        fixed=request.fixed,
+        given_length=args.max_length,
+        held_bytes=DISPLAY_BYTES if args.display else 0,
+    )
     if args.json:
         return _print_json("smallest_cards", cards)
     from planner.text.figures import show

@@ -108,8 +108,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
-        # Nothing of them is on the short page.
-        methods=args.full or args.explain or args.json,
+        whole=args.full or args.explain or args.json,
     )
 
 

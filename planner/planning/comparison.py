@@ -11,12 +11,18 @@ from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import list_models, resolve_model
 from planner.models.spec import ModelSpec
-from planner.search.cards import smallest_gpu
+from planner.search.cards import (
+    DESKTOP,
+    RENTED,
+    cards_by_memory,
+    needed_at_least,
+    smallest_first,
+    smallest_gpus,
+)
 from planner.search.evaluator import Evaluator
 from planner.search.lean import longest_that_fits, smallest_that_fits
 from planner.setup import defaults
 from planner.setup.defaults import DEFAULT_LENGTHS
-from planner.setup.run import Runs
 from planner.setup.training_setup import TrainingSetup
 
 
@@ -41,13 +47,17 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmallestCard:
-    """The card with least memory that takes a model by a method at a length; null when none does."""
+    """The cards with least memory that take a model by a method at a length, one for a desktop and one to
+    rent; null when none does. `gpu` is the one of them with less memory, the bytes are of that.
+    """
 
     method: str
     max_length: int
     peak_upper_bytes: int
     gpu: str | None
     usable_bytes: int | None
+    desktop_card: str | None
+    rented_card: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,29 +98,38 @@ def smallest_cards(
     *,
     fixed: Mapping[str, Any],
     given_length: int | None = None,
+    held_bytes: int = 0,
 ) -> tuple[SmallestCard, ...]:
-    """The smallest card for each method and default length (or the given one), the `fixed` knobs kept: the
-    first on which anything that a plan tries fits.
+    """The smallest cards for each method and default length (or the given one), the `fixed` knobs kept: of
+    each kind the first on which anything that a plan tries fits with `held_bytes` held by others.
 
     Raises:
         NotModelledError: a knob whose memory is not modelled.
     """
     from planner.setup.methods import with_method
 
-    lengths, runs = defaults.lengths(model, given_length, None), Runs(model)
+    largest = cards_by_memory()[-1]
+    evaluator = Evaluator(model, largest, largest.usable_bytes)
     effective = base.effective_batch_size
     found = []
     for method in methods:
-        for length in lengths:
+        for length in defaults.lengths(model, given_length, None):
             setup = with_method(base, method).replace(max_length=length)
-            gpu, needed = smallest_gpu(setup, runs, fixed, effective)
+            cards = smallest_gpus(setup, evaluator, fixed, effective, held_bytes=held_bytes)
+            least, names = smallest_first(cards), {one.kind: one.gpu.id for one in cards}
             found.append(
                 SmallestCard(
                     method=method,
                     max_length=length,
-                    peak_upper_bytes=needed,
-                    gpu=None if gpu is None else gpu.id,
-                    usable_bytes=None if gpu is None else gpu.usable_bytes,
+                    peak_upper_bytes=(
+                        needed_at_least(setup, evaluator, fixed, effective)
+                        if least is None
+                        else least.peak_upper_bytes
+                    ),
+                    gpu=None if least is None else least.gpu.id,
+                    usable_bytes=None if least is None else least.gpu.usable_bytes,
+                    desktop_card=names.get(DESKTOP),
+                    rented_card=names.get(RENTED),
                 )
             )
     return tuple(found)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.answers.plan import Advice, Alternative, MethodFigures, Plan, PlannedModel
+from planner.answers.plan import Alternative, FrontierPoint, Plan, PlannedModel
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
-from planner.planning.advice import make_it_fit, use_what_is_left
+from planner.planning.advice import advice
+from planner.planning.asked import Asked
 from planner.planning.assumptions import assumptions
-from planner.planning.choosing import Chosen, choose, policy_lengths
+from planner.planning.choosing import Chosen
 from planner.planning.longest import longest_context
+from planner.planning.methods import method_figures
 from planner.planning.needs import load_needs, model_notes
-from planner.planning.other_cards import Question, other_cards
+from planner.planning.other_cards import other_cards, smallest_cards
 from planner.planning.schedule import make_duration, make_schedule, summarise_data
 from planner.search import SPEED_TIE, Tried, finish_seconds
-from planner.search.cards import smallest_card, smallest_gpu
-from planner.search.evaluator import Candidate, Evaluator
-from planner.search.frontier import around_the_chosen, frontier, runners_up
-from planner.search.lean import smallest_that_fits
+from planner.search.evaluator import Candidate
+from planner.search.frontier import around_the_chosen, frontier, runners_up, settled
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
-from planner.setup.methods import with_method
 from planner.setup.request import PlanRequest
 from planner.setup.run import TrainingRun
-from planner.setup.training_setup import METHODS
-from planner.throughput.epoch import Examples
+
+SHOWN_ADVICE = 3
+"""Advice to make a plan fit that the short page has room for."""
 
 
 def make_plan(
@@ -38,7 +39,7 @@ def make_plan(
     target: GpuTarget | None = None,
     model: ModelSpec | None = None,
     longest: bool = False,
-    methods: bool = True,
+    whole: bool = True,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
@@ -48,8 +49,8 @@ def make_plan(
     `allow_network` the config of a Hub id may be fetched. `model` is the request's where it has been looked
     up already: describing one takes seconds. `target` stands in for the request's GPU: a card of which less
     is to be used than it has, or one that is known already. With `longest` the plan says how long sequences
-    may be, with `methods` what other methods need and the smallest card for each: either takes as long as
-    choosing does.
+    may be, which takes as long as choosing does. Not `whole`, it has what the short page shows: what is said
+    of other methods, ranks and cards takes a search each.
 
     Raises:
         InputError: model, GPU, data or knobs are not usable.
@@ -61,82 +62,65 @@ def make_plan(
         model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
-    examples = None if stats is None else Examples(stats)
-    evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples)
-    chosen = choose(request, target, evaluator, stats)
-    plan = _plan(request, target, evaluator, stats, chosen)
-    if methods:
-        plan = replace(plan, methods=_methods(evaluator, request, chosen))
+    asked = Asked(request, target, model, stats)
+    plan = _plan(asked)
+    if whole:
+        plan = _with_all_around(asked, plan)
+    elif not plan.fits:
+        plan = replace(plan, advice=advice(asked, most=SHOWN_ADVICE))
     if longest:
-        plan = replace(plan, longest=longest_context(request, target, evaluator))
+        plan = replace(plan, longest=longest_context(request, target, asked.evaluator))
     return plan
 
 
-def _plan(
-    request: PlanRequest,
-    target: GpuTarget,
-    evaluator: Evaluator,
-    stats: DatasetStats | None,
-    chosen: Chosen,
-) -> Plan:
+def _plan(asked: Asked) -> Plan:
     """What was chosen, and all that is said about it."""
-    model, examples, best = evaluator.model, evaluator.examples, chosen.tried.candidate
+    request, target, model, chosen = asked.request, asked.target, asked.model, asked.chosen
+    examples, best = asked.evaluator.examples, chosen.tried.candidate
     setup = best.setup
     schedule = make_schedule(request, setup, model, examples, chosen.effective_batch_size)
     data = None if examples is None else summarise_data(str(request.data), examples, setup)
-    lengths = policy_lengths(request, model, stats)
-    card = (
-        None
-        if chosen.fits
-        else smallest_card(evaluator, setup, lengths, request.fixed, chosen.effective_batch_size)
-    )
-    duration = make_duration(best, schedule, target, request.price_usd_per_hour)
-    question = Question(
-        tried=chosen.result.tried,
-        chosen=best,
-        fits=chosen.fits,
-        lengths=lengths,
-        open_ended=stats is None and "max_length" not in request.fixed,
-        fixed=frozenset(request.fixed),
-        tokens=chosen.tokens,
-        duration=duration,
-        smallest=card,
-    )
-    others = _alternatives(chosen, evaluator)
-    points = frontier(chosen.result.tried, chosen.tried, evaluator, tokens=chosen.tokens)
+    cards = () if chosen.fits else smallest_cards(asked)
+    run = asked.evaluator.run(setup)
     return Plan(
         request=request,
         gpu=target,
-        model=_planned_model(evaluator.run(setup)),
+        model=_planned_model(run),
         fits=chosen.fits,
         setup=setup,
         strategy=chosen.tried.strategy,
         schedule=schedule,
         memory=best.memory,
         speed=best.speed,
-        duration=duration,
-        loading=load_needs(evaluator.run(setup)),
+        duration=make_duration(best, schedule, target, request.price_usd_per_hour),
+        loading=load_needs(run),
         data=data,
         methods=(),
-        alternatives=others,
-        advice=_advice(request, target, evaluator, chosen),
-        smallest_gpu=card,
+        alternatives=(),
+        advice=(),
+        smallest_gpu=min(cards, key=lambda one: one.usable_bytes, default=None),
+        smallest_cards=cards,
         assumptions=assumptions(request, target, setup, schedule, data, chosen),
         notes=model_notes(model, setup, best.memory, target.usable_bytes),
-        frontier=points,
-        other_cards=other_cards(question, evaluator),
-        neighbours=around_the_chosen(points),
-        runners_up=runners_up(others, points, target.usable_bytes),
     )
 
 
-def _advice(
-    request: PlanRequest, target: GpuTarget, evaluator: Evaluator, chosen: Chosen
-) -> tuple[Advice, ...]:
-    setup = chosen.tried.candidate.setup
-    if chosen.fits:
-        return use_what_is_left(evaluator, setup, request, chosen.effective_batch_size)
-    return make_it_fit(evaluator, setup, target)
+def _with_all_around(asked: Asked, plan: Plan) -> Plan:
+    """The plan with what else was tried, and what is said of other methods, changes and cards."""
+    chosen, evaluator = asked.chosen, asked.evaluator
+    tried = settled(chosen.result.tried, evaluator)
+    points = frontier(tried, chosen.tried, evaluator, tokens=chosen.tokens)
+    others = _alternatives(chosen, tried, points, evaluator.usable_bytes)
+    return replace(
+        plan,
+        methods=method_figures(asked),
+        alternatives=others,
+        advice=advice(asked),
+        frontier=points,
+        other_cards=other_cards(asked, plan.duration, plan.smallest_cards),
+        neighbours=around_the_chosen(points),
+        runners_up=runners_up(others, points, evaluator.usable_bytes),
+    )
 
 
 def read_stats(path: str) -> DatasetStats:
@@ -167,58 +151,30 @@ def _planned_model(run: TrainingRun) -> PlannedModel:
     )
 
 
-def _methods(evaluator: Evaluator, request: PlanRequest, chosen: Chosen) -> tuple[MethodFigures, ...]:
-    """The plan's own method as planned; the others in the plan's way where that fits, else in the leanest."""
+def _alternatives(
+    chosen: Chosen, tried: Sequence[Tried], points: Sequence[FrontierPoint], usable_bytes: int
+) -> tuple[Alternative, ...]:
+    """What else was tried, in the figures of the frontier where it is there."""
     best = chosen.tried.candidate
-    fixed = {name: value for name, value in request.fixed.items() if name != "method"}
-    effective = chosen.effective_batch_size
+    replayed = {point.setup: point for point in points}
     found = []
-    for method in METHODS:
-        own = method == best.setup.method
-        candidate, fits = best, chosen.fits
-        if not own:
-            setup = with_method(best.setup, method)
-            other = evaluator.try_evaluate(setup)
-            if other is None:
-                continue
-            candidate, fits = other, evaluator.fits(other)
-            lean = None
-            if not fits:
-                lean = smallest_that_fits(setup, evaluator, effective_batch_size=effective, fixed=fixed)
-            if lean is not None:
-                candidate, fits = lean, True
-        gpu, _ = smallest_gpu(candidate.setup, evaluator.runs, fixed, effective)
-        found.append(
-            MethodFigures(
-                method=method,
-                weights_bytes=candidate.memory.weights_bytes,
-                allocated_bytes=candidate.memory.allocated_bytes,
-                process_bytes=candidate.memory.process_bytes,
-                peak_upper_bytes=candidate.peak_upper_bytes,
-                fits=fits,
-                tokens_per_second=candidate.tokens_per_second,
-                smallest_gpu=None if gpu is None else gpu.id,
-            )
-        )
-    return tuple(found)
-
-
-def _alternatives(chosen: Chosen, evaluator: Evaluator) -> tuple[Alternative, ...]:
-    best = chosen.tried.candidate
-    found = []
-    for one in chosen.result.tried:
-        if one.candidate.setup == best.setup:
+    for one in tried:
+        candidate, point = one.candidate, replayed.get(one.candidate.setup)
+        if candidate.setup == best.setup:
             continue
-        candidate = one.candidate
-        lost, amount = _why_lost(one, best, chosen.tokens, evaluator.usable_bytes)
+        peak = candidate.peak_upper_bytes if point is None else point.peak_upper_bytes
+        fits = one.fits if point is None else point.fits
+        lost, amount = _why_lost(candidate, best, chosen.tokens, peak - best.peak_upper_bytes)
+        if not fits:
+            lost, amount = "too large", float(peak - usable_bytes)
         found.append(
             Alternative(
                 strategy=one.strategy,
                 per_device_train_batch_size=candidate.setup.per_device_train_batch_size,
                 gradient_accumulation_steps=candidate.setup.gradient_accumulation_steps,
-                peak_upper_bytes=candidate.peak_upper_bytes,
+                peak_upper_bytes=peak,
                 tokens_per_second=candidate.tokens_per_second,
-                fits=one.fits,
+                fits=fits,
                 lost=lost,
                 amount=amount,
             )
@@ -226,16 +182,12 @@ def _alternatives(chosen: Chosen, evaluator: Evaluator) -> tuple[Alternative, ..
     return tuple(found)
 
 
-def _why_lost(one: Tried, best: Candidate, tokens: int, usable_bytes: int) -> tuple[str, float]:
-    """Why a setup that was tried is not the plan's, and by how much, in Alternative's words."""
-    candidate = one.candidate
-    if not one.fits:
-        return "too large", float(candidate.peak_upper_bytes - usable_bytes)
+def _why_lost(candidate: Candidate, best: Candidate, tokens: int, larger: int) -> tuple[str, float]:
+    """Why a setup that fits is not the plan's, and by how much, in Alternative's words."""
     seconds, least = (finish_seconds(each, tokens) for each in (candidate, best))
     given_up = 0.0 if seconds is None or least is None else max(0.0, 1 - least / seconds)
     if given_up > 1 - 1 / (1 + SPEED_TIE):
         return "slower", given_up
     if candidate.setup.activation_offloading and not best.setup.activation_offloading:
         return "offloads", given_up
-    larger = candidate.peak_upper_bytes - best.peak_upper_bytes
     return ("tie", float(larger)) if larger > 0 else ("slower", given_up)

@@ -1,129 +1,176 @@
-"""Savings: changes to a setup that need less memory, each with the options that ask for it and its price."""
+"""Savings: changes to a request that need less memory, each with its price.
+
+What a plan chooses by itself (micro-batch, checkpointing, offloading, compiling) saves only where it was
+fixed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from planner.base.values import dataclass
-from planner.gpus.target import GpuTarget
-from planner.models.spec import ModelSpec
-from planner.setup.defaults import DEFAULT_LENGTHS, OPTIM
-from planner.setup.methods import with_method
-from planner.setup.options import options_between
+from planner.planning.asked import Asked
+from planner.setup.defaults import FASTER_OPTIM, OPTIM
+from planner.setup.knob import KnobValue
+from planner.setup.options import option, options
+from planner.setup.request import PlanRequest
 from planner.setup.training_setup import TrainingSetup
 
 SMALL_RANK = 8
 MEMORY_SAVING_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+RUNNING = (
+    *BATCH,
+    "gradient_checkpointing",
+    "checkpointed_layers",
+    "selective_checkpointing",
+    "activation_memory_budget",
+    "activation_offloading",
+    "compile",
+)
+"""How a run is executed: what may be left to the plan without another result of the training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A changed setup, how to ask for it, and what it costs or brings."""
+    """Knobs to fix and to leave open, in words and with what it costs or brings.
+
+    `effective_batch_size` is what the request has to name, null where it need not.
+    """
 
     title: str
-    flags: str
     effect: str
-    setup: TrainingSetup
+    knobs: tuple[tuple[str, KnobValue], ...] = ()
+    without: tuple[str, ...] = ()
+    effective_batch_size: int | None = None
+
+    @property
+    def flags(self) -> str:
+        """What to type."""
+        wish = {"effective_batch_size": self.effective_batch_size} if self.effective_batch_size else {}
+        return options({**dict(self.knobs), **wish})
+
+    def left_out(self, request: PlanRequest) -> tuple[str, ...]:
+        """Options of a request that are not to be typed again, as they were typed."""
+        return tuple(option(name, request.fixed[name])[0] for name in self.without)
+
+    @property
+    def told(self) -> frozenset[str]:
+        """Knobs that the flags and the title tell of."""
+        return frozenset(name for name, _ in self.knobs)
+
+    def of(self, request: PlanRequest) -> PlanRequest:
+        """The request with the change.
+
+        Raises:
+            InputError: it would contradict itself.
+        """
+        changed = request.without(*self.without).with_knobs(dict(self.knobs))
+        return changed.with_effective_batch(self.effective_batch_size)
 
 
-def change(setup: TrainingSetup, title: str, effect: str, **knobs: Any) -> Change:
-    """The setup with other knobs, and what to type for them."""
-    return change_to(setup, title, effect, setup.replace(**knobs))
+def change(title: str, effect: str, *, without: tuple[str, ...] = (), **knobs: KnobValue) -> Change:
+    """A change of knobs."""
+    return Change(title=title, effect=effect, knobs=tuple(knobs.items()), without=without)
 
 
-def change_to(setup: TrainingSetup, title: str, effect: str, changed: TrainingSetup) -> Change:
-    """Another setup in place of this one, and what to type for it."""
-    return Change(title=title, flags=options_between(setup, changed), effect=effect, setup=changed)
+def to_method(asked: Asked, method: str, title: str, effect: str) -> Change:
+    """A change of method, and of what the new one refuses."""
+    return change(title, effect, without=asked.refused_with(method), method=method)
 
 
-def savings(setup: TrainingSetup, model: ModelSpec, target: GpuTarget) -> Iterator[tuple[Change, ...]]:
-    """Single changes that need less memory, the least harmful to the result first: of each kind the weakest
-    first.
+def left_to_the_plan(asked: Asked) -> Change | None:
+    """How the run is executed, where some of that is fixed, as the plan would have it.
+
+    Batches stay where a row's examples are not for the plan to count. Of optimizers, only the two that a plan
+    takes for each other are left to it.
     """
-    for one in _free_savings(setup, model, target):
-        yield (one,)
-    yield from _method_savings(setup)
-    yield tuple(_shorter(setup))
-    if setup.uses_lora and setup.lora_r > SMALL_RANK:
-        title, effect = f"rank {SMALL_RANK} instead of {setup.lora_r}", "a smaller adapter learns less"
-        yield (change(setup, title, effect, lora_r=SMALL_RANK, lora_alpha=None),)
-
-
-def all_together(setup: TrainingSetup, model: ModelSpec, target: GpuTarget) -> Change | None:
-    """Every saving at once, at the shortest default length."""
-    flags: list[str] = []
-    changed = setup
-    for _ in range(16):
-        # The strongest saving of the first kind that is left; applying it can leave others, until none is.
-        strongest = next((kind[-1] for kind in savings(changed, model, target) if kind), None)
-        if strongest is None:
-            break
-        flags.append(strongest.flags)
-        changed = strongest.setup
-    if changed == setup:
+    request = asked.request
+    packed = asked.stats is not None and request.fixed.get("packing") is True
+    freed = [name for name in RUNNING if name in request.fixed and not (packed and name in BATCH)]
+    if not freed:
         return None
-    return Change(title="all of these together", flags=" ".join(flags), effect="", setup=changed)
+    if request.fixed.get("optim") in (OPTIM, FASTER_OPTIM):
+        freed.append("optim")
+    wish = asked.effective_batch_size
+    open_ended = asked.with_request(request.without(*freed))
+    return Change(
+        title="how it runs left to the plan",
+        effect="the fastest that fits",
+        without=tuple(freed),
+        effective_batch_size=None if open_ended.effective_batch_size == wish else wish,
+    )
 
 
-def _free_savings(setup: TrainingSetup, model: ModelSpec, target: GpuTarget) -> Iterator[Change]:
+def savings(asked: Asked, setup: TrainingSetup) -> Iterator[tuple[Change, ...]]:
+    """Single changes that need less memory than the setup that was chosen, the least harmful to the result
+    first: of each kind the weakest first. Shorter sequences are for the caller to look for.
+    """
+    for one in _free_savings(asked, setup):
+        yield (one,)
+    yield from _method_savings(asked, setup)
+
+
+def smaller_rank(setup: TrainingSetup) -> Change | None:
+    """A smaller adapter than the setup's; None where it is small."""
+    if not setup.uses_lora or setup.lora_r <= SMALL_RANK:
+        return None
+    title = f"rank {SMALL_RANK} instead of {setup.lora_r}"
+    return change(title, "a smaller adapter learns less", lora_r=SMALL_RANK)
+
+
+def together(changes: list[Change]) -> Change:
+    """Changes that exclude none of the others, at once."""
+    knobs = {name: value for one in changes for name, value in one.knobs}
+    without = tuple(dict.fromkeys(name for one in changes for name in one.without if name not in knobs))
+    return Change(title="all of these together", effect="", knobs=tuple(knobs.items()), without=without)
+
+
+def _free_savings(asked: Asked, setup: TrainingSetup) -> Iterator[Change]:
     """Changes that cost speed at most, not quality."""
-    if setup.per_device_train_batch_size > 1:
+    fixed = asked.request.fixed
+    if setup.per_device_train_batch_size > 1 and not fixed.keys().isdisjoint(BATCH):
         yield _smaller_batch(setup)
-    if not setup.gradient_checkpointing or setup.checkpointed_layers is not None:
+    decided = fixed.keys() & set(RUNNING)
+    if decided and (not setup.gradient_checkpointing or setup.checkpointed_layers is not None):
+        others = ("checkpointed_layers", "activation_memory_budget")
         yield change(
-            setup,
             "checkpoint all layers",
             "layers are computed twice",
+            without=tuple(name for name in others if name in fixed),
             gradient_checkpointing=True,
-            checkpointed_layers=None,
-            activation_memory_budget=None,
         )
     if setup.prepare_for_kbit_training:
         title = "without prepare_for_kbit_training"
-        yield change(setup, title, "TRL does not need it", prepare_for_kbit_training=False)
-    if setup.attn_implementation == "eager" and model.default_attn_implementation != "eager":
-        title = "sdpa instead of eager attention"
-        yield change(setup, title, "the same result, faster", attn_implementation="sdpa")
-    dtype = target.spec.dtype
+        yield change(title, "TRL does not need it", prepare_for_kbit_training=False)
+    if setup.attn_implementation == "eager" and asked.model.default_attn_implementation != "eager":
+        yield change("sdpa instead of eager attention", "the same result, faster", attn_implementation="sdpa")
+    dtype = asked.target.spec.dtype
     if setup.dtype == "float32":
-        yield change(setup, f"{dtype} instead of float32", "what most people train in", dtype=dtype)
+        yield change(f"{dtype} instead of float32", "what most people train in", dtype=dtype)
     if setup.method == "qlora" and not setup.bnb_4bit_use_double_quant:
-        yield change(setup, "double quantisation", "no loss known", bnb_4bit_use_double_quant=True)
+        yield change("double quantisation", "no loss known", bnb_4bit_use_double_quant=True)
     if setup.optim not in MEMORY_SAVING_OPTIMIZERS:
-        yield change(setup, f"{OPTIM} instead of {setup.optim}", "states of 8 bits", optim=OPTIM)
+        yield change(f"{OPTIM} instead of {setup.optim}", "states of 8 bits", optim=OPTIM)
 
 
-def _method_savings(setup: TrainingSetup) -> Iterator[tuple[Change, ...]]:
+def _method_savings(asked: Asked, setup: TrainingSetup) -> Iterator[tuple[Change, ...]]:
     if setup.use_dora:
-        yield (change(setup, "LoRA instead of DoRA", "no magnitude vector", use_dora=False),)
+        yield (change("LoRA instead of DoRA", "no magnitude vector", use_dora=False),)
     if setup.uses_lora and setup.lora_dropout > 0:
-        yield (change(setup, "no LoRA dropout", "less regularisation", lora_dropout=0.0),)
+        yield (change("no LoRA dropout", "less regularisation", lora_dropout=0.0),)
     if setup.method == "full":
         yield tuple(
-            change_to(
-                setup, f"{title} instead of full fine-tuning", "trains an adapter", with_method(setup, method)
-            )
+            to_method(asked, method, f"{title} instead of full fine-tuning", "trains an adapter")
             for method, title in (("lora", "16-bit LoRA"), ("qlora", "QLoRA"))
         )
     if setup.method == "lora":
-        title = "QLoRA instead of 16-bit LoRA"
-        yield (change_to(setup, title, "the base in 4 bits", with_method(setup, "qlora")),)
-
-
-def _shorter(setup: TrainingSetup) -> Iterator[Change]:
-    shorter = [length for length in DEFAULT_LENGTHS if length < setup.max_length]
-    if setup.max_length // 2 >= DEFAULT_LENGTHS[0]:
-        shorter.insert(0, setup.max_length // 2)
-    for length in shorter:
-        title = f"length {length:,} instead of {setup.max_length:,}"
-        yield change(setup, title, "longer examples are cut", max_length=length)
+        yield (to_method(asked, "qlora", "QLoRA instead of 16-bit LoRA", "the base in 4 bits"),)
 
 
 def _smaller_batch(setup: TrainingSetup) -> Change:
     accumulation = setup.gradient_accumulation_steps * setup.per_device_train_batch_size
     return change(
-        setup,
         f"micro-batch 1, {accumulation} times accumulated",
         "the same effective batch, slower",
         per_device_train_batch_size=1,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
+from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.search import search

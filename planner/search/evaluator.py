@@ -73,13 +73,13 @@ class Evaluator:
         self._known: dict[TrainingSetup, Candidate] = {}
         self._memories: dict[TrainingSetup, MemoryBreakdown] = {}
         self._replays: dict[TrainingSetup, MemoryBreakdown] = {}
+        self._ended: set[TrainingSetup] = set()
         self._confirmed: dict[TrainingSetup, Candidate] = {}
 
-    def on(self, gpu: GpuSpec) -> Evaluator:
-        """The same model and data on another card, which holds nothing else."""
-        return Evaluator(
-            self.model, gpu, gpu.usable_bytes, padded=self.padded, examples=self.examples, runs=self.runs
-        )
+    def on(self, gpu: GpuSpec, *, held_bytes: int = 0) -> Evaluator:
+        """The same model and data on another card, of which so many bytes are held by others."""
+        usable = max(0, gpu.usable_bytes - held_bytes)
+        return Evaluator(self.model, gpu, usable, padded=self.padded, examples=self.examples, runs=self.runs)
 
     @property
     def compiles(self) -> bool:
@@ -128,8 +128,10 @@ class Evaluator:
         """Memory by the allocator's replay, which is the same however examples are drawn."""
         key = _ungrouped(setup)
         found = self._replays.get(key)
-        if found is None or (whole and not found.fits(self.usable_bytes)):
+        if found is None or (whole and key not in self._ended and not found.fits(self.usable_bytes)):
             found = self._replays[key] = self._memory(key, replay=True, whole=whole)
+            if whole:
+                self._ended.add(key)
         return found
 
     def fitted(self, setup: TrainingSetup) -> MemoryBreakdown:

@@ -1,7 +1,8 @@
 """The frontier of a search: of all that was tried, what no other setup beats in both time and memory.
 
-The plan's own setup is one of them. Beside it stand the smaller ones, which are slower, and the faster ones,
-which do not fit. `runners_up` says in a few lines why the nearest of the others lost.
+The plan's own setup is one of them, and all are replayed as it was. Beside it stand the smaller ones, which
+are slower, and the faster ones, which do not fit. `runners_up` says in a few lines why the nearest of the
+others lost.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from planner.answers.plan import Alternative, FrontierPoint, RunnerUp
-from planner.memory.breakdown import REPLAYED
 from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.search.evaluator import Evaluator
 
@@ -18,45 +18,68 @@ SHOWN_BELOW, SHOWN_ABOVE = 4, 3
 MAX_RUNNERS_UP = 4
 
 
+def settled(tried: Iterable[Tried], evaluator: Evaluator) -> tuple[Tried, ...]:
+    """The same with those replayed to the end of which the fitted estimate leaves open whether they fit."""
+    return tuple(one if one.fits or _cannot_fit(one, evaluator) else _whole(one, evaluator) for one in tried)
+
+
+def _cannot_fit(one: Tried, evaluator: Evaluator) -> bool:
+    return evaluator.fitted(one.candidate.setup).peak_lower_bytes > evaluator.usable_bytes
+
+
+def _whole(one: Tried, evaluator: Evaluator) -> Tried:
+    candidate = evaluator.confirm(one.candidate.setup, whole=True)
+    return Tried(strategy=one.strategy, candidate=candidate, fits=evaluator.fits(candidate))
+
+
 def frontier(
     tried: Iterable[Tried], chosen: Tried, evaluator: Evaluator, *, tokens: int
 ) -> tuple[FrontierPoint, ...]:
     """Setups that no other one is both smaller and done with `tokens` as soon as, by rising memory.
 
-    Times closer than a tie count as equal. Without a forecast of speed there is no frontier.
+    Times closer than a tie count as equal. All are replayed through the allocator, with every other one that
+    the fitted estimate's lower end would have among them. Without a forecast of speed there is no frontier.
     """
     others = [one for one in tried if one.candidate.setup != chosen.candidate.setup]
-    points = [_point(one, chosen, evaluator, tokens) for one in (*others, chosen)]
-    known = [point for point in points if point is not None]
-    if len(known) < len(points):
+    timed = [
+        (seconds, one) for one in others if (seconds := finish_seconds(one.candidate, tokens)) is not None
+    ]
+    now = finish_seconds(chosen.candidate, tokens)
+    if now is None or len(timed) < len(others):
         return ()
+    # Smallest first, so that few are replayed before the rest is seen to be larger than what is as fast.
+    timed.sort(key=lambda pair: (evaluator.fitted(pair[1].candidate.setup).peak_upper_bytes, pair[0]))
+    points = [_point(_whole(chosen, evaluator), now, chosen=True)]
+    for seconds, one in timed:
+        least = evaluator.fitted(one.candidate.setup).peak_lower_bytes
+        if not any(
+            point.peak_upper_bytes <= least and point.hours * 3600 <= seconds * (1 + SPEED_TIE)
+            for point in points
+        ):
+            points.append(_point(_whole(one, evaluator), seconds, chosen=False))
+    return _unbeaten(points)
+
+
+def _unbeaten(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
     found: list[FrontierPoint] = []
     least = float("inf")
-    for point in sorted(known, key=lambda one: (one.peak_upper_bytes, one.hours)):
+    for point in sorted(points, key=lambda one: (one.peak_upper_bytes, one.hours)):
         if point.chosen or point.hours * (1 + SPEED_TIE) < least:
             found.append(point)
             least = min(least, point.hours)
     return tuple(found)
 
 
-def _point(one: Tried, chosen: Tried, evaluator: Evaluator, tokens: int) -> FrontierPoint | None:
+def _point(one: Tried, seconds: float, *, chosen: bool) -> FrontierPoint:
     candidate = one.candidate
-    rate, seconds = candidate.tokens_per_second, finish_seconds(candidate, tokens)
-    if rate is None or seconds is None:
-        return None
-    peak = candidate.peak_upper_bytes
-    memory = candidate.memory
-    if memory.basis.reserve == REPLAYED and memory.reserved_bytes > evaluator.usable_bytes:
-        # A replay ends once it reserves more than there is: the estimate tells by how much.
-        peak = max(peak, evaluator.fitted(candidate.setup).peak_upper_bytes)
     return FrontierPoint(
         strategy=one.strategy,
         setup=candidate.setup,
-        peak_upper_bytes=peak,
-        tokens_per_second=rate,
+        peak_upper_bytes=candidate.peak_upper_bytes,
+        tokens_per_second=candidate.tokens_per_second or 0.0,
         hours=seconds / 3600,
         fits=one.fits,
-        chosen=one is chosen,
+        chosen=chosen,
     )
 
 

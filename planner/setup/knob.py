@@ -143,6 +143,21 @@ class Knob:
         return check_or_null
 
     @property
+    def label(self) -> str:
+        """What a person calls it: as the form has it, or the plan's text, or its name in words."""
+        if self.form is not None:
+            return self.form.label
+        return self.name.replace("_", " ") if self.line is None else self.line.label
+
+    def in_words(self, value: object) -> str:
+        """The knob at a value, in a few words."""
+        if value is None:
+            return f"{self.label}: {self.null}"
+        if isinstance(value, bool):
+            return f"{self.label} {'on' if value else 'off'}"
+        return f"{self.label} {value:,}" if isinstance(value, int) else f"{self.label} {plain(value)}"
+
+    @property
     def accepted(self) -> str:
         """The accepted values in words, null aside."""
         if self.kind == "bool":

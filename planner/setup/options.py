@@ -1,13 +1,13 @@
-"""Setups as a person types them: each knob is an option of the command line, named as the knob."""
+"""Setups as a person types and tells them: each knob is an option of the command line, named as the knob."""
 
 from __future__ import annotations
 
-from planner.setup.methods import with_method
-from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
+import shlex
+from collections.abc import Collection, Mapping
 
-# Null cannot be typed. "Checkpoint all layers" is typed as checkpointing itself; any other knob that becomes
-# null does so with one that is told.
-_TOLD_BY = {"checkpointed_layers": "gradient_checkpointing"}
+from planner.setup.knob import Knob
+from planner.setup.knobs import KNOBS
+from planner.setup.training_setup import TrainingSetup
 
 
 def option(name: str, value: object) -> list[str]:
@@ -22,18 +22,29 @@ def option(name: str, value: object) -> list[str]:
     return [f"--{flag}", str(value)]
 
 
-def options_between(before: TrainingSetup, after: TrainingSetup) -> str:
-    """What to type to come from one setup to another; what a changed method brings with it is not told."""
-    words = []
-    if after.method != before.method:
-        words += option("method", after.method)
-        before = with_method(before, after.method)
-    told = set()
-    for name in FIELD_NAMES:
-        if getattr(before, name) == getattr(after, name):
+def options(knobs: Mapping[str, object]) -> str:
+    """What to type for knobs at these values."""
+    return shlex.join(word for name, value in knobs.items() for word in option(name, value))
+
+
+def differences(
+    before: TrainingSetup,
+    after: TrainingSetup,
+    *,
+    told: Collection[str] = (),
+    knobs: tuple[Knob, ...] = KNOBS,
+) -> tuple[str, ...]:
+    """How one setup differs from another, a few words a knob; what is `told` elsewhere is left out.
+
+    So is a knob that is back at its default because another one leaves it no meaning.
+    """
+    found = []
+    for knob in knobs:
+        value = getattr(after, knob.name)
+        if knob.name in told or value == getattr(before, knob.name):
             continue
-        said = name if getattr(after, name) is not None else _TOLD_BY.get(name)
-        if said is not None and said not in told:
-            told.add(said)
-            words += option(said, getattr(after, said))
-    return " ".join(words)
+        meaningless = any(getattr(after, need.other) == need.other_than for need in knob.needs)
+        if meaningless and value == knob.default:
+            continue
+        found.append(knob.in_words(value))
+    return tuple(found)

@@ -88,9 +88,22 @@ class PlanRequest:
         """The fixed knobs by name."""
         return dict(self.knobs)
 
-    def without(self, name: str) -> PlanRequest:
-        """The same request with a knob left open."""
-        return dataclasses.replace(self, knobs=tuple(pair for pair in self.knobs if pair[0] != name))
+    def without(self, *names: str) -> PlanRequest:
+        """The same request with knobs left open."""
+        return dataclasses.replace(self, knobs=tuple(pair for pair in self.knobs if pair[0] not in names))
+
+    def with_knobs(self, knobs: Mapping[str, KnobValue]) -> PlanRequest:
+        """The same request with knobs fixed, in place of what it has fixed them at.
+
+        Raises:
+            FieldError: a value is outside what is accepted, or a knob is unknown.
+            InputError: two knobs contradict each other.
+        """
+        return dataclasses.replace(self, knobs=tuple({**self.fixed, **knobs}.items()))
+
+    def with_effective_batch(self, size: int | None) -> PlanRequest:
+        """The same request with an effective batch; null leaves it as it is."""
+        return self if size is None else dataclasses.replace(self, effective_batch_size=size)
 
     def setup(self, **chosen: Any) -> TrainingSetup:
         """Build the setup of the fixed knobs and of what was chosen; a fixed knob wins.

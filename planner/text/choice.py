@@ -5,35 +5,36 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from planner.answers.plan import FrontierPoint, Plan, RunnerUp
+from planner.answers.plan import Advice, FrontierPoint, MethodFigures, Plan, RunnerUp
 from planner.setup.training_setup import TrainingSetup
 from planner.text.figures import WIDE, bullets, columns, duration, figure, gib, heading, rate, yes_no
 
+LEAST_TOLD = 0.01
+"""A difference in speed that is told: what is less is a tie to the search as well."""
 METHOD_TITLES = {"qlora": "QLoRA", "lora": "16-bit LoRA", "full": "full fine-tuning"}
 
 
 def print_methods(out: Console, plan: Plan) -> None:
-    """Print each method with what it would need."""
+    """Print what a plan for each method answers, the smallest cards that take it, and what else differs."""
     if len(plan.methods) < 2:
         return
-    setup = plan.setup
-    heading(
-        out,
-        f"Methods compared, at {setup.max_length:,} tokens, micro-batch {setup.per_device_train_batch_size}",
-    )
+    heading(out, "Methods compared, each as a plan for it has it (--method)")
     wide = out.width >= WIDE
-    heads = [("", "name"), ("weights", "number"), ("peak GiB", "number"), ("fits", "name")]
+    heads = [("", "name"), ("length", "number"), ("peak GiB", "number"), ("fits", "name")]
     if wide:
-        heads += [("tokens/s", "number"), ("smallest card", "name")]
+        heads += [("tokens/s", "number"), ("desktop card", "name"), ("card to rent", "name")]
     rows: list[list[str | Text]] = []
     for one in plan.methods:
-        title = METHOD_TITLES[one.method] if wide else one.method
-        row: list[str | Text] = [title, figure(one.weights_bytes), figure(one.peak_upper_bytes)]
-        row.append(yes_no(one.fits))
+        length = "" if one.max_length is None else f"{one.max_length:,}"
+        row: list[str | Text] = [one.method, length, figure(one.peak_upper_bytes), yes_no(one.fits)]
         if wide:
-            row += [rate(one.tokens_per_second), one.smallest_gpu or "none"]
+            row += [rate(one.tokens_per_second), one.desktop_card or "none", one.rented_card or "none"]
         rows.append(row)
     columns(out, heads, rows)
+    for one in plan.methods:
+        words = [word for word in (without(one.without), *what_else(one)) if word]
+        if words:
+            bullets(out, [f"{one.method}: {', '.join(words)}"])
 
 
 def print_frontier(out: Console, plan: Plan) -> None:
@@ -59,9 +60,9 @@ def print_frontier(out: Console, plan: Plan) -> None:
                 Text("chosen" if one.chosen else "", style="bold"),
             ]
         )
-    heads = [("batch", "number"), ("", "text"), ("peak GiB", "number"), ("tokens/s", "number")]
-    if timed:
-        heads.append(("time", "name"))
+    heads = [("batch", "number"), ("", "text"), ("peak GiB", "number")]
+    # With data, of its own tokens: padding is no progress.
+    heads += [("useful/s", "number"), ("time", "name")] if timed else [("tokens/s", "number")]
     heads += [("fits", "name"), ("", "name")]
     columns(out, heads, rows)
 
@@ -96,25 +97,44 @@ def print_advice(out: Console, plan: Plan) -> None:
     if not plan.advice:
         return
     heading(out, "To use what is left" if plan.fits else "To make it fit")
-    table: list[list[str | Text]] = []
-    wide = out.width >= WIDE
-    for one in plan.advice:
-        row: list[str | Text] = [one.title, figure(one.peak_upper_bytes)]
-        if not plan.fits:
-            row.append(yes_no(one.fits))
-        if wide:
-            if plan.fits:
-                row.append(rate(one.tokens_per_second))
-            row.append(one.flags or one.effect)
-        table.append(row)
-    heads = [("", "text"), ("peak GiB", "number")]
-    if not plan.fits:
-        heads.append(("fits", "name"))
-    if wide:
-        if plan.fits:
-            heads.append(("tokens/s", "number"))
-        heads.append(("", "text"))
-    columns(out, heads, table)
+    if out.width < WIDE:
+        rows: list[list[str | Text]] = [
+            [one.title, figure(one.peak_upper_bytes), yes_no(one.fits)] for one in plan.advice
+        ]
+        columns(out, [("", "text"), ("peak GiB", "number"), ("fits", "name")], rows)
+        return
+    rows = [
+        [figure(one.peak_upper_bytes), yes_no(one.fits), rate(one.tokens_per_second), _told(one)]
+        for one in plan.advice
+    ]
+    columns(out, [("peak GiB", "number"), ("fits", "name"), ("tokens/s", "number"), ("", "text")], rows)
+
+
+def _told(one: Advice) -> str:
+    """A change: what it is and how to ask for it, then what else is different."""
+    changes = ", ".join(what_else(one))
+    return f"{one.title}: {how(one)}" + (f"\n{changes}" if changes else "")
+
+
+def how(one: Advice) -> str:
+    """What to type and what to leave out for a change; what it does where nothing can be typed."""
+    return " ".join(word for word in (one.flags, without(one.without)) if word) or one.effect
+
+
+def without(options: tuple[str, ...]) -> str:
+    """Which options to leave out, in words; empty for none."""
+    return f"without {', '.join(options)}" if options else ""
+
+
+def what_else(one: Advice | MethodFigures) -> tuple[str, ...]:
+    """How a row's setup differs from the plan's, and what that does to speed; of one that fits, as what does
+    not will not be run.
+    """
+    if not one.fits:
+        return ()
+    if one.faster is None or abs(one.faster) < LEAST_TOLD:
+        return one.changes
+    return (*one.changes, f"{abs(one.faster):.0%} {'faster' if one.faster > 0 else 'slower'}")
 
 
 def _batch(setup: TrainingSetup) -> str:

@@ -15,10 +15,11 @@ from rich.console import Console
 from planner.answers.plan import Advice, Plan
 from planner.setup.card_limits import torch_build
 from planner.setup.options import option
+from planner.text.choice import how, what_else
 from planner.text.data import not_trained
 from planner.text.figures import NARROW, bar, bullets, figure, footnote, gib, heading, pairs, rate
 from planner.text.plan import knob_lines, setup_lines
-from planner.text.speed import NO_FORECAST, brings, speed_lines
+from planner.text.speed import NO_FORECAST, speed_lines
 from planner.text.verdict import print_verdict
 
 MOST_LINES = 30
@@ -109,13 +110,11 @@ def _next(out: Console, plan: Plan, command: str | None, changes: int) -> None:
     build = torch_build(plan.gpu.spec)
     if build is not None:
         rows.append(("before", f"torch: {build}"))
-    fitting = [one for one in plan.advice if plan.fits or one.fits]
-    rows += [(one.title, _change(one, plan)) for one in fitting[:changes]]
-    if plan.other_cards and changes:
-        card = plan.other_cards[0]
-        rows.append((f"{card.gpu}, {gib(card.usable_bytes)}", brings(card)))
+    if not plan.fits:
+        # What uses the memory that is left takes a search each: it is on the full page.
+        rows += [(one.title, _change(one)) for one in plan.advice if one.fits][:changes]
     pairs(out, rows)
-    footnote(out, "  --full: all parts, methods, setups and cards, and what the numbers rest on")
+    footnote(out, "  --full: other ranks, methods, setups and cards, and what the numbers rest on")
 
 
 def _train_command(plan: Plan) -> str:
@@ -134,8 +133,6 @@ def _train_command(plan: Plan) -> str:
     return f"{shlex.join(words)} --data {shlex.quote(data)}"
 
 
-def _change(one: Advice, plan: Plan) -> str:
-    text = f"{gib(one.peak_upper_bytes)}"
-    if plan.fits:
-        text += f", {rate(one.tokens_per_second)} tokens/s"
-    return f"{text}: {one.flags or one.effect}"
+def _change(one: Advice) -> str:
+    what = [how(one), *what_else(one)]
+    return f"{gib(one.peak_upper_bytes)}, {rate(one.tokens_per_second)} tokens/s: {', '.join(what)}"

@@ -108,4 +108,6 @@ def brings(one: OtherCard) -> str:
     text += f": {duration(one.hours)}"
     if one.usd is not None and one.usd_per_gpu_hour is not None:
         text += f", {dollars(one.usd)} at ${one.usd_per_gpu_hour:g} an hour"
-    return text + (f"; takes {one.longer_length:,} tokens" if one.longer_length is not None else "")
+    if one.longer_length is not None:
+        text += f"; takes {one.longer_length:,} tokens"
+    return text + (f"; {', '.join(one.changes)}" if one.changes else "")

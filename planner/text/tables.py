@@ -167,11 +167,19 @@ def _width(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Text]
 
 
 def print_smallest_cards(out: Console, model: str, cards: Sequence[SmallestCard]) -> None:
-    """Print the smallest card for each method and length."""
-    out.print(Text(f"Smallest card for {model}, by the leanest setup that a plan tries"))
-    heads = [("method", "name"), ("length", "number"), ("peak GiB", "number"), ("card", "name")]
+    """Print the smallest card for a desktop and the smallest to rent, for each method and length."""
+    out.print(Text(f"Smallest cards for {model}, by the leanest setup that a plan tries"))
+    heads = [("method", "name"), ("length", "number"), ("peak GiB", "number")]
+    heads += [("desktop card", "name"), ("card to rent", "name")]
     rows = [
-        [one.method, f"{one.max_length:,}", figure(one.peak_upper_bytes), one.gpu or "none"] for one in cards
+        [
+            one.method,
+            f"{one.max_length:,}",
+            figure(one.peak_upper_bytes),
+            one.desktop_card or "none",
+            one.rented_card or "none",
+        ]
+        for one in cards
     ]
     columns(out, heads, rows, indent=0)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from planner.answers.plan import Longest, Plan
+from planner.answers.plan import CardAdvice, Longest, Plan
 from planner.text.choice import METHOD_TITLES
 from planner.text.figures import gib, rate
 
@@ -67,14 +67,22 @@ def _sentences(plan: Plan) -> Iterator[str]:
         yield f"It cuts {share:.0%} of the data's tokens: {longer:.0f}% of the examples are longer."
     if plan.fits:
         return
-    card = plan.smallest_gpu
-    if card is None:
+    yield from _cards(plan.smallest_cards)
+
+
+_KINDS = {"desktop": "for a desktop", "rented": "to rent"}
+
+
+def _cards(cards: Sequence[CardAdvice]) -> Iterator[str]:
+    """The smallest card of each kind that takes it, in one sentence."""
+    if not cards:
         yield "No card of the catalog takes it on one GPU."
         return
-    yield (
-        f"The smallest card that takes it is {card.gpu}, which leaves {gib(card.usable_bytes)}, "
-        f"with {card.max_length:,} tokens."
-    )
+    named = [
+        f"{one.gpu} {_KINDS.get(one.kind, '')} ({gib(one.usable_bytes)}, {one.max_length:,} tokens)"
+        for one in cards
+    ]
+    yield f"Smallest {'card that takes' if len(cards) == 1 else 'cards that take'} it: {', '.join(named)}."
 
 
 def _longest(longest: Longest) -> str:

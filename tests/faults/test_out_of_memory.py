@@ -48,7 +48,7 @@ def planned_run(root: Path) -> RunFolder:
         "optim": "adamw_torch_fused",
     }
     request = PlanRequest(model=job.model_source, gpu="16GB", knobs=tuple(knobs.items()))
-    plan = make_plan(request, model=demo(), methods=False)
+    plan = make_plan(request, model=demo(), whole=False)
     wish = JobWish(model_source=job.model_source, data=Path(job.data_path), max_steps=5)
     return create_planned_run(root, plan, wish, name="planned")
 

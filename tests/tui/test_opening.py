@@ -48,7 +48,7 @@ def let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 async def test_it_opens_on_the_setup_of_plan_with_its_figures(
     make_app: MakeApp, model: str, gpu: str
 ) -> None:
-    plan = make_plan(make_request(model, gpu=gpu))
+    plan = make_plan(make_request(model, gpu=gpu), whole=False)
     async with make_app(model=model, gpu=gpu, automatic=True).run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         sizing = screen_of(pilot).sizing

@@ -11,6 +11,7 @@ from textual.widgets import Input, OptionList, Static
 
 from launcher.tui import starting
 from launcher.tui.advice import work_out
+from launcher.tui.command_line import request_of
 from launcher.tui.screens import sizing as sizing_screen
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.sizing import SizingScreen
@@ -71,7 +72,7 @@ async def test_the_figures_are_those_of_plan_once_they_are_refined(make_app: Mak
         sizing = screen_of(pilot).sizing
         assert sizing is not None
         fixed = {"max_length": 4096, "gradient_checkpointing": True, "compile": "none"}
-        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB", knobs=fixed))
+        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB", knobs=fixed), whole=False)
         assert plan.setup == sizing.setup
         assert sizing.memory == plan.memory
         assert f"needs {plan.memory.peak_bytes / 2**30:.1f} GiB" in shown_text(pilot)
@@ -213,7 +214,7 @@ async def test_a_point_of_the_frontier_is_taken_with_enter(make_app: MakeApp) ->
         points = screen_of(pilot).query_one("#frontier-list", OptionList)
         assert points.option_count > 2
         points.focus()
-        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"))
+        plan = make_plan(make_request("qwen2.5-14b", gpu="16GB"), whole=False)
         # Beside the plan's own points the list has what the screen shows now.
         shown = work_out(screen_of(pilot).sizing).points  # type: ignore[arg-type]
         assert {point.setup for point in plan.frontier} < {point.setup for point in shown}
@@ -371,23 +372,46 @@ async def test_an_optimizer_that_a_search_took_is_no_wish_and_a_picked_one_is(
         plan = make_plan(
             make_request(
                 "qwen2.5-1.5b", gpu="8GB", knobs={"max_length": 4096, **({"optim": picked} if picked else {})}
-            )
+            ),
+            whole=False,
         )
         assert screen.sizing.setup == plan.setup
         assert screen.sizing.setup.optim == (ends_with or picked)
         assert plan.setup in {point.setup for point in shown}
 
 
+@pytest.mark.parametrize("knobs", [{}, {"max_length": 32768}], ids=["fits", "does not fit"])
+async def test_advice_is_that_of_a_plan_with_every_knob_fixed(
+    make_app: MakeApp, knobs: dict[str, Any]
+) -> None:
+    """Seen the other way: by searches of its own, with what the form had fixed left open."""
+    async with make_app(**knobs).run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        sizing = screen_of(pilot).sizing
+        assert sizing is not None
+        plan = make_plan(request_of(sizing))
+        assert plan.setup == sizing.setup
+        assert plan.memory.peak_upper_bytes == sizing.memory.peak_upper_bytes
+        assert len(plan.advice) >= 2
+        assert work_out(sizing).offers == plan.advice
+        listed = screen_of(pilot).query_one("#advice-list", OptionList)
+        lines = [str(listed.get_option_at_index(index).prompt) for index in range(listed.option_count)]
+        assert len(lines) == len(plan.advice)
+        for line, row in zip(lines, plan.advice, strict=True):
+            assert row.title[:16] in line
+            assert f"{row.peak_upper_bytes / 2**30:,.1f} GiB" in line
+
+
 async def test_a_change_that_runs_in_another_way_says_in_which(make_app: MakeApp) -> None:
-    """Uncompiled, a higher rank is not faster: what makes it so is told."""
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
-        (line,) = [line for line in shown_text(pilot).splitlines() if "rank 64 (" in line]
-        assert "rank 64 (compiled, " in line
+        (line,) = [
+            line for line in shown_text(pilot).splitlines() if "how it runs left to the plan (" in line
+        ]
+        assert "+" in line
         await pilot.press("a")
         await settle(pilot)
-        (line,) = [line for line in shown_text(pilot).splitlines() if "rank 64" in line]
-        assert "+" not in line
+        assert "how it runs" not in shown_text(pilot)
 
 
 async def test_advice_is_applied_with_enter(make_app: MakeApp) -> None:
@@ -417,7 +441,7 @@ async def test_advice_is_given_whatever_else_the_setup_has(make_app: MakeApp) ->
 
 
 async def test_why_there_is_no_advice_is_said(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Sizing) -> None:
+    def refuse(*_: object) -> None:
         raise InputError("the effective batch cannot be had")
 
     monkeypatch.setattr(sizing_screen.advice, "work_out", refuse)

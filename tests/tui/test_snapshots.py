@@ -18,7 +18,7 @@ from launcher.tui import advice, run_follower, sizing
 from launcher.tui.app import VramwiseApp
 from launcher.tui.screens import run as run_screen
 from launcher.tui.screens import sizing_pickers
-from planner.answers.plan import FrontierPoint
+from planner.answers.plan import Advice, FrontierPoint
 from planner.memory import Basis, Component, MemoryBreakdown, PhaseMemory
 from planner.memory.breakdown import REPLAYED
 from planner.setup.run import TrainingRun
@@ -99,12 +99,14 @@ def fixed_step(*_: object) -> StepEstimate:
     )
 
 
-def fixed_advice(answer: sizing.Sizing) -> advice.Suggestions:
+def fixed_advice(answer: sizing.Sizing, _: object) -> advice.Suggestions:
     """One change that can be applied, and a frontier of three."""
-    offer = advice.Offer(
+    offer = Advice(
         title="length 2,048",
+        flags="--max-length 2048",
         effect="longer examples are cut",
         peak_upper_bytes=12 * GIB,
+        change_bytes=-GIB,
         fits=True,
         tokens_per_second=400.0,
         setup=answer.setup.replace(max_length=2048),

@@ -54,12 +54,14 @@ def test_exit_codes_tell_the_verdict(cli: Cli) -> None:
     assert cli("plan", "--model", "llama-3.1-70b", "--gpu", "24GB", "--json").code == 3
 
 
-def test_the_verdict_comes_first_and_names_the_smallest_card(cli: Cli) -> None:
+def test_the_verdict_comes_first_and_names_the_smallest_cards(cli: Cli) -> None:
     assert cli(*PLAN).out.startswith("FITS: qwen2.5-0.5b with QLoRA")
     out = " ".join(cli("plan", "--model", "llama-3.1-70b", "--gpu", "24GB").out.split())
     assert out.startswith("DOES NOT FIT: llama-3.1-70b")
-    card = json.loads(cli("plan", "--model", "llama-3.1-70b", "--gpu", "24GB", "--json").out)["smallest_gpu"]
-    assert f"The smallest card that takes it is {card['gpu']}" in out
+    plan = json.loads(cli("plan", "--model", "llama-3.1-70b", "--gpu", "24GB", "--json").out)
+    desktop, rented = plan["smallest_cards"]
+    assert f"Smallest cards that take it: {desktop['gpu']} for a desktop (" in out
+    assert f", {rented['gpu']} to rent (" in out
 
 
 def test_plan_and_vramwise_plan_are_one() -> None:

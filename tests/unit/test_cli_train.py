@@ -99,6 +99,8 @@ def test_a_plan_for_the_cpu_chooses_nothing_that_the_launcher_refuses_there() ->
     build = pytest.importorskip("launcher.training.build", exc_type=ImportError)
     model = resolve_model("qwen2.5-14b")
     length = {"max_length": 2048}
-    assert make_plan(make_request(model.id, gpu="12GB", knobs=length)).setup.activation_offloading
-    plan = make_plan(make_request(model.id, gpu="12GB", knobs={**length, **_for_the_cpu(model)}))
+    assert make_plan(
+        make_request(model.id, gpu="12GB", knobs=length), whole=False
+    ).setup.activation_offloading
+    plan = make_plan(make_request(model.id, gpu="12GB", knobs={**length, **_for_the_cpu(model)}), whole=False)
     build.refuse_unsupported(plan.setup, on_gpu=False)

@@ -18,7 +18,7 @@ from planner.setup.checks import setup_check
 from planner.setup.knob import METHODS, Counted, Form, Knob, Line, Need
 from planner.setup.knobs import KNOBS
 from planner.setup.methods import refused_by, with_method
-from planner.setup.options import options_between
+from planner.setup.options import differences
 from planner.setup.request import KNOB_NAMES, planned
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
@@ -179,7 +179,12 @@ def test_another_method_takes_every_knob_along_that_it_uses() -> None:
     lora = with_method(setup, "lora")
     assert lora == setup.replace(method="lora", prepare_for_kbit_training=False)
     assert with_method(setup, "full") == TrainingSetup(model="m", max_length=1, method="full", lora_r=64)
-    assert options_between(setup, lora) == "--method lora"
+    assert differences(setup, lora) == ("method lora", "prepare for kbit training off")
+
+
+def test_a_knob_of_its_own_row_is_told_where_setups_differ() -> None:
+    now, then = warped(), warped(warp_drive="impulse")
+    assert differences(now, then, knobs=MORE) == ("warp impulse",)
 
 
 @pytest.mark.parametrize(

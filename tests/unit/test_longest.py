@@ -32,12 +32,12 @@ PAIRS = (
 
 
 def plan_of(model: str, gpu: str, **knobs: Any) -> Plan:
-    return make_plan(make_request(model, gpu=gpu, knobs=knobs), methods=False)
+    return make_plan(make_request(model, gpu=gpu, knobs=knobs), whole=False)
 
 
 @pytest.mark.parametrize(("model", "gpu"), PAIRS)
 def test_the_longest_context_fits_and_none_longer_does(model: str, gpu: str) -> None:
-    plan = make_plan(make_request(model, gpu=gpu), longest=True, methods=False)
+    plan = make_plan(make_request(model, gpu=gpu), longest=True, whole=False)
     window = load_shipped(model).max_position_embeddings
     if plan.longest is None:
         assert not plan_of(model, gpu, max_length=min(512, window)).fits
@@ -53,10 +53,10 @@ def test_the_longest_context_fits_and_none_longer_does(model: str, gpu: str) -> 
 
 
 def test_a_fixed_knob_bounds_the_longest_context() -> None:
-    free = make_plan(make_request("llama-3.1-8b", gpu="12GB"), longest=True, methods=False).longest
+    free = make_plan(make_request("llama-3.1-8b", gpu="12GB"), longest=True, whole=False).longest
     knobs = {"activation_offloading": False, "per_device_train_batch_size": 2}
     bound = make_plan(
-        make_request("llama-3.1-8b", gpu="12GB", knobs=knobs), longest=True, methods=False
+        make_request("llama-3.1-8b", gpu="12GB", knobs=knobs), longest=True, whole=False
     ).longest
     assert free is not None
     assert bound is not None
@@ -106,5 +106,5 @@ def test_a_method_is_said_to_fit_where_its_own_plan_does(model: str, gpu: str) -
     plan = make_plan(make_request(model, gpu=gpu))
     assert [one.method for one in plan.methods] == list(METHODS)
     for figures in plan.methods:
-        own = plan_of(model, gpu, method=figures.method, max_length=plan.setup.max_length)
+        own = plan_of(model, gpu, method=figures.method)
         assert own.fits is figures.fits, figures.method

@@ -54,6 +54,7 @@ def test_an_unknown_model_is_answered_with_what_can_be_planned(name: str, said: 
 def test_a_name_that_was_taken_for_another_is_told(cli: Cli) -> None:
     assert cli("plan", "llama3-8b", "24GB").out.startswith("FITS: llama3-8b (llama-3-8b) with")
     assert cli("plan", "Qwen/Qwen2.5-0.5B", "24GB").out.startswith("FITS: Qwen/Qwen2.5-0.5B with")
+    assert "on 4090 (rtx-4090)\n" in cli("plan", "qwen2.5-0.5b", "4090").out
 
 
 @pytest.mark.parametrize(("cards", "others"), [("2x24GB", "The other one is"), ("4xa40", "The other 3 are")])

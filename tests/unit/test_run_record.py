@@ -37,7 +37,7 @@ ON_CPU: dict[str, str | int | float | None] = {"python": "3.12.1", "torch": "2.1
 
 
 def run_with(root: Path, environment: dict[str, Any], *, on_gpu: bool) -> RunFolder:
-    plan = make_plan(make_request("qwen2.5-0.5b", gpu="h100"))
+    plan = make_plan(make_request("qwen2.5-0.5b", gpu="h100"), whole=False)
     job = TrainingJob(setup=plan.setup, model_source="Qwen/Qwen2.5-0.5B", data_path="data.jsonl")
     folder = create_run_folder(root, job, name="run")
     write_atomically(folder.plan, json.dumps(plan.to_dict()))

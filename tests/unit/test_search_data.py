@@ -12,8 +12,9 @@ from planner.base.errors import InputError
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import resolve_gpu
 from planner.models.catalog import resolve_model
+from planner.planning.asked import Asked
 from planner.planning.make_plan import make_plan
-from planner.search import SearchResult, finish_seconds, search
+from planner.search import SearchResult, Tried, finish_seconds, search
 from planner.search.batches import MOST_OFF, packed_batches
 from planner.search.evaluator import Evaluator
 from planner.setup import defaults
@@ -37,7 +38,13 @@ def chat(count: int = 5000) -> DatasetStats:
 
 
 def planned(stats: DatasetStats, gpu: str = "24GB", model: str = MODEL, **knobs: Any) -> Plan:
-    return make_plan(make_request(model, gpu=gpu, data="chat.jsonl", knobs=knobs), stats=stats)
+    return make_plan(make_request(model, gpu=gpu, data="chat.jsonl", knobs=knobs), stats=stats, whole=False)
+
+
+def tried(stats: DatasetStats, gpu: str = "24GB", model: str = MODEL) -> tuple[Tried, ...]:
+    """All that a plan for the data tried."""
+    request = make_request(model, gpu=gpu, data="chat.jsonl")
+    return Asked(request, resolve_gpu(gpu), resolve_model(model), stats).chosen.result.tried
 
 
 def searched(stats: DatasetStats, fixed: dict[str, Any], effective: int = 16) -> SearchResult:
@@ -55,8 +62,8 @@ def test_chats_are_packed() -> None:
     assert plan.data.covered_percent >= 99.0
     assert plan.duration is not None
     assert plan.duration.useful_tokens_per_second is not None
-    padded = [one for one in plan.alternatives if "packed" not in one.strategy and one.fits]
-    best = max(one.tokens_per_second or 0.0 for one in padded)
+    padded = [one for one in tried(chat()) if "packed" not in one.strategy and one.fits]
+    best = max(one.candidate.tokens_per_second or 0.0 for one in padded)
     assert plan.duration.useful_tokens_per_second > 1.2 * best
 
 
@@ -68,10 +75,11 @@ def test_grouping_by_length_is_done_where_it_is_asked_for() -> None:
 
 
 def test_examples_of_one_length_are_batched_as_they_come() -> None:
-    plan = planned(make_stats([500] * 4000))
+    stats = make_stats([500] * 4000)
+    plan = planned(stats)
     assert not plan.setup.packing
     assert plan.setup.train_sampling_strategy == "random"
-    assert {one.strategy.startswith(("packed", "grouped")) for one in plan.alternatives} == {False}
+    assert {one.strategy.startswith(("packed", "grouped")) for one in tried(stats)} == {False}
 
 
 @pytest.mark.parametrize(
@@ -178,18 +186,17 @@ def test_grouping_and_packing_together_are_refused() -> None:
 
 def test_flex_attention_is_not_tried_on_cards_that_torch_has_no_sizes_for() -> None:
     stats = chat(500)
-    for gpu, tried in (("t4", False), ("rtx-4090", True)):
-        plan = planned(stats, gpu=gpu, model="qwen2.5-0.5b")
-        assert any("flex" in one.strategy for one in (*plan.alternatives, plan)) == tried
+    for gpu, with_flex in (("t4", False), ("rtx-4090", True)):
+        assert any("flex" in one.strategy for one in tried(stats, gpu, "qwen2.5-0.5b")) == with_flex
 
 
 def test_attention_is_kept_only_where_checkpoints_can_keep_it() -> None:
     """Flex attention is none of the kernels that selective checkpointing knows."""
-    tried = [one.candidate.setup for one in searched(chat(), {}).tried]
-    selective = {one.attn_implementation for one in tried if one.selective_checkpointing}
+    setups = [one.candidate.setup for one in searched(chat(), {}).tried]
+    selective = {one.attn_implementation for one in setups if one.selective_checkpointing}
     assert selective
     assert "flex_attention" not in selective
-    assert "flex_attention" in {one.attn_implementation for one in tried}
+    assert "flex_attention" in {one.attn_implementation for one in setups}
 
 
 def test_the_longest_length_that_fits_is_taken_where_the_wished_one_does_not() -> None:

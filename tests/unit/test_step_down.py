@@ -14,7 +14,7 @@ from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
 
 @pytest.mark.parametrize(("model", "card"), [("llama-3.1-8b", "16GB"), ("qwen2.5-14b", "24GB")])
 def test_it_needs_less_and_learns_the_same(model: str, card: str) -> None:
-    plan = make_plan(PlanRequest(model=model, gpu=card), methods=False)
+    plan = make_plan(PlanRequest(model=model, gpu=card), whole=False)
     spec, target = resolve_model(model), resolve_gpu(card)
     before, needed = plan.setup, plan.memory.peak_upper_bytes
     for _ in range(2):

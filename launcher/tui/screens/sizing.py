@@ -191,7 +191,7 @@ class SizingScreen(Screen[None]):
             return
         self.post_message(Refined(sizing, refined))
         try:
-            found = advice.work_out(refined)
+            found = advice.work_out(refined, overtaken)
         except InputError as error:
             found = advice.Suggestions(refusal=str(error))
         if not overtaken():

@@ -1,25 +1,25 @@
-"""Offers that would help, each of which can be applied."""
+"""Advices that would help, each of which can be applied."""
 
 from __future__ import annotations
 
 from rich.text import Text
 
-from launcher.tui.advice import Offer
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import FITS, TOO_BIG, gib
 from launcher.tui.themes import colours
 from launcher.tui.widgets.setup_list import SetupList
+from planner.answers.plan import Advice
 from planner.setup.training_setup import TrainingSetup
 
 _FIGURES = 10 + 7
 
 
-class AdvicePanel(SetupList[Offer]):
+class AdvicePanel(SetupList[Advice]):
     """A summary and a list of changes."""
 
     name_ = "advice"
 
-    def note(self, now: Sizing, found: tuple[Offer, ...]) -> str:
+    def note(self, now: Sizing, found: tuple[Advice, ...]) -> str:
         """What the list is, or why it is empty."""
         if found:
             return f"{FITS}, {TOO_BIG}; enter applies"
@@ -27,15 +27,18 @@ class AdvicePanel(SetupList[Offer]):
             return "nothing that is modelled would use more of the card"
         return "no change helps: take a smaller model or a larger card"
 
-    def setup_of(self, item: Offer) -> TrainingSetup | None:
+    def setup_of(self, item: Advice) -> TrainingSetup | None:
         """The changed setup; a change outside of it has none."""
         return item.setup
 
-    def line(self, now: Sizing, item: Offer) -> Text:
+    def line(self, now: Sizing, item: Advice) -> Text:
         """The change, its memory and what it does to speed."""
         drawn = colours(self.app)
-        title = f"{item.title} ({item.effect})" if item.effect else item.title
-        shown = title if len(title) < self.title_width(_FIGURES) else item.title
+        more = ", ".join(item.changes) or item.effect
+        title = f"{item.title} ({more})" if more else item.title
+        # What else changes is said as far as there is room; an effect only where there is.
+        fitting = item.changes or len(title) < self.title_width(_FIGURES)
+        shown = title if fitting else item.title
         titled, told = self.titled(shown, fits=item.fits, figures=_FIGURES)
         text = Text(titled, no_wrap=True, overflow="ellipsis")
         text.append(f"{told}{gib(item.peak_upper_bytes):>10}", drawn.success if item.fits else drawn.error)
