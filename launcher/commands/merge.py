@@ -20,10 +20,7 @@ from planner.base.errors import ExitCode, FieldError
 from planner.commands.program import StoreOnce, real_number, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from launcher.merging.adapter_folder import AdapterFolder
-    from launcher.merging.merge import Merge, Merged
+    from launcher.merging.merge import Merge
     from launcher.merging.needs import Needs
     from launcher.merging.task import MergeTask
 
@@ -96,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
     )
     _say_needs(needs, on_gpu=on_gpu)
     refuse_too_little(needs, task.output, on_gpu=on_gpu)
-    from launcher.commands.merge_progress import MergeProgress
+    from launcher.commands.merge_report import MergeProgress, print_merged
+    from planner.text.figures import show
 
     with MergeProgress() as progress:
         merged = merge.run(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), needs, progress)
-    _show(merge, merged)
+    show(lambda out: print_merged(out, merge, merged))
     return ExitCode.OK
 
 
@@ -167,81 +165,3 @@ def _say_needs(needs: Needs, *, on_gpu: bool) -> None:
         else f" ({gib(needs.roomy_bytes)} to measure at full speed)"
     )
     say(f"needs up to {gib(memory)} of host memory{more} and {gib(needs.disk_bytes)} of disk")
-
-
-def _show(merge: Merge, merged: Merged) -> None:
-    from launcher.merging.serving import merged_lines, unmerged_lines
-    from planner.text.figures import footnote, heading, pairs, show
-
-    task = merge.task
-    first = task.adapters[0]
-
-    def write(out: Console) -> None:
-        pairs(out, _headline(merge, merged))
-        if merged.reference is not None:
-            _write_measured(out, merge, merged)
-        heading(out, "Serve it")
-        _write_lines(out, merged_lines(task.output, _served_name(first)))
-        heading(out, "Or unmerged, on the base in 16 bits")
-        if len(task.adapters) > 1:
-            footnote(out, "  servers take adapters one at a time, so that this sum is served merged")
-        else:
-            _write_lines(out, unmerged_lines(merge.base, first))
-
-    show(write)
-
-
-def _headline(merge: Merge, merged: Merged) -> list[tuple[str, str]]:
-    rounding, task = merged.kept.rounding, merge.task
-    into = {
-        "dequantised": "the base as it was trained on, dequantised",
-        "original": "the base's original weights",
-    }
-    return [
-        ("merged into", f"{into[merged.kept.kind]}, in {task.dtype}"),
-        ("folder", str(task.output)),
-        (
-            "adapter",
-            f"changes the weights by {rounding.size:.2%} of their norm; rounding to {task.dtype} leaves "
-            f"{rounding.share:.1%} of that",
-        ),
-    ]
-
-
-def _write_measured(out: Console, merge: Merge, merged: Merged) -> None:
-    from planner.text.figures import columns, footnote, heading
-
-    assert merged.reference is not None
-    count = len(merged.reference.untrained.token_losses)
-    data = merge.task.data
-    heading(out, "Beside the adapter as it was trained")
-    rows = [["adapter, unmerged", f"{merged.reference.loss:.4f}", "", "", "", ""]]
-    named = [("base without it", merged.reference.untrained)]
-    for way in merged.ways:
-        label = f"{way.kind}, kept" if way is merged.kept and len(merged.ways) > 1 else way.kind
-        if way.comparison is not None:
-            named.append((label, way.comparison))
-    for name, one in named:
-        figures = (f"{one.loss:.4f}", f"{one.kl:.5f}", f"{one.same_top:.1%}")
-        rows.append([name, *figures, f"{one.mean_logit:.4f}", f"{one.max_logit:.3f}"])
-    heads = [("", "name"), ("loss", "number"), ("KL", "number"), ("same word", "number")]
-    columns(out, [*heads, ("logits mean", "number"), ("max", "number")], rows)
-    footnote(
-        out,
-        f"  {len(merge.rows)} examples of {'' if data is None else data.name}, {count:,} learned tokens. "
-        "KL: of the next token's distribution from the adapter's, in nats; same word: the likeliest one; "
-        "logits: how far apart",
-    )
-
-
-def _write_lines(out: Console, lines: list[tuple[str, str]]) -> None:
-    """Commands in one line each, however long, so that they can be copied."""
-    from rich.text import Text
-
-    width = max(len(server) for server, _ in lines)
-    for server, command in lines:
-        out.print(Text(f"  {server:<{width}}  {command}"), soft_wrap=True)
-
-
-def _served_name(adapter: AdapterFolder) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", adapter.name).strip("-.") or "merged"

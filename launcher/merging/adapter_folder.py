@@ -43,7 +43,8 @@ class AdapterFolder:
     """One trained adapter on disk.
 
     `base` is what it was trained on as its config names it, `rank` the largest of its ranks, `patterned`
-    whether modules have ranks or alphas of their own, `elements` how many numbers it holds.
+    whether modules have ranks or alphas of their own, `elements` how many numbers it holds, `whole` the
+    tensors that are whole weights of the base: PEFT saves embeddings beside an adapter.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class AdapterFolder:
     rank: int
     patterned: bool
     elements: int
+    whole: tuple[str, ...]
 
     @property
     def on_experts(self) -> bool:
@@ -79,13 +81,15 @@ def read_adapter(path: Path) -> AdapterFolder:
             raise InputError(f"{path}: {PICKLED} is a pickle; only safetensors are loaded")
         raise InputError(f"{path}: there is no {WEIGHTS}")
     ranks = [config.r, *(config.rank_pattern or {}).values()]
+    elements, whole = _check_tensors(path / WEIGHTS, with_magnitudes=bool(config.use_dora))
     return AdapterFolder(
         path=path,
         config=config,
         base=config.base_model_name_or_path,
         rank=max(ranks),
         patterned=bool(config.rank_pattern or config.alpha_pattern),
-        elements=_check_tensors(path / WEIGHTS, with_magnitudes=bool(config.use_dora)),
+        elements=elements,
+        whole=whole,
     )
 
 
@@ -136,20 +140,18 @@ def _checked_config(path: Path, values: Mapping[str, Any]) -> LoraConfig:
     return config
 
 
-def _check_tensors(path: Path, *, with_magnitudes: bool) -> int:
-    """How many numbers the file holds, after a look at each of its tensors."""
+def _check_tensors(path: Path, *, with_magnitudes: bool) -> tuple[int, tuple[str, ...]]:
+    """How many numbers the file holds, and which of its tensors are no adapter's, after a look at each."""
     import torch
     from safetensors import SafetensorError, safe_open
 
     elements, learned = 0, False
+    whole = []
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  safe_open is no mapping
                 if ".lora_" not in name:
-                    raise InputError(
-                        f"{path}: {shorten(name)} is a whole weight beside the adapter (a resized "
-                        "vocabulary, or a module trained whole); a merge would lose it"
-                    )
+                    whole.append(name)
                 tensor = file.get_tensor(name)
                 if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                     raise InputError(
@@ -165,4 +167,4 @@ def _check_tensors(path: Path, *, with_magnitudes: bool) -> int:
         raise InputError(f"{path}: not readable safetensors ({shorten(str(error), 80)})") from error
     if not learned and not with_magnitudes:
         raise InputError(f"{path}: every lora_B is zero: the adapter changes nothing")
-    return elements
+    return elements, tuple(whole)

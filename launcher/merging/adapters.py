@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from launcher.merging.adapter_folder import AdapterFolder
+from launcher.merging.adapter_folder import WEIGHTS, AdapterFolder
 from launcher.merging.base_folder import BaseFolder
 from launcher.merging.skeleton import empty_model, model_config
 from planner.base.errors import InputError, shorten
@@ -14,6 +14,8 @@ from planner.base.errors import InputError, shorten
 if TYPE_CHECKING:
     import torch
 
+_PREFIX = "base_model.model."
+"""Before every name of the base's in a model of PEFT's, and in what it saves."""
 _PART = 2**22
 """Numbers that are compared at once, so that the comparison takes no memory worth a word."""
 
@@ -72,6 +74,7 @@ class Adapters:
         model: Any = hollow_model(base)
         for index, folder in enumerate(self.folders):
             name = adapter_name(index)
+            _refuse_changed_weights(folder, base)
             try:
                 if index == 0:
                     model = get_peft_model(model, folder.config, adapter_name=name, low_cpu_mem_usage=True)
@@ -98,7 +101,7 @@ class Adapters:
                 continue
             for index, weight in enumerate(self.weights):
                 layer.set_scale(adapter_name(index), weight)
-            module = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            module = path.removeprefix(_PREFIX).replace(".base_layer", "")
             found.append((f"{module}.{_parameter(layer)}", layer))
         return found
 
@@ -153,6 +156,26 @@ def hollow_model(base: BaseFolder) -> torch.nn.Module:
 
 def _parameter(layer: Any) -> str:
     return str(getattr(layer, "parameter_name", "weight"))
+
+
+def _refuse_changed_weights(folder: AdapterFolder, base: BaseFolder) -> None:
+    """A whole weight beside an adapter is a copy of the base's, or was changed and would be lost."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(folder.path / WEIGHTS, framework="pt") as own:
+        for name in folder.whole:
+            stored = base.tensors.get(name.removeprefix(_PREFIX).replace(".base_layer", ""))
+            value = own.get_tensor(name)
+            if stored is not None and stored.shape == tuple(value.shape):
+                with safe_open(stored.file, framework="pt") as file:
+                    theirs = file.get_tensor(name.removeprefix(_PREFIX).replace(".base_layer", ""))
+                if torch.equal(theirs.to(value.dtype), value):
+                    continue
+            raise InputError(
+                f"{folder.path}: {shorten(name)} is a whole weight and not the base's (a resized vocabulary, "
+                "or a module trained whole); a merge would lose it"
+            )
 
 
 def _refuse_tied(model: Any, layers: Mapping[str, Any], path: Any) -> None:

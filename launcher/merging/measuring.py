@@ -201,14 +201,15 @@ def better(one: Comparison, other: Comparison) -> bool:
 
     A difference of losses is chance within two standard errors of its mean over the tokens.
     """
-    differences = [a - b for a, b in zip(one.token_losses, other.token_losses, strict=True)]
-    mean, error = _mean_and_error(differences)
+    mean, error = loss_difference(one, other)
     if abs(mean) > 2 * error:
         return mean < 0
     return one.kl <= other.kl
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def loss_difference(one: Comparison, other: Comparison) -> tuple[float, float]:
+    """How much higher the loss of `one` is, token by token, and the standard error of that mean."""
+    values = [a - b for a, b in zip(one.token_losses, other.token_losses, strict=True)]
     count = len(values)
     mean = sum(values) / count
     if count < 2:

@@ -73,7 +73,14 @@ class Merge:
         skeleton = self._skeleton(DEQUANTISED if self.task.quantized else self.task.kinds[0])
         tokens = sum(len(learned_places(row)) for row in self.rows)
         try:
-            return needs_of(self.task, self.base, skeleton, shard_bytes=self.shard_bytes, tokens=tokens)
+            return needs_of(
+                self.task,
+                self.base,
+                skeleton,
+                adapted=frozenset(self.adapters.layers),
+                shard_bytes=self.shard_bytes,
+                tokens=tokens,
+            )
         finally:
             skeleton.close()
 

@@ -17,9 +17,11 @@ from planner.text.figures import gib
 
 PROCESS_BYTES = 900 * 2**20
 """Python with torch, transformers and PEFT imported."""
-MERGED_ELEMENT_BYTES = 24
+MERGED_ELEMENT_BYTES = 20
 """Bytes of an element while its tensor is merged: as stored, as loaded, in float32 with the change beside it
 and their sum, rounded, and cut as the checkpoint has it."""
+OTHER_ELEMENT_BYTES = 10
+"""Of one that no adapter changes: as stored, as loaded, and cut; or quantised and back."""
 DORA_ELEMENT_BYTES = 12
 """More of them with DoRA, whose norm and magnitude are taken of the whole weight."""
 COMPUTED = 1.15
@@ -53,14 +55,24 @@ class Needs:
 
 
 def needs_of(
-    task: MergeTask, base: BaseFolder, skeleton: Skeleton, *, shard_bytes: int, tokens: int
+    task: MergeTask,
+    base: BaseFolder,
+    skeleton: Skeleton,
+    *,
+    adapted: frozenset[str],
+    shard_bytes: int,
+    tokens: int,
 ) -> Needs:
-    """What a task needs; `tokens` are compared, none where nothing is measured."""
+    """What a task needs: `adapted` parameters are merged, `tokens` compared, none for no measuring."""
     weights = written_bytes(base)
     adapters = sum(one.elements for one in task.adapters) * FP32
-    elements = [sum(base.tensors[name].elements for name in group.sources) for group in skeleton.groups]
     dora = any(one.config.use_dora for one in task.adapters)
-    merging = max(elements) * (MERGED_ELEMENT_BYTES + (DORA_ELEMENT_BYTES if dora else 0))
+    merged = MERGED_ELEMENT_BYTES + (DORA_ELEMENT_BYTES if dora else 0)
+    merging = max(
+        sum(base.tensors[name].elements for name in group.sources)
+        * (merged if adapted.intersection(group.parameters) else OTHER_ELEMENT_BYTES)
+        for group in skeleton.groups
+    )
     shard = min(shard_bytes, weights)
     words = int(skeleton.model.config.get_text_config().vocab_size)
     # The adapter's answers are kept while another model's are made, a distribution for each token.

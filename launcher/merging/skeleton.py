@@ -79,7 +79,7 @@ class Skeleton:
     def load(self, group: Group) -> dict[str, torch.Tensor]:
         """A group's parameters by their names in the model, in the dtype that a run has them in.
 
-        Quantised ones are dequantised in float32.
+        Quantised ones are dequantised to what the forward pass multiplies by.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -107,7 +107,7 @@ class Skeleton:
         if problems or not loaded:
             what = problems[0] if problems else "nothing was loaded"
             raise InputError(f"{self.base.name}: {group.sources[0]}: {shorten(str(what), 120)}")
-        return {name: _plain(value) for name, value in loaded.items()}
+        return {name: self._plain(value) for name, value in loaded.items()}
 
     def raw(self, name: str) -> torch.Tensor:
         """A tensor as it lies in the checkpoint."""
@@ -135,6 +135,16 @@ class Skeleton:
         return self._quantizer is not None and bool(
             self._quantizer.param_needs_quantization(self.model, parameter)
         )
+
+    def _plain(self, value: torch.Tensor) -> torch.Tensor:
+        """A loaded parameter as a plain tensor on the CPU."""
+        state = getattr(value, "quant_state", None)
+        if state is None:
+            return value.detach().cpu()
+        from bitsandbytes.functional import dequantize_4bit
+
+        # Then cast to the inputs' dtype, as in MatMul4Bit.forward (bitsandbytes/autograd/_functions.py).
+        return dequantize_4bit(value.data, state).to(self.dtype).cpu()
 
     def _slice(self, name: str) -> Any:
         from safetensors import safe_open
@@ -219,18 +229,3 @@ def _groups(
         group = found.setdefault(renamed, Group(sources=(), parameters=tuple(parameters)))
         found[renamed] = replace(group, sources=(*group.sources, name))
     return tuple(found.values())
-
-
-def _plain(value: torch.Tensor) -> torch.Tensor:
-    """A loaded parameter on the CPU as a plain tensor, dequantised in float32 where it is quantised."""
-    import copy
-
-    state = getattr(value, "quant_state", None)
-    if state is None:
-        return value.detach().cpu()
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = copy.copy(state)
-    state.dtype = torch.float32
-    return dequantize_4bit(value.data, state).cpu()

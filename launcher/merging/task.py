@@ -110,7 +110,9 @@ def _run_and_adapter(folder: Path) -> tuple[RunFolder | None, Path]:
     """The run that a folder is, or is part of, and the adapter's folder."""
     path = folder.expanduser().resolve()
     if not path.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        named = Path("runs") / folder
+        hint = f"; did you mean {named}?" if RunFolder(named).job.is_file() else ""
+        raise InputError(f"{folder}: no such folder{hint}")
     for place in (path, *list(path.parents)[:2]):
         run = RunFolder(place)
         if run.job.is_file():

@@ -180,7 +180,7 @@ def _merged(
     made = {}
     for parameter, value in skeleton.load(group).items():
         # What a model keeps in float32 beside 16 bits stays so.
-        kept = value.dtype == torch.float32 != skeleton.dtype and not skeleton.is_quantized(parameter)
+        kept = value.dtype == torch.float32 != skeleton.dtype
         if parameter in adapters.layers:
             merged = adapters.merge(parameter, value)
             made[parameter] = merged if kept else merged.to(dtype)
