@@ -610,7 +610,7 @@ def test_too_little_room_is_told_before_anything_is_written(
     run = demo_run(tmp_path)
     monkeypatch.setattr(needs, "available_host_bytes", lambda: 2**29)
     assert "of host memory are needed and 0.50 GiB are free; --max-shard-size" in refused(cli(run))
-    monkeypatch.setattr(needs, "available_host_bytes", lambda: needs.PROCESS_BYTES + 2**26)
+    monkeypatch.setattr(needs, "available_host_bytes", lambda: needs.PROCESS_BYTES + 2**24)
     monkeypatch.setattr(measuring, "MEASURED_EXAMPLES", 400)
     monkeypatch.setattr(measuring, "MEASURED_TOKENS", 10**6)
     many = ("--data", EVAL.with_name("train.jsonl"), "--max-shard-size", "1MB")
