@@ -162,6 +162,6 @@ def _say_needs(needs: Needs, *, on_gpu: bool) -> None:
     more = (
         ""
         if on_gpu or needs.roomy_bytes <= memory
-        else f" ({gib(needs.roomy_bytes)} to measure at full speed)"
+        else f" (takes {gib(needs.roomy_bytes)} where they are free)"
     )
-    say(f"needs up to {gib(memory)} of host memory{more} and {gib(needs.disk_bytes)} of disk")
+    say(f"needs {gib(memory)} of host memory{more} and {gib(needs.disk_bytes)} of disk")

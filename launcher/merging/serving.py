@@ -24,10 +24,7 @@ def merged_lines(folder: Path, name: str) -> list[tuple[str, str]]:
     place, gguf = _quoted(folder), _quoted(f"{name}.gguf")
     return [
         ("vLLM", f"vllm serve {place}"),
-        (
-            "Ollama",
-            f"printf 'FROM %s\\n' {place} > Modelfile && ollama create {_quoted(name.lower())} -f Modelfile",
-        ),
+        ("Ollama", f"(cd {place} && ollama create {_quoted(name.lower())})"),
         ("llama.cpp", f"python convert_hf_to_gguf.py {place} --outfile {gguf} --outtype auto"),
         ("", f"llama-server -m {gguf}"),
     ]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.merging.adapter_folder import CONFIG, AdapterFolder, read_adapter
-from launcher.runs.folder import RunFolder, TrainingJob
+from launcher.runs.folder import RunFolder
+from launcher.runs.training_job import TrainingJob
 from planner.base.errors import FieldError, InputError
 from planner.setup.training_setup import TrainingSetup
 

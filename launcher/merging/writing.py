@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PATTERN = "model{suffix}.safetensors"
 GENERATION = "generation_config.json"
+MODELFILE = ("Modelfile", "FROM .\n")
+"""By which Ollama takes the folder that it lies in (https://github.com/ollama/ollama/blob/main/docs/import.mdx)."""
 _FLOATS = ("F64", "F32", "BF16", "F16")
 Report = Callable[[int, int], None]
 """Told how many shards are written, and of how many."""
@@ -130,8 +132,9 @@ def write_weights(
 
 
 def write_rest(folder: Path, base: BaseFolder, adapter: Path, *, dtype: str) -> None:
-    """Config, generation config, tokenizer and chat template: the adapter's own where it has any."""
+    """Configs, tokenizer and chat template, the adapter's own where it has any, and Ollama's Modelfile."""
     write_atomically(folder / "config.json", json.dumps(merged_config(base.config, dtype), indent=2) + "\n")
+    write_atomically(folder / MODELFILE[0], MODELFILE[1])
     own = (adapter / "tokenizer_config.json").is_file()
     names = [*TOKENIZER_FILES, *OTHER_FILES, *([] if own else TEMPLATE_FILES)]
     for name in names:
