@@ -36,6 +36,9 @@ COMMANDS = {
     **{name: _with_inspector(command) for name, command in planner_cli.COMMANDS.items()},
     "train": _with_inspector(Command("launcher.commands.train", "plan a run, start it and follow it")),
     "demo": _with_inspector(Command("launcher.commands.demo", "train the demo model on whatever is here")),
+    "merge": Command(
+        "launcher.commands.merge", "merge a trained adapter into one 16-bit model, and measure it"
+    ),
     "runs": Command("launcher.commands.runs", "list runs, follow one or stop it"),
     "calibrate": Command("launcher.commands.calibrate", "measure this GPU, and plan by what it shows"),
     "tui": Command("launcher.commands.tui", "size setups and watch runs in the terminal"),

@@ -215,7 +215,7 @@ async def test_what_of_the_data_is_not_trained_is_told_of_a_planned_run(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = synthetic.half_way(tmp_path / "run")
     request = make_request("qwen2.5-0.5b", gpu="16GB", data=str(data), knobs={"max_length": 512})
-    folder.plan.write_text(json.dumps(make_plan(request, methods=False).to_dict()))
+    folder.plan.write_text(json.dumps(make_plan(request, whole=False).to_dict()))
     async with make_app(run=folder).run_test(size=(60, 20)) as pilot:
         await see(pilot)
         told = " ".join(shown_text(pilot).split())
@@ -241,7 +241,7 @@ def test_a_run_s_price_has_its_source_and_date_or_is_said_to_be_unknown(
 ) -> None:
     data = str(PROFILES / "demo" / "data" / "train.jsonl")
     plan = make_plan(
-        make_request("llama-3.2-1b", gpu=gpu, data=data, num_train_epochs=300.0, **wishes), methods=False
+        make_request("llama-3.2-1b", gpu=gpu, data=data, num_train_epochs=300.0, **wishes), whole=False
     )
     assert re.match(f"price: {said}", planned(plan, whole=True)[0])
     assert " planned" not in planned(plan, whole=False)[0]

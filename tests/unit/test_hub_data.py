@@ -230,7 +230,7 @@ def test_train_asks_for_it_before_it_reads_anything_else(
 
 def test_the_training_process_is_given_the_name_in_full(cache: Path) -> None:
     prepared(cache, "o/n", "main", {"train": ROWS, "test": ROWS[:10]})
-    plan = make_plan(make_request("qwen2.5-0.5b", gpu="16GB"), methods=False)
+    plan = make_plan(make_request("qwen2.5-0.5b", gpu="16GB"), whole=False)
     (cache / "own.jsonl").write_text("{}\n")
     job = job_of(
         plan,
