@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.merging.adapter_folder import CONFIG, AdapterFolder, read_adapter
-from launcher.runs.folder import RunFolder
+from launcher.runs.folder import RunFolder, default_root
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import FieldError, InputError
 from planner.setup.training_setup import TrainingSetup
@@ -110,10 +110,11 @@ def read_task(wish: MergeWish) -> MergeTask:
 def _run_and_adapter(folder: Path) -> tuple[RunFolder | None, Path]:
     """The run that a folder is, or is part of, and the adapter's folder."""
     path = folder.expanduser().resolve()
+    named = default_root() / folder
+    if not path.is_dir() and RunFolder(named).job.is_file():
+        path = named
     if not path.is_dir():
-        named = Path("runs") / folder
-        hint = f"; did you mean {named}?" if RunFolder(named).job.is_file() else ""
-        raise InputError(f"{folder}: no such folder{hint}")
+        raise InputError(f"{folder}: no such folder, and no such run in {default_root()}")
     for place in (path, *list(path.parents)[:2]):
         run = RunFolder(place)
         if run.job.is_file():

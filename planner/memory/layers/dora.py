@@ -8,8 +8,9 @@ llama_dora_drop, llama_dora_nock, llama_l_dora, phi3_dora.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from planner.base.units import FP32
-from planner.base.values import dataclass
 from planner.memory.layers.base_weight import (
     LinearKind,
     base_backward,

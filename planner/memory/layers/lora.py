@@ -5,7 +5,8 @@ Sources: PEFT tuners/lora/bnb.py and layer.py (forward).
 
 from __future__ import annotations
 
-from planner.base.values import dataclass
+from dataclasses import dataclass
+
 from planner.memory.layers.base_weight import LinearKind, base_backward, weight_gradient
 from planner.memory.tape.tape import Buffer, Tape, Value
 
