@@ -127,8 +127,8 @@ class WarningEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndEvent:
-    """The run is over. `state` is one of ends.END_STATES. `others_bytes` is what other processes held of the
-    GPU when memory ran out, where the driver says.
+    """The run is over. `state` is one of ends.END_STATES. `room_bytes` is what other processes left of
+    the GPU when memory ran out, where the driver says.
     """
 
     kind: ClassVar[str] = "end"
@@ -136,7 +136,7 @@ class EndEvent:
     state: str
     message: str
     step: int
-    others_bytes: int | None = None
+    room_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,14 +49,14 @@ Spawn = Callable[[], "subprocess.Popen[bytes]"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptEnd:
-    """How an attempt ended: state, message, step and others' bytes of its end event; `host_memory` when the
+    """How an attempt ended: state, message, step and the room of its end event; `host_memory` when the
     kernel ended the trainer for want of memory of the host, `gone` when the trainer does not exist any more.
     """
 
     state: str
     message: str
     step: int
-    others_bytes: int = 0
+    room_bytes: int | None = None
     host_memory: bool = False
     gone: bool = True
 
@@ -68,7 +68,7 @@ def next_attempt(folder: RunFolder, end: AttemptEnd) -> Attempt | None:
     checkpoint = last_checkpoint(folder.events)
     from_step = 0 if checkpoint is None or not Path(checkpoint.path).is_dir() else checkpoint.step
     if end.state == "oom":
-        return ask_for_smaller(folder, from_step=from_step, others_bytes=end.others_bytes)
+        return ask_for_smaller(folder, from_step=from_step, room_bytes=end.room_bytes)
     return _after_hang(folder, from_step) if end.state == "hang" else None
 
 
@@ -202,7 +202,7 @@ class Keeper:
         told = _told_end(self.folder.events, offset)
         if told is not None and (silence is None or told.state == "finished"):
             return AttemptEnd(
-                state=told.state, message=told.message, step=told.step, others_bytes=told.others_bytes or 0
+                state=told.state, message=told.message, step=told.step, room_bytes=told.room_bytes
             )
         end = self._untold(trainer.returncode, kills) if silence is None else self._hung(trainer, silence)
         append_event(

@@ -32,8 +32,8 @@ class ChosenGpu:
             return None
         return None if used is None else max(0, used - self.used_before_bytes)
 
-    def held_by_others(self) -> int | None:
-        """What other processes hold of the GPU now; None where the driver does not list them all."""
+    def room(self) -> int | None:
+        """What other processes leave of the GPU now; None where the driver does not tell them apart."""
         from planner.gpus.detect import NoGpuError, local_gpus
 
         try:
@@ -43,7 +43,7 @@ class ChosenGpu:
         own = None if gpu is None else next((one for one in gpu.processes if one.pid == os.getpid()), None)
         if gpu is None or own is None or own.used_bytes is None:
             return None
-        return max(0, gpu.used_bytes - own.used_bytes)
+        return max(0, gpu.free_bytes + own.used_bytes)
 
 
 def choose_gpu(job: TrainingJob) -> ChosenGpu | None:

@@ -61,7 +61,7 @@ class RunEnd:
     step: int = 0
     state: str = "finished"
     message: str = ""
-    held_by_others: Callable[[], int | None] = field(default=lambda: None)
+    room: Callable[[], int | None] = field(default=lambda: None)
 
     @property
     def code(self) -> RunExit:
@@ -78,16 +78,16 @@ class RunEnd:
         if error is not None:
             self.message = f"{type(error).__name__}: {error}"
             understood = self._classify(error)
-        others = self.held_by_others() if self.state == "oom" else None
-        if others:
-            self.message += f"; other processes hold {others / 2**30:.2f} GiB of the GPU"
+        room = self.room() if self.state == "oom" else None
+        if room is not None:
+            self.message += f"; other processes leave {room / 2**30:.2f} GiB of the GPU"
         self.writer.write(
             EndEvent(
                 time=time.time(),
                 state=self.state,
                 message=self.message[:2000],
                 step=self.step,
-                others_bytes=others,
+                room_bytes=room,
             )
         )
         return understood

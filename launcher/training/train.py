@@ -114,7 +114,7 @@ def _run(
     end.step = attempt.from_step
     gpu = choose_gpu(job)
     if gpu is not None:
-        end.held_by_others = gpu.held_by_others
+        end.room = gpu.room
     _set_environment(job)
     fallen_back = fall_back(os.environ)
     if fallen_back is not None:

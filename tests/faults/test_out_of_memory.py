@@ -14,6 +14,7 @@ from launcher.runs.ends import RunExit
 from launcher.runs.events import AttemptEvent, CheckpointEvent, EndEvent, LogEvent, read_events
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
+from launcher.runs.minding import smaller
 from planner.models.catalog import resolve_model
 from planner.models.inspectors import installed_inspector
 from planner.models.spec import ModelSpec
@@ -95,3 +96,14 @@ def test_a_host_out_of_memory_is_no_reason_for_the_same_again(tmp_path: Path) ->
     add_attempt(run.attempts, first_attempt(run.read_job()))
     end = keeper.AttemptEnd(state="oom", message="", step=0, host_memory=True)
     assert keeper.next_attempt(run, end) is None
+
+
+def test_what_others_leave_of_the_card_counts_as_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planned_run(tmp_path)
+    add_attempt(run.attempts, first_attempt(run.read_job()))
+    monkeypatch.setattr(smaller, "_model", lambda folder, plan: demo())
+    assert smaller.smaller_attempt(run, from_step=0, room_bytes=None) is not None
+    assert smaller.smaller_attempt(run, from_step=0, room_bytes=40 * 2**30) is not None
+    assert smaller.smaller_attempt(run, from_step=0, room_bytes=2**29) is None

@@ -1,4 +1,4 @@
-"""`python -m launcher.runs.minding.smaller RUN_DIR STEP OTHERS_BYTES`: the attempt that needs less, as JSON.
+"""`python -m launcher.runs.minding.smaller RUN_DIR STEP [ROOM_BYTES]`: the attempt that needs less, as JSON.
 
 A process of its own, which the keeper waits for: planning reads catalogs and may describe a model, and the
 keeper is to hold nothing that can break it. `null` says that there is no smaller one.
@@ -27,11 +27,11 @@ TIMEOUT_SECONDS = 180
 """A plan takes a second; describing a model outside the catalog may take two minutes."""
 
 
-def ask_for_smaller(folder: RunFolder, *, from_step: int, others_bytes: int) -> Attempt | None:
+def ask_for_smaller(folder: RunFolder, *, from_step: int, room_bytes: int | None) -> Attempt | None:
     """The attempt that goes on from `from_step` with less memory, worked out in a child process.
 
-    `others_bytes` is what other processes hold of the GPU. None: the run has been made smaller often enough,
-    nothing smaller learns the same, or it cannot be worked out.
+    `room_bytes` is what other processes leave of the GPU, where that is known. None: the run has been made
+    smaller often enough, nothing smaller learns the same, or it cannot be worked out.
     """
     attempts = read_attempts(folder.attempts)
     if sum(attempt.reason == "oom" for attempt in attempts) >= OOM_RESTARTS:
@@ -39,7 +39,7 @@ def ask_for_smaller(folder: RunFolder, *, from_step: int, others_bytes: int) -> 
     command = [sys.executable, "-P", "-m", "launcher.runs.minding.smaller"]
     try:
         child = subprocess.run(  # noqa: S603 (our own interpreter and module, no shell)
-            [*command, str(folder.path), str(from_step), str(others_bytes)],
+            [*command, str(folder.path), str(from_step), *([] if room_bytes is None else [str(room_bytes)])],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -52,7 +52,7 @@ def ask_for_smaller(folder: RunFolder, *, from_step: int, others_bytes: int) -> 
     return None if values is None else Attempt.from_dict(values)
 
 
-def smaller_attempt(folder: RunFolder, *, from_step: int, others_bytes: int) -> Attempt | None:
+def smaller_attempt(folder: RunFolder, *, from_step: int, room_bytes: int | None) -> Attempt | None:
     """The same, worked out here; None too for a job made by hand, whose card nobody knows.
 
     Raises:
@@ -69,7 +69,7 @@ def smaller_attempt(folder: RunFolder, *, from_step: int, others_bytes: int) -> 
         last.setup,
         _model(folder, plan),
         plan.gpu.spec,
-        usable_bytes=max(0, plan.gpu.usable_bytes - max(0, others_bytes - plan.gpu.held_bytes)),
+        usable_bytes=plan.gpu.usable_bytes if room_bytes is None else min(plan.gpu.usable_bytes, room_bytes),
         keep=() if _on_gpu(folder, plan) else CPU_KEEPS,
     )
     if found is None:
@@ -105,9 +105,10 @@ def _on_gpu(folder: RunFolder, plan: Plan) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Print the attempt; returns the exit code."""
-    folder, step, others = RunFolder(Path(arguments[0])), int(arguments[1]), int(arguments[2])
+    folder, step = RunFolder(Path(arguments[0])), int(arguments[1])
+    room = int(arguments[2]) if len(arguments) > 2 else None
     try:
-        attempt = smaller_attempt(folder, from_step=step, others_bytes=others)
+        attempt = smaller_attempt(folder, from_step=step, room_bytes=room)
     except VramwiseError as error:
         print(error, file=sys.stderr)
         return ExitCode.FAILED
