@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.results import write_result
 from launcher.runs import sampler, supervisor
-from launcher.runs.attempts import add_attempt
+from launcher.runs.attempts import add_attempt, read_attempts
 from launcher.runs.events import CheckpointEvent, LogEvent
 from launcher.runs.folder import RunFolder
 from launcher.runs.kept import checkpoints, fingerprint, resumption
@@ -145,6 +145,10 @@ def _moment(run: RunFolder) -> str:
 
 def _resume(run: RunFolder, tally: Tally) -> None:
     """Go on as `vramwise runs resume` does, in a forked trainer."""
+    if not read_attempts(run.attempts):
+        # Killed before it had begun, and started here by nobody who would have said so.
+        tally.begun_anew += 1
+        return
     plan = resumption.prepare(run, resumption.ResumeWish())
     tally.broken += plan.broken
     told = max((event.step for event in events_of(run, CheckpointEvent)), default=0)
