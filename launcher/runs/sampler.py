@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.runs.events import EventWriter, SampleEvent
+from launcher.runs.events import EventWriter, SampleEvent, iter_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.locks import is_alive, live_pid
 from planner.base.errors import ExitCode, InputError
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]).resolve())
     try:
         with hold_lock(folder, "sampler"), EventWriter(folder.samples) as writer:
-            sample = _choose_sampler(folder.read_job().gpu_index)
+            sample = _choose_sampler(folder.read_job().gpu_index, _used_before(folder))
             while is_alive(folder):
                 # Between two attempts there is a keeper and no trainer.
                 if (pid := live_pid(folder, "trainer")) is not None:
@@ -43,7 +43,21 @@ def main(arguments: list[str]) -> int:
     return ExitCode.OK
 
 
-def _choose_sampler(gpu_index: int) -> Sampler:
+def _used_before(folder: RunFolder) -> int | None:
+    """What was in use on the GPU before this trainer took any, as a sampler that died has found it; None if
+    there was none.
+    """
+    try:
+        began = folder.lock_file("trainer").stat().st_mtime
+    except OSError:
+        return None
+    for event in iter_events(folder.samples):
+        if isinstance(event, SampleEvent) and event.used_bytes is not None and event.time >= began:
+            return event.used_bytes - (event.process_bytes or 0)
+    return None
+
+
+def _choose_sampler(gpu_index: int, used_before_bytes: int | None) -> Sampler:
     from planner.gpus.detect import NoGpuError, local_gpus
 
     try:
@@ -52,7 +66,8 @@ def _choose_sampler(gpu_index: int) -> Sampler:
         return sample_resident_memory
     if gpu_index >= len(gpus):
         return sample_resident_memory
-    uuid, used_before = gpus[gpu_index].uuid, gpus[gpu_index].used_bytes
+    uuid, used_now = gpus[gpu_index].uuid, gpus[gpu_index].used_bytes
+    used_before = used_now if used_before_bytes is None else used_before_bytes
     return lambda pid: sample_gpu(uuid, used_before, pid)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from launcher.commands import train
 from launcher.runs import supervisor
 from launcher.runs.folder import RunFolder, create_run_folder
 from launcher.runs.locks import live_pid
@@ -22,6 +23,7 @@ from launcher.runs.minding.gpu_lock import GpuBusyError, refuse_busy_gpu, take_g
 from launcher.runs.supervisor import status
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import ExitCode
+from planner.setup.request import make_request
 from planner.setup.training_setup import TrainingSetup
 from tests.faults import stand_ins
 
@@ -120,3 +122,17 @@ def test_the_cpu_has_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_lock.gpu_of(JOB) is None
     monkeypatch.setattr(detect, "local_gpus", tuple)
     assert gpu_lock.gpu_of(JOB) is None
+
+
+def test_train_asks_before_it_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan counts what others hold of the GPU: made before the wait it would be for a smaller one."""
+    monkeypatch.setattr(gpu_lock, "gpu_at", lambda position: UUID)
+    request = make_request("qwen2.5-0.5b", gpu="16GB")
+    train._see_that_the_gpu_is_free(request, wait=False)
+    held = take_gpu(UUID, RunFolder(tmp_path))
+    with pytest.raises(GpuBusyError, match="--wait waits"):
+        train._see_that_the_gpu_is_free(request, wait=False)
+    threading.Timer(0.5, os.close, (held,)).start()
+    train._see_that_the_gpu_is_free(request, wait=True)
+    monkeypatch.setattr(gpu_lock, "gpu_at", lambda position: None)
+    train._see_that_the_gpu_is_free(request, wait=False)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.runs import supervisor, tail
+from launcher.runs import sampler, supervisor, tail
 from launcher.runs.attempts import add_attempt, first_attempt
 from launcher.runs.events import (
     NO_EVENT,
@@ -25,6 +25,7 @@ from launcher.runs.events import (
     EndEvent,
     Event,
     LogEvent,
+    SampleEvent,
     StartEvent,
     WarningEvent,
     append_event,
@@ -203,7 +204,8 @@ def test_no_damaged_file_hides_a_run(tmp_path: Path, name: str, alive: bool) -> 
     whole = path.read_bytes()
     told = set()
     with hold_lock(folder, "trainer" if alive else "launcher"):
-        for length in range(len(whole)):
+        # Each byte of a dead run, some of one that lives: the same files are read.
+        for length in range(0, len(whole), 11 if alive else 1):
             path.write_bytes(whole[:length])
             now = status(folder.path)
             told.add(now.state)
@@ -302,3 +304,20 @@ def test_lines_come_from_the_end_as_from_the_beginning(
         assert list(lines_from_the_end(path, down_to=down_to)) == expected
         found = last_line_with(path, b"\x01\x02")
     assert found == next((line for line in reversed(lines) if b"\x01\x02" in line), None)
+
+
+def test_a_sampler_that_is_started_again_knows_what_others_used_before(tmp_path: Path) -> None:
+    """Of the present trainer's samples, and not of those of an attempt before it."""
+    folder = make_run(tmp_path)
+    assert sampler._used_before(folder) is None
+    with hold_lock(folder, "trainer"):
+        began = folder.lock_file("trainer").stat().st_mtime
+        for time, used, own in (
+            (began - 100, 9, 1),
+            (began + 1, None, 5),
+            (began + 2, 7, 3),
+            (began + 3, 8, 1),
+        ):
+            one = SampleEvent(time=time, used_bytes=used, total_bytes=10, process_bytes=own)
+            append_event(folder.samples, one)
+        assert sampler._used_before(folder) == 4
