@@ -82,13 +82,21 @@ def longest_that_fits(
     shortest = base.replace(max_length=min(start_length, limit))
     setups = list(leanest(shortest, evaluator, effective_batch_size=effective_batch_size, fixed=fixed))
     by_fit = partial(longest_length, evaluator, start=start_length, limit=limit)
-    guesses = [(by_fit(one) or 0, one) for one in setups]
-    # Of those that may be equally long the smallest first: it is the likeliest to reach the model's limit.
-    guesses.sort(key=lambda pair: (-pair[0], evaluator.fitted(pair[1]).peak_bytes))
+    guesses = [(by_fit(one) or 0, index) for index, one in enumerate(setups)]
+
+    def order(guess: tuple[int, int]) -> tuple[int, int, int]:
+        """The longest first; of those at the model's limit the smallest: it is the likeliest to reach it."""
+        length, index = guess
+        peak = evaluator.fitted(setups[index]).peak_bytes if length == limit else 0
+        return -length, peak, -index
+
+    guesses.sort(key=order)
     best: int | None = None
-    for guess, setup in guesses:
+    for guess, index in guesses:
         if best is not None and (best == limit or guess < WORTH_A_REPLAY * best):
             continue
-        found = longest_length(evaluator, setup, start=best or start_length, limit=limit, confirm=True)
+        found = longest_length(
+            evaluator, setups[index], start=best or start_length, limit=limit, confirm=True
+        )
         best = found if best is None else max(best, found or 0)
     return best
