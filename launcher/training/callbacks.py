@@ -54,7 +54,7 @@ class LaunchedTrainer(SparingTrainer):
         self._saver: CheckpointSaver | None = None
         self._random_states = RandomStates()
         self._staged: Path | None = None
-        self._updating = False
+        self._updates_from = -1  # the step whose weights an update has begun to change
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Save checkpoints by a saver of the run from here on."""
@@ -66,14 +66,14 @@ class LaunchedTrainer(SparingTrainer):
         update has begun that may have changed some of the weights.
         """
         step = self.state.global_step
-        if self._saver is not None and step > 0 and not (self._updating or self._saver.holds(step)):
+        amid_update = self._updates_from == step
+        if self._saver is not None and step > 0 and not (amid_update or self._saver.holds(step)):
             self.model.zero_grad(set_to_none=True)
             self._random_states.restore()
             self._save_checkpoint(self.model, trial=None)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass."""
-        self._updating = False
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         # Looked at before the update: here the host would wait for the GPU, and the GPU then for the host.
         self._losses.append(loss.detach())
@@ -88,7 +88,7 @@ class LaunchedTrainer(SparingTrainer):
         # With float16 the gradient scaler meets overflows by design and skips those steps itself.
         if not self.args.fp16 and not math.isfinite(float(norm)):
             raise DivergedError(f"the gradient norm is {float(norm)} in step {self.state.global_step + 1}")
-        self._updating = True
+        self._updates_from = self.state.global_step
         return norm
 
     def _get_output_dir(self, trial: Any) -> str:
