@@ -16,7 +16,7 @@ from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs
 from planner.commands.plan import add_request_arguments, request_from
-from planner.commands.program import StoreOnce, say, whole_number
+from planner.commands.program import StoreOnce, real_number, say, whole_number
 
 if TYPE_CHECKING:
     from launcher.runs.folder import RunFolder
@@ -35,8 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (runs)")
     parser.add_argument("--name", action=StoreOnce, help="name of the run folder (default: time and model)")
     parser.add_argument("--eval-data", action=StoreOnce, metavar="FILE", help="examples to evaluate on")
+    parser.add_argument(
+        "--eval-split",
+        action=StoreOnce,
+        type=real_number,
+        metavar="X",
+        help="evaluate on this share of the data (0.05), or so many examples of it (50); train the rest",
+    )
     for flag, text in (
-        ("--eval-steps", "evaluate every N steps"),
+        ("--eval-steps", "evaluate every N steps (default: after each epoch)"),
+        ("--early-stopping-patience", "end when the evaluation loss has not fallen N times in a row"),
         ("--save-steps", "write a checkpoint every N steps"),
         ("--max-steps", "train N steps whatever the epochs"),
         ("--seed", "seed of order, adapter and dropout (42)"),
@@ -89,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if wish.eval_data is not None:
         _measured_stats(dataclasses.replace(wish, data=wish.eval_data)).not_trained(plan.setup.max_length)
     folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
-    return _follow(folder, plan)
+    return _follow(folder)
 
 
 def _has_gpu() -> bool:
@@ -135,6 +143,8 @@ def _wish(args: argparse.Namespace, model_source: str) -> JobWish:
         model_source=model_source,
         data=Path(args.data),
         eval_data=None if args.eval_data is None else Path(args.eval_data),
+        eval_split=args.eval_split,
+        early_stopping_patience=args.early_stopping_patience,
         max_steps=args.max_steps,
         save_steps=args.save_steps,
         eval_steps=args.eval_steps,
@@ -147,10 +157,12 @@ def _wish(args: argparse.Namespace, model_source: str) -> JobWish:
 def _measured_stats(wish: JobWish) -> DatasetStats:
     """Lengths of the data as the model's own tokenizer makes them."""
     from launcher.training import build, dataset
+    from launcher.training.split import Split
 
     data = dataset.read_dataset(wish.data)
     tokenizer = build.load_tokenizer(wish.model_source, allow_download=wish.allow_download)
-    return dataset.measure_stats(data, tokenizer, assistant_only_loss=wish.assistant_only_loss)
+    split = None if wish.eval_split is None else Split(wish.eval_split, wish.used_seed)
+    return dataset.measure_stats(data, tokenizer, assistant_only_loss=wish.assistant_only_loss, split=split)
 
 
 def _show(plan: Plan) -> None:
@@ -161,7 +173,7 @@ def _show(plan: Plan) -> None:
     print(flush=True)
 
 
-def _follow(folder: RunFolder, plan: Plan) -> int:
+def _follow(folder: RunFolder) -> int:
     from launcher.commands.follow import finish, follow_run
     from launcher.runs import supervisor
 
@@ -169,4 +181,4 @@ def _follow(folder: RunFolder, plan: Plan) -> int:
     say(f"run folder: {folder.path}")
     interrupted = follow_run(folder, still_running=lambda: handle.trainer.poll() is None)
     status = handle.wait()
-    return finish(folder, status, plan, interrupted=interrupted, out=sys.stdout)
+    return finish(folder, status, interrupted=interrupted, out=sys.stdout)

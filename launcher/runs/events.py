@@ -114,6 +114,19 @@ class CheckpointEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterEvent:
+    """What was trained is saved under `path`, as it was after `step`: with evaluation that of the best one,
+    whose loss is `evaluation_loss`, else the last.
+    """
+
+    kind: ClassVar[str] = "adapter"
+    time: float
+    step: int
+    path: str
+    evaluation_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WarningEvent:
     """Something differs from what was asked or expected."""
 
@@ -157,6 +170,7 @@ Event = (
     | MemoryEvent
     | EvalEvent
     | CheckpointEvent
+    | AdapterEvent
     | WarningEvent
     | EndEvent
     | SampleEvent
@@ -171,6 +185,7 @@ _TYPES: dict[str, type[Event]] = {
         MemoryEvent,
         EvalEvent,
         CheckpointEvent,
+        AdapterEvent,
         WarningEvent,
         EndEvent,
         SampleEvent,

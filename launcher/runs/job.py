@@ -23,12 +23,19 @@ class JobWish:
     model_source: str
     data: Path
     eval_data: Path | None = None
+    eval_split: float | None = None
+    early_stopping_patience: int | None = None
     max_steps: int | None = None
     save_steps: int | None = None
     eval_steps: int | None = None
     seed: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
+
+    @property
+    def used_seed(self) -> int:
+        """The seed that was asked for, or the usual one."""
+        return SEED if self.seed is None else self.seed
 
 
 def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
@@ -43,12 +50,14 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         model_source=wish.model_source,
         data_path=str(wish.data.resolve()),
         eval_data_path=None if wish.eval_data is None else str(wish.eval_data.resolve()),
+        eval_split=wish.eval_split,
+        early_stopping_patience=wish.early_stopping_patience,
         learning_rate=schedule.learning_rate,
         num_train_epochs=schedule.num_train_epochs,
         max_steps=wish.max_steps,
         warmup_ratio=schedule.warmup_ratio,
         lr_scheduler_type=schedule.lr_scheduler_type,
-        seed=SEED if wish.seed is None else wish.seed,
+        seed=wish.used_seed,
         save_steps=wish.save_steps,
         eval_steps=wish.eval_steps,
         assistant_only_loss=wish.assistant_only_loss,

@@ -27,7 +27,10 @@ class TrainingJob:
 
     `model_source` is a folder or a Hub id; a Hub id is fetched only with `allow_download`, else it must be in
     the Hugging Face cache. `max_steps` overrides `num_train_epochs`. `warmup_ratio` is a share of all steps.
-    `save_steps` and `eval_steps` are null for none. `assistant_only_loss` takes the loss on the assistant's
+    `save_steps` is null for none, `eval_steps` for an evaluation after each epoch. `eval_split` is what of
+    the data is evaluated on instead of trained on: below 1 a share, else a number of examples. Training ends
+    early when the evaluation loss has not fallen `early_stopping_patience` times in a row.
+    `assistant_only_loss` takes the loss on the assistant's
     turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
     within CUDA_VISIBLE_DEVICES when that is set.
     """
@@ -36,6 +39,8 @@ class TrainingJob:
     model_source: str
     data_path: str
     eval_data_path: str | None = None
+    eval_split: float | None = None
+    early_stopping_patience: int | None = None
     learning_rate: float = defaults.LORA_LEARNING_RATE
     num_train_epochs: float = defaults.EPOCHS
     max_steps: int | None = None
@@ -60,7 +65,7 @@ class TrainingJob:
             validate.text("eval_data_path", self.eval_data_path)
         validate.number("learning_rate", self.learning_rate, minimum=0.0, maximum=10.0)
         validate.number("num_train_epochs", self.num_train_epochs, minimum=1e-6, maximum=1e6)
-        for name in ("max_steps", "save_steps", "eval_steps"):
+        for name in ("max_steps", "save_steps", "eval_steps", "early_stopping_patience"):
             if getattr(self, name) is not None:
                 validate.integer(name, getattr(self, name), minimum=1, maximum=10**9)
         validate.integer("logging_steps", self.logging_steps, minimum=1, maximum=10**6)
@@ -72,8 +77,25 @@ class TrainingJob:
         validate.integer("gpu_index", self.gpu_index, minimum=0, maximum=1023)
         validate.boolean("assistant_only_loss", self.assistant_only_loss)
         validate.boolean("allow_download", self.allow_download)
-        if self.eval_steps is not None and self.eval_data_path is None:
-            raise InputError("eval_steps needs eval_data_path")
+        self._check_evaluation()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything is evaluated on."""
+        return self.eval_data_path is not None or self.eval_split is not None
+
+    def _check_evaluation(self) -> None:
+        split = self.eval_split
+        if split is not None:
+            validate.number("eval_split", split, minimum=0.0, maximum=1e9)
+            if split <= 0 or (split > 1 and split != int(split)):
+                raise FieldError("eval_split", split, "a share between 0 and 1, or a number of examples")
+            if self.eval_data_path is not None:
+                raise InputError("--eval-split and --eval-data exclude each other: name one of them")
+        for name in ("eval_steps", "early_stopping_patience"):
+            if getattr(self, name) is not None and not self.evaluates:
+                option = "--" + name.replace("_", "-")
+                raise InputError(f"{option} needs something to evaluate on: --eval-data or --eval-split")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the setup in its own."""

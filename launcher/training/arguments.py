@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 
+METRIC = "eval_loss"
+"""What evaluations are compared by: less is better."""
+
+
 def sft_config(
     setup: TrainingSetup, job: TrainingJob, *, output_dir: Path, on_gpu: bool, evaluates: bool
 ) -> SFTConfig:
@@ -127,7 +131,9 @@ def _written(job: TrainingJob, *, evaluates: bool) -> dict[str, Any]:
         "save_steps": job.save_steps or 500,
         "save_total_limit": None,
         "save_only_model": False,
-        "load_best_model_at_end": False,
+        "load_best_model_at_end": False,  # launcher/training/train.py saves it, without loading
+        "metric_for_best_model": METRIC if evaluates else None,
+        "greater_is_better": False if evaluates else None,
         "report_to": "none",
         "push_to_hub": False,
         "disable_tqdm": True,

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 from launcher.runs import stack
 from launcher.runs.allocator import fall_back
 from launcher.runs.ends import RunExit
-from launcher.runs.events import EventWriter, StageEvent, WarningEvent, read_events
+from launcher.runs.events import AdapterEvent, EventWriter, StageEvent, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.record import read_plan
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest
+from launcher.training.split import Split, trained_too
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     tokenizer, train_rows, eval_rows = _data(job, writer)
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
+    from launcher.training.evaluation import early_end
     from launcher.training.rehearsal import Rehearsal
 
     meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
@@ -115,10 +117,13 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         trainer.train()
     finally:
         end.step = trainer.state.global_step
-    save_adapter(folder, trainer.model, tokenizer)
+    kept = save_trained(folder, trainer, tokenizer)
+    writer.write(kept)
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+    else:
+        end.message = early_end(trainer.state, job)
 
 
 def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
@@ -131,37 +136,72 @@ def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBas
     if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
         _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
 
-    def rows(data: TrainingData) -> Dataset:
-        made = dataset.to_trl_dataset(
-            data,
+    length, assistant = job.setup.max_length, job.assistant_only_loss
+
+    def made(data: TrainingData) -> Dataset:
+        rows = dataset.to_trl_dataset(data, tokenizer, max_length=length, assistant_only_loss=assistant)
+        tell_untrained(data, len(rows))
+        return rows
+
+    def tell_untrained(data: TrainingData, kept: int) -> None:
+        every = len(data.examples)
+        if kept < every:
+            _warn(writer, f"{data.source}: {every - kept:,} of {every:,} examples have no token to learn")
+
+    if job.eval_split is not None:
+        parts = dataset.split_trl_datasets(
+            train_data,
             tokenizer,
-            max_length=job.setup.max_length,
-            assistant_only_loss=job.assistant_only_loss,
+            max_length=length,
+            split=Split(job.eval_split, job.seed),
+            assistant_only_loss=assistant,
         )
-        if len(made) < len(data.examples):
-            left = len(data.examples) - len(made)
-            _warn(
-                writer,
-                f"{data.source}: {left:,} of {len(data.examples):,} examples have no token to learn",
-            )
-        return made
+        tell_untrained(train_data, sum(map(len, parts)))
+        return tokenizer, *parts
+    train_rows = made(train_data)
+    if eval_data is None:
+        return tokenizer, train_rows, None
+    eval_rows = made(eval_data)
+    if shared := len(trained_too(eval_rows, train_rows)):
+        _warn(
+            writer,
+            f"{shared:,} of {len(eval_rows):,} examples of {eval_data.source} are trained on too: their loss "
+            "says nothing about what is new",
+        )
+    return tokenizer, train_rows, eval_rows
 
-    return tokenizer, rows(train_data), None if eval_data is None else rows(eval_data)
 
+def save_trained(folder: RunFolder, trainer: Any, tokenizer: Any) -> AdapterEvent:
+    """Write adapter/ (safetensors and the tokenizer) so that it appears whole or not at all.
 
-def save_adapter(folder: RunFolder, model: Any, tokenizer: Any) -> None:
-    """Write adapter/ (safetensors and the tokenizer) so that it appears whole or not at all."""
+    It is that of the best evaluation where a later step was worse, as its checkpoint holds it.
+    """
+    from launcher.training.evaluation import best_checkpoint, weight_files
+
     partial = folder.path / ".adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    # PEFT's "auto" would ask the Hub whether the vocabulary was resized; it never is here.
-    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(partial, **options)
+    model, step = trainer.model, trainer.state.global_step
+    best = best_checkpoint(trainer.state, folder.checkpoints)
+    if best is not None and best.step < step:
+        partial.mkdir()
+        for path in weight_files(best.path):
+            shutil.copyfile(path, partial / path.name)
+    else:
+        # PEFT's "auto" would ask the Hub whether the vocabulary was resized; it never is here.
+        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(partial, **options)
     tokenizer.save_pretrained(partial)
     for path in partial.iterdir():
         path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     partial.rename(folder.adapter)
+    return AdapterEvent(
+        time=time.time(),
+        step=step if best is None else best.step,
+        path=str(folder.adapter),
+        evaluation_loss=None if best is None else best.loss,
+    )
 
 
 def _unknown() -> None:

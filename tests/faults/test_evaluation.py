@@ -1,0 +1,69 @@
+"""Evaluation decides in a real run: training ends early, and the adapter is that of the best evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.runs.ends import RunExit
+from launcher.runs.events import AdapterEvent, CheckpointEvent, EndEvent, EvalEvent, read_events
+from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.training_job import TrainingJob
+from planner.base.data_files import PROFILES
+from planner.setup.training_setup import TrainingSetup
+from tests import forks
+from tests.faults import broken_steps
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+DEMO = PROFILES / "demo"
+SETUP = TrainingSetup(
+    model="demo", max_length=64, method="lora", dtype="float32", per_device_train_batch_size=2, lora_r=4
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A rate at which the second step ruins what the first one learned."""
+    job = TrainingJob(
+        setup=SETUP,
+        model_source=str(DEMO / "model"),
+        data_path=str(DEMO / "data" / "train.jsonl"),
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        max_steps=12,
+        eval_steps=1,
+        eval_split=4,
+        early_stopping_patience=2,
+    )
+    folder = create_run_folder(tmp_path_factory.mktemp("runs"), job, name="run")
+    trainer = forks.start(broken_steps.train, folder.path, None, output=folder.log("trainer"))
+    trainer.join(600)
+    assert trainer.exitcode == RunExit.FINISHED, folder.log("trainer").read_text()
+    return folder
+
+
+def of(run: RunFolder, kind: type) -> list[Any]:
+    return [event for event in read_events(run.events) if isinstance(event, kind)]
+
+
+def test_training_ends_when_the_loss_has_not_fallen_for_so_many_evaluations(run: RunFolder) -> None:
+    losses = [event.loss for event in of(run, EvalEvent)]
+    best = losses.index(min(losses))
+    (end,) = of(run, EndEvent)
+    assert end.step == len(losses) == best + 1 + 2 < 12
+    assert "has not fallen for 2 evaluations" in end.message
+
+
+def test_the_adapter_is_that_of_the_best_evaluation_and_says_so(run: RunFolder) -> None:
+    evaluations = of(run, EvalEvent)
+    best = min(evaluations, key=lambda event: event.loss)
+    (adapter,) = of(run, AdapterEvent)
+    assert (adapter.step, adapter.evaluation_loss) == (best.step, best.loss)
+    assert best.step in [event.step for event in of(run, CheckpointEvent)]
+    name = "adapter_model.safetensors"
+    kept = run.checkpoints / f"checkpoint-{best.step}" / name
+    assert (run.adapter / name).read_bytes() == kept.read_bytes()
+    assert {"adapter_config.json", "tokenizer.json"} <= {path.name for path in run.adapter.iterdir()}
+    assert not (run.adapter / "trainer_state.json").exists()
