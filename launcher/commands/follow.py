@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from launcher.commands.ending import print_report
 from launcher.runs import supervisor
 from launcher.runs.events import (
     POLL_SECONDS,
@@ -21,16 +22,15 @@ from launcher.runs.events import (
     LogEvent,
     StartEvent,
     WarningEvent,
-    read_events,
 )
 from launcher.runs.folder import RunFolder
-from launcher.runs.record import measured_memory, steady_tokens_per_second, store_record
+from launcher.runs.record import store_record
+from launcher.runs.report.facts import RunReport, run_report
+from launcher.runs.report.writing import write_report
 from launcher.runs.supervisor import RunStatus
-from planner.answers.plan import Plan
 from planner.base.errors import ExitCode
 from planner.commands.program import say
-from planner.memory.breakdown import MemoryBreakdown
-from planner.text.figures import columns, figure, footnote, heading, pairs, rate, show
+from planner.text.figures import rate, show
 
 # Without a terminal a line is printed for at most this many steps of the run.
 PLAIN_LINES = 20
@@ -123,18 +123,16 @@ def follow_run(folder: RunFolder, *, still_running: Callable[[], bool]) -> bool:
 def finish(
     folder: RunFolder,
     status: RunStatus,
-    plan: Plan | None,
     *,
     interrupted: bool,
     out: TextIO,
     store: bool = True,
 ) -> int:
-    """Say how the run ended, print predicted beside measured, store the record; returns the exit code."""
-    events = read_events(folder.events)
-    losses = [event.loss for event in events if isinstance(event, LogEvent) and event.loss is not None]
-    show(lambda console: _print_end(console, folder, status, plan, events, losses), out)
-    trained = any(isinstance(event, LogEvent) for event in events)
-    if store and trained and status.state in ("finished", "stopped", "oom"):
+    """Print the run's report and write it, store the record; returns the exit code."""
+    report = reported(folder)
+    page = str(folder.report_page) if folder.report_page.is_file() else None
+    show(lambda console: print_report(console, report, page), out)
+    if store and report.first_loss is not None and status.state in ("finished", "stopped", "oom"):
         store_record(folder, "oom" if status.state == "oom" else "ok")
     if status.state == "finished":
         return ExitCode.OK
@@ -145,73 +143,17 @@ def finish(
     return ExitCode.INTERRUPTED if interrupted else ExitCode.FAILED
 
 
-def _print_end(
-    console: Console,
-    folder: RunFolder,
-    status: RunStatus,
-    plan: Plan | None,
-    events: list[Event],
-    losses: list[float],
-) -> None:
-    heading(console, f"{status.state.capitalize()} after {status.step} steps")
-    rows = []
-    if losses:
-        rows.append(("loss", f"{_number(losses[0])} at first, {_number(losses[-1])} at last"))
-    if folder.adapter.is_dir():
-        rows.append(("adapter", str(folder.adapter)))
-    pairs(console, rows)
-    if plan is not None:
-        heading(console, "Predicted beside measured")
-        _print_memory(console, plan.memory, events)
-        _print_speed(console, plan, events)
+def reported(folder: RunFolder) -> RunReport:
+    """The run's report, written where that is possible.
 
-
-def _print_memory(console: Console, predicted: MemoryBreakdown, events: list[Event]) -> None:
-    measured = measured_memory(events)
-    on_gpu = any(event.allocated_bytes is not None for event in measured.values())
-    rows = []
-    for phase in predicted.phases:
-        event = measured.get(phase.name)
-        figures = [
-            ("allocated", phase.allocated_bytes, None if event is None else event.allocated_bytes),
-            ("reserved", phase.reserved_bytes, None if event is None else event.reserved_bytes),
-            (
-                "driver" if on_gpu else "process",
-                phase.process_bytes,
-                None if event is None else event.process_bytes,
-            ),
-        ]
-        for what, expected, seen in figures:
-            if on_gpu or what == "process":
-                rows.append([phase.name, what, figure(expected), *_seen(expected, seen, on_gpu)])
-    heads = [("phase", "name"), ("", "name"), ("predicted GiB", "number"), ("measured", "number")]
-    columns(console, [*heads, ("error", "number")], rows)
-    if measured and not on_gpu:
-        console.print()
-        footnote(
-            console,
-            "The prediction is for the GPU; measured is the resident memory of a process on the CPU, "
-            "so the two cannot agree.",
-        )
-
-
-def _seen(expected: int, seen: int | None, comparable: bool) -> list[str]:
-    if seen is None:
-        return ["not measured", ""]
-    return [figure(seen), f"{expected / seen - 1:+.1%}" if comparable and seen else ""]
-
-
-def _print_speed(console: Console, plan: Plan, events: list[Event]) -> None:
-    seen = steady_tokens_per_second(events)
-    if seen is None or plan.speed is None:
-        return
-    console.print()
-    expected = plan.speed.tokens_per_second
-    if plan.duration is not None and plan.duration.useful_tokens_per_second is not None:
-        # TRL leaves padding out of its count too, but for the little that packed rows have.
-        expected = plan.duration.useful_tokens_per_second
-    forecast = f"{rate(expected)} forecast for {plan.gpu.spec.id}"
-    pairs(console, [("tokens/s", f"{forecast}, {rate(seen)} measured")])
+    Raises:
+        InputError: the folder holds no job.
+    """
+    try:
+        return write_report(folder)
+    except OSError as error:
+        say(f"{folder.path}: the report could not be written ({error.strerror})")
+        return run_report(folder)[0]
 
 
 def _number(value: float | None) -> str:

@@ -87,7 +87,6 @@ def _follow(path: Path) -> int:
     from launcher.commands.follow import finish, follow_run
     from launcher.runs import supervisor
     from launcher.runs.folder import RunFolder
-    from launcher.runs.record import read_plan
 
     folder = RunFolder(path.resolve())
     if supervisor.status(folder.path).state == "created":
@@ -96,7 +95,6 @@ def _follow(path: Path) -> int:
     return finish(
         folder,
         supervisor.status(folder.path),
-        read_plan(folder),
         interrupted=interrupted,
         out=sys.stdout,
         store=False,

@@ -80,6 +80,21 @@ class RunFolder:
         """The RunRecord as JSON."""
         return self.path / "record.json"
 
+    @property
+    def report(self) -> Path:
+        """What became of the run (launcher/runs/report), as JSON."""
+        return self.path / "report.json"
+
+    @property
+    def report_page(self) -> Path:
+        """The same as Markdown."""
+        return self.path / "report.md"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The picture of that page."""
+        return self.path / "loss.svg"
+
     def log(self, process: str) -> Path:
         """Output of a process ("trainer" or "sampler")."""
         return self.path / f"{process}.log"

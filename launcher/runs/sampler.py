@@ -38,10 +38,21 @@ def main(arguments: list[str]) -> int:
             while (pid := live_pid(folder, "trainer")) is not None:
                 writer.write(sample(pid))
                 time.sleep(SAMPLE_SECONDS)
+            _write_report(folder)
     except (RunBusyError, InputError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return ExitCode.OK
+
+
+def _write_report(folder: RunFolder) -> None:
+    """Say in files what became of the run, whether or not anybody follows it."""
+    from launcher.runs.report.writing import write_report
+
+    try:
+        write_report(folder)
+    except OSError as error:
+        print(f"the report could not be written: {error}", file=sys.stderr)
 
 
 def _wait_for_trainer(folder: RunFolder) -> bool:

@@ -27,9 +27,9 @@ from launcher.runs.events import (
     from_line,
 )
 from launcher.runs.folder import RunFolder
+from launcher.runs.report.series import CoalescedSeries
 from launcher.runs.supervisor import live_pid
 from launcher.runs.training_job import TrainingJob
-from launcher.tui.series import CoalescedSeries
 from launcher.tui.tail import LineTail, last_lines
 from planner.answers.plan import Plan
 from planner.base.errors import InputError, MissingExtraError, VramwiseError

@@ -178,6 +178,17 @@ def test_the_demo_learns_and_its_adapter_changes_the_answer(demo: Demo) -> None:
     assert after.startswith("Ahoy")
 
 
+def test_a_run_that_nobody_followed_has_its_report(demo: Demo) -> None:
+    """Written by the sampler, which outlives the trainer however that ends."""
+    values = json.loads(demo.run.report.read_text())
+    assert (values["state"], values["steps"]) == ("finished", 80)
+    best = min(values["evaluations"], key=lambda one: one["loss"])
+    assert values["best_evaluation"] == best
+    assert values["adapter_step"] == best["step"]
+    assert demo.run.report_page.is_file()
+    assert demo.run.loss_curve.is_file()
+
+
 def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=LONG, save_steps=LONG)
     handle = supervisor.start(run.path)

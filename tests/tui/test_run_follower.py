@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from launcher.runs.events import WarningEvent, to_line
+from launcher.runs.report.series import CoalescedSeries
 from launcher.tui import run_follower
 from launcher.tui.run_follower import RunFollower
-from launcher.tui.series import CoalescedSeries
 from launcher.tui.tail import MAX_LINE_BYTES, LineTail, last_lines
 
 from . import synthetic

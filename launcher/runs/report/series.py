@@ -31,6 +31,11 @@ class CoalescedSeries:
             self._points = [(right[0], (left[1] + right[1]) / 2) for left, right in pairs]
             self._stride *= 2
 
+    def cut(self, x: float) -> None:
+        """Forget the points beyond x, and the last stretch: a run went back to there."""
+        self._points = [point for point in self._points if point[0] <= x]
+        self._count, self._sum = 0, 0.0
+
     def points(self) -> tuple[tuple[float, float], ...]:
         """The points so far, the last stretch included though it is not full."""
         rest = ((self._x, self._sum / self._count),) if self._count else ()
