@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.saved_plan import plan_for_here, take_saved_plan
 from launcher.runs import stack
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
@@ -21,6 +22,7 @@ from planner.commands.program import StoreOnce, real_number, say, whole_number
 if TYPE_CHECKING:
     from launcher.runs.folder import RunFolder
     from launcher.runs.job import JobWish
+    from launcher.runs.training_job import TrainingJob
     from planner.data.lengths import DatasetStats
     from planner.models.spec import ModelSpec
     from planner.setup.request import KnobValue
@@ -34,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_arguments(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (runs)")
     parser.add_argument("--name", action=StoreOnce, help="name of the run folder (default: time and model)")
+    parser.add_argument(
+        "--plan",
+        action=StoreOnce,
+        type=Path,
+        metavar="FILE",
+        help="launch the plan that plan -o saved",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="all but the start; nothing is left behind")
     parser.add_argument("--eval-data", action=StoreOnce, metavar="FILE", help="examples to evaluate on")
     parser.add_argument(
         "--eval-split",
@@ -61,17 +71,23 @@ def run(args: argparse.Namespace) -> int:
         InputError: what was asked cannot be planned or run.
         MissingExtraError: the training stack is not installed.
     """
+    saved = None if args.plan is None else take_saved_plan(args)
     if args.data is None:
         raise InputError("the following arguments are required: --data")
     stack.require("train")
-    from launcher.runs.job import create_planned_run, model_source
+    from launcher.runs.folder import planned_folder, refuse_taken
+    from launcher.runs.job import create_planned_run, job_of, model_source
     from planner.models.catalog import resolve_model
     from planner.planning.make_plan import make_plan
 
+    root: Path = args.runs.expanduser()
+    if args.name is not None:
+        # Before data is read and a plan is made.
+        refuse_taken(root / args.name)
     on_gpu = _has_gpu()
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
-    request = request_from(args)
+    request = request_from(args) if saved is None else saved.request
     model = resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector)
     source = model_source(args.model, model)
     if not args.allow_download:
@@ -81,12 +97,15 @@ def run(args: argparse.Namespace) -> int:
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
     wish = _wish(args, source)
     stats = _measured_stats(wish)
-    plan = make_plan(request, model=model, stats=stats)
+    if saved is None:
+        plan = make_plan(request, model=model, stats=stats)
+    else:
+        plan = plan_for_here(saved, name=args.model, model=model, stats=stats, data=args.data, on_gpu=on_gpu)
     _show(plan)
     for line in (*stats.notes, *stats.not_trained(plan.setup.max_length)):
         say(line)
     if not on_gpu:
-        say(f"no NVIDIA GPU here: planned for {request.gpu}, trained on this machine's CPU")
+        say(f"no NVIDIA GPU here: planned for {plan.gpu.text}, trained on this machine's CPU")
     if not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
@@ -96,8 +115,20 @@ def run(args: argparse.Namespace) -> int:
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     if wish.eval_data is not None:
         _measured_stats(dataclasses.replace(wish, data=wish.eval_data)).not_trained(plan.setup.max_length)
-    folder = create_planned_run(args.runs.expanduser(), plan, wish, name=args.name)
+    if args.dry_run:
+        job = job_of(plan, wish)
+        return _dry_run(plan, job, planned_folder(root, job, name=args.name))
+    folder = create_planned_run(root, plan, wish, name=args.name)
     return _follow(folder)
+
+
+def _dry_run(plan: Plan, job: TrainingJob, folder: Path) -> int:
+    """Say what would be started."""
+    from launcher.commands.dry_run import print_dry_run
+    from planner.text.figures import show
+
+    show(lambda out: print_dry_run(out, plan, job, folder.absolute()))
+    return ExitCode.OK
 
 
 def _has_gpu() -> bool:

@@ -120,6 +120,22 @@ class RunFolder:
         return TrainingJob.from_dict(values)
 
 
+def planned_folder(root: Path, job: TrainingJob, *, name: str | None = None) -> Path:
+    """Where a run's folder would be made now, if nothing of that name is there."""
+    label = re.sub(r"[^a-z0-9.]+", "-", Path(job.setup.model).name.lower()).strip("-.") or "model"
+    return root / (name or f"{time.strftime('%Y%m%d-%H%M%S')}-{label[:40]}")
+
+
+def refuse_taken(path: Path) -> None:
+    """See that nothing has the name that was given to a run.
+
+    Raises:
+        InputError: something has.
+    """
+    if path.exists():
+        raise InputError(f"{path}: the run folder exists already")
+
+
 def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) -> RunFolder:
     """Make a folder of its own under `root` and write job.json into it.
 
@@ -128,8 +144,7 @@ def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) 
     Raises:
         InputError: the folder exists or cannot be made.
     """
-    label = re.sub(r"[^a-z0-9.]+", "-", Path(job.setup.model).name.lower()).strip("-.") or "model"
-    stem = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{label[:40]}"
+    stem = planned_folder(root, job, name=name).name
     for attempt in range(1000):
         path = root / (stem if attempt == 0 else f"{stem}-{attempt + 1}")
         try:

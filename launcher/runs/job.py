@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.runs.folder import RunFolder, create_run_folder
-from launcher.runs.training_job import SEED, TrainingJob
+from launcher.runs.training_job import SEED, TrainingJob, check_evaluation
 from planner.answers.plan import Plan
 from planner.base.data_files import write_atomically
 from planner.models.spec import ModelSpec
@@ -18,6 +18,9 @@ class JobWish:
     """What a person asks of a run beside its plan; null stands for none, of `seed` for the usual one.
 
     `model_source` is a folder or a Hub id; the other fields are TrainingJob's.
+
+    Raises:
+        InputError: what is asked of evaluation does not go together.
     """
 
     model_source: str
@@ -31,6 +34,14 @@ class JobWish:
     seed: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
+
+    def __post_init__(self) -> None:
+        check_evaluation(
+            data=self.eval_data,
+            split=self.eval_split,
+            steps=self.eval_steps,
+            patience=self.early_stopping_patience,
+        )
 
     @property
     def used_seed(self) -> int:

@@ -77,25 +77,17 @@ class TrainingJob:
         validate.integer("gpu_index", self.gpu_index, minimum=0, maximum=1023)
         validate.boolean("assistant_only_loss", self.assistant_only_loss)
         validate.boolean("allow_download", self.allow_download)
-        self._check_evaluation()
+        check_evaluation(
+            data=self.eval_data_path,
+            split=self.eval_split,
+            steps=self.eval_steps,
+            patience=self.early_stopping_patience,
+        )
 
     @property
     def evaluates(self) -> bool:
         """Whether anything is evaluated on."""
         return self.eval_data_path is not None or self.eval_split is not None
-
-    def _check_evaluation(self) -> None:
-        split = self.eval_split
-        if split is not None:
-            validate.number("eval_split", split, minimum=0.0, maximum=1e9)
-            if split <= 0 or (split > 1 and split != int(split)):
-                raise FieldError("eval_split", split, "a share between 0 and 1, or a number of examples")
-            if self.eval_data_path is not None:
-                raise InputError("--eval-split and --eval-data exclude each other: name one of them")
-        for name in ("eval_steps", "early_stopping_patience"):
-            if getattr(self, name) is not None and not self.evaluates:
-                option = "--" + name.replace("_", "-")
-                raise InputError(f"{option} needs something to evaluate on: --eval-data or --eval-split")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the setup in its own."""
@@ -124,3 +116,22 @@ class TrainingJob:
                 raise InputError(f"{key} is required in a training job")
         rest["setup"] = TrainingSetup.from_dict(rest["setup"])
         return cls(**rest)
+
+
+def check_evaluation(
+    *, data: object | None, split: float | None, steps: int | None, patience: int | None
+) -> None:
+    """See that what is asked of evaluation goes together.
+
+    Raises:
+        InputError: it does not; the option is named.
+    """
+    if split is not None:
+        validate.number("--eval-split", split, minimum=0.0, maximum=1e9)
+        if split <= 0 or (split > 1 and split != int(split)):
+            raise FieldError("--eval-split", split, "a share between 0 and 1, or a number of examples")
+        if data is not None:
+            raise InputError("--eval-split and --eval-data exclude each other: name one of them")
+    for option, value in (("--eval-steps", steps), ("--early-stopping-patience", patience)):
+        if value is not None and split is None and data is None:
+            raise InputError(f"{option} needs something to evaluate on: --eval-data or --eval-split")

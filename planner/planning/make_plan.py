@@ -107,7 +107,7 @@ def _plan(
     return Plan(
         request=request,
         gpu=target,
-        model=_planned_model(evaluator.run(setup)),
+        model=planned_model(evaluator.run(setup)),
         fits=chosen.fits,
         setup=setup,
         strategy=chosen.tried.strategy,
@@ -152,7 +152,8 @@ def read_stats(path: str) -> DatasetStats:
     return estimated_lengths(Path(path))
 
 
-def _planned_model(run: TrainingRun) -> PlannedModel:
+def planned_model(run: TrainingRun) -> PlannedModel:
+    """What a plan says of the model of a run."""
     model = run.model
     return PlannedModel(
         id=model.id,

@@ -66,9 +66,9 @@ SETUP = TrainingSetup(model="m", max_length=64)
     ("values", "said"),
     [
         ({"eval_split": 0.1, "eval_data_path": "e"}, "--eval-split and --eval-data exclude each other"),
-        ({"eval_split": 0.0}, "eval_split"),
+        ({"eval_split": 0.0}, "--eval-split"),
         ({"eval_split": 1.5}, "a share between 0 and 1, or a number of examples"),
-        ({"eval_split": -1}, "eval_split"),
+        ({"eval_split": -1}, "--eval-split"),
         ({"eval_steps": 5}, "--eval-steps needs something to evaluate on"),
         ({"early_stopping_patience": 2}, "--early-stopping-patience needs something to evaluate on"),
         ({"early_stopping_patience": 0, "eval_split": 0.1}, "early_stopping_patience"),
