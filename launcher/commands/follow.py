@@ -8,7 +8,15 @@ from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from launcher.commands.ending import print_report
@@ -20,12 +28,15 @@ from launcher.runs.events import (
     Event,
     EventReader,
     LogEvent,
+    StageEvent,
     StartEvent,
     WarningEvent,
 )
 from launcher.runs.folder import RunFolder
 from launcher.runs.record import store_record
 from launcher.runs.report.facts import RunReport, run_report
+from launcher.runs.report.page import visible
+from launcher.runs.report.stages import FIRST_STEPS, STARTING, seconds, stage_text
 from launcher.runs.report.writing import write_report
 from launcher.runs.supervisor import RunStatus
 from planner.base.errors import ExitCode
@@ -36,22 +47,36 @@ from planner.text.figures import rate, show
 PLAIN_LINES = 20
 
 
+class _Elapsed(ProgressColumn):
+    """How long the present stage has lasted."""
+
+    def __init__(self) -> None:
+        self.since = time.time()
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(seconds(time.time() - self.since), style="progress.elapsed")
+
+
 class _Line:
     """Shows events: a live line in a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr, highlight=False, emoji=False, markup=False)
+        self._elapsed = _Elapsed()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
+            self._elapsed,
             TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
             expand=True,
         )
-        self._task = self._progress.add_task("loading", total=None)
+        self._task = self._progress.add_task(STARTING, total=None)
+        self._begun = time.time()
         self._total = 0
         self._last_shown = 0
 
@@ -70,6 +95,8 @@ class _Line:
             case StartEvent(total_steps=total):
                 self._total = total
                 self._progress.update(self._task, total=total, description="training")
+            case StageEvent():
+                self._stage(event)
             case LogEvent():
                 self._log(event)
             case EvalEvent(step=step, loss=loss):
@@ -80,6 +107,14 @@ class _Line:
                 self.tell(f"note: {message}")
             case _:
                 pass
+
+    def _stage(self, event: StageEvent) -> None:
+        """In a terminal the seconds of the stage run; elsewhere a stage without steps is a line."""
+        self._elapsed.since = event.time
+        self._progress.update(self._task, description=visible(stage_text(event)))
+        if not self._console.is_terminal and event.stage in FIRST_STEPS:
+            after = seconds(event.time - self._begun)
+            self.tell(f"after {after}: {visible(stage_text(event))}")
 
     def _log(self, event: LogEvent) -> None:
         speed = "" if event.tokens_per_second is None else f", {rate(event.tokens_per_second)} tokens/s"

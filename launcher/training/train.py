@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 from launcher.runs import stack
 from launcher.runs.allocator import fall_back
 from launcher.runs.ends import RunExit
-from launcher.runs.events import AdapterEvent, EventWriter, StageEvent, WarningEvent, read_events
+from launcher.runs.events import AdapterEvent, EventWriter, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.heartbeat import HeartbeatWriter
 from launcher.runs.record import read_plan
 from launcher.runs.supervisor import write_identity
 from launcher.runs.training_job import TrainingJob
-from launcher.training.card import choose_gpu, gpu_facts
+from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest
 from launcher.training.split import Split, trained_too
+from launcher.training.stages import Stages
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from launcher.training.callbacks import LaunchedTrainer
     from planner.data.reader import TrainingData
 
 
@@ -50,9 +53,10 @@ def main(arguments: list[str]) -> int:
             if read_events(folder.events):
                 raise RunBusyError(f"{folder.path}: this run has been started before; start a new one")
             write_identity(folder, "trainer", os.getpid())
-            with EventWriter(folder.events) as writer:
+            with EventWriter(folder.events) as writer, HeartbeatWriter(folder.heartbeat) as beats:
+                stages = Stages(writer.write, beats.beat)
                 with (end := RunEnd(writer)):
-                    _run(folder, folder.read_job(), writer, stop, end)
+                    _run(folder, writer, stop, end, stages)
                 if end.state != "finished":
                     print(f"{end.state}: {end.message}", file=sys.stderr)
                 return end.code
@@ -61,11 +65,12 @@ def main(arguments: list[str]) -> int:
         return RunExit.BAD_INPUT
 
 
-def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopRequest, end: RunEnd) -> None:
+def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, stages: Stages) -> None:
+    job = folder.read_job()
+    stages.enter("loading", "loading the libraries")
     gpu = choose_gpu(job)
     _set_environment(job)
-    fallen_back = fall_back(os.environ)
-    if fallen_back is not None:
+    if (fallen_back := fall_back(os.environ)) is not None:
         _warn(writer, fallen_back)
 
     import torch
@@ -73,17 +78,13 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     from launcher.training import build
 
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
-    if gpu is not None and not on_gpu:
-        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
-    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
-        _warn(writer, sentence)
+    device = torch.device("cuda:0" if on_gpu else "cpu")
+    _tell_what_differs(writer, job, gpu, on_gpu=on_gpu)
+    stages.enter("loading", "reading the data")
     tokenizer, train_rows, eval_rows = _data(job, writer)
 
     from launcher.training.callbacks import EventCallback, MemoryMeter
     from launcher.training.evaluation import early_end
-    from launcher.training.rehearsal import Rehearsal
 
     meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
     environment = _environment(device)
@@ -92,6 +93,7 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
     )
     if on_gpu:
         environment |= gpu_facts(device, gpu)
+    stages.enter("loading", "loading the weights")
     model = build.load_model(job.setup, job.model_source, device=device, allow_download=job.allow_download)
     if on_gpu:
         environment["weights_bytes"] = torch.cuda.memory_allocated(device)
@@ -108,22 +110,52 @@ def _run(folder: RunFolder, job: TrainingJob, writer: EventWriter, stop: StopReq
         callbacks=[callback],
     )
     trainer.tell = functools.partial(_warn, writer)
-    tell = functools.partial(_stage, writer, "rehearsing")
-    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
+    _begin_stages(trainer, job, stages, planned_bytes=_planned_bytes(folder))
     try:
         trainer.train()
     finally:
         end.step = trainer.state.global_step
-    kept = save_trained(folder, trainer, tokenizer)
-    writer.write(kept)
+    stages.enter("saving", "the adapter" if job.setup.uses_lora else "the model")
+    writer.write(save_trained(folder, trainer, tokenizer))
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
-    else:
-        end.message = early_end(trainer.state, job)
+        return
+    end.message = early_end(trainer.state, job)
+
+
+def _begin_stages(
+    trainer: LaunchedTrainer, job: TrainingJob, stages: Stages, *, planned_bytes: int | None
+) -> None:
+    """Have the longest micro-batch go first, and what is done told from here on."""
+    from launcher.training.heart import HeartbeatCallback
+    from launcher.training.rehearsal import Rehearsal
+
+    compiles = job.setup.compile != "none"
+    tell = functools.partial(stages.enter, "rehearsing")
+    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=planned_bytes))
+    trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
+    # The rehearsal is the first to run the layers, and so to compile them.
+    stages.enter("compiling" if compiles else "rehearsing")
+
+
+def _tell_what_differs(writer: EventWriter, job: TrainingJob, gpu: ChosenGpu | None, *, on_gpu: bool) -> None:
+    """Say what runs otherwise here than was asked.
+
+    Raises:
+        InputError: what cannot run here at all.
+        MissingExtraError: a package for it is not installed.
+    """
+    from launcher.training import build
+
+    build.refuse_unsupported(job.setup, on_gpu=on_gpu)
+    if gpu is not None and not on_gpu:
+        _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
+    for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
+        _warn(writer, sentence)
 
 
 def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
@@ -240,10 +272,6 @@ def _planned_bytes(folder: RunFolder) -> int | None:
     except InputError:
         return None
     return None if plan is None else plan.memory.reserved_bytes
-
-
-def _stage(writer: EventWriter, stage: str, message: str) -> None:
-    writer.write(StageEvent(time=time.time(), stage=stage, message=message))
 
 
 if __name__ == "__main__":

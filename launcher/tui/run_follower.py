@@ -22,12 +22,14 @@ from launcher.runs.events import (
     LogEvent,
     MemoryEvent,
     SampleEvent,
+    StageEvent,
     StartEvent,
     WarningEvent,
     from_line,
 )
 from launcher.runs.folder import RunFolder
 from launcher.runs.report.series import CoalescedSeries
+from launcher.runs.report.stages import STARTING, stage_text
 from launcher.runs.supervisor import live_pid
 from launcher.runs.training_job import TrainingJob
 from launcher.tui.tail import LineTail, last_lines
@@ -59,7 +61,8 @@ class RunSnapshot:
 
     `state` is a supervisor state, or "stopping" once a stop was asked for, or "unknown" where no one can say
     whether the trainer is alive. `seconds_left` was right at `at`, a reading of the monotonic clock.
-    `behind` says that the files hold more than has been read.
+    `behind` says that the files hold more than has been read. `stage` is what it does now, in words, and
+    `stage_seconds` for how long, at `at`; "" and null where it is over or nobody knows.
     """
 
     folder: RunFolder
@@ -71,6 +74,8 @@ class RunSnapshot:
     step: int
     total_steps: int | None
     seconds_left: float | None
+    stage: str
+    stage_seconds: float | None
     log: LogEvent | None
     losses: Points
     eval_losses: Points
@@ -128,6 +133,7 @@ class RunFollower:
         facts = self._facts
         behind = self._events.behind or self._samples.behind
         state, message = self._state(alive)
+        stage, since = self._stage(state)
         return RunSnapshot(
             folder=self.folder,
             job=self._job,
@@ -138,6 +144,8 @@ class RunFollower:
             step=facts.step,
             total_steps=facts.total_steps,
             seconds_left=facts.seconds_left(now) if state in ("running", "unknown") else None,
+            stage=stage,
+            stage_seconds=since,
             log=facts.log,
             losses=facts.losses.points(),
             eval_losses=facts.eval_losses.points(),
@@ -152,6 +160,20 @@ class RunFollower:
             event_count=facts.event_count,
             behind=behind,
         )
+
+    def _stage(self, state: str) -> tuple[str, float | None]:
+        """What a run that is alive does, and since when; before its first event that is since it was made."""
+        if state not in ("starting", "running", "stopping"):
+            return "", None
+        event = self._facts.stage
+        if event is not None and _is_number(event.time):
+            return stage_text(event), max(0.0, time.time() - event.time)
+        if self._facts.event_count:
+            return "", None
+        try:
+            return STARTING, max(0.0, time.time() - self.folder.job.stat().st_mtime)
+        except OSError:
+            return STARTING, None
 
     def _alive(self) -> bool | None:
         try:
@@ -196,6 +218,7 @@ class _Facts:
     end: EndEvent | None = None
     sample: SampleEvent | None = None
     checkpoint: CheckpointEvent | None = None
+    stage: StageEvent | None = None
     memory: dict[str, MemoryEvent] = field(default_factory=dict)
     losses: CoalescedSeries = field(default_factory=CoalescedSeries)
     eval_losses: CoalescedSeries = field(default_factory=CoalescedSeries)
@@ -225,6 +248,8 @@ class _Facts:
                 self.end = None
             case CheckpointEvent():
                 self.checkpoint = event
+            case StageEvent():
+                self.stage = event
             case WarningEvent():
                 self.warning_count += 1
                 self.warnings.append(str(event.message))

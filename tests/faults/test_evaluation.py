@@ -7,8 +7,16 @@ from typing import Any
 import pytest
 
 from launcher.runs.ends import RunExit
-from launcher.runs.events import AdapterEvent, CheckpointEvent, EndEvent, EvalEvent, read_events
+from launcher.runs.events import (
+    AdapterEvent,
+    CheckpointEvent,
+    EndEvent,
+    EvalEvent,
+    StageEvent,
+    read_events,
+)
 from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.heartbeat import read_beat
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import PROFILES
 from planner.setup.training_setup import TrainingSetup
@@ -67,3 +75,20 @@ def test_the_adapter_is_that_of_the_best_evaluation_and_says_so(run: RunFolder) 
     assert (run.adapter / name).read_bytes() == kept.read_bytes()
     assert {"adapter_config.json", "tokenizer.json"} <= {path.name for path in run.adapter.iterdir()}
     assert not (run.adapter / "trainer_state.json").exists()
+
+
+def test_what_the_run_does_is_told_from_its_first_second_on(run: RunFolder) -> None:
+    assert isinstance(read_events(run.events)[0], StageEvent)
+    told = [(event.stage, event.message) for event in of(run, StageEvent)]
+    assert told[:3] == [
+        ("loading", "loading the libraries"),
+        ("loading", "reading the data"),
+        ("loading", "loading the weights"),
+    ]
+    stages = [stage for stage, _ in told[3:]]
+    assert stages[0] == "rehearsing"
+    assert {"training", "evaluating"} <= set(stages)
+    assert told[-1] == ("saving", "the adapter")
+    beat = read_beat(run.heartbeat)
+    assert beat is not None
+    assert beat.stage == "saving"
