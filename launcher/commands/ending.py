@@ -19,7 +19,7 @@ def print_report(out: Console, report: RunReport, page: str | None) -> None:
     if report.memory:
         heading(out, "Predicted beside measured")
         _print_memory(out, report)
-    notes = [*report.data_notes, *report.warnings]
+    notes = [*report.advice, *report.data_notes, *report.warnings]
     if notes:
         heading(out, "To know")
         left_out = len(notes) - MOST_NOTES

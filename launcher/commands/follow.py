@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
 from rich.console import Console
@@ -34,7 +34,8 @@ from launcher.runs.events import (
 )
 from launcher.runs.folder import RunFolder
 from launcher.runs.record import store_record
-from launcher.runs.report.facts import RunReport, run_report
+from launcher.runs.report.advice import Advice, Adviser
+from launcher.runs.report.facts import RunReport, plan_or_none, run_report
 from launcher.runs.report.page import visible
 from launcher.runs.report.stages import FIRST_STEPS, STARTING, seconds, stage_text
 from launcher.runs.report.writing import write_report
@@ -108,6 +109,11 @@ class _Line:
             case _:
                 pass
 
+    def advise(self, found: Iterable[Advice]) -> None:
+        """Tell advice."""
+        for one in found:
+            self.tell(f"advice: {visible(one.message)}")
+
     def _stage(self, event: StageEvent) -> None:
         """In a terminal the seconds of the stage run; elsewhere a stage without steps is a line."""
         self._elapsed.since = event.time
@@ -134,7 +140,8 @@ def follow_run(folder: RunFolder, *, still_running: Callable[[], bool]) -> bool:
 
     The first Ctrl-C asks the run to stop after the step and save, the second ends it at once.
     """
-    reader = EventReader(folder.events)
+    reader, samples = EventReader(folder.events), EventReader(folder.samples)
+    adviser = Adviser(plan_or_none(folder))
     interrupts = 0
     with _Line() as line:
         while True:
@@ -142,6 +149,9 @@ def follow_run(folder: RunFolder, *, still_running: Callable[[], bool]) -> bool:
                 over = not still_running()
                 for event in reader.read_new():
                     line.show(event)
+                    line.advise(adviser.take(event))
+                for sample in samples.read_new():
+                    line.advise(adviser.take(sample))
                 if over:
                     return interrupts > 0
                 time.sleep(POLL_SECONDS)

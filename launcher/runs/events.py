@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 POLL_SECONDS = 0.2
+NO_EVENT = "a line of the event file is not an event"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +150,8 @@ class EndEvent:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleEvent:
     """What the driver shows of the run's GPU; null where unknown. Without a GPU `process_bytes` is the
-    trainer's resident memory.
+    trainer's resident memory. `host_percent` is how much of one core the trainer takes; `slowed_by` is "heat"
+    or "power" where the card has lowered its clocks to protect itself.
     """
 
     kind: ClassVar[str] = "sample"
@@ -160,6 +162,8 @@ class SampleEvent:
     utilization_percent: float | None = None
     temperature_c: float | None = None
     power_w: float | None = None
+    host_percent: float | None = None
+    slowed_by: str | None = None
 
 
 Event = (
@@ -202,18 +206,43 @@ def to_line(event: Event) -> str:
     return json.dumps({"time": values.pop("time"), "kind": event.kind, **values}, allow_nan=False) + "\n"
 
 
+def _accepted(annotation: str) -> frozenset[type]:
+    """Types that JSON may give a field; a bool is no number."""
+    if annotation.startswith("Mapping["):
+        return frozenset({dict})
+    kinds: dict[str, set[type]] = {"float": {float, int}, "int": {int}, "str": {str}, "None": {type(None)}}
+    return frozenset().union(*(kinds[name] for name in annotation.split(" | ")))
+
+
+_FIELDS = {
+    name: {field.name: _accepted(str(field.type)) for field in dataclasses.fields(kind)}
+    for name, kind in _TYPES.items()
+}
+_LARGEST = 2**63
+
+
 def from_line(line: str | bytes) -> Event:
     """Read one line. Keys that this version does not know are left out.
 
-    A line that is no event becomes a WarningEvent, since one bad line must not hide the rest of a run.
+    A line that is no event, or has a value of another type than its field's, becomes a WarningEvent, since
+    one bad line must not hide the rest of a run.
     """
     try:
-        values: Any = json.loads(line)
-        kind = _TYPES[values["kind"]]
-        known = {f.name for f in dataclasses.fields(kind)}
-        return kind(**{name: value for name, value in values.items() if name in known})
+        values: Any = json.loads(line, parse_constant=_refuse_constant)
+        kind, fields = _TYPES[values["kind"]], _FIELDS[values["kind"]]
+        known = {name: value for name, value in values.items() if name in fields}
+        if all(
+            type(value) in fields[name] and not (type(value) is int and abs(value) > _LARGEST)
+            for name, value in known.items()
+        ):
+            return kind(**known)
     except (ValueError, TypeError, KeyError, RecursionError):
-        return WarningEvent(time=0.0, message="a line of the event file is not an event")
+        pass
+    return WarningEvent(time=0.0, message=NO_EVENT)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of an event")
 
 
 @dataclass(slots=True)

@@ -28,6 +28,8 @@ from launcher.runs.events import (
     from_line,
 )
 from launcher.runs.folder import RunFolder
+from launcher.runs.report.advice import Adviser
+from launcher.runs.report.facts import plan_or_none
 from launcher.runs.report.series import CoalescedSeries
 from launcher.runs.report.stages import STARTING, stage_text
 from launcher.runs.supervisor import live_pid
@@ -108,11 +110,13 @@ class RunFollower:
     _prediction: Prediction | None = field(default=None, init=False)
     _asked_for_prediction: bool = field(default=False, init=False)
     _facts: _Facts = field(init=False)
+    _adviser: Adviser = field(init=False)
 
     def __post_init__(self) -> None:
         self._events = LineTail(self.folder.events)
         self._samples = LineTail(self.folder.samples)
         self._facts = _Facts()
+        self._adviser = Adviser(plan_or_none(self.folder))
 
     def poll(self) -> RunSnapshot:
         """Read at most one slice of each file and say where the run stands."""
@@ -121,12 +125,12 @@ class RunFollower:
         self._read_job()
         lines = self._events.read_new()
         if self._events.restarted:
-            self._facts = _Facts()
+            self._facts, self._adviser = _Facts(), Adviser(self._adviser.plan)
         now = self.clock()
         for line in lines:
-            self._facts.take(from_line(line), now)
+            self._take(from_line(line), now)
         for line in self._samples.read_new():
-            self._facts.take(from_line(line), now)
+            self._take(from_line(line), now)
         return self._snapshot(alive, now)
 
     def _snapshot(self, alive: bool | None, now: float) -> RunSnapshot:
@@ -160,6 +164,11 @@ class RunFollower:
             event_count=facts.event_count,
             behind=behind,
         )
+
+    def _take(self, event: Event, now: float) -> None:
+        self._facts.take(event, now)
+        for advice in self._adviser.take(event):
+            self._facts.warn(advice.message)
 
     def _stage(self, state: str) -> tuple[str, float | None]:
         """What a run that is alive does, and since when; before its first event that is since it was made."""
@@ -251,11 +260,15 @@ class _Facts:
             case StageEvent():
                 self.stage = event
             case WarningEvent():
-                self.warning_count += 1
-                self.warnings.append(str(event.message))
+                self.warn(str(event.message))
             case EndEvent():
                 self.end = event
                 self.step = event.step if _is_number(event.step) else self.step
+
+    def warn(self, message: str) -> None:
+        """Count a warning in."""
+        self.warning_count += 1
+        self.warnings.append(message)
 
     @property
     def on_gpu(self) -> bool | None:

@@ -141,7 +141,7 @@ def test_figures_of_a_wrong_type_are_left_out(tmp_path: Path) -> None:
     snapshot = RunFollower(folder).poll()
     assert snapshot.total_steps is None
     assert snapshot.losses == ()
-    assert snapshot.warning_count == 3
+    assert snapshot.warning_count == 5
 
 
 def test_warnings_are_counted_and_the_last_are_kept(tmp_path: Path) -> None:

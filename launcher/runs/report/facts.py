@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import shlex
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from launcher.runs import supervisor
@@ -16,6 +18,7 @@ from launcher.runs.ends import RUN_ENDS
 from launcher.runs.events import Event, LogEvent, MemoryEvent, from_line
 from launcher.runs.folder import RunFolder
 from launcher.runs.record import STEADY_FROM_STEP, read_plan
+from launcher.runs.report.advice import Advice, Adviser
 from launcher.runs.report.history import AttemptSpan, History
 from launcher.runs.training_job import TrainingJob
 from planner.answers.plan import Plan
@@ -112,6 +115,7 @@ class RunReport:
     device: str | None
     data_notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    advice: tuple[str, ...]
     attempts: tuple[AttemptSpan, ...]
     next_steps: tuple[NextStep, ...]
 
@@ -120,10 +124,10 @@ class RunReport:
         return {"version": REPORT_VERSION, **dataclasses.asdict(self)}
 
 
-def iter_events(folder: RunFolder) -> Iterator[Event]:
-    """All whole events, one at a time; none where there is no file."""
+def iter_events(path: Path) -> Iterator[Event]:
+    """All whole events of a file, one at a time; none where there is no file."""
     try:
-        with folder.events.open("rb") as file:
+        with path.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n") and line.strip():
                     yield from_line(line)
@@ -137,15 +141,17 @@ def run_report(folder: RunFolder) -> tuple[RunReport, History]:
     Raises:
         InputError: the folder holds no job.
     """
-    history = History()
+    plan = plan_or_none(folder)
+    history, adviser = History(), Adviser(plan)
     rates: list[float] = []
-    for event in iter_events(folder):
+    given: list[Advice] = []
+    for event in heapq.merge(iter_events(folder.events), iter_events(folder.samples), key=_time):
+        given += adviser.take(event)
         history.take(event)
         if isinstance(event, LogEvent) and event.step >= STEADY_FROM_STEP and len(rates) < MOST_RATES:
             rates += [] if event.tokens_per_second is None else [event.tokens_per_second]
     status = supervisor.status(folder.path)
     job = folder.read_job()
-    plan = _plan_of(folder)
     lowest, best = history.lowest_loss, history.best_evaluation
     return (
         RunReport(
@@ -176,11 +182,16 @@ def run_report(folder: RunFolder) -> tuple[RunReport, History]:
             device=_text(history.environment.get("device")),
             data_notes=() if plan is None else _data_notes(plan),
             warnings=tuple(history.warnings),
+            advice=tuple(advice.message for advice in given),
             attempts=tuple(history.spans()) if history.first_time is not None else (),
             next_steps=_next_steps(folder, job, status.state),
         ),
         history,
     )
+
+
+def _time(event: Event) -> float:
+    return event.time
 
 
 def predicted_rate(plan: Plan) -> float | None:
@@ -191,7 +202,7 @@ def predicted_rate(plan: Plan) -> float | None:
     return None if plan.speed is None else plan.speed.tokens_per_second
 
 
-def _plan_of(folder: RunFolder) -> Plan | None:
+def plan_or_none(folder: RunFolder) -> Plan | None:
     """The plan; None where there is none or it is damaged: a report is made all the same."""
     try:
         return read_plan(folder)

@@ -14,6 +14,7 @@ from launcher.runs.events import (
     Event,
     LogEvent,
     MemoryEvent,
+    SampleEvent,
     StageEvent,
     StartEvent,
     WarningEvent,
@@ -92,7 +93,9 @@ class History:
         return self
 
     def take(self, event: Event) -> None:
-        """Count an event in."""
+        """Count an event in; samples are of the time that events span, and say nothing here."""
+        if isinstance(event, SampleEvent):
+            return
         if event.time:
             self.first_time = event.time if self.first_time is None else self.first_time
             if isinstance(event, AttemptEvent):

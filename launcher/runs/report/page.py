@@ -137,7 +137,8 @@ def measured(figures: PhaseFigures) -> tuple[str, str]:
 
 
 def _lists(report: RunReport) -> Iterator[str]:
-    for title, items in (("Data", report.data_notes), ("Warnings", report.warnings)):
+    lists = (("Advice", report.advice), ("Data", report.data_notes), ("Warnings", report.warnings))
+    for title, items in lists:
         if items:
             yield f"## {title}"
             yield "\n".join(f"- {escaped(item)}" for item in items)
