@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from launcher.commands.saved_plan import plan_for_here, take_saved_plan
 from launcher.runs import stack
+from launcher.runs.trackers import TRACKERS, checked, require
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
 from planner.commands.knobs import add_knobs
@@ -60,6 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--seed", "seed of order, adapter and dropout (42)"),
     ):
         parser.add_argument(flag, action=StoreOnce, type=whole_number, metavar="N", help=text)
+    parser.add_argument(
+        "--track",
+        action="append",
+        choices=tuple(TRACKERS),
+        default=[],
+        help="tell a tracker too, in the run folder alone; may be given for each",
+    )
+    parser.add_argument(
+        "--allow-upload", action="store_true", help="wandb may send what it is told to its server"
+    )
     parser.add_argument("--assistant-only-loss", action="store_true", help="learn the assistant's turns only")
     add_knobs(parser)
 
@@ -80,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from planner.models.catalog import resolve_model
     from planner.planning.make_plan import make_plan
 
+    require(args.track)
     root: Path = args.runs.expanduser()
     if args.name is not None:
         # Before data is read and a plan is made.
@@ -182,6 +194,8 @@ def _wish(args: argparse.Namespace, model_source: str) -> JobWish:
         seed=args.seed,
         assistant_only_loss=args.assistant_only_loss,
         allow_download=args.allow_download,
+        track=checked(args.track),
+        allow_upload=args.allow_upload,
     )
 
 

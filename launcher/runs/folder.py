@@ -95,6 +95,11 @@ class RunFolder:
         """The picture of that page."""
         return self.path / "loss.svg"
 
+    @property
+    def tracking(self) -> Path:
+        """What trackers write (launcher/runs/trackers.py)."""
+        return self.path / "tracking"
+
     def log(self, process: str) -> Path:
         """Output of a process ("trainer" or "sampler")."""
         return self.path / f"{process}.log"

@@ -34,6 +34,8 @@ class JobWish:
     seed: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
+    track: tuple[str, ...] = ()
+    allow_upload: bool = False
 
     def __post_init__(self) -> None:
         check_evaluation(
@@ -73,6 +75,8 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         eval_steps=wish.eval_steps,
         assistant_only_loss=wish.assistant_only_loss,
         allow_download=wish.allow_download,
+        track=wish.track,
+        allow_upload=wish.allow_upload,
         gpu_index=plan.gpu.position or 0,
     )
 

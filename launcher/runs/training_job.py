@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.runs import trackers
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.setup import defaults
@@ -32,7 +33,8 @@ class TrainingJob:
     early when the evaluation loss has not fallen `early_stopping_patience` times in a row.
     `assistant_only_loss` takes the loss on the assistant's
     turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
-    within CUDA_VISIBLE_DEVICES when that is set.
+    within CUDA_VISIBLE_DEVICES when that is set. `track` names trackers that are told the figures too
+    (launcher/runs/trackers.py); they write into the run folder alone unless `allow_upload`.
     """
 
     setup: TrainingSetup
@@ -54,6 +56,8 @@ class TrainingJob:
     eval_steps: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
+    track: tuple[str, ...] = ()
+    allow_upload: bool = False
     gpu_index: int = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +81,8 @@ class TrainingJob:
         validate.integer("gpu_index", self.gpu_index, minimum=0, maximum=1023)
         validate.boolean("assistant_only_loss", self.assistant_only_loss)
         validate.boolean("allow_download", self.allow_download)
+        trackers.checked(self.track)
+        validate.boolean("allow_upload", self.allow_upload)
         check_evaluation(
             data=self.eval_data_path,
             split=self.eval_split,
@@ -115,6 +121,7 @@ class TrainingJob:
             if key not in rest:
                 raise InputError(f"{key} is required in a training job")
         rest["setup"] = TrainingSetup.from_dict(rest["setup"])
+        rest["track"] = trackers.checked(rest.get("track", ()))
         return cls(**rest)
 
 

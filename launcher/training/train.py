@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.runs import stack
+from launcher.runs import stack, trackers
 from launcher.runs.allocator import fall_back
 from launcher.runs.ends import RunExit
 from launcher.runs.events import AdapterEvent, EventWriter, WarningEvent, read_events
@@ -69,7 +69,7 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd,
     job = folder.read_job()
     stages.enter("loading", "loading the libraries")
     gpu = choose_gpu(job)
-    _set_environment(job)
+    _set_environment(job, folder)
     if (fallen_back := fall_back(os.environ)) is not None:
         _warn(writer, fallen_back)
 
@@ -109,11 +109,10 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd,
         on_gpu=on_gpu,
         callbacks=[callback],
     )
-    trainer.tell = functools.partial(_warn, writer)
     if stop.requested():
         end.stopped("stopped before the first step; there is nothing to save")
         return
-    _begin_stages(trainer, job, stages, planned_bytes=_planned_bytes(folder))
+    _equip(trainer, folder, job, writer, stages)
     try:
         trainer.train()
     finally:
@@ -127,16 +126,22 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd,
     end.message = early_end(trainer.state, job)
 
 
-def _begin_stages(
-    trainer: LaunchedTrainer, job: TrainingJob, stages: Stages, *, planned_bytes: int | None
+def _equip(
+    trainer: LaunchedTrainer, folder: RunFolder, job: TrainingJob, writer: EventWriter, stages: Stages
 ) -> None:
-    """Have the longest micro-batch go first, and what is done told from here on."""
+    """Have the longest micro-batch go first, trackers told, and what is done said from here on."""
     from launcher.training.heart import HeartbeatCallback
     from launcher.training.rehearsal import Rehearsal
 
+    trainer.tell = functools.partial(_warn, writer)
+    if job.track:
+        from launcher.training.tracking import tracker_callbacks
+
+        for callback in tracker_callbacks(job, trainer.tell):
+            trainer.add_callback(callback)
     compiles = job.setup.compile != "none"
     tell = functools.partial(stages.enter, "rehearsing")
-    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=planned_bytes))
+    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
     trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
     # The rehearsal is the first to run the layers, and so to compile them.
     stages.enter("compiling" if compiles else "rehearsing")
@@ -240,8 +245,9 @@ def _unknown() -> None:
     return None
 
 
-def _set_environment(job: TrainingJob) -> None:
+def _set_environment(job: TrainingJob, folder: RunFolder) -> None:
     """What libraries read at import: no network unless asked, no telemetry, no forked tokenizer threads."""
+    trackers.prepare(job.track, folder.tracking, allow_upload=job.allow_upload)
     if not job.allow_download:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

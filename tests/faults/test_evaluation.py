@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from launcher.runs.events import (
     EndEvent,
     EvalEvent,
     StageEvent,
+    WarningEvent,
     read_events,
 )
 from launcher.runs.folder import RunFolder, create_run_folder
@@ -32,7 +35,9 @@ SETUP = TrainingSetup(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A rate at which the second step ruins what the first one learned."""
+    """A rate at which the second step ruins what the first one learned, and a tracker that fails."""
+    packages = tmp_path_factory.mktemp("packages")
+    (packages / "trackio.py").write_text("def init(**options):\n    raise OSError('the tracker is down')\n")
     job = TrainingJob(
         setup=SETUP,
         model_source=str(DEMO / "model"),
@@ -44,9 +49,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         eval_steps=1,
         eval_split=4,
         early_stopping_patience=2,
+        track=("trackio",),
     )
     folder = create_run_folder(tmp_path_factory.mktemp("runs"), job, name="run")
-    trainer = forks.start(broken_steps.train, folder.path, None, output=folder.log("trainer"))
+    trainer = forks.start(
+        broken_steps.train,
+        folder.path,
+        functools.partial(broken_steps.finds_packages_in, str(packages)),
+        output=folder.log("trainer"),
+        environment={**os.environ, "WANDB_API_KEY": "wandb_canary", "HF_TOKEN": "hf_canary"},
+    )
     trainer.join(600)
     assert trainer.exitcode == RunExit.FINISHED, folder.log("trainer").read_text()
     return folder
@@ -92,3 +104,14 @@ def test_what_the_run_does_is_told_from_its_first_second_on(run: RunFolder) -> N
     beat = read_beat(run.heartbeat)
     assert beat is not None
     assert beat.stage == "saving"
+
+
+def test_a_tracker_that_fails_is_told_and_the_run_goes_on(run: RunFolder) -> None:
+    (warning,) = [event.message for event in of(run, WarningEvent) if "trackio" in event.message]
+    assert "the tracker is down" in warning
+    assert of(run, EndEvent)[0].state == "finished"
+
+
+def test_no_secret_reaches_a_run_folder_with_trackers(run: RunFolder) -> None:
+    for path in run.path.rglob("*"):
+        assert not path.is_file() or b"canary" not in path.read_bytes(), path
