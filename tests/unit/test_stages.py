@@ -40,6 +40,9 @@ def test_stages_are_told_in_words() -> None:
     for name in STAGES:
         assert stage_text(StageEvent(time=1.0, stage=name)) == STAGES[name]
     assert stage_text(StageEvent(time=1.0, stage="loading", message="reading the data")) == "reading the data"
+    took = "the longest micro-batch, 2 x 64 tokens, went through"
+    assert stage_text(StageEvent(time=1.0, stage="rehearsing", message=took)) == took
+    assert stage_text(StageEvent(time=1.0, stage="saving", message="the model")) == "saving: the model"
     assert stage_text(StageEvent(time=1.0, stage="dreaming")) == "dreaming"
     assert "up to five minutes" in STAGES["compiling"]
 

@@ -27,9 +27,9 @@ FIRST_STEPS = ("loading", "rehearsing", "compiling")
 
 
 def stage_text(event: StageEvent) -> str:
-    """What the stage is, in words; what the event says beside it comes last."""
+    """What the stage is, in words: the event's own where those say all, else its own come last."""
     words = STAGES.get(event.stage, str(event.stage))
-    if event.stage == "loading" and event.message:
+    if event.stage in ("loading", "rehearsing") and event.message:
         return str(event.message)
     return f"{words}: {event.message}" if event.message else words
 
