@@ -16,6 +16,7 @@ import psutil
 from launcher.runs.events import EventWriter, SampleEvent
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.locks import is_alive, live_pid
+from launcher.runs.report.writing import write_or_say
 from planner.base.errors import ExitCode, InputError
 
 SAMPLE_SECONDS = 1.0
@@ -39,23 +40,14 @@ def main(arguments: list[str]) -> int:
                     if (pid := live_pid(folder, "trainer")) is not None:
                         writer.write(sample(pid))
                     time.sleep(SAMPLE_SECONDS)
-                _write_report(folder)
+                # Where there is a keeper it ends this process, and writes the report.
+                write_or_say(folder)
                 # Resumed meanwhile, it has no other sampler: this one holds the lock.
                 over = not is_alive(folder)
     except (RunBusyError, InputError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return ExitCode.OK
-
-
-def _write_report(folder: RunFolder) -> None:
-    """Say in files what became of the run, whether or not anybody follows it."""
-    from launcher.runs.report.writing import write_report
-
-    try:
-        write_report(folder)
-    except OSError as error:
-        print(f"the report could not be written: {error}", file=sys.stderr)
 
 
 def _choose_sampler(gpu_index: int) -> Sampler:

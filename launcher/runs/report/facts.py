@@ -122,8 +122,9 @@ class RunReport:
         return {"version": REPORT_VERSION, **dataclasses.asdict(self)}
 
 
-def run_report(folder: RunFolder) -> tuple[RunReport, History]:
-    """Gather the facts; the history has the loss curve.
+def run_report(folder: RunFolder, *, over: bool = False) -> tuple[RunReport, History]:
+    """Gather the facts; the history has the loss curve. `over` says that there will be no further attempt
+    though the keeper lives: it is the keeper that asks.
 
     Raises:
         InputError: the folder holds no job.
@@ -136,6 +137,8 @@ def run_report(folder: RunFolder) -> tuple[RunReport, History]:
         history.take(event)
         summary.take(event)
     status = supervisor.status(folder.path)
+    if over and history.end is not None:
+        status = dataclasses.replace(status, state=history.end.state, message=history.end.message)
     job = folder.read_job()
     lowest, best = history.lowest_loss, history.best_evaluation
     return (
