@@ -110,7 +110,7 @@ def test_a_killed_run_that_is_followed_has_a_report(cli: Cli, tmp_path: Path) ->
     folder = run_with(tmp_path, ON_GPU, on_gpu=True)
     without_end(folder)
     (folder.checkpoints / "checkpoint-3").mkdir(parents=True)
-    folder.identity("trainer").write_text('{"pid": 999999999, "create_time": 0}')
+    folder.lock_file("trainer").touch()
     finished = cli("runs", "follow", "run", "--runs", tmp_path)
     assert "Killed after 4 steps" in finished.out
     assert str(folder.report_page) in finished.out.replace("\n", "").replace(" ", "")
