@@ -6,14 +6,23 @@ import errno
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
+from launcher.commands.ending import print_report
 from launcher.commands.interrupts import Interrupts
 from launcher.commands.runs_folder import command_for
 from launcher.runs import supervisor
@@ -26,21 +35,23 @@ from launcher.runs.events import (
     Event,
     EventReader,
     LogEvent,
-    MemoryEvent,
+    StageEvent,
     StartEvent,
     WarningEvent,
 )
 from launcher.runs.folder import RunFolder
 from launcher.runs.minding import stopping
-from launcher.runs.record import read_plan, store_record
+from launcher.runs.record import store_record
+from launcher.runs.report.advice import Advice, Adviser
+from launcher.runs.report.facts import RunReport, plan_or_none, run_report
+from launcher.runs.report.stages import FIRST_STEPS, STARTING, seconds, stage_text
+from launcher.runs.report.writing import write_report
 from launcher.runs.state import TRIED_AGAIN, RunStatus, last_checkpoint
-from launcher.runs.summary import RunSummary, summarize
+from launcher.runs.summary import summarize
 from launcher.tui.text import plain
-from planner.answers.plan import Plan
 from planner.base.errors import InputError
 from planner.commands.program import say
-from planner.memory.breakdown import MemoryBreakdown
-from planner.text.figures import columns, figure, footnote, heading, pairs, rate, show
+from planner.text.figures import rate, show
 
 LONGEST_MESSAGE = 2000
 # Without a terminal a line is printed for at most this many steps of the run.
@@ -49,22 +60,36 @@ SHOWN_BYTES = 2**18
 """Of a run that is followed late, what its events said last: about a thousand steps."""
 
 
+class _Elapsed(ProgressColumn):
+    """How long the present stage has lasted."""
+
+    def __init__(self) -> None:
+        self.since = time.time()
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(seconds(time.time() - self.since), style="progress.elapsed")
+
+
 class _Line:
     """Shows events: a live line in a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr, highlight=False, emoji=False, markup=False)
+        self._elapsed = _Elapsed()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
+            self._elapsed,
             TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
             expand=True,
         )
-        self._task = self._progress.add_task("loading", total=None)
+        self._task = self._progress.add_task(STARTING, total=None)
+        self._begun = time.time()
         self._total = 0
         self._last_shown = 0
 
@@ -97,6 +122,8 @@ class _Line:
                 self.tell(f"attempt {number} ({reason}), from step {step}{then}")
             case EndEvent(state=state, message=message) if state in TRIED_AGAIN:
                 self.tell(f"{state}: {message}")
+            case StageEvent():
+                self._stage(event)
             case LogEvent():
                 self._log(event)
             case EvalEvent(step=step, loss=loss):
@@ -107,6 +134,19 @@ class _Line:
                 self.tell(f"note: {message}")
             case _:
                 pass
+
+    def advise(self, found: Iterable[Advice]) -> None:
+        """Tell advice."""
+        for one in found:
+            self.tell(f"advice: {plain(one.message)}")
+
+    def _stage(self, event: StageEvent) -> None:
+        """In a terminal the seconds of the stage run; elsewhere a stage without steps is a line."""
+        self._elapsed.since = event.time
+        self._progress.update(self._task, description=plain(stage_text(event)))
+        if not self._console.is_terminal and event.stage in FIRST_STEPS:
+            after = seconds(event.time - self._begun)
+            self.tell(f"after {after}: {plain(stage_text(event))}")
 
     def _log(self, event: LogEvent) -> None:
         speed = "" if event.tokens_per_second is None else f", {rate(event.tokens_per_second)} tokens/s"
@@ -137,7 +177,11 @@ class RunView:
     def show(self) -> int | None:
         """Show events as they come; returns the signal by which the view was left, None at the run's end."""
         reader, ending = EventReader(self.folder.events), supervisor.Ending(self.folder)
-        reader.skip_to_last(SHOWN_BYTES)
+        samples = EventReader(self.folder.samples)
+        whole = not self.folder.events.exists() or self.folder.events.stat().st_size <= SHOWN_BYTES
+        adviser = Adviser(plan_or_none(self.folder), from_start=whole)
+        for one in (reader, samples):
+            one.skip_to_last(SHOWN_BYTES)
         try:
             with _Line() as line:
                 if self.ends_run:
@@ -147,7 +191,10 @@ class RunView:
                     over = not self.goes_on()
                     for event in reader.read_new():
                         line.show(event)
-                    if reader.behind:
+                        line.advise(adviser.take(event))
+                    for sample in samples.read_new():
+                        line.advise(adviser.take(sample))
+                    if reader.behind or samples.behind:
                         continue
                     if over:
                         return None
@@ -201,25 +248,18 @@ def kept(checkpoint: CheckpointEvent | None) -> str:
     return f"the checkpoint of step {checkpoint.step:,}, {plain(checkpoint.path)}"
 
 
-def read_plan_or_say(folder: RunFolder) -> Plan | None:
-    """The run's plan; where it cannot be read, that is said and the run is told without it."""
-    try:
-        return read_plan(folder)
-    except InputError as error:
-        say(f"damaged: {error}")
-        return None
-
-
-def finish(
-    folder: RunFolder, status: RunStatus, plan: Plan | None, *, out: TextIO, store: bool = True
-) -> int:
-    """Say how the run ended, print predicted beside measured, store the record; returns the exit code, which
-    is that of the run's state (ends.RUN_ENDS).
+def finish(folder: RunFolder, status: RunStatus, *, out: TextIO, store: bool = True) -> int:
+    """Print the run's report and write it, store the record; returns the exit code, which is that of the
+    run's state (ends.RUN_ENDS).
     """
-    summary = summarize(folder.events)
-    show(lambda console: _print_end(console, folder, status, plan, summary), out)
-    if store and summary.trained and status.state in ("finished", "stopped", "oom"):
-        store_record(folder, "oom" if status.state == "oom" else "ok", summary)
+    report = reported(folder)
+    if report is not None:
+        page = str(folder.report_page) if folder.report_page.is_file() else None
+        show(lambda console: print_report(console, report, page), out)
+    if store and status.state in ("finished", "stopped", "oom"):
+        summary = summarize(folder.events)
+        if summary.trained:
+            store_record(folder, "oom" if status.state == "oom" else "ok", summary)
     if status.state != "finished":
         say(f"the run ended: {status.state}: {status.message or 'see ' + str(folder.log('trainer'))}")
     if status.state not in ("finished", "stopped"):
@@ -227,68 +267,16 @@ def finish(
     return int(supervisor.end_code(status))
 
 
-def _print_end(
-    console: Console, folder: RunFolder, status: RunStatus, plan: Plan | None, summary: RunSummary
-) -> None:
-    heading(console, f"{plain(status.state).capitalize()} after {status.step} steps")
-    rows = []
-    if summary.last_loss is not None:
-        rows.append(("loss", f"{_number(summary.first_loss)} at first, {_number(summary.last_loss)} at last"))
-    if folder.adapter.is_dir():
-        rows.append(("adapter", plain(folder.adapter)))
-    else:
-        rows.append(("kept", kept(summary.checkpoint)))
-    pairs(console, rows)
-    if plan is not None:
-        heading(console, "Predicted beside measured")
-        _print_memory(console, plan.memory, summary.memory)
-        _print_speed(console, plan, summary.tokens_per_second)
-
-
-def _print_memory(console: Console, predicted: MemoryBreakdown, measured: Mapping[str, MemoryEvent]) -> None:
-    on_gpu = any(event.allocated_bytes is not None for event in measured.values())
-    rows = []
-    for phase in predicted.phases:
-        event = measured.get(phase.name)
-        figures = [
-            ("allocated", phase.allocated_bytes, None if event is None else event.allocated_bytes),
-            ("reserved", phase.reserved_bytes, None if event is None else event.reserved_bytes),
-            (
-                "driver" if on_gpu else "process",
-                phase.process_bytes,
-                None if event is None else event.process_bytes,
-            ),
-        ]
-        for what, expected, seen in figures:
-            if on_gpu or what == "process":
-                rows.append([phase.name, what, figure(expected), *_seen(expected, seen, on_gpu)])
-    heads = [("phase", "name"), ("", "name"), ("predicted GiB", "number"), ("measured", "number")]
-    columns(console, [*heads, ("error", "number")], rows)
-    if measured and not on_gpu:
-        console.print()
-        footnote(
-            console,
-            "The prediction is for the GPU; measured is the resident memory of a process on the CPU, "
-            "so the two cannot agree.",
-        )
-
-
-def _seen(expected: int, seen: int | None, comparable: bool) -> list[str]:
-    if seen is None:
-        return ["not measured", ""]
-    return [figure(seen), f"{expected / seen - 1:+.1%}" if comparable and seen else ""]
-
-
-def _print_speed(console: Console, plan: Plan, seen: float | None) -> None:
-    if seen is None or plan.speed is None:
-        return
-    console.print()
-    expected = plan.speed.tokens_per_second
-    if plan.duration is not None and plan.duration.useful_tokens_per_second is not None:
-        # TRL leaves padding out of its count too, but for the little that packed rows have.
-        expected = plan.duration.useful_tokens_per_second
-    forecast = f"{rate(expected)} forecast for {plan.gpu.spec.id}"
-    pairs(console, [("tokens/s", f"{forecast}, {rate(seen)} measured")])
+def reported(folder: RunFolder) -> RunReport | None:
+    """The run's report, written where that is possible; None, which is said, where the job is damaged."""
+    try:
+        return write_report(folder)
+    except InputError as error:
+        say(f"damaged: {error}")
+        return None
+    except OSError as error:
+        say(f"{folder.path}: the report could not be written ({error.strerror})")
+        return run_report(folder)[0]
 
 
 def _number(value: float | None) -> str:

@@ -69,7 +69,7 @@ def run(path: Path, args: argparse.Namespace) -> int:
 
 def _go_on(folder: RunFolder, attempt: Attempt) -> int:
     """Signals are taken from before the start: a run that goes on is followed, or told to end."""
-    from launcher.commands.follow import RunView, finish, read_plan_or_say
+    from launcher.commands.follow import RunView, finish
     from launcher.commands.interrupts import Interrupts
     from launcher.runs import supervisor
 
@@ -78,4 +78,4 @@ def _go_on(folder: RunFolder, attempt: Attempt) -> int:
         left = RunView(folder, interrupts, handle.goes_on, ends_run=True).show()
     if left is not None:
         return 128 + left
-    return finish(folder, supervisor.status(folder.path), read_plan_or_say(folder), out=sys.stdout)
+    return finish(folder, supervisor.status(folder.path), out=sys.stdout)

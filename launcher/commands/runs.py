@@ -81,7 +81,7 @@ def _show(folder: RunFolder, args: argparse.Namespace) -> int:
 
 
 def _follow(folder: RunFolder, args: argparse.Namespace) -> int:
-    from launcher.commands.follow import RunView, finish, read_plan_or_say
+    from launcher.commands.follow import RunView, finish
     from launcher.commands.interrupts import Interrupts
     from launcher.runs.locks import is_alive
 
@@ -92,7 +92,7 @@ def _follow(folder: RunFolder, args: argparse.Namespace) -> int:
     if left is not None:
         return 128 + left
     status = supervisor.status(folder.path)
-    return finish(folder, status, read_plan_or_say(folder), out=sys.stdout, store=False)
+    return finish(folder, status, out=sys.stdout, store=False)
 
 
 def _stop(folder: RunFolder, args: argparse.Namespace) -> int:

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from launcher.commands.interrupts import sigterm_as_ctrl_c
 from launcher.commands.runs_folder import add_runs_option, refuse_taken, run_name, runs_root
+from launcher.commands.saved_plan import plan_for_here, take_saved_plan
 from launcher.commands.saving import add_saving, saving_in_words, saving_wish
 from launcher.runs import stack
+from launcher.runs.trackers import TRACKERS, checked, require
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError, MissingExtraError
 from planner.commands.knobs import add_knobs
 from planner.commands.plan import add_request_arguments, request_from
-from planner.commands.program import StoreOnce, say, whole_number
+from planner.commands.program import StoreOnce, real_number, say, whole_number
 
 if TYPE_CHECKING:
     from launcher.runs.job import JobWish
@@ -40,14 +42,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--name", action=StoreOnce, type=run_name, help="name of the run folder (default: time and model)"
     )
+    parser.add_argument(
+        "--plan", action=StoreOnce, type=Path, metavar="FILE", help="launch the plan that plan -o saved"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="all but the start; nothing is left behind")
     parser.add_argument("--eval-data", action=StoreOnce, metavar="FILE", help="examples to evaluate on")
+    parser.add_argument(
+        "--eval-split",
+        action=StoreOnce,
+        type=real_number,
+        metavar="X",
+        help="evaluate on this share of the data (0.05), or so many examples of it (50); train the rest",
+    )
     for flag, text in (
-        ("--eval-steps", "evaluate every N steps"),
+        ("--eval-steps", "evaluate every N steps (default: after each epoch)"),
+        ("--early-stopping-patience", "end when the evaluation loss has not fallen N times in a row"),
         ("--max-steps", "train N steps whatever the epochs"),
         ("--seed", "seed of order, adapter and dropout (42)"),
     ):
         parser.add_argument(flag, action=StoreOnce, type=whole_number, metavar="N", help=text)
     add_saving(parser)
+    parser.add_argument(
+        "--track",
+        action="append",
+        choices=tuple(TRACKERS),
+        default=[],
+        help="tell a tracker too, in the run folder alone; may be given for each",
+    )
+    parser.add_argument(
+        "--allow-upload", action="store_true", help="wandb may send what it is told to its server"
+    )
     parser.add_argument("--assistant-only-loss", action="store_true", help="learn the assistant's turns only")
     parser.add_argument("--full", action="store_true", help="print all that is known of the plan")
     parser.add_argument("--wait", action="store_true", help="wait for the end of a run on the same GPU")
@@ -61,37 +85,23 @@ def run(args: argparse.Namespace) -> int:
         InputError: what was asked cannot be planned or run.
         MissingExtraError: the training stack is not installed.
     """
+    saved = None if args.plan is None else take_saved_plan(args)
     if args.data is None:
         raise InputError("the following arguments are required: --data")
     with sigterm_as_ctrl_c():
-        return _plan_and_train(args)
+        return _plan_and_train(args, saved)
 
 
-def _plan_and_train(args: argparse.Namespace) -> int:
+def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
     root = runs_root(args.runs)
     if args.name is not None:
         refuse_taken(root, args.name)
     stack.require("train")
-    from planner.planning.make_plan import make_plan
-
+    require(args.track)
     on_gpu = _has_gpu()
-    if args.gpu is None and not on_gpu:
-        args.gpu = CARD_WITHOUT_GPU
-    request = request_from(args)
-    if on_gpu:
-        _see_that_the_gpu_is_free(request, wait=args.wait)
-    model, source = _find_model(args)
-    _find_data(args)
-    request = dataclasses.replace(request, data=args.data)
+    plan, wish = _planned(args, saved, on_gpu=on_gpu)
     if not on_gpu:
-        knobs = {**_for_the_cpu(model), **request.fixed}
-        request = dataclasses.replace(request, knobs=tuple(knobs.items()))
-    wish = _wish(args, source)
-    stats = _measured_stats(wish)
-    plan = make_plan(request, model=model, stats=stats, whole=args.full)
-    _show(plan, full=args.full)
-    if not on_gpu:
-        say(f"no NVIDIA GPU here: planned for {request.gpu}, trained on this machine's CPU")
+        say(f"no NVIDIA GPU here: planned for {plan.gpu.text}, trained on this machine's CPU")
     if not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
@@ -102,7 +112,52 @@ def _plan_and_train(args: argparse.Namespace) -> int:
     if wish.eval_data is not None:
         _say_of_evaluation(dataclasses.replace(wish, data=wish.eval_data), plan)
     say(saving_in_words(wish, plan))
+    if args.dry_run:
+        return _dry_run(root, plan, wish, args.name)
     return _start_and_follow(root, plan, wish, args.name)
+
+
+def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> tuple[Plan, JobWish]:
+    """The plan, made here or saved before, shown; and what is asked beside it."""
+    from planner.planning.make_plan import make_plan
+
+    if args.gpu is None and not on_gpu:
+        args.gpu = CARD_WITHOUT_GPU
+    request = request_from(args) if saved is None else saved.request
+    if on_gpu:
+        _see_that_the_gpu_is_free(request, wait=args.wait)
+    model, source = _find_model(args)
+    _find_data(args)
+    request = dataclasses.replace(request, data=args.data)
+    if not on_gpu:
+        knobs = {**_for_the_cpu(model), **request.fixed}
+        request = dataclasses.replace(request, knobs=tuple(knobs.items()))
+    wish = _wish(args, source)
+    stats = _measured_stats(wish)
+    if saved is None:
+        plan = make_plan(request, model=model, stats=stats, whole=args.full)
+    else:
+        plan = plan_for_here(saved, name=args.model, model=model, stats=stats, data=args.data, on_gpu=on_gpu)
+    _show(plan, full=args.full)
+    return plan, wish
+
+
+def _dry_run(root: Path, plan: Plan, wish: JobWish, name: str | None) -> int:
+    """Say what would be started.
+
+    Raises:
+        InputError: there is no room for it.
+    """
+    from launcher.commands.dry_run import print_dry_run
+    from launcher.runs.folder import planned_folder
+    from launcher.runs.job import job_of, refuse_no_room
+    from planner.text.figures import show
+
+    job = job_of(plan, wish)
+    refuse_no_room(root, plan, job)
+    folder = planned_folder(root, job, name=name).absolute()
+    show(lambda out: print_dry_run(out, plan, job, folder))
+    return ExitCode.OK
 
 
 def _find_data(args: argparse.Namespace) -> None:
@@ -184,22 +239,28 @@ def _wish(args: argparse.Namespace, model_source: str) -> JobWish:
         model_source=model_source,
         data=Path(args.data),
         eval_data=None if args.eval_data is None else Path(args.eval_data),
+        eval_split=args.eval_split,
+        early_stopping_patience=args.early_stopping_patience,
         max_steps=args.max_steps,
         **saving_wish(args),
         eval_steps=args.eval_steps,
         seed=args.seed,
         assistant_only_loss=args.assistant_only_loss,
         allow_download=args.allow_download,
+        track=checked(args.track),
+        allow_upload=args.allow_upload,
     )
 
 
 def _measured_stats(wish: JobWish) -> DatasetStats:
     """Lengths of the data as the model's own tokenizer makes them."""
     from launcher.training import build, dataset
+    from launcher.training.split import Split
 
     data = dataset.read_dataset(wish.data)
     tokenizer = build.load_tokenizer(wish.model_source, allow_download=wish.allow_download)
-    return dataset.measure_stats(data, tokenizer, assistant_only_loss=wish.assistant_only_loss)
+    split = None if wish.eval_split is None else Split(wish.eval_split, wish.used_seed)
+    return dataset.measure_stats(data, tokenizer, assistant_only_loss=wish.assistant_only_loss, split=split)
 
 
 def _say_of_evaluation(wish: JobWish, plan: Plan) -> None:
@@ -239,4 +300,4 @@ def _start_and_follow(root: Path, plan: Plan, wish: JobWish, name: str | None) -
         left = RunView(folder, interrupts, handle.goes_on, ends_run=True).show()
     if left is not None:
         return 128 + left
-    return finish(folder, supervisor.status(folder.path), plan, out=sys.stdout)
+    return finish(folder, supervisor.status(folder.path), out=sys.stdout)

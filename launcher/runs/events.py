@@ -117,6 +117,19 @@ class CheckpointEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterEvent:
+    """What was trained is saved under `path`, as it was after `step`: with evaluation that of the best one,
+    whose loss is `evaluation_loss`, else the last.
+    """
+
+    kind: ClassVar[str] = "adapter"
+    time: float
+    step: int
+    path: str
+    evaluation_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WarningEvent:
     """Something differs from what was asked or expected."""
 
@@ -142,7 +155,8 @@ class EndEvent:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleEvent:
     """What the driver shows of the run's GPU; null where unknown. Without a GPU `process_bytes` is the
-    trainer's resident memory.
+    trainer's resident memory. `host_percent` is how much of one core the trainer takes; `slowed_by` is "heat"
+    or "power" where the card has lowered its clocks to protect itself.
     """
 
     kind: ClassVar[str] = "sample"
@@ -153,6 +167,8 @@ class SampleEvent:
     utilization_percent: float | None = None
     temperature_c: float | None = None
     power_w: float | None = None
+    host_percent: float | None = None
+    slowed_by: str | None = None
 
 
 Event = (
@@ -163,6 +179,7 @@ Event = (
     | MemoryEvent
     | EvalEvent
     | CheckpointEvent
+    | AdapterEvent
     | WarningEvent
     | EndEvent
     | SampleEvent
@@ -177,6 +194,7 @@ _TYPES: dict[str, type[Event]] = {
         MemoryEvent,
         EvalEvent,
         CheckpointEvent,
+        AdapterEvent,
         WarningEvent,
         EndEvent,
         SampleEvent,

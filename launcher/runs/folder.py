@@ -107,6 +107,26 @@ class RunFolder:
         """The RunRecord as JSON."""
         return self.path / "record.json"
 
+    @property
+    def report(self) -> Path:
+        """What became of the run (launcher/runs/report), as JSON."""
+        return self.path / "report.json"
+
+    @property
+    def report_page(self) -> Path:
+        """The same as Markdown."""
+        return self.path / "report.md"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The picture of that page."""
+        return self.path / "loss.svg"
+
+    @property
+    def tracking(self) -> Path:
+        """What trackers write (launcher/runs/trackers.py)."""
+        return self.path / "tracking"
+
     def log(self, process: str) -> Path:
         """Output of a process ("trainer", "sampler" or "keeper")."""
         return self.path / f"{process}.log"
@@ -161,6 +181,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def planned_folder(root: Path, job: TrainingJob, *, name: str | None = None) -> Path:
+    """Where a run's folder would be made now, if nothing of that name is there."""
+    label = re.sub(r"[^a-z0-9.]+", "-", Path(job.setup.model).name.lower()).strip("-.") or "model"
+    return root / (name or f"{time.strftime('%Y%m%d-%H%M%S')}-{label[:40]}")
+
+
 def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) -> RunFolder:
     """Make a folder of its own under `root` and write job.json into it.
 
@@ -172,8 +198,7 @@ def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) 
     """
     if name is not None:
         check_name(name)
-    label = re.sub(r"[^a-z0-9.]+", "-", Path(job.setup.model).name.lower()).strip("-.") or "model"
-    stem = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{label[:40]}"
+    stem = planned_folder(root, job, name=name).name
     for attempt in range(1000):
         path = root / (stem if attempt == 0 else f"{stem}-{attempt + 1}")
         try:

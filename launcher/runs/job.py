@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.runs.folder import RunFolder, create_run_folder
 from launcher.runs.kept.checkpoints import refuse_full_disk
-from launcher.runs.training_job import SEED, TrainingJob
+from launcher.runs.training_job import SEED, TrainingJob, check_evaluation
 from planner.answers.plan import Plan
 from planner.base.data_files import write_atomically
 from planner.data.files import named_on_hub
@@ -22,11 +22,16 @@ class JobWish:
 
     `model_source` is a folder or a Hub id, `data` and `eval_data` are paths or names of data sets of the Hub;
     the other fields are TrainingJob's.
+
+    Raises:
+        InputError: what is asked of evaluation does not go together.
     """
 
     model_source: str
     data: Path
     eval_data: Path | None = None
+    eval_split: float | None = None
+    early_stopping_patience: int | None = None
     max_steps: int | None = None
     checkpoints: bool = True
     save_steps: int | None = None
@@ -36,6 +41,21 @@ class JobWish:
     seed: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
+    track: tuple[str, ...] = ()
+    allow_upload: bool = False
+
+    def __post_init__(self) -> None:
+        check_evaluation(
+            data=self.eval_data,
+            split=self.eval_split,
+            steps=self.eval_steps,
+            patience=self.early_stopping_patience,
+        )
+
+    @property
+    def used_seed(self) -> int:
+        """The seed that was asked for, or the usual one."""
+        return SEED if self.seed is None else self.seed
 
 
 def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
@@ -50,12 +70,14 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         model_source=wish.model_source,
         data_path=_place(wish.data),
         eval_data_path=None if wish.eval_data is None else _place(wish.eval_data),
+        eval_split=wish.eval_split,
+        early_stopping_patience=wish.early_stopping_patience,
         learning_rate=schedule.learning_rate,
         num_train_epochs=schedule.num_train_epochs,
         max_steps=wish.max_steps,
         warmup_ratio=schedule.warmup_ratio,
         lr_scheduler_type=schedule.lr_scheduler_type,
-        seed=SEED if wish.seed is None else wish.seed,
+        seed=wish.used_seed,
         checkpoints=wish.checkpoints,
         save_steps=wish.save_steps,
         save_minutes=wish.save_minutes,
@@ -63,6 +85,8 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         eval_steps=wish.eval_steps,
         assistant_only_loss=wish.assistant_only_loss,
         allow_download=wish.allow_download,
+        track=wish.track,
+        allow_upload=wish.allow_upload,
         gpu_index=plan.gpu.position or 0,
     )
 
@@ -70,6 +94,18 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
 def _place(data: Path) -> str:
     """Where the training process finds the data: an absolute path, or the name of a data set of the Hub."""
     return str(data.resolve() if named_on_hub(data) is None else data)
+
+
+def refuse_no_room(root: Path, plan: Plan, job: TrainingJob) -> None:
+    """See that the disk has room for what the run writes.
+
+    Raises:
+        InputError: it has not.
+    """
+    # The best evaluation's is kept beside the newest.
+    kept = job.keep_checkpoints + job.evaluates if job.checkpoints else 0
+    what = f"the adapter and {kept + 1} checkpoints" if kept else "the adapter"
+    refuse_full_disk(root, plan.loading.written_bytes(kept), what)
 
 
 def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | None = None) -> RunFolder:
@@ -80,9 +116,7 @@ def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | Non
             cannot be made.
     """
     job = job_of(plan, wish)
-    kept = job.keep_checkpoints if job.checkpoints else 0
-    what = f"the adapter and {kept + 1} checkpoints" if kept else "the adapter"
-    refuse_full_disk(root, plan.loading.written_bytes(kept), what)
+    refuse_no_room(root, plan, job)
     folder = create_run_folder(root, job, name=name)
     write_atomically(folder.plan, json.dumps(plan.to_dict(), indent=2) + "\n")
     return folder

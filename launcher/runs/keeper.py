@@ -31,6 +31,7 @@ from launcher.runs.minding.deaths import KillCounters, advice_on_memory, read_ki
 from launcher.runs.minding.hang import HangLimits, HangWatch, Silence
 from launcher.runs.minding.smaller import ask_for_smaller
 from launcher.runs.minding.spawn import spawn
+from launcher.runs.report.writing import write_or_say
 from launcher.runs.state import last_checkpoint, read_recent
 from launcher.runs.tail import last_lines, lines_from_the_end
 from planner.base.errors import InputError, shorten
@@ -290,13 +291,16 @@ def main(arguments: list[str]) -> int:
     allocator = allocator_environment(os.environ)
     try:
         with hold_lock(folder, "keeper"):
-            return Keeper(
+            code = Keeper(
                 folder,
                 start_trainer=lambda: spawn(
                     folder, "trainer", "launcher.training.train", allocator, descriptors=gpu
                 ),
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
             ).keep()
+            # Before the lock is given back: who waits for the run's end finds the report.
+            write_or_say(folder, over=True)
+            return code
     except (RunBusyError, InputError) as error:
         print(error, file=sys.stderr)
         return RunExit.BAD_INPUT

@@ -16,6 +16,7 @@ import psutil
 from launcher.runs.events import EventWriter, SampleEvent, iter_events
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.locks import is_alive, live_pid
+from launcher.runs.report.writing import write_or_say
 from planner.base.errors import ExitCode, InputError
 
 SAMPLE_SECONDS = 1.0
@@ -32,11 +33,17 @@ def main(arguments: list[str]) -> int:
     try:
         with hold_lock(folder, "sampler"), EventWriter(folder.samples) as writer:
             sample = _choose_sampler(folder.read_job().gpu_index, _used_before(folder))
-            while is_alive(folder):
-                # Between two attempts there is a keeper and no trainer.
-                if (pid := live_pid(folder, "trainer")) is not None:
-                    writer.write(sample(pid))
-                time.sleep(SAMPLE_SECONDS)
+            over = False
+            while not over:
+                while is_alive(folder):
+                    # Between two attempts there is a keeper and no trainer.
+                    if (pid := live_pid(folder, "trainer")) is not None:
+                        writer.write(sample(pid))
+                    time.sleep(SAMPLE_SECONDS)
+                # Where there is a keeper it ends this process, and writes the report.
+                write_or_say(folder)
+                # Resumed meanwhile, it has no other sampler: this one holds the lock.
+                over = not is_alive(folder)
     except (RunBusyError, InputError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -77,15 +84,38 @@ def sample_resident_memory(pid: int) -> SampleEvent:
         resident = int(psutil.Process(pid).memory_info().rss)
     except psutil.NoSuchProcess:
         resident = None
-    return SampleEvent(time=time.time(), used_bytes=None, total_bytes=None, process_bytes=resident)
+    return SampleEvent(
+        time=time.time(),
+        used_bytes=None,
+        total_bytes=None,
+        process_bytes=resident,
+        host_percent=host_percent(pid),
+    )
+
+
+_PROCESSES: dict[int, psutil.Process] = {}
+
+
+def host_percent(pid: int) -> float | None:
+    """How much of one core a process took since this was last asked; None at first, and when it is gone."""
+    try:
+        if pid not in _PROCESSES:
+            _PROCESSES[pid] = psutil.Process(pid)
+            _PROCESSES[pid].cpu_percent()
+            return None
+        return float(_PROCESSES[pid].cpu_percent())
+    except psutil.NoSuchProcess:
+        return None
 
 
 def sample_gpu(uuid: str, used_before: int, pid: int) -> SampleEvent:
     """The run's GPU; `process_bytes` from the driver's list if it names the trainer, else by difference."""
-    from planner.gpus.detect import NoGpuError, local_gpus
+    from planner.gpus.detect import GpuLoad, NoGpuError, gpu_load, local_gpus
 
+    load = GpuLoad()
     try:
         gpu = next((gpu for gpu in local_gpus() if gpu.uuid == uuid), None)
+        load = gpu_load(uuid)
     except NoGpuError:
         gpu = None
     if gpu is None:
@@ -96,6 +126,11 @@ def sample_gpu(uuid: str, used_before: int, pid: int) -> SampleEvent:
         used_bytes=gpu.used_bytes,
         total_bytes=gpu.spec.memory_bytes,
         process_bytes=max(0, gpu.used_bytes - used_before) if listed is None else listed,
+        utilization_percent=load.utilization_percent,
+        temperature_c=load.temperature_c,
+        power_w=load.power_w,
+        host_percent=host_percent(pid),
+        slowed_by=load.slowed_by,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.runs import trackers
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.setup import defaults
@@ -27,18 +28,23 @@ class TrainingJob:
 
     `model_source` is a folder or a Hub id; a Hub id is fetched only with `allow_download`, else it must be in
     the Hugging Face cache. `max_steps` overrides `num_train_epochs`. `warmup_ratio` is a share of all steps.
-    `eval_steps` is null for once an epoch. `checkpoints` are saved every `save_steps` steps, and
-    `save_minutes` after the last one and at the end of each epoch; with both null every
-    defaults.SAVE_MINUTES. The
-    newest `keep_checkpoints` are kept. `assistant_only_loss` takes the loss on the assistant's
+    `eval_steps` is null for an evaluation after each epoch. `eval_split` is what of the data is evaluated on
+    instead of trained on: below 1 a share, else a number of examples. Training ends early when the evaluation
+    loss has not fallen `early_stopping_patience` times in a row. `checkpoints` are saved every `save_steps`
+    steps, and `save_minutes` after the last one and at the end of each epoch; with both null every
+    defaults.SAVE_MINUTES. The newest `keep_checkpoints` are kept, and that of the best evaluation.
+    `assistant_only_loss` takes the loss on the assistant's
     turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
-    within CUDA_VISIBLE_DEVICES when that is set.
+    within CUDA_VISIBLE_DEVICES when that is set. `track` names trackers that are told the figures too
+    (launcher/runs/trackers.py); they write into the run folder alone unless `allow_upload`.
     """
 
     setup: TrainingSetup
     model_source: str
     data_path: str
     eval_data_path: str | None = None
+    eval_split: float | None = None
+    early_stopping_patience: int | None = None
     learning_rate: float = defaults.LORA_LEARNING_RATE
     num_train_epochs: float = defaults.EPOCHS
     max_steps: int | None = None
@@ -55,6 +61,8 @@ class TrainingJob:
     eval_steps: int | None = None
     assistant_only_loss: bool = False
     allow_download: bool = False
+    track: tuple[str, ...] = ()
+    allow_upload: bool = False
     gpu_index: int = 0
 
     def __post_init__(self) -> None:
@@ -66,7 +74,7 @@ class TrainingJob:
             validate.text("eval_data_path", self.eval_data_path)
         validate.number("learning_rate", self.learning_rate, minimum=0.0, maximum=10.0)
         validate.number("num_train_epochs", self.num_train_epochs, minimum=1e-6, maximum=1e6)
-        for name in ("max_steps", "save_steps", "eval_steps"):
+        for name in ("max_steps", "save_steps", "eval_steps", "early_stopping_patience"):
             if getattr(self, name) is not None:
                 validate.integer(name, getattr(self, name), minimum=1, maximum=10**9)
         if self.save_minutes is not None:
@@ -82,8 +90,19 @@ class TrainingJob:
         validate.integer("gpu_index", self.gpu_index, minimum=0, maximum=1023)
         validate.boolean("assistant_only_loss", self.assistant_only_loss)
         validate.boolean("allow_download", self.allow_download)
-        if self.eval_steps is not None and self.eval_data_path is None:
-            raise InputError("eval_steps needs eval_data_path")
+        trackers.checked(self.track)
+        validate.boolean("allow_upload", self.allow_upload)
+        check_evaluation(
+            data=self.eval_data_path,
+            split=self.eval_split,
+            steps=self.eval_steps,
+            patience=self.early_stopping_patience,
+        )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything is evaluated on."""
+        return self.eval_data_path is not None or self.eval_split is not None
 
     @property
     def saves_every_minutes(self) -> float | None:
@@ -118,4 +137,24 @@ class TrainingJob:
             if key not in rest:
                 raise InputError(f"{key} is required in a training job")
         rest["setup"] = TrainingSetup.from_dict(rest["setup"])
+        rest["track"] = trackers.checked(rest.get("track", ()))
         return cls(**rest)
+
+
+def check_evaluation(
+    *, data: object | None, split: float | None, steps: int | None, patience: int | None
+) -> None:
+    """See that what is asked of evaluation goes together.
+
+    Raises:
+        InputError: it does not; the option is named.
+    """
+    if split is not None:
+        validate.number("--eval-split", split, minimum=0.0, maximum=1e9)
+        if split <= 0 or (split > 1 and split != int(split)):
+            raise FieldError("--eval-split", split, "a share between 0 and 1, or a number of examples")
+        if data is not None:
+            raise InputError("--eval-split and --eval-data exclude each other: name one of them")
+    for option, value in (("--eval-steps", steps), ("--early-stopping-patience", patience)):
+        if value is not None and split is None and data is None:
+            raise InputError(f"{option} needs something to evaluate on: --eval-data or --eval-split")

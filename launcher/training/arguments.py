@@ -9,11 +9,16 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.runs.trackers import PROJECT
 from launcher.runs.training_job import TrainingJob
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+
+METRIC = "eval_loss"
+"""What evaluations are compared by: less is better."""
 
 
 def sft_config(
@@ -29,7 +34,7 @@ def sft_config(
         **_memory_and_speed(setup, on_gpu=on_gpu),
         **checkpointing(setup, SFTConfig),
         **_optimisation(job),
-        **_written(job, evaluates=evaluates),
+        **_written(job, evaluates=evaluates, run_name=output_dir.parent.name),
     )
 
 
@@ -113,7 +118,7 @@ def _optimisation(job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def _written(job: TrainingJob, *, evaluates: bool) -> dict[str, Any]:
+def _written(job: TrainingJob, *, evaluates: bool, run_name: str) -> dict[str, Any]:
     """What is written, and to whom: the run folder alone."""
     return {
         "logging_strategy": "steps",
@@ -126,8 +131,14 @@ def _written(job: TrainingJob, *, evaluates: bool) -> dict[str, Any]:
         "save_strategy": "no",  # launcher/training/saving.py says when
         "save_total_limit": None,
         "save_only_model": False,
-        "load_best_model_at_end": False,
-        "report_to": "none",
+        "load_best_model_at_end": False,  # launcher/training/train.py saves it, without loading
+        "metric_for_best_model": METRIC if evaluates else None,
+        "greater_is_better": False if evaluates else None,
+        "report_to": "none",  # launcher/training/tracking.py adds the trackers
+        "project": PROJECT,
+        "run_name": run_name,
+        "trackio_space_id": None,
+        "trackio_static_space_id": False,
         "push_to_hub": False,
         "disable_tqdm": True,
         "trust_remote_code": False,

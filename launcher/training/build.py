@@ -191,11 +191,13 @@ def build_trainer(
     from transformers import PrinterCallback
 
     from launcher.training.callbacks import LaunchedTrainer, PartialCheckpointing, QuietHeap
+    from launcher.training.evaluation import evaluation_callbacks
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
         allow_tf32()
     model = _prepared(model, setup)
+    deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
     try:
         trainer = LaunchedTrainer(
@@ -207,7 +209,7 @@ def build_trainer(
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=lora_config(setup),
-            callbacks=[QuietHeap(), *partial, *callbacks],
+            callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
         )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error

@@ -145,6 +145,10 @@ class LaunchedTrainer(SparingTrainer):
             self.control.should_save = self._saver is not None
             return {}
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare the evaluation with the best one; one that was broken off says nothing."""
+        return bool(metrics) and bool(super()._determine_best_metric(metrics, trial))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: upstream's asks the Hub about the base model, and can fail at the end of a run."""
 

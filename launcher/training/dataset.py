@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.training.chat_template import CHATML_TEMPLATE, ChatTemplate, not_rendered
+from launcher.training.split import Split, key_of, trained_too
 from planner.base.errors import InputError, shorten
 from planner.data.examples import nothing_to_learn
 from planner.data.lengths import DatasetStats
@@ -72,34 +73,43 @@ def needs_chat_template(data: TrainingData) -> bool:
 
 
 def measure_stats(
-    data: TrainingData, tokenizer: PreTrainedTokenizerBase, *, assistant_only_loss: bool = False
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    assistant_only_loss: bool = False,
+    split: Split | None = None,
 ) -> DatasetStats:
-    """Lengths and trained tokens of what tokenised gives.
+    """Lengths and trained tokens of what tokenised gives; with a split, of what it leaves to train.
 
     Raises:
-        InputError: as tokenised; or no example has a token to learn.
+        InputError: as tokenised, or as the split; or no example has a token to learn.
     """
-    lengths: list[int] = []
-    starts: list[int] = []
-    loss_tokens = untrained = 0
+    # Of each example its length, where its loss begins, and in how many tokens it is taken.
+    found: list[tuple[int, int, int]] = []
+    keys: list[bytes] = []
+    untrained = 0
     for tokens in tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss):
         if tokens.start == len(tokens.labels):
             untrained += 1
             continue
-        lengths.append(len(tokens.input_ids))
-        starts.append(tokens.start)
-        loss_tokens += sum(label != NOT_LEARNED for label in tokens.labels)
-    if untrained and not lengths:
+        learned = sum(label != NOT_LEARNED for label in tokens.labels)
+        found.append((len(tokens.input_ids), tokens.start, learned))
+        if split is not None:
+            keys.append(key_of(tokens.input_ids))
+    if untrained and not found:
         raise nothing_to_learn(untrained, data.source)
+    if split is not None:
+        evaluated = split.evaluated(keys, data.source)
+        found = [one for place, one in enumerate(found) if place not in evaluated]
     loss_on = {"messages": "assistant" if assistant_only_loss else "all", "prompt_completion": "completion"}
     rendering = not_rendered(data, tokenizer) if needs_chat_template(data) else ()
     return DatasetStats.from_lengths(
-        lengths,
-        loss_tokens=loss_tokens,
+        [length for length, _, _ in found],
+        loss_tokens=sum(learned for _, _, learned in found),
         loss_on=loss_on.get(data.format, "all"),
         data_format=data.format,
         estimated=False,
-        starts=starts,
+        starts=[start for _, start, _ in found],
         untrained=untrained,
         left_out=data.left_out,
         notes=rendering,
@@ -120,26 +130,82 @@ def to_trl_dataset(
     Raises:
         InputError: as tokenised; or nothing is left.
     """
+    made = tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss)
+    kept = (tokens for tokens in made if tokens.start < min(max_length, len(tokens.labels)))
+    return _dataset(kept, data, max_length)
+
+
+def split_trl_datasets(
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    split: Split,
+    assistant_only_loss: bool = False,
+) -> tuple[Dataset, Dataset]:
+    """What is trained and what is evaluated on, each as to_trl_dataset makes it.
+
+    Raises:
+        InputError: as to_trl_dataset for either part, or as the split.
+    """
+    keys: list[bytes] = []
+    # The place of each row among the examples that have a token to learn at any length, which are split.
+    places: list[int] = []
+
+    def kept() -> Iterator[Tokens]:
+        for tokens in tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss):
+            if tokens.start == len(tokens.labels):
+                continue
+            keys.append(key_of(tokens.input_ids))
+            if tokens.start < max_length:
+                places.append(len(keys) - 1)
+                yield tokens
+
+    whole = _dataset(kept(), data, max_length)
+    evaluated = split.evaluated(keys, data.source)
+    parts: tuple[list[int], list[int]] = ([], [])
+    for row, place in enumerate(places):
+        parts[place in evaluated].append(row)
+    if not all(parts):
+        raise InputError(
+            f"{data.source}: --eval-split {split.wanted:g} leaves nothing to "
+            f"{'evaluate on' if parts[0] else 'train'} within max_length={max_length}"
+        )
+    train, evaluation = (take_rows(whole, rows) for rows in parts)
+    # Of two examples that begin alike the same is left when both are cut.
+    alike = set(trained_too(evaluation, train))
+    if len(alike) == len(evaluation):
+        raise InputError(
+            f"{data.source}: cut at max_length={max_length}, every example to evaluate on is trained too"
+        )
+    return train, take_rows(evaluation, [row for row in range(len(evaluation)) if row not in alike])
+
+
+def take_rows(rows: Dataset, places: Sequence[int]) -> Dataset:
+    """A dataset of some rows, in a table of its own."""
+    from datasets import Dataset
+
+    return Dataset(rows.data.table.take(list(places)))
+
+
+def _dataset(made: Iterator[Tokens], data: TrainingData, max_length: int) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
-    made = iter(tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss))
+    kind = pa.list_(pa.int64())
     parts = []
     while batch := list(islice(made, TOKENIZER_BATCH)):
-        kept = [tokens for tokens in batch if tokens.start < min(max_length, len(tokens.labels))]
         columns = {
-            "input_ids": [tokens.input_ids[:max_length] for tokens in kept],
-            "labels": [tokens.labels[:max_length] for tokens in kept],
+            "input_ids": [tokens.input_ids[:max_length] for tokens in batch],
+            "labels": [tokens.labels[:max_length] for tokens in batch],
         }
-        kind = pa.list_(pa.int64())
         parts.append(pa.table({name: pa.array(rows, type=kind) for name, rows in columns.items()}))
-    table = pa.concat_tables(parts)
-    if not table.num_rows:
+    if not parts:
         raise InputError(
             f"{data.source}: none of the {len(data.examples):,} examples has a token to learn within "
             f"max_length={max_length}, so nothing would be trained"
         )
-    return Dataset(table)
+    return Dataset(pa.concat_tables(parts))
 
 
 def tokenised(

@@ -5,6 +5,7 @@ Imported by the training process alone.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from launcher.runs.events import CheckpointEvent, WarningEvent
+from launcher.runs.events import AdapterEvent, CheckpointEvent, WarningEvent
 from launcher.runs.folder import RunFolder
 from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
+from launcher.training.evaluation import BestCheckpoint, best_checkpoint, weight_files
 from launcher.training.patience import PatientWriter
 from launcher.training.rehearsal import random_state, set_random_state
 
@@ -28,13 +30,14 @@ state that grows with every step would make each checkpoint larger than the one 
 @dataclass(slots=True)
 class CheckpointSaver:
     """Saves checkpoints of a run, one after the other, and rotates them. `verified` are the steps whose
-    checkpoints are known to be whole.
+    checkpoints are known to be whole; `protected` tells those that are kept beside the newest.
     """
 
     folder: RunFolder
     writer: PatientWriter
     keep: int
     verified: set[int] = field(default_factory=set)
+    protected: Callable[[], frozenset[int]] = frozenset
 
     def holds(self, step: int) -> bool:
         """Whether a whole checkpoint of the step is there."""
@@ -60,7 +63,7 @@ class CheckpointSaver:
         self.writer.insist(f"the checkpoint of step {step}", step, root, made)
         self.verified.add(step)
         try:
-            checkpoints.rotate(root, keep=self.keep, verified=self.verified)
+            checkpoints.rotate(root, keep=self.keep, verified=self.verified, protected=self.protected())
         except OSError as error:
             message = f"older checkpoints could not be removed ({error.strerror})"
             self.writer.write(WarningEvent(time=time.time(), message=message))
@@ -76,24 +79,52 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(folder: RunFolder, writer: PatientWriter, model: Any, tokenizer: Any, step: int) -> None:
+def save_adapter(folder: RunFolder, writer: PatientWriter, trainer: Any, step: int) -> AdapterEvent:
     """Write adapter/ so that it appears whole or not at all, in place of that of an attempt before.
+
+    It is that of the best evaluation where a later step was worse, as its checkpoint holds it.
 
     Raises:
         DiskError: it cannot be written, and somebody asked for an end.
     """
-    partial = folder.partial_adapter
+    partial, best = folder.partial_adapter, _best(folder, writer, trainer.state)
 
     def made() -> None:
         folder.clear_partial()
         try:
-            save_model(model, tokenizer, partial)
+            if best is not None and best.step < step:
+                partial.mkdir()
+                for path in weight_files(best.path):
+                    shutil.copyfile(path, partial / path.name)
+                trainer.processing_class.save_pretrained(partial)
+            else:
+                save_model(trainer.model, trainer.processing_class, partial)
             checkpoints.place(partial, folder.adapter)
         except BaseException:
             folder.clear_partial()
             raise
 
     writer.insist("the adapter", step, folder.path, made)
+    return AdapterEvent(
+        time=time.time(),
+        step=step if best is None else best.step,
+        path=str(folder.shown / folder.adapter.name),
+        evaluation_loss=None if best is None else best.loss,
+    )
+
+
+def _best(folder: RunFolder, writer: PatientWriter, state: TrainerState) -> BestCheckpoint | None:
+    """The best evaluation's checkpoint; told where it is not whole, and the last step's adapter is saved."""
+    best = best_checkpoint(state, folder.checkpoints)
+    if best is None or best.step == state.global_step:
+        return best
+    try:
+        checkpoints.verify(best.path)
+    except checkpoints.BrokenCheckpointError as error:
+        message = f"the adapter is that of the last step, since the best evaluation's is not whole: {error}"
+        writer.write(WarningEvent(time=time.time(), message=message))
+        return None
+    return best
 
 
 class SavingTimes(TrainerCallback):  # type: ignore[misc]

@@ -19,11 +19,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.runs import stack
+from launcher.runs import stack, trackers
 from launcher.runs.allocator import fall_back
 from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
 from launcher.runs.ends import RunExit
-from launcher.runs.events import AttemptEvent, EventWriter, StageEvent, WarningEvent, read_events
+from launcher.runs.events import AttemptEvent, EventWriter, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.kept import checkpoints, fingerprint
@@ -32,6 +32,8 @@ from launcher.runs.training_job import TrainingJob
 from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
 from launcher.training.patience import PatientWriter
+from launcher.training.split import Split, trained_too
+from launcher.training.stages import Stages
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from launcher.training.callbacks import LaunchedTrainer
+    from launcher.training.callbacks import EventCallback, LaunchedTrainer, MemoryMeter
     from planner.data.reader import TrainingData
+
+NOT_KEPT = "no checkpoints are saved, so the adapter is that of the last step and not of the best evaluation"
 
 
 def main(arguments: list[str]) -> int:
@@ -64,8 +68,9 @@ def main(arguments: list[str]) -> int:
             print(error, file=sys.stderr)
             return RunExit.BAD_INPUT
         stop.file = held.stop
+        stages = Stages(writer.write, beats.beat)
         with (end := RunEnd(writer)):
-            _run(held, writer, stop, end, beats)
+            _run(held, writer, stop, end, stages)
         if end.state != "finished":
             print(f"{end.state}: {end.message}", file=sys.stderr)
         return end.code
@@ -106,40 +111,73 @@ def _begin_attempt(folder: RunFolder, writer: EventWriter) -> tuple[TrainingJob,
     return attempt.apply(job), attempt
 
 
-def _run(
-    folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, beats: HeartbeatWriter
-) -> None:
-    beats.beat("loading", end.step)
+def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, stages: Stages) -> None:
     job, attempt = _begin_attempt(folder, writer)
     end.step = attempt.from_step
+    stages.enter("loading", "loading the libraries")
     gpu = choose_gpu(job)
     if gpu is not None:
         end.room = gpu.room
-    _set_environment(job)
-    fallen_back = fall_back(os.environ)
-    if fallen_back is not None:
+    _set_environment(job, folder)
+    if (fallen_back := fall_back(os.environ)) is not None:
         _warn(writer, fallen_back)
 
-    import torch
+    from launcher.training import saving
+    from launcher.training.evaluation import early_end
 
     device = _device(job, gpu, writer)
+    meter = _meter(writer, gpu, device)
+    trainer, callback = _build(folder, job, device, gpu, meter, writer, stop, stages)
+    patient = PatientWriter(write=writer.write, beat=stages.write_beat, stop_requested=stop.requested)
+    _prepare_saving(trainer, folder, job, patient, attempt)
+    if stop.requested():
+        end.stopped("stopped before the first step; there is nothing to save")
+        return
+    _equip(trainer, folder, job, writer, stages)
+    _train(trainer, folder, attempt, end)
+    stages.enter("saving", "the adapter" if job.setup.uses_lora else "the model")
+    writer.write(saving.save_adapter(folder, patient, trainer, end.step))
+    meter.close("save", end.step)
+    if callback.stopped:
+        end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+        return
+    end.message = early_end(trainer.state, job)
+
+
+def _meter(writer: EventWriter, gpu: ChosenGpu | None, device: torch.device) -> MemoryMeter:
+    from launcher.training.callbacks import MemoryMeter
+
+    return MemoryMeter(writer.write, device.type == "cuda", gpu.used_since_start if gpu else _unknown)
+
+
+def _build(
+    folder: RunFolder,
+    job: TrainingJob,
+    device: torch.device,
+    gpu: ChosenGpu | None,
+    meter: MemoryMeter,
+    writer: EventWriter,
+    stop: StopRequest,
+    stages: Stages,
+) -> tuple[LaunchedTrainer, EventCallback]:
+    """The trainer of the job on its data and model, and what tells its events."""
+    import torch
+
+    from launcher.training import build
+    from launcher.training.callbacks import EventCallback
+
     on_gpu = device.type == "cuda"
+    stages.enter("loading", "reading the data")
     tokenizer, train_rows, eval_rows = _data(job, writer)
     if not folder.fingerprint.exists():
         fingerprint.write(folder, fingerprint.take(folder.read_job()))
-
-    from launcher.training import build, saving
-    from launcher.training.callbacks import EventCallback, MemoryMeter
-    from launcher.training.heart import HeartbeatCallback
-    from launcher.training.rehearsal import Rehearsal
-
-    meter = MemoryMeter(writer.write, on_gpu, gpu.used_since_start if gpu else _unknown)
     environment = _environment(device)
     callback = EventCallback(
         write=writer.write, meter=meter, environment=environment, stop_requested=stop.requested
     )
     if on_gpu:
         environment |= gpu_facts(device, gpu)
+    stages.enter("loading", "loading the weights")
     model = build.load_model(job.setup, job.model_source, device=device, allow_download=job.allow_download)
     if on_gpu:
         environment["weights_bytes"] = torch.cuda.memory_allocated(device)
@@ -155,23 +193,28 @@ def _run(
         on_gpu=on_gpu,
         callbacks=[callback],
     )
+    return trainer, callback
+
+
+def _equip(
+    trainer: LaunchedTrainer, folder: RunFolder, job: TrainingJob, writer: EventWriter, stages: Stages
+) -> None:
+    """Have the longest micro-batch go first, trackers told, and what is done said from here on."""
+    from launcher.training.heart import HeartbeatCallback
+    from launcher.training.rehearsal import Rehearsal
+
     trainer.tell = functools.partial(_warn, writer)
-    tell = functools.partial(_stage, writer, "rehearsing")
+    if job.track:
+        from launcher.training.tracking import tracker_callbacks
+
+        for callback in tracker_callbacks(job, trainer.tell):
+            trainer.add_callback(callback)
+    compiles = job.setup.compile != "none"
+    tell = functools.partial(stages.enter, "rehearsing")
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
-    patient = PatientWriter(write=writer.write, beat=beats.beat, stop_requested=stop.requested)
-    _prepare_saving(trainer, folder, job, patient, attempt)
-    trainer.add_callback(HeartbeatCallback(beats.beat, compiles=job.setup.compile != "none"))
-    if stop.requested():
-        end.stopped("stopped before the first step; there is nothing to save")
-        return
-    # The longest micro-batch compiles what the steps compile.
-    beats.beat("compiling" if job.setup.compile != "none" else "loading", end.step)
-    _train(trainer, folder, attempt, end)
-    beats.beat("saving", end.step)
-    saving.save_adapter(folder, patient, trainer.model, tokenizer, end.step)
-    meter.close("save", end.step)
-    if callback.stopped:
-        end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+    trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
+    # The rehearsal is the first to run the layers, and so to compile them.
+    stages.enter("compiling" if compiles else "rehearsing")
 
 
 def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter) -> torch.device:
@@ -197,14 +240,25 @@ def _prepare_saving(
     trainer: LaunchedTrainer, folder: RunFolder, job: TrainingJob, patient: PatientWriter, attempt: Attempt
 ) -> None:
     """Clear what a death has left half written, and have checkpoints saved where they are asked for."""
+    from launcher.training.evaluation import protected_steps
     from launcher.training.saving import CheckpointSaver, SavingTimes
 
     folder.clear_partial()
     checkpoints.clear_partial(folder.checkpoints)
     if job.checkpoints:
         known = {attempt.from_step} if attempt.from_step else set()
-        trainer.save_with(CheckpointSaver(folder, patient, job.keep_checkpoints, known))
+        trainer.save_with(
+            CheckpointSaver(
+                folder,
+                patient,
+                job.keep_checkpoints,
+                known,
+                protected=lambda: protected_steps(trainer.state),
+            )
+        )
         trainer.add_callback(SavingTimes(job))
+    elif job.evaluates:
+        patient.write(WarningEvent(time=time.time(), message=NOT_KEPT))
 
 
 def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: RunEnd) -> None:
@@ -242,30 +296,48 @@ def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBas
     if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
         _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
 
-    def rows(data: TrainingData) -> Dataset:
-        made = dataset.to_trl_dataset(
-            data,
-            tokenizer,
-            max_length=job.setup.max_length,
-            assistant_only_loss=job.assistant_only_loss,
-        )
-        if len(made) < len(data.examples):
-            left = len(data.examples) - len(made)
-            _warn(
-                writer,
-                f"{data.source}: {left:,} of {len(data.examples):,} examples have no token to learn",
-            )
-        return made
+    length, assistant = job.setup.max_length, job.assistant_only_loss
 
-    return tokenizer, rows(train_data), None if eval_data is None else rows(eval_data)
+    def made(data: TrainingData) -> Dataset:
+        rows = dataset.to_trl_dataset(data, tokenizer, max_length=length, assistant_only_loss=assistant)
+        tell_untrained(data, len(rows))
+        return rows
+
+    def tell_untrained(data: TrainingData, kept: int) -> None:
+        every = len(data.examples)
+        if kept < every:
+            _warn(writer, f"{data.source}: {every - kept:,} of {every:,} examples have no token to learn")
+
+    if job.eval_split is not None:
+        parts = dataset.split_trl_datasets(
+            train_data,
+            tokenizer,
+            max_length=length,
+            split=Split(job.eval_split, job.seed),
+            assistant_only_loss=assistant,
+        )
+        tell_untrained(train_data, sum(map(len, parts)))
+        return tokenizer, *parts
+    train_rows = made(train_data)
+    if eval_data is None:
+        return tokenizer, train_rows, None
+    eval_rows = made(eval_data)
+    if shared := len(trained_too(eval_rows, train_rows)):
+        _warn(
+            writer,
+            f"{shared:,} of {len(eval_rows):,} examples of {eval_data.source} are trained on too: their loss "
+            "says nothing about what is new",
+        )
+    return tokenizer, train_rows, eval_rows
 
 
 def _unknown() -> None:
     return None
 
 
-def _set_environment(job: TrainingJob) -> None:
+def _set_environment(job: TrainingJob, folder: RunFolder) -> None:
     """What libraries read at import: no network unless asked, no telemetry, no forked tokenizer threads."""
+    trackers.prepare(job.track, folder.tracking, allow_upload=job.allow_upload)
     if not job.allow_download:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -296,10 +368,6 @@ def _planned_bytes(folder: RunFolder) -> int | None:
     except InputError:
         return None
     return None if plan is None else plan.memory.reserved_bytes
-
-
-def _stage(writer: EventWriter, stage: str, message: str) -> None:
-    writer.write(StageEvent(time=time.time(), stage=stage, message=message))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,20 @@ from launcher.runs.events import (
     LogEvent,
     MemoryEvent,
     SampleEvent,
+    StageEvent,
     StartEvent,
     WarningEvent,
     from_line,
 )
 from launcher.runs.folder import RunFolder
 from launcher.runs.locks import is_alive
+from launcher.runs.report.advice import Adviser
+from launcher.runs.report.facts import plan_or_none
+from launcher.runs.report.series import CoalescedSeries
+from launcher.runs.report.stages import STARTING, stage_text
 from launcher.runs.state import TRIED_AGAIN, was_started
 from launcher.runs.tail import LineTail, last_lines
 from launcher.runs.training_job import TrainingJob
-from launcher.tui.series import CoalescedSeries
 from planner.answers.plan import Plan
 from planner.base.errors import InputError, VramwiseError
 from planner.memory import MemoryBreakdown, estimate_memory
@@ -61,7 +65,8 @@ class RunSnapshot:
 
     `state` is a supervisor state, or "stopping" once a stop was asked for, or "unknown" while the files are
     still being read. `seconds_left` was right at `at`, a reading of the monotonic clock. `behind` says that
-    the files hold more than has been read.
+    the files hold more than has been read. `stage` is what it does now, in words, and `stage_seconds` for
+    how long, at `at`; "" and null where it is over or nobody knows.
     """
 
     folder: RunFolder
@@ -73,6 +78,8 @@ class RunSnapshot:
     step: int
     total_steps: int | None
     seconds_left: float | None
+    stage: str
+    stage_seconds: float | None
     log: LogEvent | None
     losses: Points
     eval_losses: Points
@@ -105,11 +112,13 @@ class RunFollower:
     _prediction: Prediction | None = field(default=None, init=False)
     _asked_for_prediction: bool = field(default=False, init=False)
     _facts: _Facts = field(init=False)
+    _adviser: Adviser = field(init=False)
 
     def __post_init__(self) -> None:
         self._events = LineTail(self.folder.events)
         self._samples = LineTail(self.folder.samples)
         self._facts = _Facts()
+        self._adviser = Adviser(plan_or_none(self.folder))
 
     def poll(self) -> RunSnapshot:
         """Read at most one slice of each file and say where the run stands."""
@@ -118,18 +127,19 @@ class RunFollower:
         self._read_job()
         lines = self._events.read_new()
         if self._events.restarted:
-            self._facts = _Facts()
+            self._facts, self._adviser = _Facts(), Adviser(self._adviser.plan)
         now = self.clock()
         for line in lines:
-            self._facts.take(from_line(line), now)
+            self._take(from_line(line), now)
         for line in self._samples.read_new():
-            self._facts.take(from_line(line), now)
+            self._take(from_line(line), now)
         return self._snapshot(alive, now)
 
     def _snapshot(self, alive: bool, now: float) -> RunSnapshot:
         facts = self._facts
         behind = self._events.behind or self._samples.behind
         state, message = self._state(alive)
+        stage, since = self._stage(state)
         return RunSnapshot(
             folder=self.folder,
             job=self._job,
@@ -140,6 +150,8 @@ class RunFollower:
             step=facts.step,
             total_steps=facts.total_steps,
             seconds_left=facts.seconds_left(now) if state in ("running", "unknown") else None,
+            stage=stage,
+            stage_seconds=since,
             log=facts.log,
             losses=facts.losses.points(),
             eval_losses=facts.eval_losses.points(),
@@ -154,6 +166,25 @@ class RunFollower:
             event_count=facts.event_count,
             behind=behind,
         )
+
+    def _take(self, event: Event, now: float) -> None:
+        self._facts.take(event, now)
+        for advice in self._adviser.take(event):
+            self._facts.warn(advice.message)
+
+    def _stage(self, state: str) -> tuple[str, float | None]:
+        """What a run that is alive does, and since when; before its first event that is since it was made."""
+        if state not in ("starting", "running", "stopping"):
+            return "", None
+        event = self._facts.stage
+        if event is not None and _is_number(event.time):
+            return stage_text(event), max(0.0, time.time() - event.time)
+        if self._facts.event_count:
+            return "", None
+        try:
+            return STARTING, max(0.0, time.time() - self.folder.job.stat().st_mtime)
+        except OSError:
+            return STARTING, None
 
     def _read_job(self) -> None:
         if self._job is None:
@@ -191,6 +222,7 @@ class _Facts:
     end: EndEvent | None = None
     sample: SampleEvent | None = None
     checkpoint: CheckpointEvent | None = None
+    stage: StageEvent | None = None
     memory: dict[str, MemoryEvent] = field(default_factory=dict)
     losses: CoalescedSeries = field(default_factory=CoalescedSeries)
     eval_losses: CoalescedSeries = field(default_factory=CoalescedSeries)
@@ -222,20 +254,26 @@ class _Facts:
                 self.end = None
             case CheckpointEvent():
                 self.checkpoint = event
+            case StageEvent():
+                self.stage = event
             case WarningEvent():
-                self.warning_count += 1
-                self.warnings.append(str(event.message))
+                self.warn(str(event.message))
             case EndEvent():
                 self.end = event
                 self.step = event.step if _is_number(event.step) else self.step
 
     def _go_back_to(self, attempt: AttemptEvent) -> None:
         """Forget what this attempt does again."""
-        self.end = None
+        self.end = self.stage = None
         if _is_number(attempt.from_step):
             self.step = attempt.from_step
             for series in (self.losses, self.eval_losses):
                 series.drop_after(attempt.from_step)
+
+    def warn(self, message: str) -> None:
+        """Count a warning in."""
+        self.warning_count += 1
+        self.warnings.append(message)
 
     @property
     def on_gpu(self) -> bool | None:

@@ -66,10 +66,10 @@ class UnknownNameError(InputError):
 
 
 class MissingExtraError(VramwiseError):
-    """A command needs the training stack, which is not installed."""
+    """Something needs packages that are not installed: those of the training stack, or as `install` says."""
 
-    def __init__(self, what: str, missing: str) -> None:
-        super().__init__(f"{what} needs {missing}; install it with: pip install 'vramwise[train]'")
+    def __init__(self, what: str, missing: str, install: str = "'vramwise[train]'") -> None:
+        super().__init__(f"{what} needs {missing}; install it with: pip install {install}")
 
 
 def shorten(value: object, limit: int = 60) -> str:

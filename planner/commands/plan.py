@@ -6,7 +6,7 @@ Exit code 0 when something fits, 3 when nothing does, 2 on bad input.
 from __future__ import annotations
 
 import argparse
-import sys
+from pathlib import Path
 
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
@@ -19,6 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `plan`."""
     add_request_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    parser.add_argument(
+        "-o",
+        "--output",
+        action=StoreOnce,
+        type=Path,
+        metavar="FILE",
+        help="save the plan, for train --plan: the JSON of --json",
+    )
     parser.add_argument(
         "--longest", action="store_true", help="say how long sequences may be, and how fast they are then"
     )
@@ -108,18 +116,37 @@ def plan_from(args: argparse.Namespace) -> Plan:
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
-        whole=args.full or args.explain or args.json,
+        whole=args.full or args.explain or args.json or args.output is not None,
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Plan and print."""
-    plan = plan_from(args)
-    if args.json:
-        import json
+def _as_json(plan: Plan) -> str:
+    import json
 
-        json.dump(plan.to_dict(), sys.stdout, indent=2, allow_nan=False)
-        print()
+    return json.dumps(plan.to_dict(), indent=2, allow_nan=False)
+
+
+def _save(plan: Plan, path: Path) -> None:
+    """Write the plan, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    from planner.base.data_files import write_atomically
+
+    try:
+        write_atomically(path, _as_json(plan) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: the plan cannot be written ({error.strerror})") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, save where that is asked for, and print."""
+    plan = plan_from(args)
+    if args.output is not None:
+        _save(plan, args.output.expanduser())
+    if args.json:
+        print(_as_json(plan))
     else:
         from planner.text.figures import show
         from planner.text.plan import print_plan

@@ -82,6 +82,45 @@ def local_gpus() -> tuple[LocalGpu, ...]:
             raise NoGpuError(f"NVML: {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuLoad:
+    """What a GPU is doing; None where the driver does not say. `slowed_by` is "heat" or "power" where it has
+    lowered its clocks to protect itself; a power limit that it was given and keeps to is no such case.
+    """
+
+    utilization_percent: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    slowed_by: str | None = None
+
+
+def gpu_load(uuid: str) -> GpuLoad:
+    """What one GPU of this machine is doing now.
+
+    Raises:
+        NoGpuError: the driver does not answer.
+    """
+    import pynvml
+
+    with _nvml_session(pynvml):
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            used = _optional(pynvml, pynvml.nvmlDeviceGetUtilizationRates, handle)
+            degrees = _optional(pynvml, pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
+            milliwatts = _optional(pynvml, pynvml.nvmlDeviceGetPowerUsage, handle)
+            reasons = _optional(pynvml, pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+        except pynvml.NVMLError as error:
+            raise NoGpuError(f"NVML: {error}") from error
+    hot = pynvml.nvmlClocksThrottleReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
+    slowed_by = "power" if reasons & pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown else None
+    return GpuLoad(
+        utilization_percent=None if used is None else float(used.gpu),
+        temperature_c=None if degrees is None else float(degrees),
+        power_w=None if milliwatts is None else milliwatts / 1000,
+        slowed_by="heat" if reasons & hot else slowed_by,
+    )
+
+
 def visible_indices(variable: str | None, uuids: tuple[str, ...]) -> tuple[int, ...]:
     """Indices that CUDA_VISIBLE_DEVICES leaves visible; like CUDA, stop at the first entry that names none.
 

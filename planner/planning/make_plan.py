@@ -85,7 +85,7 @@ def _plan(asked: Asked) -> Plan:
     return Plan(
         request=request,
         gpu=target,
-        model=_planned_model(run),
+        model=planned_model(run),
         fits=chosen.fits,
         setup=setup,
         strategy=chosen.tried.strategy,
@@ -136,7 +136,8 @@ def read_stats(path: str) -> DatasetStats:
     return estimated_lengths(Path(path))
 
 
-def _planned_model(run: TrainingRun) -> PlannedModel:
+def planned_model(run: TrainingRun) -> PlannedModel:
+    """What a plan says of the model of a run."""
     model = run.model
     return PlannedModel(
         id=model.id,

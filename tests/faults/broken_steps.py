@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ def train(run: Path, break_step: Callable[[], None] | None) -> int:
     if break_step is not None:
         break_step()
     return main([str(run)])
+
+
+def finds_packages_in(folder: str) -> None:
+    """Have a folder's packages found before those that are installed."""
+    sys.path.insert(0, folder)
 
 
 def raises(kind: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -179,6 +180,17 @@ def test_the_demo_learns_and_its_adapter_changes_the_answer(demo: Demo) -> None:
     after = answer(PeftModel.from_pretrained(model, str(run.adapter)))
     assert before != after
     assert after.startswith("Ahoy")
+
+
+def test_a_run_that_nobody_followed_has_its_report(demo: Demo) -> None:
+    """Written by the sampler, which outlives the trainer however that ends."""
+    values = json.loads(demo.run.report.read_text())
+    assert (values["state"], values["steps"]) == ("finished", 80)
+    best = min(values["evaluations"], key=lambda one: one["loss"])
+    assert values["best_evaluation"] == best
+    assert values["adapter_step"] == best["step"]
+    assert demo.run.report_page.is_file()
+    assert demo.run.loss_curve.is_file()
 
 
 def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from launcher.runs.events import AttemptEvent, EndEvent, EventWriter, LogEvent, StartEvent
 from launcher.runs.folder import RunFolder
+from launcher.runs.report.series import CoalescedSeries
 from launcher.tui.run_follower import RunFollower
-from launcher.tui.series import CoalescedSeries
 
 
 def test_a_series_forgets_what_is_done_again() -> None:

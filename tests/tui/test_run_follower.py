@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from launcher.runs.events import WarningEvent, to_line
+from launcher.runs.report.series import CoalescedSeries
 from launcher.runs.tail import MAX_LINE_BYTES, LineTail, last_lines
 from launcher.tui import run_follower
 from launcher.tui.run_follower import RunFollower
-from launcher.tui.series import CoalescedSeries
 
 from . import synthetic
 

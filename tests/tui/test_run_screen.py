@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
 from launcher.runs import record as run_record
-from launcher.runs.events import WarningEvent
+from launcher.runs.events import StageEvent, WarningEvent
 from launcher.tui import run_follower
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.run import RunScreen, planned
@@ -62,6 +63,24 @@ async def test_a_growing_run_is_followed(make_app: MakeApp, tmp_path: Path) -> N
         text = shown_text(pilot)
         assert "FINISHED" in text
         assert "left" not in text.splitlines()[3]
+
+
+@pytest.mark.usefixtures("alive")
+async def test_what_is_done_before_the_first_step_is_shown_with_its_seconds(
+    make_app: MakeApp, tmp_path: Path
+) -> None:
+    folder = synthetic.make_folder(tmp_path / "run")
+    async with make_app(run=folder).run_test(size=SIZE) as pilot:
+        await see(pilot)
+        assert "starting Python and the training stack, " in shown_text(pilot)
+        told = StageEvent(time=time.time() - 131, stage="loading", message="loading the [b]weights[/b]")
+        synthetic.append(folder.events, told)
+        await see(pilot)
+        assert re.search(r"loading the \[b\]weights\[/b\], \d+ min \d\d s", shown_text(pilot))
+        synthetic.append(folder.events, synthetic.start(10), StageEvent(time=time.time(), stage="training"))
+        synthetic.append(folder.events, synthetic.log(1))
+        await see(pilot)
+        assert "loading" not in shown_text(pilot)
 
 
 async def test_a_dead_run_is_shown(make_app: MakeApp, tmp_path: Path) -> None:

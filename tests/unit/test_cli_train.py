@@ -30,6 +30,14 @@ DEMO = (
 )
 
 
+# Little is left to search for.
+SETTLED = (
+    *("--gpu", "16GB", "--max-length", "128", "--lora-r", "4", "--no-gradient-checkpointing"),
+    *("--per-device-train-batch-size", "8", "--gradient-accumulation-steps", "1", "--optim", "adamw_8bit"),
+    *("--compile", "none", "--attn-implementation", "sdpa"),
+)
+
+
 def start(tmp_path: Path, *extra: str) -> subprocess.Popen[str]:
     for module in ("torch", "trl", "bitsandbytes"):
         pytest.importorskip(module)
@@ -104,3 +112,40 @@ def test_a_plan_for_the_cpu_chooses_nothing_that_the_launcher_refuses_there() ->
     ).setup.activation_offloading
     plan = make_plan(make_request(model.id, gpu="12GB", knobs={**length, **_for_the_cpu(model)}), whole=False)
     build.refuse_unsupported(plan.setup, on_gpu=False)
+
+
+def test_a_dry_run_says_what_would_be_started_and_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    runs = tmp_path / "runs"
+    asked = ("train", *DEMO, *SETTLED, "--runs", runs, "--name", "night", "--dry-run")
+    finished = cli(*asked, "--eval-split", "0.1", "--early-stopping-patience", "3", "--epochs", "2")
+    assert finished.code == 0, finished.err
+    out = " ".join(finished.out.split())
+    assert "nothing is started and nothing is written" in out
+    assert str(runs / "night") in out.replace(" ", "")
+    assert "0.1 of the data, which is not trained, after each epoch" in out
+    assert "has not fallen 3 times in a row" in out
+    assert "GiB free there" in out
+    # 288 of the 320 examples, 8 a step.
+    assert "steps 72 " in out
+    assert not runs.exists()
+    for wrong in (("--eval-split", "1.5"), ("--eval-steps", "5"), ("--early-stopping-patience", "2")):
+        refused = cli(*asked, *wrong)
+        assert (refused.code, runs.exists()) == (2, False)
+        assert wrong[0] in refused.err
+    (runs / "night").mkdir(parents=True)
+    assert "exists already" in cli(*asked).err
+
+
+def test_a_saved_plan_is_what_would_be_started(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    path = tmp_path / "plan.json"
+    saved = cli("plan", *DEMO, *SETTLED, "-o", path)
+    assert saved.code == 0, saved.err
+    finished = cli("train", "--plan", path, "--runs", tmp_path / "runs", "--dry-run")
+    assert finished.code == 0, finished.err
+    assert "rank 4" in finished.out
+    assert "estimated anew" in finished.err  # the lengths were estimated, and are counted here
+    refused = cli("train", "--plan", path, "--lora-r", "8", "--runs", tmp_path / "runs", "--dry-run")
+    assert refused.code == 2
+    assert "--lora-r 8 contradicts" in refused.err

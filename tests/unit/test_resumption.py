@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,10 +211,8 @@ def test_fewer_steps_than_the_checkpoint_holds_are_refused(run: RunFolder, wish:
 
 
 def test_what_runs_or_is_finished_or_never_was_is_refused(run: RunFolder, tmp_path: Path) -> None:
-    supervisor.write_identity(run, "trainer", os.getpid())
     with hold_lock(run, "trainer"), pytest.raises(RunBusyError, match="running"):
         prepare(run, ResumeWish())
-    run.identity("trainer").unlink()
     with EventWriter(run.events) as writer:
         writer.write(EndEvent(time=2.0, state="finished", message="", step=9))
     with pytest.raises(InputError, match="is finished"):

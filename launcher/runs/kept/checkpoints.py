@@ -141,18 +141,26 @@ def newest(root: Path) -> Found:
     return Found(newest=None, broken=tuple(broken))
 
 
-def rotate(root: Path, *, keep: int = KEPT_CHECKPOINTS, verified: Iterable[int] = ()) -> list[int]:
-    """Remove what is older than the newest `keep` verified checkpoints; returns the steps removed.
+def rotate(
+    root: Path,
+    *,
+    keep: int = KEPT_CHECKPOINTS,
+    verified: Iterable[int] = (),
+    protected: Iterable[int] = (),
+) -> list[int]:
+    """Remove what is older than the newest `keep` verified checkpoints, but for the `protected` steps;
+    returns the steps removed.
 
     Nothing is removed before that many have been read and found whole; `verified` are steps that this
     process has read before, which are only looked at again for their sizes. File times decide nothing.
     """
-    known, kept, removed = set(verified), 0, []
+    known, spared, kept, removed = set(verified), set(protected), 0, []
     for step in reversed(steps(root)):
         path = path_of(root, step)
         if kept >= keep:
-            _discard(path)
-            removed.append(step)
+            if step not in spared:
+                _discard(path)
+                removed.append(step)
         elif (_has_its_sizes if step in known else _is_whole)(path):
             kept += 1
     return removed

@@ -7,6 +7,7 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from launcher.runs.report.stages import seconds
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import duration, plain
 from launcher.tui.themes import colours
@@ -81,6 +82,10 @@ def figures(snapshot: RunSnapshot, seconds_since: float) -> str:
         parts = [f"step {snapshot.step:,}"] if snapshot.step else []
     if snapshot.seconds_left is not None:
         parts.append(f"about {duration(max(0.0, snapshot.seconds_left - seconds_since))} left")
+    if snapshot.stage and snapshot.stage != "training":
+        since = snapshot.stage_seconds
+        elapsed = "" if since is None else f", {seconds(since + seconds_since)}"
+        parts.insert(0, f"{plain(snapshot.stage, 120)}{elapsed}")
     if snapshot.behind:
         parts.append(f"reading, {snapshot.event_count:,} events so far")
     if snapshot.message:

@@ -1,0 +1,1 @@
+"""What became of a run, from its files alone: facts, page, picture."""
