@@ -89,7 +89,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     yield
     spent = cpu_seconds() - before
     traced = item.config.pluginmanager.hasplugin("_cov")
-    if spent > CPU_SECONDS_OF_A_TEST and not traced and item.get_closest_marker("slow") is None:
+    exempt = traced or any(item.get_closest_marker(mark) is not None for mark in ("slow", "gpu"))
+    if spent > CPU_SECONDS_OF_A_TEST and not exempt:
         pytest.fail(
             f"{spent:.0f} s of CPU time where {CPU_SECONDS_OF_A_TEST:.0f} are allowed: mend or mark slow",
             pytrace=False,
