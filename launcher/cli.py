@@ -39,7 +39,7 @@ COMMANDS = {
     "merge": Command(
         "launcher.commands.merge", "merge a trained adapter into one 16-bit model, and measure it"
     ),
-    "runs": Command("launcher.commands.runs", "list runs, follow one or stop it"),
+    "runs": Command("launcher.commands.runs", "list runs; show, follow, stop, resume or delete one"),
     "calibrate": Command("launcher.commands.calibrate", "measure this GPU, and plan by what it shows"),
     "tui": Command("launcher.commands.tui", "size setups and watch runs in the terminal"),
 }
