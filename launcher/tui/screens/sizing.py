@@ -192,7 +192,7 @@ class SizingScreen(Screen[None]):
         if overtaken():
             return
         self.post_message(Refined(sizing, refined))
-        # One at a time: what a later change overtakes is not ended midway, and several would slow the answers.
+        # One at a time: what is overtaken is not ended midway, and several would slow the answers.
         with self._advising:
             if overtaken():
                 return
