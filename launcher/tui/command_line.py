@@ -16,6 +16,7 @@ _CHOSEN_OTHERWISE = (
     "max_length",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "optim",
     "gradient_checkpointing",
     "compile",
     "packing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -76,6 +77,7 @@ class SizingScreen(Screen[None]):
         self._asked_optim = self._shown_optim = setup.optim
         self._before: list[tuple[TrainingSetup, str]] = []
         self._question: Text | None = None
+        self._advising = threading.Lock()
         self.sizing: Sizing | None = None
 
     def compose(self) -> ComposeResult:
@@ -190,10 +192,14 @@ class SizingScreen(Screen[None]):
         if overtaken():
             return
         self.post_message(Refined(sizing, refined))
-        try:
-            found = advice.work_out(refined, overtaken)
-        except InputError as error:
-            found = advice.Suggestions(refusal=str(error))
+        # One at a time: what is overtaken is not ended midway, and several would slow the answers.
+        with self._advising:
+            if overtaken():
+                return
+            try:
+                found = advice.work_out(refined, overtaken)
+            except InputError as error:
+                found = advice.Suggestions(refusal=str(error))
         if not overtaken():
             self.post_message(Advised(refined, found))
 
