@@ -56,9 +56,7 @@ SECRETS = {"HF_TOKEN": "hf_canary_token_0123456789", "WANDB_API_KEY": "wandb_can
 
 def make_run(root: Path, **changes: Any) -> RunFolder:
     # Processors without bfloat16 units take seventy times as long for it.
-    setup = TrainingSetup(
-        model="demo", max_length=128, per_device_train_batch_size=8, dtype="float32"
-    )
+    setup = TrainingSetup(model="demo", max_length=128, per_device_train_batch_size=8, dtype="float32")
     values: dict[str, Any] = {
         "setup": setup,
         "model_source": str(DEMO / "model"),

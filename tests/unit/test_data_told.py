@@ -36,7 +36,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[obj
     monkeypatch.setattr(train, "_has_gpu", lambda: True)
     monkeypatch.setattr("launcher.runs.weights.require_weights", lambda *_, **__: None)
     monkeypatch.setattr(train, "_measured_stats", lambda wish: estimated_lengths(wish.data))
-    monkeypatch.setattr(train, "_follow", lambda folder, plan: 0)
+    monkeypatch.setattr(train, "_start_and_follow", lambda *_: 0)
     return "--runs", tmp_path / "runs"
 
 

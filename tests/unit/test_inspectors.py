@@ -20,7 +20,7 @@ CONFIG = {"model_type": "llama"}
 
 def test_an_inspector_is_looked_up_for_every_command_that_takes_models() -> None:
     for name in ("plan", "estimate", "compare"):
-        assert cli.COMMANDS[name].defaults["inspector"] is installed_inspector
+        assert dict(cli.COMMANDS[name].defaults)["inspector"] is installed_inspector
 
 
 def test_the_installed_package_offers_the_launchers_inspector() -> None:

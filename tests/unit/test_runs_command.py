@@ -184,7 +184,7 @@ def test_nothing_foreign_reaches_the_terminal_raw(cli: Cli, tmp_path: Path) -> N
         ("show", "run", "--json"),
     ):
         done = cli("runs", *words, "--runs", tmp_path)
-        assert done.out.strip()
+        assert (done.out + done.err).strip()
         assert printable(done.out), words
         assert printable(done.err), words
 
