@@ -61,11 +61,13 @@ def refuse_taken(root: Path, name: str) -> None:
     """Say at once, and not after planning, that a name is taken and by what.
 
     Raises:
-        InputError: a run of that name is there.
+        InputError: a run of that name is there, or anything else.
     """
     path = root / name
-    if not path.is_dir() or not is_run(path):
+    if not path.exists():
         return
+    if not path.is_dir() or not is_run(path):
+        raise InputError(f"{path}: this exists already and is no run; choose another --name")
     found = status(path)
     whose = f"{found.state}, process {found.pid}" if found.pid is not None else found.state
     raise InputError(f"{path}: the run folder exists already ({whose}); choose another --name")

@@ -584,7 +584,7 @@ def test_bad_arguments_are_answered_in_a_line(
 
 
 def test_what_cannot_be_merged_is_answered_in_a_line(cli: Cli, tmp_path: Path) -> None:
-    assert refused(cli(tmp_path / "none")) == f"{tmp_path}/none: no such folder"
+    assert f"{tmp_path}/none: no such folder, and no such run in" in refused(cli(tmp_path / "none"))
     assert "no adapter: there is no adapter_config.json" in refused(cli(tmp_path))
     full = TrainingJob(
         setup=TrainingSetup(model="demo", max_length=96, method="full"),
