@@ -26,6 +26,7 @@ from launcher.runs.ends import RUN_ENDS, RunExit, exit_code
 from launcher.runs.events import EndEvent, WarningEvent, append_event, from_line
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
+from launcher.runs.kept import checkpoints
 from launcher.runs.minding import stopping
 from launcher.runs.minding.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
 from launcher.runs.minding.hang import HangLimits, HangWatch, Silence
@@ -66,8 +67,8 @@ def next_attempt(folder: RunFolder, end: AttemptEnd) -> Attempt | None:
     """The attempt that is made after this end; None: the run is over."""
     if not end.gone or end.host_memory:
         return None
-    checkpoint = last_checkpoint(folder.events)
-    from_step = 0 if checkpoint is None or not Path(checkpoint.path).is_dir() else checkpoint.step
+    found = checkpoints.newest(folder.checkpoints).newest
+    from_step = 0 if found is None else found.step
     if end.state == "oom":
         return ask_for_smaller(folder, from_step=from_step, room_bytes=end.room_bytes)
     return _after_hang(folder, from_step) if end.state == "hang" else None

@@ -20,6 +20,7 @@ from launcher.runs.attempts import read_attempts
 from launcher.runs.events import AttemptEvent, CheckpointEvent, EventWriter, LogEvent, StartEvent
 from launcher.runs.folder import RunFolder, create_run_folder, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from launcher.training.ending import RunEnd, StopRequest
 from planner.commands.program import run_as_program
@@ -147,10 +148,18 @@ def _trainer(folder: RunFolder, values: dict[str, Any]) -> int:
     return end.code
 
 
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save(folder: RunFolder, step: int) -> Path:
+    """A whole checkpoint of a step; returns where it is."""
+    staged = checkpoints.stage(folder.checkpoints, step)
+    (staged / WEIGHTS).write_bytes(b"weights")
+    return checkpoints.publish(staged, folder.checkpoints).path
+
+
 def _save(folder: RunFolder, writer: EventWriter, step: int) -> None:
-    path = folder.checkpoints / f"checkpoint-{step}"
-    path.mkdir(parents=True, exist_ok=True)
-    writer.write(CheckpointEvent(time=time.time(), step=step, path=str(path)))
+    writer.write(CheckpointEvent(time=time.time(), step=step, path=str(save(folder, step))))
 
 
 def _log(step: int, seconds: float) -> LogEvent:

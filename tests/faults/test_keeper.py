@@ -272,11 +272,14 @@ def test_a_hang_without_progress_is_given_up(tmp_path: Path) -> None:
         add_attempt(folder.attempts, following)
     assert made == [(2, "hang", 0), (3, "hang", 0), (4, "hang", 0)]
     assert next_attempt(folder, hang) is None
-    # A checkpoint is progress, if it is there.
-    saved = folder.checkpoints / "checkpoint-6"
+    # A checkpoint is progress, if it is whole.
+    saved = stand_ins.save(folder, 6)
+    weights = saved / stand_ins.WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
     append_event(folder.events, CheckpointEvent(time=1.0, step=6, path=str(saved)))
     assert next_attempt(folder, hang) is None
-    saved.mkdir(parents=True)
+    weights.write_bytes(whole)
     following = next_attempt(folder, hang)
     assert following is not None
     assert (following.number, following.from_step, following.setup) == (5, 6, JOB.setup)
