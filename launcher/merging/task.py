@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.merging.adapter_folder import CONFIG, AdapterFolder, read_adapter
 from launcher.runs.folder import RunFolder, default_root
+from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import FieldError, InputError
 from planner.setup.training_setup import TrainingSetup
@@ -123,8 +124,9 @@ def _run_and_adapter(folder: Path) -> tuple[RunFolder | None, Path]:
 
 
 def _checkpoints(run: RunFolder) -> str:
-    found = sorted(one.parent for one in run.checkpoints.glob(f"*/{CONFIG}"))
-    return f"; {found[-1]} can be merged" if found else ""
+    found = [checkpoints.path_of(run.checkpoints, step) for step in checkpoints.steps(run.checkpoints)]
+    usable = [path for path in found if (path / CONFIG).is_file()]
+    return f"; {usable[-1]} can be merged" if usable else ""
 
 
 def _weights(given: Sequence[float], adapters: Sequence[AdapterFolder]) -> tuple[float, ...]:

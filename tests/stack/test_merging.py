@@ -601,10 +601,11 @@ def test_what_cannot_be_merged_is_answered_in_a_line(cli: Cli, tmp_path: Path) -
     )
     bare = tmp_path / "bare"
     (run / "adapter").rename(bare)
-    (run / "checkpoints" / "checkpoint-4").mkdir(parents=True)
-    (run / "checkpoints" / "checkpoint-4" / "adapter_config.json").write_text("{}")
+    for step in (4, 20):
+        (run / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (run / "checkpoints" / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
     assert refused(cli(run)) == (
-        f"{run}: this run has no adapter yet; {run}/checkpoints/checkpoint-4 can be merged"
+        f"{run}: this run has no adapter yet; {run}/checkpoints/checkpoint-20 can be merged"
     )
     assert "give --base dequantised for the one, --base original for the other" in refused(cli(bare))
     assert "give --data FILE, or --no-measure" in refused(cli(bare, "--base", "original"))
