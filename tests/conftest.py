@@ -18,6 +18,8 @@ import pytest
 
 from planner.setup.cuda_allocator import VARIABLES
 
+from tests.bfloat16 import multiply_in_float32_without_units
+
 CPU_SECONDS_OF_A_TEST = 20.0
 """That a test may take unless it is marked slow; its fixtures, which others share, are not counted."""
 
@@ -74,6 +76,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that have slow tests come first, so that no worker begins one when the others are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Tests that compute have imported torch by now."""
+    if "torch" in sys.modules:
+        multiply_in_float32_without_units()
 
 
 def cpu_seconds() -> float:

@@ -80,10 +80,12 @@ def _training_arguments(args: argparse.Namespace, name: str) -> argparse.Namespa
 
 
 def _for_this_processor() -> tuple[str, ...]:
-    """Without a GPU and without bfloat16 units, products in bfloat16 take seventy times those in float32."""
+    """Without a GPU and without units for bfloat16 the demo would take an hour."""
     import torch
 
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    from launcher.training.card import multiplies_bfloat16
+
+    if torch.cuda.is_available() or multiplies_bfloat16(torch.device("cpu")):
         return ()
     return ("--dtype=float32",)
 

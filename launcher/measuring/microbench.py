@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.measuring.kernel_clock import CPU_SIZES, GPU_SIZES, KernelClock, eager_block
 from launcher.runs import stack
+from launcher.training.card import multiplies_bfloat16
 from launcher.training.build import allow_tf32
 from planner.base.data_files import write_atomically
 from planner.gpus.detect import local_gpus
@@ -38,8 +39,8 @@ class Bench:
         self.device = torch.device(device)
         self.sizes = GPU_SIZES if self.device.type == "cuda" else CPU_SIZES
         self._clock = KernelClock(self.device, self.sizes)
-        native = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (8, 0)
-        self.dtype = torch.bfloat16 if native else torch.float16
+        other = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.dtype = torch.bfloat16 if multiplies_bfloat16(self.device) else other
         self._begun, self._seconds = time.monotonic(), seconds
 
     def run(self, gpu_id: str, gpu_name: str) -> Microbenchmarks:
@@ -96,7 +97,7 @@ class Bench:
 
     def _warm(self) -> None:
         """Let clocks rise as under training."""
-        left = self._random(2048, 2048)
+        left = self._random(self.sizes.single, self.sizes.single)
         end = time.monotonic() + self.sizes.warm_seconds
         while time.monotonic() < end:
             left @ left

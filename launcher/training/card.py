@@ -62,6 +62,19 @@ def choose_gpu(job: TrainingJob) -> ChosenGpu | None:
     return ChosenGpu(gpu.spec.name, gpu.uuid, gpu.used_bytes)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU or this processor has units for bfloat16.
+
+    A processor without takes some hundred times as long for a product in bfloat16 as for one in float32
+    (torch 2.13: aten/src/ATen/native/cpu/BlasKernel.cpp multiplies element by element).
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def gpu_facts(device: torch.device, gpu: ChosenGpu | None) -> dict[str, str | int | float | None]:
     """What a run record says of the GPU; `context_bytes` is what the driver shows before the model loads."""
     import torch
