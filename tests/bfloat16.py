@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 _installed: list[Any] = []
 """The registration, which ends with its object."""
@@ -22,26 +23,43 @@ def multiply_in_float32_without_units() -> None:
     if _installed or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     library = torch.library.Library("aten", "IMPL")
-    for name in PRODUCTS:
-        packet = getattr(torch.ops.aten, name)
-        for operation, kernel_name in ((packet.default, name), (packet.out, f"{name}.out")):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel")
-                library.impl(kernel_name, _product(packet.default, operation), "CPU", with_keyset=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        for name in PRODUCTS:
+            packet = getattr(torch.ops.aten, name)
+            library.impl(name, _wide(packet.default, packet.default), "CPU", with_keyset=True)
+            library.impl(f"{name}.out", _wide(packet.out, packet.default), "CPU", with_keyset=True)
+        for name in (ATTENTION, f"{ATTENTION}_backward"):
+            operation = getattr(torch.ops.aten, name).default
+            library.impl(name, _wide(operation, operation), "CPU", with_keyset=True)
     _installed.append(library)
 
 
-def _product(plain: Any, operation: Any) -> Any:
+def _wide(operation: Any, plain: Any) -> Any:
     """`operation` in place of its kernel for the CPU; `plain` is the form that returns what it computes."""
     import torch
 
     kernel = torch.library.get_kernel(operation, "CPU")
 
+    def is_narrow(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16
+
+    def wide(value: Any) -> Any:
+        return value.float() if is_narrow(value) else value
+
     def compute(keyset: Any, *args: Any, **options: Any) -> Any:
-        if not any(isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 for value in args):
+        if not any(map(is_narrow, args)):
             return kernel.call_boxed(keyset, *args, **options)
         out = options.pop("out", None)
-        found = plain(*(v.float() if isinstance(v, torch.Tensor) else v for v in args), **options)
-        return found.bfloat16() if out is None else out.copy_(found)
+        found = plain(*map(wide, args), **{name: wide(value) for name, value in options.items()})
+        if out is not None:
+            return out.copy_(found)
+        if isinstance(found, torch.Tensor):
+            return found.bfloat16()
+        # Attention's log of sums is float32 for every type, its result and gradients are not.
+        return tuple(
+            part if operation is forward and at else part.bfloat16() for at, part in enumerate(found)
+        )
 
+    forward = getattr(torch.ops.aten, ATTENTION).default
     return compute
