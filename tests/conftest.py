@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 
 from planner.setup.cuda_allocator import VARIABLES
-
 from tests.bfloat16 import multiply_in_float32_without_units
 
 CPU_SECONDS_OF_A_TEST = 20.0
 """That a test may take unless it is marked slow; its fixtures, which others share, are not counted."""
 
-# A job started in the background inherits an ignored SIGINT, one under nohup an ignored SIGHUP, and so would the
-# processes that tests interrupt.
+# A job started in the background inherits an ignored SIGINT, one under nohup an ignored SIGHUP, and so would
+# the processes that tests interrupt.
 for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _usual)

@@ -16,8 +16,8 @@ from typing import Any
 
 from launcher.measuring.kernel_clock import CPU_SIZES, GPU_SIZES, KernelClock, eager_block
 from launcher.runs import stack
-from launcher.training.card import multiplies_bfloat16
 from launcher.training.build import allow_tf32
+from launcher.training.card import multiplies_bfloat16
 from planner.base.data_files import write_atomically
 from planner.gpus.detect import local_gpus
 from planner.throughput.microbenchmarks import AttentionRate, MatrixRate, Microbenchmarks
