@@ -18,6 +18,10 @@ GIB = 2**30
 WIDE = 68
 NARROW = 50
 _FILLING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
+GAP = 2
+"""Blanks between a table's columns."""
+LEAST_OF_TEXT = 10
+"""Columns that a cell of text or a name keeps in a table."""
 BAR_BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
@@ -154,19 +158,50 @@ def columns(
 ) -> None:
     """Print a plain table. Columns: a "number" is set right, a "name" is not broken, "text" wraps.
 
-    Where a table is wider than the terminal, text and then names give way; a number is never cut.
+    Where a table is wider than the terminal, text gives way, then the heads of numbers are broken, then names
+    give way; a number is never cut. Where that is not enough, rows are printed as blocks, a cell a line.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    cells = [list(row) for row in rows]
-    for index, (title, kind) in enumerate(heads):
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    titles = [Text(title, style="dim") for title, _ in heads]
+    kinds = [kind for _, kind in heads]
+    room = out.width - indent - GAP * (len(heads) - 1)
+    content = [max((row[at].cell_len for row in cells), default=0) for at in range(len(heads))]
+    full = [max(title.cell_len, width) for title, width in zip(titles, content, strict=True)]
+    broken = [max(width, _longest_word(title)) for title, width in zip(titles, content, strict=True)]
+
+    def needed(**least: Sequence[int]) -> int:
+        """Characters of all columns: each kind by its own list, or what it must keep of a cell."""
+        return sum(least[k][at] if k in least else min(full[at], LEAST_OF_TEXT) for at, k in enumerate(kinds))
+
+    if needed(number=broken) > room:
+        _stacked(out, titles, cells, indent)
+        return
+    breaks = needed(number=full, name=full) > room
+    whole_names = needed(number=broken, name=full) <= room
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+    for at, (title, kind) in enumerate(zip(titles, kinds, strict=True)):
         justify: Literal["left", "right"] = "right" if kind == "number" else "left"
-        widest = max((len(row[index]) for row in cells), default=0) if kind == "number" else 0
-        table.add_column(
-            title, justify=justify, no_wrap=kind != "text", overflow="fold", min_width=widest or None
-        )
+        width = broken[at] if kind == "number" and breaks else None
+        unbroken = kind == "name" and whole_names or kind == "number" and not breaks
+        table.add_column(title, justify=justify, width=width, no_wrap=unbroken, overflow="fold")
     for row in cells:
         table.add_row(*row)
     out.print(Padding(table, (0, 0, 0, indent)))
+
+
+def _longest_word(title: Text) -> int:
+    return max(map(len, title.plain.split()), default=0)
+
+
+def _stacked(out: Console, titles: Sequence[Text], rows: Sequence[Sequence[Text]], indent: int) -> None:
+    """Rows as blocks of lines, each a title and its cell."""
+    width = max(title.cell_len for title in titles)
+    for row in rows:
+        for title, cell in zip(titles, row, strict=True):
+            if cell.plain:
+                filled = Text.assemble(title, " " * (width - title.cell_len + GAP), cell)
+                out.print(Padding(filled, (0, 0, 0, indent)))
+        out.print()
 
 
 def yes_no(fits: bool) -> Text:
