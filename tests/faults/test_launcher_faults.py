@@ -1,87 +1,41 @@
 """The run's processes under faults: real processes on the demo model, on the CPU.
 
-What the launcher starts is started by it once to its end, once to be stopped and once to be killed while it
-loads; what the training process does by itself is seen in forks (tests/forks.py).
+What the launcher starts is started by it once to its end (test_demo_run.py), once to be stopped and once to
+be killed while it loads; what the training process does by itself is seen in forks (tests/forks.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launcher.runs import supervisor
 from launcher.runs.ends import RunExit
 from launcher.runs.events import (
-    EndEvent,
     EvalEvent,
-    LogEvent,
-    MemoryEvent,
-    SampleEvent,
-    StartEvent,
     read_events,
 )
-from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder
+from launcher.runs.folder import RunFolder
 from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.kept import checkpoints
-from launcher.runs.training_job import TrainingJob
-from planner.base.data_files import PROFILES
 from planner.setup.training_setup import TrainingSetup
 from tests import forks
 from tests.faults import broken_steps
 from tests.faults.broken_steps import BROKEN_AFTER
+from tests.faults.demo_runs import DEMO, make_run, steps_seen, the_end, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-DEMO = PROFILES / "demo"
-ROOT = Path(__file__).resolve().parents[2]
 LONG = 100_000
 SMALL = TrainingSetup(
     model="demo", max_length=64, method="lora", dtype="float32", per_device_train_batch_size=2, lora_r=4
 )
-SECRETS = {"HF_TOKEN": "hf_canary_token_0123456789", "WANDB_API_KEY": "wandb_canary_0123456789"}
-
-
-def make_run(root: Path, **changes: Any) -> RunFolder:
-    # Processors without bfloat16 units take seventy times as long for it.
-    setup = TrainingSetup(model="demo", max_length=128, per_device_train_batch_size=8, dtype="float32")
-    values: dict[str, Any] = {
-        "setup": setup,
-        "model_source": str(DEMO / "model"),
-        "data_path": str(DEMO / "data" / "train.jsonl"),
-        "learning_rate": 4e-3,
-        **changes,
-    }
-    return create_run_folder(root, TrainingJob(**values))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 600.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come in time"
-        time.sleep(0.1)
-
-
-def steps_seen(run: RunFolder) -> int:
-    return supervisor.status(run.path).step
-
-
-def the_end(run: RunFolder) -> EndEvent:
-    ends = [event for event in read_events(run.events) if isinstance(event, EndEvent)]
-    assert len(ends) == 1
-    return ends[0]
 
 
 def start(run: RunFolder, break_step: Callable[[], None] | None = None) -> BaseProcess:
@@ -92,106 +46,6 @@ def start(run: RunFolder, break_step: Callable[[], None] | None = None) -> BaseP
 def exit_code(trainer: BaseProcess) -> int | None:
     trainer.join(600)
     return trainer.exitcode
-
-
-@dataclass(frozen=True)
-class Demo:
-    """A run of the demo that was started and has ended."""
-
-    run: RunFolder
-    handle: supervisor.RunHandle
-    status: supervisor.RunStatus
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """Started beside a file named as a library, with secrets in the environment, and watched by a process
-    that is killed.
-    """
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "torch.py").write_text("raise SystemExit('shadowed')")
-    run = make_run(
-        folder, num_train_epochs=2.0, save_steps=40, eval_data_path=str(DEMO / "data" / "eval.jsonl")
-    )
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        for name, value in SECRETS.items():
-            patch.setenv(name, value)
-        handle = supervisor.start(run.path)
-    watcher = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from pathlib import Path; from launcher.runs.events import follow\n"
-            "for event in follow(Path(sys.argv[1])): print(event, flush=True)",
-            str(run.events),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-    )
-    with pytest.raises(RunBusyError):
-        supervisor.start(run.path)
-    wait_until(lambda: steps_seen(run) >= 1)
-    watcher.kill()
-    watcher.wait()
-    return Demo(run, handle, handle.wait(600))
-
-
-def test_the_demo_learns_and_its_adapter_changes_the_answer(demo: Demo) -> None:
-    import torch
-    from peft import PeftModel
-
-    from launcher.training import build
-
-    run, handle = demo.run, demo.handle
-    assert demo.status.state == "finished"
-    assert handle.keeper.wait(60) == RunExit.FINISHED
-    with pytest.raises(RunBusyError, match="finished"):
-        supervisor.start(run.path)
-
-    events = read_events(run.events)
-    logs = [event for event in events if isinstance(event, LogEvent)]
-    losses = [event.loss or 0.0 for event in logs]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    assert all(event.tokens_per_second and event.step_seconds for event in logs)
-    start = next(event for event in events if isinstance(event, StartEvent))
-    assert start.total_steps == len(logs) == the_end(run).step == 80
-    assert start.environment["trl"]
-    assert {event.phase for event in events if isinstance(event, MemoryEvent)} >= {"load", "step", "save"}
-    assert any(isinstance(event, EvalEvent) for event in events)
-    samples = read_events(run.samples)
-    assert samples
-    assert all(isinstance(event, SampleEvent) and event.process_bytes for event in samples)
-
-    names = {path.name for path in run.adapter.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names
-    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
-    tokenizer = build.load_tokenizer(str(run.adapter), allow_download=False)
-    job = run.read_job()
-    model = build.load_model(job.setup, job.model_source, device=torch.device("cpu"), allow_download=False)
-    question = [{"role": "user", "content": "Hello, I am Ada."}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-
-    def answer(asked: Any) -> str:
-        tokens = asked.generate(**inputs, max_new_tokens=30, do_sample=False)
-        return str(tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :]))
-
-    before = answer(model)
-    after = answer(PeftModel.from_pretrained(model, str(run.adapter)))
-    assert before != after
-    assert after.startswith("Ahoy")
-
-
-def test_a_run_that_nobody_followed_has_its_report(demo: Demo) -> None:
-    """Written by the sampler, which outlives the trainer however that ends."""
-    values = json.loads(demo.run.report.read_text())
-    assert (values["state"], values["steps"]) == ("finished", 80)
-    best = min(values["evaluations"], key=lambda one: one["loss"])
-    assert values["best_evaluation"] == best
-    assert values["adapter_step"] == best["step"]
-    assert demo.run.report_page.is_file()
-    assert demo.run.loss_curve.is_file()
 
 
 def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path: Path) -> None:
@@ -314,18 +168,6 @@ def test_bad_input_ends_in_one_line(tmp_path: Path, change: dict[str, str]) -> N
     assert status.state == "refused"
     assert "/absent" in status.message
     assert "Traceback" not in run.log("trainer").read_text()
-
-
-def test_no_secret_of_the_environment_reaches_the_run_folder(demo: Demo) -> None:
-    files = [path for path in demo.run.path.rglob("*") if path.is_file()]
-    assert demo.run.checkpoints in {path.parent.parent for path in files}
-    for path in files:
-        assert b"canary" not in path.read_bytes(), path
-
-
-def test_a_file_beside_the_user_cannot_shadow_a_library(demo: Demo) -> None:
-    assert (demo.run.path.parent / "torch.py").is_file()
-    assert demo.status.state == "finished"
 
 
 def test_a_second_trainer_by_hand_leaves_the_events_alone(tmp_path: Path) -> None:
