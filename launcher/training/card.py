@@ -71,7 +71,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
