@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
+from planner.memory.allocators.native import OutOfAddressesError
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.decoder.groups import layer_groups
 from planner.memory.held.embedding import embedding_scratch_bytes
@@ -37,7 +39,8 @@ def estimate_memory(
     With `replay` allocated and reserved bytes are those of torch's allocator after whole steps, replayed
     (tens of milliseconds); without it live bytes are counted and what the allocator reserves beside them is
     fitted (a tenth of a millisecond). A replay ends early once more than `limit_bytes` are needed: what it
-    then says is that it is too much. `allocator` is the one that torch is told to use
+    then says is that it is too much. What needs terabytes, for which a replay has no addresses, keeps the
+    fitted figures; the basis says so. `allocator` is the one that torch is told to use
     (planner/setup/cuda_allocator.py), null for the one that a run started from here would get.
 
     Raises:
@@ -56,7 +59,8 @@ def estimate_memory(
     context = measured.context_of(run.setup)
     if replay:
         limit = None if limit_bytes is None else limit_bytes - context
-        replayed = replay_steps(run, gpu=gpu, allocator=allocator, limit_bytes=limit)
+        with suppress(OutOfAddressesError):
+            replayed = replay_steps(run, gpu=gpu, allocator=allocator, limit_bytes=limit)
     distance = measured.distance(run, gpu_name)
     kind = interval_kind(run.setup)
     found = phases(
@@ -69,9 +73,9 @@ def estimate_memory(
         reserved_bytes=step_phase.reserved_bytes,
         process_bytes=step_phase.process_bytes,
         process_upper_bytes=step_phase.process_upper_bytes,
-        components=components(run, measured, resident, step, step_phase, replayed=replay),
+        components=components(run, measured, resident, step, step_phase, replayed=replayed is not None),
         phases=found,
-        basis=basis_of(measured, run.model, gpu_name, distance, replayed=replay),
+        basis=basis_of(measured, run.model, gpu_name, distance, replayed=replayed is not None),
     )
 
 

@@ -51,6 +51,7 @@ DORA_TOLERANCE = 0.0015
 pytestmark = pytest.mark.slow
 
 SUBSET = ("q_proj", "v_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 Case = tuple[str, dict[str, Any]]
 QLORA, LORA, FULL = {"method": "qlora"}, {"method": "lora"}, {"method": "full"}
@@ -60,6 +61,7 @@ DORA = {"use_dora": True}
 KBIT = {**QLORA, "prepare_for_kbit_training": True}
 SELECTIVE = {"selective_checkpointing": True}
 FP32 = {"dtype": "float32"}
+EAGER = {"attn_implementation": "eager"}
 PACKED = {**QLORA, "packing": True}
 CASES: list[Case] = [
     # Every family with every method, and with either way to keep or recompute its layers.
@@ -86,6 +88,15 @@ CASES: list[Case] = [
     ("llama", {**QLORA, "target_modules": SUBSET}),
     ("llama", {**QLORA, **KEPT, "target_modules": SUBSET}),
     ("granite", {**LORA, **KEPT, "target_modules": SUBSET}),
+    # Nothing asks for gradients before the first adapter of the first layer.
+    ("llama", {**LORA, **KEPT, "target_modules": MLP}),
+    ("granite", {**QLORA, **KEPT, "target_modules": MLP}),
+    ("phi3", {**LORA, **KEPT, "target_modules": ("down_proj",)}),
+    ("llama", {**QLORA, **KEPT, "target_modules": ("v_proj",)}),
+    ("qwen3", {**LORA, **KEPT, "target_modules": ("o_proj",)}),
+    ("llama", {**LORA, **KEPT, **EAGER, "target_modules": ("q_proj",)}),
+    ("llama", {**QLORA, **KEPT, **EAGER, "target_modules": ("v_proj",)}),
+    ("qwen3_unshared", {**LORA, **FP32, **KEPT, "target_modules": ("k_proj",)}),
     ("llama", {**QLORA, "checkpointed_layers": 2}),
     ("llama", {**QLORA, **DORA, **KEPT}),
     ("llama", {**LORA, **DORA}),

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.memory.allocators.expandable import ExpandableAllocator, empty_allocator
-from planner.memory.allocators.native import MIB, MIN_BLOCK, SMALL_SIZE, CachingAllocator, rounded
+from planner.memory.allocators.native import (
+    MIB,
+    MIN_BLOCK,
+    SMALL_SIZE,
+    CachingAllocator,
+    OutOfAddressesError,
+    rounded,
+)
 from planner.memory.allocators.passes import Pass
 from planner.memory.allocators.repetition import Repetition
 from planner.memory.step.offload import OffloadReplay
@@ -190,7 +197,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 
 def test_a_request_beyond_all_addresses_is_refused() -> None:
-    with pytest.raises(MemoryError):
+    with pytest.raises(OutOfAddressesError):
         ExpandableAllocator().allocate(2**44)
 
 

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from planner.memory.allocators.gapped_range import RANGE_UNITS, GappedRange
-from planner.memory.allocators.native import ADDRESS, SHIFT
+from planner.memory.allocators.native import ADDRESS, SHIFT, OutOfAddressesError
 from planner.memory.allocators.passes import Piece
 from planner.memory.allocators.repetition import Repetition, worth_recording
 
@@ -49,7 +49,7 @@ class AddressRange:
         """Map pages so far that `end` is within them."""
         if end > self.mapped:
             if end > self.start + RANGE_UNITS:
-                raise MemoryError("a request larger than the range of addresses")
+                raise OutOfAddressesError
             self.mapped = -(-end // self.page) * self.page
 
     def take(self, size: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 from planner.base.values import dataclass
-from planner.memory.allocators.native import ADDRESS, SHIFT
+from planner.memory.allocators.native import ADDRESS, SHIFT, OutOfAddressesError
 from planner.memory.allocators.passes import Piece
 
 RANGE_UNITS = 2**34
@@ -177,7 +177,7 @@ class GappedRange:
                 end += following
             else:
                 return start
-        raise MemoryError("a request larger than the range of addresses")
+        raise OutOfAddressesError
 
     def take_out(self, size: int, address: int) -> None:
         """Remove a free block."""

@@ -31,6 +31,10 @@ SHIFT = 36
 ADDRESS = (1 << SHIFT) - 1
 
 
+class OutOfAddressesError(Exception):
+    """A replay needs more addresses than it counts: terabytes, more than any GPU has."""
+
+
 def rounded(size_bytes: int) -> int:
     """Size of the smallest block that serves a request."""
     return max(MIN_BLOCK, -(-size_bytes // MIN_BLOCK) * MIN_BLOCK)
@@ -180,6 +184,8 @@ class CachingAllocator:
         else:
             segment = -(-size // _LARGE_ROUNDING_UNITS) * _LARGE_ROUNDING_UNITS
         address = self._next
+        if address + segment > ADDRESS:
+            raise OutOfAddressesError
         self._next = address + segment + 1
         self._reserved += segment
         self._segments[address] = segment

@@ -11,12 +11,12 @@ from dataclasses import replace
 from planner.base.units import FP32
 from planner.memory.layers.attention_products import batched_eager_attention, eager_attention, math_attention
 from planner.memory.layers.elementwise import again, cast, copy, hold, split
-from planner.memory.layers.heads import hand_back, sum_heads, transposed
+from planner.memory.layers.heads import hand_back, sum_heads, tracked, transposed
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.linear import linear
 from planner.memory.layers.norms import norm
 from planner.memory.layers.rotary import rotate
-from planner.memory.tape.tape import Size, Tape, Value
+from planner.memory.tape.tape import Buffer, Size, Tape, Value
 from planner.models.spec import LayerSpec
 
 
@@ -123,22 +123,24 @@ def _fused_attention(
     context = tape.tokens(layer.query_size * width)
     statistics = tape.tokens(heads * FP32)
     tape.select(context, statistics)
-    saved = [tape.save(buffer) for buffer in (query.buffer, key.buffer, value.buffer, context, statistics)]
+    asked = tracked(query, key, value)
+    read = (query.buffer, key.buffer, value.buffer, context, statistics) if asked else ()
+    saved = [tape.save(buffer) for buffer in read]
     tape.free(statistics)
     if layer.rotary_concatenated:
         # torch.cat lays queries out head first, attention follows, and transposing back is a copy.
         context = transposed(tape, context, layer.query_size * width)
-    result = Value(context, query.requires_grad, width)
+    result = Value(context, asked, width)
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        grads = [tape.tokens(layer.query_size * width)]
+        grads: list[Buffer | None] = [tape.tokens(layer.query_size * width)]
         grads += [tape.tokens(layer.key_value_size * width) for _ in range(2)]
         tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
         tape.free(*saved, grad)
         hand_back(tape, (query, key, value), grads)
 
-    if query.requires_grad:
+    if asked:
         tape.nodes.append(backward)
     return result
 
@@ -162,11 +164,13 @@ def _flex_attention(
     inputs = [tape.tokens(whole) if repeats else hold(v.buffer) for v in (key, value)]
     context = tape.tokens(whole)
     statistics = tape.tokens(layer.num_attention_heads * FP32)
-    saved = [tape.save(buffer) for buffer in (query.buffer, *inputs, context, statistics)]
+    asked = tracked(query, key, value)
+    read = (query.buffer, *inputs, context, statistics) if asked else ()
+    saved = [tape.save(buffer) for buffer in read]
     tape.free(statistics, *inputs)
     if layer.rotary_concatenated:
         context = transposed(tape, context, whole)
-    result = Value(context, query.requires_grad, width)
+    result = Value(context, asked, width)
 
     def backward() -> None:
         grad = tape.take_grad(result)
@@ -174,14 +178,14 @@ def _flex_attention(
         copied = tape.tokens(whole)
         delta = tape.tokens(layer.num_attention_heads * FP32)
         tape.free(saved[3])
-        grads = [tape.tokens(whole)]
+        grads: list[Buffer | None] = [tape.tokens(whole)]
         grads += [tape.tokens(whole if repeats else layer.key_value_size * width) for _ in range(2)]
         tape.free(*saved[:3], saved[4], copied, delta, grad)
         if repeats:
-            sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+            sum_heads(tape, (query, key, value), grads, (2, 1), layer.key_value_size * width)
         hand_back(tape, (query, key, value), grads)
 
-    if query.requires_grad:
+    if asked:
         tape.nodes.append(backward)
     return result
 
@@ -197,10 +201,12 @@ def _masked_attention(
     repeats = shared and layer.num_key_value_heads > 1
     repeated = [tape.tokens(whole) if repeats else hold(v.buffer) for v in (key, value)]
     additive = tape.allocate(Size(per_score=width))
-    result = Value(tape.tokens(whole), query.requires_grad, width)
+    asked = tracked(query, key, value)
+    result = Value(tape.tokens(whole), asked, width)
     statistics = tape.tokens(heads * FP32)
     tape.select(result.buffer, statistics)
-    saved = [tape.save(b) for b in (query.buffer, *repeated, additive, result.buffer, statistics)]
+    read = (query.buffer, *repeated, additive, result.buffer, statistics) if asked else ()
+    saved = [tape.save(buffer) for buffer in read]
     tape.free(statistics, additive, *repeated)
     if layer.rotary_concatenated:
         # As without a mask: the output follows the queries' order (padded phi-4 among the records).
@@ -208,14 +214,14 @@ def _masked_attention(
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        grads = [tape.tokens(whole) for _ in range(3)]
+        grads: list[Buffer | None] = [tape.tokens(whole) for _ in range(3)]
         tape.free(tape.tokens(heads * (4 * layer.head_dim + 4)))
         tape.free(*saved, grad)
         if shared:
-            sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+            sum_heads(tape, (query, key, value), grads, (2, 1), layer.key_value_size * width)
         hand_back(tape, (query, key, value), grads)
 
-    if query.requires_grad:
+    if asked:
         tape.nodes.append(backward)
     return result
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from planner.base.units import FP32
 from planner.memory.layers.elementwise import hold
-from planner.memory.layers.heads import hand_back, sum_heads, transposed
+from planner.memory.layers.heads import hand_back, sum_heads, tracked, transposed
 from planner.memory.tape.tape import Buffer, Size, Tape, Value
 from planner.models.spec import LayerSpec
 
@@ -41,12 +41,19 @@ def _eager(
         tape.tokens(whole) if rotated and not repeats else hold(repeated[0]),
     ]
     scores = tape.allocate(Size(per_score=heads * width))
-    saved = [tape.save(buffer) for buffer in operands]
+    through_scores, asked = tracked(query, key), tracked(*inputs)
+    saved = [
+        tape.save(operand) if other.requires_grad else None
+        for operand, other in zip(operands, (key, query), strict=True)
+    ]
     tape.free(*operands)
-    saved_tanh, saved_weights32, weights = _softmax(tape, layer, scores, width)
+    saved_tanh, saved_weights32, weights = _softmax(tape, layer, scores, width, saves=through_scores)
     value_operand = tape.tokens(whole) if batched and not repeats else hold(repeated[1])
-    result = Value(tape.tokens(whole), query.requires_grad, width)
-    saved += [tape.save(buffer) for buffer in (value_operand, weights)]
+    result = Value(tape.tokens(whole), asked, width)
+    saved += [
+        tape.save(value_operand) if through_scores else None,
+        tape.save(weights) if value.requires_grad else None,
+    ]
     tape.free(value_operand)
     result.buffer = transposed(tape, result.buffer, whole)
     tape.free(*repeated)
@@ -57,26 +64,27 @@ def _eager(
         grad = tape.take_grad(result)
         if batched:
             grad = transposed(tape, grad, whole)
-        value_grad = tape.tokens(whole)
-        weights_grad = tape.allocate(Size(per_score=heads * width))
+        value_grad = tape.tokens(whole) if value.requires_grad else None
+        weights_grad = tape.allocate(Size(per_score=heads * width)) if through_scores else None
         done = (grad, saved[2], saved[3])
         tape.free(*(reversed(done) if batched else done))
-        scores_grad = _softmax_backward(tape, layer, weights_grad, saved_weights32, saved_tanh, width)
-        query_grad, key_grad = tape.tokens(whole), tape.tokens(whole)
-        done = (scores_grad, saved[0], saved[1])
-        tape.free(*((saved[0], saved[1], scores_grad) if batched else done))
-        grads = [query_grad, key_grad, value_grad]
+        grads: list[Buffer | None] = [None, None, value_grad]
+        if weights_grad is not None:
+            scores_grad = _softmax_backward(tape, layer, weights_grad, saved_weights32, saved_tanh, width)
+            for index, operand in enumerate((query, key)):
+                grads[index] = tape.tokens(whole) if operand.requires_grad else None
+            tape.free(*((saved[0], saved[1], scores_grad) if batched else (scores_grad, saved[0], saved[1])))
         if repeats:
-            sum_heads(tape, grads, (1, 2), layer.key_value_size * width)
+            sum_heads(tape, inputs, grads, (1, 2), layer.key_value_size * width)
         hand_back(tape, inputs, grads)
 
-    if query.requires_grad:
+    if asked:
         tape.nodes.append(backward)
     return result
 
 
 def _softmax(
-    tape: Tape, layer: LayerSpec, scores: Buffer, width: int
+    tape: Tape, layer: LayerSpec, scores: Buffer, width: int, *, saves: bool
 ) -> tuple[Buffer | None, Buffer | None, Buffer]:
     """From raw scores to weights: scaled, capped, masked, normalised. What is saved, and the weights."""
     heads = layer.num_attention_heads
@@ -90,12 +98,12 @@ def _softmax(
     saved_tanh = None
     if layer.attention_softcap:
         scores = elementwise(elementwise(scores))
-        saved_tanh = tape.save(scores)
+        saved_tanh = tape.save(scores) if saves else None
         scores = elementwise(scores)
     scores = elementwise(scores)
     wide = tape.allocate(Size(per_score=heads * FP32))
     weights32 = tape.allocate(Size(per_score=heads * FP32))
-    saved_weights32 = tape.save(weights32)
+    saved_weights32 = tape.save(weights32) if saves else None
     tape.free(wide)
     weights = tape.allocate(Size(per_score=heads * width))
     tape.free(weights32, scores)
@@ -142,30 +150,43 @@ def math_attention(tape: Tape, layer: LayerSpec, query: Value, key: Value, value
     repeated_key, repeated_value = tape.tokens(whole), tape.tokens(whole)
     scaled_key = tape.tokens(whole)
     scores = tape.allocate(Size(per_score=heads * width))
-    saved = [tape.save(buffer) for buffer in (scaled_query, scaled_key)]
+    through_scores, asked = tracked(query, key), tracked(query, key, value)
+    saved = [
+        tape.save(scaled_query) if key.requires_grad else None,
+        tape.save(scaled_key) if query.requires_grad else None,
+    ]
     tape.free(scaled_key)
     weights = tape.allocate(Size(per_score=heads * width))
     tape.free(tape.allocate(Size(per_score=heads)), scores)
-    saved += [tape.save(weights), tape.save(repeated_value)]
-    result = Value(tape.tokens(whole), query.requires_grad, width)
+    # The softmax saves its result, and so does the product for the gradient of values.
+    saved += [
+        tape.save(weights) if asked else None,
+        tape.save(repeated_value) if through_scores else None,
+    ]
+    result = Value(tape.tokens(whole), asked, width)
     tape.free(repeated_key, repeated_value, scaled_query, additive, weights)
     result.buffer = transposed(tape, result.buffer, whole)
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        value_grad = tape.tokens(whole)
-        weights_grad = tape.allocate(Size(per_score=heads * width))
+        grads: list[Buffer | None] = [None, None, tape.tokens(whole) if value.requires_grad else None]
+        weights_grad = tape.allocate(Size(per_score=heads * width)) if through_scores else None
         tape.free(saved[3], grad)
-        scores_grad = tape.allocate(Size(per_score=heads * width))
-        tape.free(tape.allocate(Size(per_score=heads * width)), saved[2], weights_grad)
-        query_grad, key_grad = tape.tokens(whole), tape.tokens(whole)
-        tape.free(saved[0], saved[1], scores_grad)
-        unscaled = tape.tokens(whole)
-        tape.free(query_grad)
-        grads = [unscaled, key_grad, value_grad]
-        sum_heads(tape, grads, (2, 1), layer.key_value_size * width)
+        if weights_grad is not None:
+            scores_grad = tape.allocate(Size(per_score=heads * width))
+            tape.free(tape.allocate(Size(per_score=heads * width)), saved[2], weights_grad)
+            for index, operand in enumerate((query, key)):
+                grads[index] = tape.tokens(whole) if operand.requires_grad else None
+            tape.free(saved[0], saved[1], scores_grad)
+            if grads[0] is not None:
+                unscaled = tape.tokens(whole)
+                tape.free(grads[0])
+                grads[0] = unscaled
+        else:
+            tape.free(saved[2])
+        sum_heads(tape, (query, key, value), grads, (2, 1), layer.key_value_size * width)
         hand_back(tape, (query, key, value), grads)
 
-    if query.requires_grad:
+    if asked:
         tape.nodes.append(backward)
     return result

@@ -1,4 +1,8 @@
-"""Elementwise operations on the tape, between the layers' matrix products."""
+"""Elementwise operations on the tape, between the layers' matrix products.
+
+As autograd does, each saves only what gradients that are asked for read, and has a backward pass only where
+one is: nothing asks for that of what comes before the first adapter.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ def activation(tape: Tape, x: Value, features: int) -> Value:
     """Activation function; takes over the caller's hold on `x`."""
     size = features * x.width
     result = Value(tape.tokens(size), x.requires_grad, x.width)
-    saved = tape.save(x.buffer)
+    saved = tape.save(x.buffer) if x.requires_grad else None
     tape.free(x.buffer)
 
     def backward() -> None:
@@ -50,20 +54,28 @@ def activation(tape: Tape, x: Value, features: int) -> Value:
 
 
 def multiply(tape: Tape, left: Value, right: Value, features: int) -> Value:
-    """Elementwise product, in the wider dtype of the two; takes over the caller's holds on both."""
+    """Elementwise product, in the wider dtype of the two; takes over the caller's holds on both.
+
+    Either factor is saved for the gradient of the other.
+    """
     width = max(left.width, right.width)
-    result = Value(tape.tokens(features * width), True, width)
-    saved = (tape.save(left.buffer), tape.save(right.buffer))
+    result = Value(tape.tokens(features * width), left.requires_grad or right.requires_grad, width)
+    saved = (
+        tape.save(left.buffer) if right.requires_grad else None,
+        tape.save(right.buffer) if left.requires_grad else None,
+    )
     tape.free(left.buffer, right.buffer)
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        left_grad, right_grad = tape.tokens(features * left.width), tape.tokens(features * right.width)
+        asked = [factor for factor in (left, right) if factor.requires_grad]
+        grads = [tape.tokens(features * factor.width) for factor in asked]
         tape.free(*saved, grad)
-        tape.add_grad(left, left_grad)
-        tape.add_grad(right, right_grad)
+        for factor, own in zip(asked, grads, strict=True):
+            tape.add_grad(factor, own)
 
-    tape.nodes.append(backward)
+    if result.requires_grad:
+        tape.nodes.append(backward)
     return result
 
 
@@ -79,7 +91,8 @@ def scale(tape: Tape, x: Value, features: int) -> Value:
         tape.free(grad)
         tape.add_grad(x, scaled)
 
-    tape.nodes.append(backward)
+    if x.requires_grad:
+        tape.nodes.append(backward)
     return result
 
 
@@ -98,7 +111,8 @@ def add(tape: Tape, left: Value, right: Value, features: int) -> Value:
                 tape.add_grad(addend, tape.tokens(features * addend.width))
         tape.free(grad)
 
-    tape.nodes.append(backward)
+    if result.requires_grad:
+        tape.nodes.append(backward)
     return result
 
 

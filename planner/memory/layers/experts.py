@@ -30,13 +30,15 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
             tape.free(tape.fixed(elements * width))
     saved_router = _router(tape, layer, router, x)
     probabilities = tape.tokens(layer.experts * FP32)
+    # Without an adapter in attention the first layer's experts get an input that wants no gradient.
+    scores_want = x.requires_grad or bool(saved_router)
     saved_probabilities = tape.save(probabilities)
     tape.free(probabilities)
     gathered = tape.tokens(routed * hidden * width)
     gate_up_weight = tape.fixed(gate_up_elements * width) if adapted else None
     fused = tape.tokens(routed * 2 * inner * width)
     saved_gathered = tape.save(gathered) if adapted or kind.trained else None
-    saved_gate_up_weight = tape.save(gate_up_weight) if gate_up_weight else None
+    saved_gate_up_weight = tape.save(gate_up_weight) if gate_up_weight and x.requires_grad else None
     activated = tape.tokens(routed * inner * width)
     product = tape.tokens(routed * inner * width)
     saved_fused, saved_activated = tape.save(fused), tape.save(activated)
@@ -46,7 +48,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     saved_down_weight = tape.save(down_weight) if down_weight else None
     outputs = tape.tokens(routed * hidden * width)
     tape.free(product)
-    saved_outputs = tape.save(outputs)
+    saved_outputs = tape.save(outputs) if scores_want else None
     weighted = tape.tokens(routed * hidden * width)
     reordered = tape.tokens(routed * hidden * width)
     tape.free(weighted)
@@ -65,6 +67,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
         product=saved_product,
         down_weight=saved_down_weight,
         outputs=saved_outputs,
+        scores_want=scores_want,
     )
     tape.nodes.append(lambda: _experts_backward(tape, layer, kind, x, router, saved, result))
     return result
@@ -72,7 +75,9 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Saved:
-    """What the experts' backward reads, in the order of the forward pass; null where nothing asks for it."""
+    """What the experts' backward reads, in the order of the forward pass; null where nothing asks for it.
+    `scores_want` says that something asks for the gradient of the router's scores.
+    """
 
     router: tuple[Buffer | None, ...]
     probabilities: Buffer | None
@@ -83,6 +88,7 @@ class _Saved:
     product: Buffer | None
     down_weight: Buffer | None
     outputs: Buffer | None
+    scores_want: bool
 
 
 def _experts_backward(
@@ -94,7 +100,7 @@ def _experts_backward(
     grad = tape.take_grad(result)
     expanded = tape.tokens(routed * hidden * width)
     tape.free(grad)
-    to_weights = tape.tokens(routed * hidden * width)
+    to_weights = tape.tokens(routed * hidden * width) if saved.scores_want else None
     to_outputs = tape.tokens(routed * hidden * width)
     tape.free(saved.outputs, to_weights, expanded, saved.probabilities)
     down_grad = _weight_grad(tape, kind, layer.experts * inner * hidden)
@@ -110,14 +116,16 @@ def _experts_backward(
     fused_grad = tape.tokens(routed * 2 * inner * width)
     tape.free(gate_grad, up_grad)
     gate_up_grad = _weight_grad(tape, kind, layer.experts * 2 * inner * hidden)
-    gathered_grad = tape.tokens(routed * hidden * width)
+    gathered_grad = tape.tokens(routed * hidden * width) if x.requires_grad else None
     tape.free(saved.gathered, saved.gate_up_weight, fused_grad)
     _adapter_grads(tape, layer, kind, 2 * kind.rank * (hidden + 2 * inner))
     tape.free(gate_up_grad)
-    x_grad = tape.tokens(hidden * width)
-    tape.free(gathered_grad)
-    tape.add_grad(x, x_grad)
-    _router_backward(tape, layer, router, x, saved.router)
+    if gathered_grad is not None:
+        x_grad = tape.tokens(hidden * width)
+        tape.free(gathered_grad)
+        tape.add_grad(x, x_grad)
+    if saved.scores_want:
+        _router_backward(tape, layer, router, x, saved.router)
 
 
 def _weight_grad(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
@@ -156,10 +164,11 @@ def _router_backward(
     folded_grad = tape.fixed(elements * kind.compute_width) if kind.rank else None
     if kind.trained:
         weight_gradient(tape, kind, elements, kind.adapter_width)
-    x_grad = tape.tokens(layer.hidden_size * kind.compute_width)
+    x_grad = tape.tokens(layer.hidden_size * kind.compute_width) if x.requires_grad else None
     tape.free(logits_grad, *saved)
     if kind.rank:
         adapter = kind.rank * (layer.experts + layer.hidden_size)
         weight_gradient(tape, kind, adapter, kind.adapter_width)
     tape.free(folded_grad)
-    tape.add_grad(x, x_grad, view=True)
+    if x_grad is not None:
+        tape.add_grad(x, x_grad, view=True)

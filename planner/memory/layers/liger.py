@@ -8,6 +8,7 @@ from __future__ import annotations
 from planner.base.units import FP32
 from planner.memory.layers.base_weight import weight_gradient
 from planner.memory.layers.elementwise import hold
+from planner.memory.layers.heads import tracked
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.tape.tape import Buffer, Size, Tape, Value
 from planner.models.spec import LayerSpec
@@ -54,8 +55,8 @@ def liger_gated(tape: Tape, gate: Value, up: Value, features: int, *, views: boo
     inputs: list[Buffer] = []
     for part in (gate, up):
         inputs.append(tape.tokens(size) if views else hold(part.buffer))
-    result = Value(tape.tokens(size), True, gate.width)
-    saved = [tape.save(part) for part in inputs]
+    result = Value(tape.tokens(size), tracked(gate, up), gate.width)
+    saved = [tape.save(part) for part in inputs] if result.requires_grad else []
     tape.free(*inputs, gate.buffer, up.buffer)
 
     def backward() -> None:
@@ -65,6 +66,6 @@ def liger_gated(tape: Tape, gate: Value, up: Value, features: int, *, views: boo
                 raise AssertionError("a kernel that saved nothing has no backward pass")
             tape.add_grad(target, buffer)
 
-    if tape.saves:
+    if tape.saves and result.requires_grad:
         tape.nodes.append(backward)
     return result

@@ -83,6 +83,7 @@ def replay_steps(
     With `limit_bytes` a replay ends after the first step that reserves more: the result says so much.
 
     Raises:
+        OutOfAddressesError: it needs terabytes, more than the replay has addresses for.
         InputError: target_modules that the model does not have.
     """
     sizes = CudaSizes.of(gpu)
