@@ -51,7 +51,6 @@ DORA_TOLERANCE = 0.0015
 pytestmark = pytest.mark.slow
 
 SUBSET = ("q_proj", "v_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 Case = tuple[str, dict[str, Any]]
 QLORA, LORA, FULL = {"method": "qlora"}, {"method": "lora"}, {"method": "full"}
@@ -89,14 +88,9 @@ CASES: list[Case] = [
     ("llama", {**QLORA, **KEPT, "target_modules": SUBSET}),
     ("granite", {**LORA, **KEPT, "target_modules": SUBSET}),
     # Nothing asks for gradients before the first adapter of the first layer.
-    ("llama", {**LORA, **KEPT, "target_modules": MLP}),
-    ("granite", {**QLORA, **KEPT, "target_modules": MLP}),
-    ("phi3", {**LORA, **KEPT, "target_modules": ("down_proj",)}),
-    ("llama", {**QLORA, **KEPT, "target_modules": ("v_proj",)}),
+    ("granite", {**LORA, **KEPT, "target_modules": ("gate_proj", "up_proj", "down_proj")}),
     ("qwen3", {**LORA, **KEPT, "target_modules": ("o_proj",)}),
-    ("llama", {**LORA, **KEPT, **EAGER, "target_modules": ("q_proj",)}),
     ("llama", {**QLORA, **KEPT, **EAGER, "target_modules": ("v_proj",)}),
-    ("qwen3_unshared", {**LORA, **FP32, **KEPT, "target_modules": ("k_proj",)}),
     ("llama", {**QLORA, "checkpointed_layers": 2}),
     ("llama", {**QLORA, **DORA, **KEPT}),
     ("llama", {**LORA, **DORA}),
@@ -141,7 +135,8 @@ def predict(family: str, setup: TrainingSetup) -> tuple[StepTimeline, ModelSpec,
     run = TrainingRun(setup=setup, model=spec)
     live = live_memory(run, gpu=None, coefficients=coefficients_for(None, EXPANDABLE), allocator=EXPANDABLE)
     timeline = live.timeline
-    masks = len(run.mask_windows) * timeline.shape.scores
+    mask_width = run.storage.width if run.attention == "eager" else 1
+    masks = len(run.mask_windows) * timeline.shape.scores * mask_width
     tables = live.resident.tables_bytes - INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step
     if family == "olmo2":
         tables += tables - masks

@@ -15,8 +15,9 @@ from planner.memory.allocators.native import ADDRESS, SHIFT, OutOfAddressesError
 from planner.memory.allocators.passes import Piece
 from planner.memory.allocators.repetition import Repetition, worth_recording
 
-MOST_KNOWN = 4
-"""Ways in which a pass came that are remembered: layers often fill the gaps of those before in turns."""
+MOST_KNOWN = 8
+"""Ways in which a pass came that are remembered: layers often fill the gaps of those before in turns, with
+offloading those that a handful of inputs leave on their way to the host."""
 
 
 class AddressRange:
@@ -36,6 +37,10 @@ class AddressRange:
     def reserved(self) -> int:
         """Units that are mapped."""
         return self.mapped - self.start
+
+    def state(self) -> tuple[object, ...]:
+        """What decides where blocks come to lie."""
+        return self.top, self.holes.copy()
 
     def copy(self) -> AddressRange:
         """A range in the same state."""

@@ -49,6 +49,10 @@ class ExpandableAllocator(CachingAllocator):
         """Bytes of all pages that are mapped."""
         return (self._small_range.reserved + self._large_range.reserved) * MIN_BLOCK
 
+    def state(self) -> object:
+        """What decides where blocks come to lie: from equal states the same events do the same."""
+        return self._small_range.state(), self._large_range.state(), self._used.copy()
+
     def copy(self) -> ExpandableAllocator:
         """An allocator in the same state."""
         other = ExpandableAllocator()

@@ -7,6 +7,7 @@ if there is one; memory is mapped at the lowest address where the request fits w
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 
 from planner.base.values import dataclass
 from planner.memory.allocators.native import ADDRESS, SHIFT, OutOfAddressesError
@@ -44,6 +45,10 @@ class GappedRange:
         self.start_of: dict[int, int] = {}
         self.unmapped = {mapped: start + RANGE_UNITS - mapped}
 
+    def state(self) -> tuple[object, ...]:
+        """What decides where blocks come to lie."""
+        return self.unmapped.copy(), self.holes.copy()
+
     def copy(self) -> GappedRange:
         """A range in the same state."""
         other = GappedRange(self.start, self.page, mapped=self.start)
@@ -68,14 +73,46 @@ class GappedRange:
                 slots[block] = address
             return
         reserved = self.reserved
-        for event in piece.events:
-            if event >= 0:
-                slots[event] = self.take(piece.sizes[event])
-            else:
-                self.give(slots[-1 - event], piece.sizes[-1 - event])
+        self._run(piece.events, piece.sizes, slots)
         if self.reserved == reserved and len(piece.known) < MOST_KNOWN:
             left = [slots[block] for block in piece.left]
             piece.known[state] = _After(self.holes.copy(), self.size_at.copy(), self.start_of.copy(), left)
+
+    def _run(self, events: Sequence[int], sizes: Sequence[int], slots: list[int]) -> None:
+        """`take` and `give` for each event, in one loop over local names but where memory may be mapped."""
+        holes, size_at, start_of, unmapped = self.holes, self.size_at, self.start_of, self.unmapped
+        for event in events:
+            if event >= 0:
+                size = sizes[event]
+                index = bisect_left(holes, size << SHIFT)
+                entry = holes[index] if index < len(holes) else 0
+                found, address = entry >> SHIFT, entry & ADDRESS
+                if not entry or address + found in unmapped:
+                    slots[event] = self.take(size)
+                    continue
+                slots[event] = address
+                del holes[index], size_at[address]
+                if found > size:
+                    after, rest = address + size, found - size
+                    insort(holes, rest << SHIFT | after)
+                    size_at[after] = rest
+                    start_of[address + found] = after
+                else:
+                    del start_of[address + found]
+                continue
+            address = slots[-1 - event]
+            end = address + sizes[-1 - event]
+            after_size = size_at.pop(end, 0)
+            if after_size:
+                del holes[bisect_left(holes, after_size << SHIFT | end)]
+                end += after_size
+            before = start_of.pop(address, None)
+            if before is not None:
+                del holes[bisect_left(holes, (address - before) << SHIFT | before)]
+                address = before
+            insort(holes, (end - address) << SHIFT | address)
+            size_at[address] = end - address
+            start_of[end] = address
 
     def take(self, size: int) -> int:
         """Serve a request; returns its address."""

@@ -82,6 +82,10 @@ class CachingAllocator:
         """Count the peak anew from what is allocated now."""
         self._peak = self._allocated
 
+    def state(self) -> object:
+        """What decides where blocks come to lie: from equal states the same events do the same."""
+        return self._small.copy(), self._large.copy(), self._used.copy()
+
     def copy(self) -> CachingAllocator:
         """An allocator in the same state."""
         other = CachingAllocator()

@@ -12,19 +12,27 @@ from planner.memory.decoder.buffer_reuse import placed, tuned
 from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.program import Program, layer_program
 from planner.memory.tape.events import block_of, frees
+from planner.memory.tape.logging_tape import BlockBytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizedProgram:
     """A layer's program with the sizes of its blocks in the allocator's units, and its passes, each made when
     it is first asked for: an allocator remembers on them what they did.
+
+    `passes` are those that programs with blocks of the same sizes have made, by their events: micro-steps that
+    accumulate have the same forward pass as others, and so have layers that differ in their window alone.
     """
 
     program: Program
     units: Sequence[int]
+    passes: dict[tuple[int, ...], Pass]
 
-    def _pass(self, events: Sequence[int]) -> Pass:
-        return Pass(events, self.units)
+    def _pass(self, events: tuple[int, ...]) -> Pass:
+        found = self.passes.get(events)
+        if found is None:
+            found = self.passes[events] = Pass(events, self.units)
+        return found
 
     @cached_property
     def forward(self) -> Pass:
@@ -69,6 +77,22 @@ class SizedProgram:
         return sorted(self.program.kept_once, key=lambda block: self.units[block])
 
 
+class ProgramSizes:
+    """Programs with the sizes that a micro-step's tokens and attention scores give their blocks."""
+
+    def __init__(self, tokens: int, scores: int) -> None:
+        self.tokens, self.scores = tokens, scores
+        self._known: dict[tuple[BlockBytes, ...], tuple[list[int], dict[tuple[int, ...], Pass]]] = {}
+
+    def of(self, program: Program) -> SizedProgram:
+        """One program with sizes."""
+        found = self._known.get(program.blocks)
+        if found is None:
+            found = self._known[program.blocks] = program.units(self.tokens, self.scores), {}
+        units, passes = found
+        return SizedProgram(program=program, units=units, passes=passes)
+
+
 def _without(events: Sequence[int], blocks: Set[int]) -> tuple[int, ...]:
     """Events but for frees of some blocks."""
     return tuple(event for event in events if not (frees(event) and block_of(event) in blocks))
@@ -88,30 +112,26 @@ class ReplayedLayer:
 
 
 def replayed_layers(
-    groups: Sequence[LayerGroup], *, tokens: int, scores: int, accumulates: bool, tuning_bytes: int
+    groups: Sequence[LayerGroup], sizes: ProgramSizes, *, accumulates: bool, tuning_bytes: int
 ) -> list[ReplayedLayer]:
     """Each layer's programs, in the model's order.
 
     `tuning_bytes` is what inductor takes to time a kernel that is new: those of a group's forward pass are
     new in its first layer, those of backward in its last.
     """
-
-    def sized(program: Program) -> SizedProgram:
-        return SizedProgram(program=program, units=program.units(tokens, scores))
-
     found: dict[int, ReplayedLayer] = {}
     for group in groups:
         programs = [group_program(group, accumulating=accumulating) for accumulating in (False, accumulates)]
         if group.knobs.compiled:
-            programs = [placed(program, tokens, scores) for program in programs]
-        first, later = map(sized, programs)
+            programs = [placed(program, sizes.tokens, sizes.scores) for program in programs]
+        first, later = map(sizes.of, programs)
         layer = ReplayedLayer(new=first, first=first, later=later)
         found |= dict.fromkeys(group.indices, layer)
         if group.knobs.compiled:
             begins, ends = min(group.indices), max(group.indices)
             for index in {begins, ends}:
                 program = tuned(first.program, tuning_bytes, forward=index == begins, backward=index == ends)
-                found[index] = replace(layer, new=sized(program))
+                found[index] = replace(layer, new=sizes.of(program))
     return [found[index] for index in sorted(found)]
 
 

@@ -16,7 +16,7 @@ from planner.memory.allocators.native import MIN_BLOCK
 from planner.memory.decoder.groups import layer_groups
 from planner.memory.decoder.live_bytes import LayerMemory, at
 from planner.memory.decoder.program import norm_program
-from planner.memory.decoder.programs import SizedProgram, replayed_layers
+from planner.memory.decoder.programs import ProgramSizes, SizedProgram, replayed_layers
 from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_shape
 from planner.memory.measured.cuda_terms import (
@@ -109,16 +109,16 @@ class StepReplay:
         self.allocator = self.loaded.allocator.copy()
         self.inputs = InputsReplay(run)
         groups, final_norm = layer_groups(run)
+        programs = ProgramSizes(self.tokens, self.scores)
         self.layers = replayed_layers(
             groups,
-            tokens=self.tokens,
-            scores=self.scores,
+            programs,
             accumulates=run.setup.gradient_accumulation_steps > 1,
             tuning_bytes=sizes.tuning_bytes,
         )
         last = max(groups, key=lambda group: group.indices[-1])
         norm = norm_program(last.layer, replace(last.knobs, stream_width=last.memory.output_width))
-        self.norm = SizedProgram(program=norm, units=norm.units(self.tokens, self.scores))
+        self.norm = programs.of(norm)
         self.head = HeadReplay(head_shape(run, final_norm.output_width))
         self.optimizer = OptimizerReplay(run)
         self.biased = run.model.has_biased_linear
@@ -143,7 +143,13 @@ class StepReplay:
         # The first step's second micro-step would leave adapters' small gradients where they are.
         short = not self.trains_all
         steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
+        begun: object = None
         for step in range(steps):
+            if step and self.offload is None:
+                before, begun = begun, allocator.state()
+                if begun == before:
+                    # It would do what the last one did, which was no first one either.
+                    break
             allocator.reset_peak()
             if self.offload is not None:
                 self.offload.reset_peak()
