@@ -11,7 +11,8 @@ from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import Basis
 from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
-from planner.setup.card_limits import refuse_on_card
+from planner.setup.card_limits import LIMITED_KNOBS, refuse_on_card
+from planner.setup.cuda_allocator import planned_allocator
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
@@ -60,6 +61,7 @@ class Estimator:
         self, target: GpuTarget, *, allow_network: bool = False, inspector: Inspector | None = None
     ) -> None:
         self.target = target
+        self._allocator = planned_allocator()
         self._allow_network = allow_network
         self._inspector = inspector
         self._models: dict[str, ModelSpec] = {}
@@ -72,10 +74,10 @@ class Estimator:
             InputError: the model is unknown, or does not have what the setup asks of it; or the card cannot
                 run a knob of it.
         """
-        refuse_on_card(setup.to_dict(), self.target.spec)
+        refuse_on_card({name: getattr(setup, name) for name in LIMITED_KNOBS}, self.target.spec)
         model = self._model(setup.model)
         run = TrainingRun(setup=setup, model=model)
-        memory = estimate_memory(run, gpu=self.target.spec, replay=replay)
+        memory = estimate_memory(run, gpu=self.target.spec, replay=replay, allocator=self._allocator)
         return Estimate(
             setup=setup,
             memory=memory,

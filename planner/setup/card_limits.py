@@ -44,6 +44,8 @@ CARD_LIMITS = (
     CardLimit(knob="compile", value="regional", capability=TRITON, why=_IN_TRITON),
     CardLimit(knob="kernels", value="liger", capability=TRITON, why=_IN_TRITON),
 )
+LIMITED_KNOBS = tuple(dict.fromkeys(limit.knob for limit in CARD_LIMITS))
+"""The knobs that they limit, each once."""
 BFLOAT16 = CardLimit(
     knob="dtype",
     value="bfloat16",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from planner.base.errors import FieldError, InputError
 from planner.base.units import FP32
@@ -36,9 +36,9 @@ class TrainedTensor:
         return self.elements * self.element_width
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a setup trains.
+    """What a setup trains; its sums are made once, since thousands of setups train the same.
 
     `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` and `router_rank` that
     of experts' and routers' tensors, `element_width` the width of trained weights, of their gradients and of
@@ -51,17 +51,17 @@ class Trained:
     router_rank: int
     element_width: int
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """All trainable parameters."""
         return sum(t.elements * t.count for t in self.tensors)
 
-    @property
+    @cached_property
     def tensor_count(self) -> int:
         """How many tensors hold them: what an optimizer that updates one at a time runs for."""
         return sum(t.count for t in self.tensors)
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of all of them, and of their gradients."""
         return sum(t.size_bytes * t.count for t in self.tensors)

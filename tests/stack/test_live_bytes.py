@@ -60,7 +60,6 @@ DORA = {"use_dora": True}
 KBIT = {**QLORA, "prepare_for_kbit_training": True}
 SELECTIVE = {"selective_checkpointing": True}
 FP32 = {"dtype": "float32"}
-EAGER = {"attn_implementation": "eager"}
 PACKED = {**QLORA, "packing": True}
 CASES: list[Case] = [
     # Every family with every method, and with either way to keep or recompute its layers.
@@ -88,9 +87,10 @@ CASES: list[Case] = [
     ("llama", {**QLORA, **KEPT, "target_modules": SUBSET}),
     ("granite", {**LORA, **KEPT, "target_modules": SUBSET}),
     # Nothing asks for gradients before the first adapter of the first layer.
-    ("granite", {**LORA, **KEPT, "target_modules": ("gate_proj", "up_proj", "down_proj")}),
-    ("qwen3", {**LORA, **KEPT, "target_modules": ("o_proj",)}),
-    ("llama", {**QLORA, **KEPT, **EAGER, "target_modules": ("v_proj",)}),
+    *(
+        ("llama_unshared", {**LORA, **FP32, **KEPT, "target_modules": names})
+        for names in (("gate_proj", "up_proj", "down_proj"), ("o_proj",), ("v_proj",))
+    ),
     ("llama", {**QLORA, "checkpointed_layers": 2}),
     ("llama", {**QLORA, **DORA, **KEPT}),
     ("llama", {**LORA, **DORA}),
@@ -135,8 +135,7 @@ def predict(family: str, setup: TrainingSetup) -> tuple[StepTimeline, ModelSpec,
     run = TrainingRun(setup=setup, model=spec)
     live = live_memory(run, gpu=None, coefficients=coefficients_for(None, EXPANDABLE), allocator=EXPANDABLE)
     timeline = live.timeline
-    mask_width = run.storage.width if run.attention == "eager" else 1
-    masks = len(run.mask_windows) * timeline.shape.scores * mask_width
+    masks = len(run.mask_windows) * timeline.shape.scores
     tables = live.resident.tables_bytes - INPUT_BYTES_PER_TOKEN * setup.tokens_per_micro_step
     if family == "olmo2":
         tables += tables - masks
