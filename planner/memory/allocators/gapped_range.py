@@ -79,7 +79,7 @@ class GappedRange:
             piece.known[state] = _After(self.holes.copy(), self.size_at.copy(), self.start_of.copy(), left)
 
     def _run(self, events: Sequence[int], sizes: Sequence[int], slots: list[int]) -> None:
-        """`take` and `give` for each event, in one loop over local names but where memory may be mapped."""
+        """`take` and `give` for each event, in one loop over local names unless memory has to be mapped."""
         holes, size_at, start_of, unmapped = self.holes, self.size_at, self.start_of, self.unmapped
         for event in events:
             if event >= 0:
@@ -87,9 +87,12 @@ class GappedRange:
                 index = bisect_left(holes, size << SHIFT)
                 entry = holes[index] if index < len(holes) else 0
                 found, address = entry >> SHIFT, entry & ADDRESS
-                if not entry or address + found in unmapped:
+                if not entry:
                     slots[event] = self.take(size)
                     continue
+                if address + found in unmapped:
+                    index = self._best(index)
+                    found, address = holes[index] >> SHIFT, holes[index] & ADDRESS
                 slots[event] = address
                 del holes[index], size_at[address]
                 if found > size:

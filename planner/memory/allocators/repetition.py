@@ -73,6 +73,11 @@ class Repetition:
         # For each size that was asked for the last free block that served it; 0 where only the largest or the
         # end did.
         self._served: dict[int, int] = {}
+        # The state in which it came last, which says all, with where the regions then were.
+        self._given = piece.given
+        self._state: tuple[list[int], int, list[int]] | None = None
+        self._found_at: list[int] = []
+        self._grown = 0
         given = [(slots[block], piece.sizes[block], block) for block in piece.given]
         fresh = self._run(space, piece, slots)
         self._settle(given)
@@ -209,6 +214,10 @@ class Repetition:
     def again(self, space: Space, slots: list[int]) -> bool:
         """Do the same once more; false, and nothing done, where something else would happen."""
         holes = space.holes
+        state = [slots[block] for block in self._given], space.top, holes
+        if state == self._state:
+            self._apply(space, slots, self._found_at, self._grown)
+            return True
         starts = self._found(space, slots)
         if starts is None or not self._touch_the_same(space, starts):
             return False
@@ -222,6 +231,8 @@ class Repetition:
                 index += 1
             if index < len(holes) and (region < 0 or holes[index] < size | starts[region] + offset):
                 return False
+        self._state = (*state[:2], holes.copy())
+        self._found_at, self._grown = starts, grown
         self._apply(space, slots, starts, grown)
         return True
 

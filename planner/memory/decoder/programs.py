@@ -20,8 +20,8 @@ class SizedProgram:
     """A layer's program with the sizes of its blocks in the allocator's units, and its passes, each made when
     it is first asked for: an allocator remembers on them what they did.
 
-    `passes` are those that programs with blocks of the same sizes have made, by their events: micro-steps that
-    accumulate have the same forward pass as others, and so have layers that differ in their window alone.
+    `passes` are those that programs with blocks of the same sizes have made, by their events: micro-steps
+    that accumulate have the forward pass of others, and so have layers that differ in their window alone.
     """
 
     program: Program
