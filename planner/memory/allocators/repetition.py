@@ -50,10 +50,11 @@ class Space(Protocol):
 
 
 def worth_recording(piece: Piece) -> bool:
-    """Whether a pass may come in the same way again: the more seldom it is recorded, the more often in a row
-    it has come otherwise.
+    """Whether a pass may come in the same way again: hardly as the first time, when no layer lies before it,
+    and the more seldom it is recorded, the more often in a row it has come otherwise.
     """
-    return len(piece.events) >= FEW and piece.missed & (piece.missed - 1) == 0
+    often = piece.missed
+    return len(piece.events) >= FEW and often > 1 and often & (often - 1) == 0
 
 
 class Repetition:
