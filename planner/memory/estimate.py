@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
@@ -11,7 +10,7 @@ from planner.memory.allocators.native import OutOfAddressesError
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.decoder.groups import layer_groups
 from planner.memory.held.embedding import embedding_scratch_bytes
-from planner.memory.held.head import HeadMemory, head_memory, head_shape
+from planner.memory.held.head import head_memory, head_shape
 from planner.memory.layers.norms import norm_saves_input
 from planner.memory.measured.coefficients import Coefficients, ReserveTerms, basis_of, interval_kind
 from planner.memory.measured.files import coefficients_for
@@ -53,7 +52,7 @@ def estimate_memory(
     measured = coefficients or coefficients_for(gpu_name, allocator)
     live = live_memory(run, gpu=gpu, coefficients=measured, allocator=allocator)
     resident, timeline, step = live.resident, live.timeline, live.peak
-    evaluation = timeline.forward_only(_head(run, timeline.final_norm.output_width, evaluating=True))
+    evaluation = timeline.forward_only()
     terms = _reserve_terms(resident, timeline)
     replayed = None
     context = measured.context_of(run.setup)
@@ -123,10 +122,6 @@ def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:
     )
 
 
-def _head(run: TrainingRun, hidden_width: int, *, evaluating: bool = False) -> HeadMemory:
-    return head_memory(head_shape(run, hidden_width), evaluating=evaluating)
-
-
 def _timeline(run: TrainingRun) -> StepTimeline:
     groups, final_norm = layer_groups(run)
     shape, model = run.micro_step, run.model
@@ -134,14 +129,14 @@ def _timeline(run: TrainingRun) -> StepTimeline:
     last = max(groups, key=lambda group: group.indices[-1])
     leaving = last.memory.output_width
     # Counted by the final norm where that saves them.
-    counted = norm_saves_input(replace(last.knobs, stream_width=leaving))
+    counted = norm_saves_input(last.knobs, leaving)
     return StepTimeline(
         groups=groups,
         offloads=run.setup.activation_offloading,
         stash=run.stack.offload_stash,
         raw_embedding=run.keeps_raw_embedding,
         final_norm=final_norm,
-        head=_head(run, final_norm.output_width),
+        head=head_memory(head_shape(run, final_norm.output_width)),
         trained=run.trained,
         embedding_gradient_bytes=embedding,
         embedding_scratch_bytes=embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),

@@ -64,7 +64,7 @@ def test_head_memory_grows_with_tokens_not_vocabulary() -> None:
             tile_tokens=TRL.head_tokens,
             tile_vocabulary=TRL.head_vocabulary,
         )
-        return head_memory(shape, evaluating=False).backward_bytes
+        return head_memory(shape).backward_bytes
 
     assert backward(4096, 32_000) == backward(4096, 256_000)
     # Beyond one tile of tokens only the hidden states' copies and their fp32 gradient grow: 8 bytes each.

@@ -121,7 +121,7 @@ def final_norm_memory(layer: LayerSpec, knobs: LayerKnobs) -> LayerMemory:
     Where it saves the hidden states themselves they count here, else in the timeline while they last.
     """
     tape = Tape(saves=True)
-    counted = layer.hidden_size * knobs.stream_width if norm_saves_input(knobs) else 0
+    counted = layer.hidden_size * knobs.stream_width if norm_saves_input(knobs, knobs.stream_width) else 0
     hidden = Value(tape.tokens(counted), True, knobs.stream_width)
     output = norm(tape, layer, knobs, hidden, layer.hidden_size)
     tape.free(output.buffer, hidden.buffer)

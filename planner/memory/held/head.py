@@ -92,7 +92,7 @@ def head_shape(run: TrainingRun, hidden_width: int) -> HeadShape:
     )
 
 
-def head_memory(shape: HeadShape, *, evaluating: bool) -> HeadMemory:
+def head_memory(shape: HeadShape) -> HeadMemory:
     """Memory of the head for a micro-step, every label counted.
 
     Forward holds the normed hidden states, a copy of the rows that have a label and one tile. Backward holds
@@ -103,8 +103,6 @@ def head_memory(shape: HeadShape, *, evaluating: bool) -> HeadMemory:
     weight = shape.hidden_size * shape.vocab_size
     statistics = ROW_STATISTICS * shape.rows * FP32
     forward = normed + selected + shape.tile_bytes + shape.forward_cast_bytes + statistics
-    if evaluating:
-        return HeadMemory(forward_bytes=forward, backward_bytes=0, gradient_bytes=0)
     gradient = shape.rows * shape.hidden_size * FP32
     narrow = selected if shape.hidden_width != FP32 else 0
     backward = selected + gradient + shape.tile_bytes + max(narrow, shape.backward_cast_bytes)

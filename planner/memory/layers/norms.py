@@ -16,9 +16,9 @@ NORM_SCRATCH_WIDTH = 2 * FP32
 (seen in traces llama_f and qwen3_f)."""
 
 
-def norm_saves_input(knobs: LayerKnobs) -> bool:
-    """Whether what a norm saves is its input itself, and not an fp32 copy of it."""
-    return knobs.liger or knobs.stream_width == FP32
+def norm_saves_input(knobs: LayerKnobs, width: int) -> bool:
+    """Whether what a norm saves is its input itself, of that width, and not an fp32 copy of it."""
+    return knobs.liger or width == FP32
 
 
 def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *, groups: int = 1) -> Value:

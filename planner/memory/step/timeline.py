@@ -112,7 +112,7 @@ class StepTimeline:
             gradient_bytes=self._all_gradients,
         )
 
-    def forward_only(self, head: HeadMemory) -> StepMoment:
+    def forward_only(self) -> StepMoment:
         """The peak of a forward pass that keeps nothing (evaluation)."""
         shape = self.shape
         hidden = 2 * shape.hidden_bytes_per_token * shape.tokens
@@ -122,14 +122,14 @@ class StepTimeline:
             if size > live + workspace:
                 workspace = int(moment[WORKSPACE].at(shape.tokens, shape.scores))
                 live = int(size) - workspace
-        if head.forward_bytes > live + workspace + hidden:
+        if self.head.forward_bytes > live + workspace + hidden:
             return StepMoment(
                 name="output head",
                 kept_bytes=0,
                 live_bytes=0,
                 workspace_bytes=0,
                 gradient_bytes=0,
-                head_bytes=head.forward_bytes,
+                head_bytes=self.head.forward_bytes,
             )
         return StepMoment(
             name="forward of a decoder layer",
