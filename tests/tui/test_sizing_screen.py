@@ -53,7 +53,12 @@ def shown_text(pilot: Pilot[None]) -> str:
 
 
 async def type_into(pilot: Pilot[None], field: str, text: str) -> None:
-    await type_into_without_waiting(pilot, field, text)
+    """As pasted: typed, each character would be answered."""
+    knob = screen_of(pilot).query_one(f"#knob-{field}", Input)
+    knob.focus()
+    await pilot.pause()
+    knob.value = text
+    await pilot.pause()
     await settle(pilot)
 
 
