@@ -22,6 +22,7 @@ from planner.memory.allocators.native import (
 from planner.memory.allocators.passes import Pass
 from planner.memory.allocators.repetition import Repetition
 from planner.memory.step.offload import OffloadReplay
+from planner.memory.tape.events import free
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 from tests.unit.expandable_reference import Reference
 
@@ -199,6 +200,12 @@ def test_a_copy_goes_its_own_way() -> None:
 def test_a_request_beyond_all_addresses_is_refused() -> None:
     with pytest.raises(OutOfAddressesError):
         ExpandableAllocator().allocate(2**44)
+
+
+def test_a_pass_is_refused_before_it_frees_what_lies_beyond_all_addresses() -> None:
+    units = [2**36, 5000, 5000, 4000]
+    with pytest.raises(OutOfAddressesError):
+        ExpandableAllocator().run((0, 1, 2, free(1), 3), units, [0] * len(units))
 
 
 def test_an_allocator_is_made_by_its_name_and_streams_have_the_same_kind() -> None:

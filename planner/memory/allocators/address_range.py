@@ -126,6 +126,7 @@ class AddressRange:
         """`take` and `give` for each event, in one loop over local names: a plan replays some 100,000."""
         holes, size_at, start_of = self.holes, self.size_at, self.start_of
         top = highest = self.top
+        limit = self.start + RANGE_UNITS
         for event in events:
             if event >= 0:
                 size = sizes[event]
@@ -135,6 +136,8 @@ class AddressRange:
                     top += size
                     if top > highest:
                         highest = top
+                        if top > limit:
+                            raise OutOfAddressesError
                     continue
                 entry = holes.pop(index)
                 address, found = entry & ADDRESS, entry >> SHIFT
