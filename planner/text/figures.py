@@ -182,7 +182,7 @@ def columns(
     for at, (title, kind) in enumerate(zip(titles, kinds, strict=True)):
         justify: Literal["left", "right"] = "right" if kind == "number" else "left"
         width = broken[at] if kind == "number" and breaks else None
-        unbroken = kind == "name" and whole_names or kind == "number" and not breaks
+        unbroken = (kind == "name" and whole_names) or (kind == "number" and not breaks)
         table.add_column(title, justify=justify, width=width, no_wrap=unbroken, overflow="fold")
     for row in cells:
         table.add_row(*row)
