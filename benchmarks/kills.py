@@ -4,12 +4,15 @@ Runs of the demo model are killed with SIGKILL at random moments and at random f
 the trainer, or all of the run's processes. After each kill the newest whole checkpoint must be at least the
 last that the run told of, no folder named as a checkpoint may be partial, and the run must go on from there.
 What a run ends with is compared bit by bit with a run that nobody killed.
-Writes benchmarks/results/kills.json.
+Writes benchmarks/results/kills.json after each run, and goes on from there when it is started again with the
+same seed on the same launcher.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -19,12 +22,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import write_result
+from benchmarks.results import FOLDER, write_result
 from launcher.runs import sampler, supervisor
 from launcher.runs.attempts import add_attempt, read_attempts
 from launcher.runs.events import CheckpointEvent, LogEvent
@@ -35,6 +38,7 @@ from tests.faults import kill_points
 from tests.faults.small_runs import SETUP, code_of, differences, events_of, make_run, start, trained
 
 KILLS = 200
+PROJECT = Path(__file__).resolve().parents[1]
 EXAMPLES, EPOCHS, SAVE_STEPS = 9, 2.0, 2
 """Ten steps of two examples, the last of each epoch of one; a checkpoint every other step and at the end."""
 STEPS = 10
@@ -53,42 +57,50 @@ AT_A_FILE = 0.7
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the kills; `kills` are those of trainers."""
+    """What came of the kills; `trainers_killed` does not count those of a sampler alone. As JSON it is the
+    benchmark's result, from which it goes on.
+    """
 
-    kills: int = 0
+    seed: int
+    launcher_sha256: str
+    trainers_killed: int = 0
+    killed: Counter[str] = field(default_factory=Counter)
+    killed_amid: Counter[str] = field(default_factory=Counter)
+    resumed_from_a_checkpoint: int = 0
+    begun_anew_without_one: int = 0
+    partial_folders_named_as_checkpoints: list[str] = field(default_factory=list)
+    checkpoints_told_and_not_there: int = 0
+    steps_done_again: Counter[str] = field(default_factory=Counter)
     runs_finished: int = 0
-    identical: int = 0
-    not_identical: list[str] = field(default_factory=list)
-    resumed: int = 0
-    begun_anew: int = 0
-    broken: list[str] = field(default_factory=list)
-    lost_checkpoints: int = 0
-    steps_done_again: Counter[int] = field(default_factory=Counter)
-    amid: Counter[str] = field(default_factory=Counter)
-    targets: Counter[str] = field(default_factory=Counter)
+    bit_identical_to_the_uninterrupted_run: int = 0
+    different: list[str] = field(default_factory=list)
+    seconds: float = 0
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether all went on, and ended as it should."""
+        identical = self.bit_identical_to_the_uninterrupted_run
+        return identical == self.runs_finished and not self.partial_folders_named_as_checkpoints
 
 
-def kill_runs(root: Path, kills: int, seed: int, tell: Callable[[str], None] = print) -> Tally:
-    """Kill runs below `root` until that many kills are done and the last run has ended."""
-    chance, tally = random.Random(seed), Tally()
-    whole = make_run(root, name="whole", **RUN)
+def kill_runs(root: Path, kills: int, tally: Tally, done: Callable[[Tally], None]) -> None:
+    """Kill runs below `root` until `tally` has that many kills; `done` is told of each run that has ended."""
     begun = time.monotonic()
+    whole = make_run(root, name="whole", **RUN)
     assert trained(whole, functools.partial(kill_points.dies_at, 0)) == 0
     life = time.monotonic() - begun
     operations = whole.log("trainer").read_text().count("operation ")
-    number = 0
-    while tally.kills < kills:
-        number += 1
+    while tally.trainers_killed < kills:
+        number = tally.runs_finished + 1
+        chance = random.Random(f"{tally.seed} {number}")
         run = make_run(root, name=f"run-{number}", **RUN)
-        while True:
-            ended = _live(run, chance, tally, life, operations if tally.kills < kills else 0)
-            if ended:
-                break
+        while not _live(run, chance, tally, life, operations if tally.trainers_killed < kills else 0):
             _resume(run, tally)
-            tell(f"{tally.kills} kills, {tally.runs_finished} runs finished, {len(tally.broken)} broken")
         _compare(run, whole, tally)
         shutil.rmtree(run.path)
-    return tally
+        begun, seconds = time.monotonic(), time.monotonic() - begun
+        tally.seconds = round(tally.seconds + seconds)
+        done(tally)
 
 
 def _live(run: RunFolder, chance: random.Random, tally: Tally, life: float, operations: int) -> bool:
@@ -111,11 +123,11 @@ def _live(run: RunFolder, chance: random.Random, tally: Tally, life: float, oper
     code = code_of(trainer)
     watcher.join(60)
     if target == "sampler":
-        tally.targets[target] += 1
+        tally.killed[target] += 1
     if code == -signal.SIGKILL:
-        tally.kills += 1
-        tally.targets[target] += 1
-        tally.amid[_moment(run)] += 1
+        tally.trainers_killed += 1
+        tally.killed[target] += 1
+        tally.killed_amid[_moment(run)] += 1
     return _ended(code, run)
 
 
@@ -147,16 +159,16 @@ def _resume(run: RunFolder, tally: Tally) -> None:
     """Go on as `vramwise runs resume` does, in a forked trainer."""
     if not read_attempts(run.attempts):
         # Killed before it had begun, and started here by nobody who would have said so.
-        tally.begun_anew += 1
+        tally.begun_anew_without_one += 1
         return
     plan = resumption.prepare(run, resumption.ResumeWish())
-    tally.broken += plan.broken
+    tally.partial_folders_named_as_checkpoints += plan.broken
     told = max((event.step for event in events_of(run, CheckpointEvent)), default=0)
     done = max((event.step for event in events_of(run, LogEvent)), default=0)
-    tally.lost_checkpoints += plan.attempt.from_step < told
-    tally.steps_done_again[max(0, done - plan.attempt.from_step)] += 1
-    tally.resumed += plan.attempt.from_step > 0
-    tally.begun_anew += plan.attempt.from_step == 0
+    tally.checkpoints_told_and_not_there += plan.attempt.from_step < told
+    tally.steps_done_again[str(max(0, done - plan.attempt.from_step))] += 1
+    tally.resumed_from_a_checkpoint += plan.attempt.from_step > 0
+    tally.begun_anew_without_one += plan.attempt.from_step == 0
     fingerprint.write(run, plan.fingerprint)
     add_attempt(run.attempts, plan.attempt)
 
@@ -167,40 +179,60 @@ def _compare(run: RunFolder, whole: RunFolder, tally: Tally) -> None:
     states = [checkpoints.path_of(one.checkpoints, last) for one in (whole, run)]
     different = [*differences(whole.adapter, run.adapter), *differences(*states)]
     partial = [path.name for path in run.path.rglob(".*") if path.name in (".saving", ".removed")]
-    tally.identical += not different and not partial
-    tally.not_identical += [f"{run.path.name}: {name}" for name in (*different, *partial)]
+    tally.bit_identical_to_the_uninterrupted_run += not different and not partial
+    tally.different += [f"{run.path.name}: {name}" for name in (*different, *partial)]
 
 
-def result(tally: Tally, seed: int, seconds: float) -> dict[str, Any]:
+def result(tally: Tally) -> dict[str, Any]:
     """The benchmark's JSON."""
     return {
         "what": "SIGKILL at random moments and at random file operations of saves, and resumptions",
         "run": f"demo model, {EXAMPLES} examples, {EPOCHS:g} epochs, dropout, saved every {SAVE_STEPS} steps",
-        "seed": seed,
-        "trainers_killed": tally.kills,
-        "killed": dict(sorted(tally.targets.items())),
-        "killed_amid": dict(sorted(tally.amid.items())),
-        "resumed_from_a_checkpoint": tally.resumed,
-        "begun_anew_without_one": tally.begun_anew,
-        "partial_folders_named_as_checkpoints": tally.broken,
-        "checkpoints_told_and_not_there": tally.lost_checkpoints,
-        "steps_done_again": {str(steps): count for steps, count in sorted(tally.steps_done_again.items())},
-        "runs_finished": tally.runs_finished,
-        "bit_identical_to_the_uninterrupted_run": tally.identical,
-        "different": tally.not_identical,
-        "seconds": round(seconds),
+        **{
+            field.name: dict(sorted(value.items())) if isinstance(value, Counter) else value
+            for field in fields(Tally)
+            for value in [getattr(tally, field.name)]
+        },
     }
 
 
+def begun_tally(path: Path, seed: int) -> Tally:
+    """What was counted before with this seed on this launcher; else nothing yet."""
+    fresh = Tally(seed=seed, launcher_sha256=_launcher_digest())
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return fresh
+    if (values["seed"], values.get("launcher_sha256")) != (seed, fresh.launcher_sha256):
+        return fresh
+    for one in fields(Tally):
+        value = values[one.name]
+        setattr(fresh, one.name, Counter(value) if isinstance(value, dict) else value)
+    return fresh
+
+
+def _launcher_digest() -> str:
+    """Of all modules that a run consists of."""
+    digest = hashlib.sha256()
+    for folder in ("runs", "training"):
+        for path in sorted((PROJECT / "launcher" / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _tell(tally: Tally) -> None:
+    write_result("kills", result(tally))
+    print(f"{tally.trainers_killed} kills, {tally.runs_finished} runs finished", flush=True)
+
+
 def main(arguments: list[str]) -> int:
-    """Run the benchmark and write its result."""
+    """Run the benchmark, and write its result."""
     kills = int(arguments[0]) if arguments else KILLS
     seed = int(arguments[1]) if len(arguments) > 1 else 0
-    begun = time.monotonic()
+    tally = begun_tally(FOLDER / "kills.json", seed)
     with tempfile.TemporaryDirectory() as folder:
-        tally = kill_runs(Path(folder), kills, seed)
-    write_result("kills", result(tally, seed, time.monotonic() - begun))
-    return 0 if tally.identical == tally.runs_finished and not tally.broken else 1
+        kill_runs(Path(folder), kills, tally, _tell)
+    return 0 if tally.is_clean else 1
 
 
 if __name__ == "__main__":

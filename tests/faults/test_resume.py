@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kills import SAVE_STEPS, kill_runs
+from benchmarks.kills import SAVE_STEPS, Tally, kill_runs
 from launcher import cli
 from launcher.runs import supervisor
 from launcher.runs.attempts import as_trained
@@ -173,13 +173,15 @@ def test_without_checkpoints_none_is_written(tmp_path: Path) -> None:
 
 
 def test_twenty_random_kills_lose_nothing_that_was_saved(tmp_path: Path) -> None:
-    tally = kill_runs(tmp_path, kills=20, seed=1, tell=lambda text: None)
-    assert tally.kills >= 20
-    assert tally.broken == []
-    assert tally.lost_checkpoints == 0
-    assert tally.not_identical == []
-    assert tally.identical == tally.runs_finished > 0
-    assert max(tally.steps_done_again) <= SAVE_STEPS
+    tally = Tally(seed=1, launcher_sha256="")
+    told: list[int] = []
+    kill_runs(tmp_path, 20, tally, lambda so_far: told.append(so_far.runs_finished))
+    assert tally.trainers_killed >= 20
+    assert tally.partial_folders_named_as_checkpoints == []
+    assert tally.checkpoints_told_and_not_there == 0
+    assert tally.different == []
+    assert tally.bit_identical_to_the_uninterrupted_run == tally.runs_finished == len(told) > 0
+    assert max(map(int, tally.steps_done_again)) <= SAVE_STEPS
 
 
 def test_the_command_goes_on_with_a_run_that_was_killed(

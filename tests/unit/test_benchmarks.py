@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chat, measure, referee, rivals
+from benchmarks import chat, kills, measure, referee, rivals
 from benchmarks.measured import capped_target, environment, memory_cap_bytes, same_run, tokens_per_second
 from benchmarks.rival_setups import device_seconds
 from launcher.measuring.profile import Profile, profile_line, read_profiles
@@ -300,3 +300,15 @@ def test_chat_rates_are_compared_with_the_better_of_the_padded_batches_that_ran(
     assert over("ok")[chat.PLAN] == 4.0
     assert over("ok", 800.0)[chat.PLAN] == 5.0
     assert over("oom")[chat.PLAN] == 5.0
+
+
+def test_kills_are_counted_on_from_where_they_were_on_the_same_launcher_alone(tmp_path: Path) -> None:
+    path = tmp_path / "kills.json"
+    tally = kills.begun_tally(path, seed=3)
+    tally.trainers_killed, tally.runs_finished = 7, 2
+    tally.killed_amid["training"] += 7
+    path.write_text(json.dumps({**kills.result(tally), "machine": {"cores": 2}}))
+    assert kills.begun_tally(path, seed=3) == tally
+    assert kills.begun_tally(path, seed=4).trainers_killed == 0
+    path.write_text(json.dumps({**kills.result(tally), "launcher_sha256": "another"}))
+    assert kills.begun_tally(path, seed=3).trainers_killed == 0
