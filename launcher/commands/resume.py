@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.commands.interrupts import sigterm_as_ctrl_c
+from launcher.commands.waiting import see_that_a_run_can_go_on
 from planner.base.errors import InputError
 from planner.commands.program import StoreOnce, real_number, say, whole_number
 
@@ -24,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--accept-changes", str, "KINDS", "go on although these changed: data, model, versions"),
     ):
         asked.add_argument(flag, action=StoreOnce, type=kind, metavar=metavar, help=text)
+    asked.add_argument(
+        "--wait", action="store_true", help="wait for the GPU, and for memory that others hold"
+    )
 
 
 def refuse_arguments(args: argparse.Namespace) -> None:
@@ -32,8 +37,8 @@ def refuse_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: something is.
     """
-    for name in ("epochs", "max_steps", "accept_changes"):
-        if getattr(args, name) is not None:
+    for name in ("epochs", "max_steps", "accept_changes", "wait"):
+        if getattr(args, name) not in (None, False):
             raise InputError(f"--{name.replace('_', '-')} is for runs resume")
 
 
@@ -43,6 +48,7 @@ def run(path: Path, args: argparse.Namespace) -> int:
     Raises:
         InputError: the run cannot go on, or not like this.
         RunBusyError: it is running.
+        GpuBusyError, GpuFullError: its GPU is not free, and nobody wants to wait.
         MissingExtraError: the training stack is not installed.
     """
     from launcher.runs import stack
@@ -57,6 +63,10 @@ def run(path: Path, args: argparse.Namespace) -> int:
     )
     folder = RunFolder(path.resolve())
     plan = resumption.prepare(folder, wish)
+    with sigterm_as_ctrl_c():
+        if see_that_a_run_can_go_on(folder, plan.attempt, wait=args.wait):
+            # Meanwhile somebody may have gone on with it, or changed its data.
+            plan = resumption.prepare(folder, wish)
     for reason in plan.broken:
         say(f"not a whole checkpoint: {reason}")
     step = plan.attempt.from_step

@@ -17,6 +17,7 @@ from launcher.commands.interrupts import sigterm_as_ctrl_c
 from launcher.commands.runs_folder import add_runs_option, refuse_taken, run_name, runs_root
 from launcher.commands.saved_plan import plan_for_here, take_saved_plan
 from launcher.commands.saving import add_saving, saving_in_words, saving_wish
+from launcher.commands.waiting import is_full, see_that_the_gpu_is_free, waited_for_room
 from launcher.runs import stack
 from launcher.runs.trackers import TRACKERS, checked, require
 from planner.answers.plan import Plan
@@ -74,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--assistant-only-loss", action="store_true", help="learn the assistant's turns only")
     parser.add_argument("--full", action="store_true", help="print all that is known of the plan")
-    parser.add_argument("--wait", action="store_true", help="wait for the end of a run on the same GPU")
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait for the end of a run on the same GPU, and for memory that other processes hold",
+    )
     add_knobs(parser)
 
 
@@ -102,7 +107,8 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
     plan, wish = _planned(args, saved, on_gpu=on_gpu)
     if not on_gpu:
         say(f"no NVIDIA GPU here: planned for {plan.gpu.text}, trained on this machine's CPU")
-    if not plan.fits:
+    full = on_gpu and is_full(plan)
+    if full or not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
 
@@ -118,14 +124,14 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
 
 
 def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> tuple[Plan, JobWish]:
-    """The plan, made here or saved before, shown; and what is asked beside it."""
-    from planner.planning.make_plan import make_plan
-
+    """The plan, made here or saved before, shown; and what is asked beside it. With --wait it is that of the
+    moment in which the GPU has room for it.
+    """
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
     request = request_from(args) if saved is None else saved.request
     if on_gpu:
-        _see_that_the_gpu_is_free(request, wait=args.wait)
+        see_that_the_gpu_is_free(request, wait=args.wait)
     model, source = _find_model(args)
     _find_data(args)
     request = dataclasses.replace(request, data=args.data)
@@ -134,12 +140,29 @@ def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> t
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
     wish = _wish(args, source)
     stats = _measured_stats(wish)
-    if saved is None:
-        plan = make_plan(request, model=model, stats=stats, whole=args.full)
-    else:
-        plan = plan_for_here(saved, name=args.model, model=model, stats=stats, data=args.data, on_gpu=on_gpu)
+    while True:
+        plan = _plan_of(args, saved, request, model, stats, on_gpu=on_gpu)
+        if not (on_gpu and args.wait and waited_for_room(plan)):
+            break
+        see_that_the_gpu_is_free(request, wait=True)
     _show(plan, full=args.full)
     return plan, wish
+
+
+def _plan_of(
+    args: argparse.Namespace,
+    saved: Plan | None,
+    request: PlanRequest,
+    model: ModelSpec,
+    stats: DatasetStats,
+    *,
+    on_gpu: bool,
+) -> Plan:
+    from planner.planning.make_plan import make_plan
+
+    if saved is None:
+        return make_plan(request, model=model, stats=stats, whole=args.full)
+    return plan_for_here(saved, name=args.model, model=model, stats=stats, data=args.data, on_gpu=on_gpu)
 
 
 def _dry_run(root: Path, plan: Plan, wish: JobWish, name: str | None) -> int:
@@ -176,24 +199,6 @@ def _has_gpu() -> bool:
         return bool(local_gpus())
     except NoGpuError:
         return False
-
-
-def _see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool) -> None:
-    """Before planning, which counts what others hold of the GPU.
-
-    Raises:
-        GpuBusyError: another run trains on it, and nobody wants to wait.
-    """
-    from launcher.runs.minding import gpu_lock
-    from planner.gpus.target import resolve_gpu
-
-    uuid = gpu_lock.gpu_at(resolve_gpu(request.gpu, display=request.display).position or 0)
-    if uuid is None:
-        return
-    if wait:
-        gpu_lock.wait_for_gpu(uuid, say)
-    else:
-        gpu_lock.refuse_busy_gpu(uuid)
 
 
 def _find_model(args: argparse.Namespace) -> tuple[ModelSpec, str]:

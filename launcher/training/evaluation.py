@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from launcher.runs.kept.checkpoints import path_of
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import METRIC
 
@@ -102,12 +103,11 @@ def protected_steps(state: TrainerState) -> frozenset[int]:
 
 
 def best_checkpoint(state: TrainerState, checkpoints: Path) -> BestCheckpoint | None:
-    """The best checkpoint under `checkpoints`; None without evaluation, or where it is not there."""
+    """The best checkpoint, where it is under `checkpoints` if it is there; None without evaluation."""
     step, loss = state.best_global_step, state.best_metric
     if not step or loss is None:
         return None
-    path = checkpoints / f"checkpoint-{step}"
-    return BestCheckpoint(step=int(step), loss=float(loss), path=path) if path.is_dir() else None
+    return BestCheckpoint(step=int(step), loss=float(loss), path=path_of(checkpoints, int(step)))
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from textual.widgets import HelpPanel
 
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import model_source
+from launcher.runs.minding.gpu_room import in_the_way
 from launcher.tui import runs, starting
 from launcher.tui.cards import Card
 from launcher.tui.screens.confirm import Confirm
@@ -23,6 +24,7 @@ from launcher.tui.screens.picker import Picker, Remark, Row
 from launcher.tui.screens.run import RunScreen
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.start_run import RunWish, StartRun
+from launcher.tui.screens.waiting import Waiting
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from launcher.tui.themes import DARK, LIGHT, completed
@@ -71,6 +73,15 @@ class VramwiseApp(App[None]):
         def __init__(self, message: str, sizing: Sizing, wish: RunWish) -> None:
             super().__init__()
             self.message = message
+            self.sizing = sizing
+            self.wish = wish
+
+    class GpuNotFree(Message):
+        """A run can start once its GPU is free."""
+
+        def __init__(self, error: starting.NotFreeError, sizing: Sizing, wish: RunWish) -> None:
+            super().__init__()
+            self.error = error
             self.sizing = sizing
             self.wish = wish
 
@@ -159,6 +170,8 @@ class VramwiseApp(App[None]):
         try:
             started = starting.start(sizing, wish, allow_download=self.allow_download)
             self.post_message(self.RunStarted(started))
+        except starting.NotFreeError as error:
+            self.post_message(self.GpuNotFree(error, sizing, wish))
         except VramwiseError as error:
             self.post_message(self.RunRefused(str(error), sizing, wish))
         except OSError as error:
@@ -173,6 +186,16 @@ class VramwiseApp(App[None]):
     def _say_refused(self, event: RunRefused) -> None:
         self.clear_notifications()
         self._ask_wish(event.sizing, wish=event.wish, refusal=event.message)
+
+    @on(GpuNotFree)
+    def _wait_for_gpu(self, event: GpuNotFree) -> None:
+        """Wait in sight of the person, who may go back to the form; then start, as was wished."""
+        error, sizing, wish = event.error, event.sizing, event.wish
+        self.clear_notifications()
+        self.push_screen(
+            Waiting(str(error), lambda: in_the_way(error.position, error.need_bytes)),
+            lambda free: self._start(sizing, wish) if free else self._ask_wish(sizing, wish=wish),
+        )
 
     def runs_that_go_on(self) -> tuple[RunFolder, ...]:
         """Runs that were started or followed here and whose trainer is alive."""

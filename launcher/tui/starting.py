@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.runs import stack, supervisor
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
+from launcher.runs.minding.gpu_lock import GpuBusyError
+from launcher.runs.minding.gpu_room import in_the_way
 from launcher.runs.weights import require_weights
 from launcher.tui.command_line import request_of
 from launcher.tui.screens.start_run import RunWish
@@ -16,6 +19,17 @@ from planner.answers.plan import Plan
 from planner.base.errors import InputError
 from planner.data.files import on_this_machine
 from planner.planning.make_plan import make_plan
+
+
+class NotFreeError(InputError):
+    """The GPU at `position` is not free: another run trains on it, or, where `need_bytes` is known, others
+    hold memory that the run needs.
+    """
+
+    def __init__(self, message: str, position: int, need_bytes: int | None) -> None:
+        self.position = position
+        self.need_bytes = need_bytes
+        super().__init__(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +56,7 @@ def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Sta
     """Write job.json and plan.json into a new run folder and start trainer and sampler.
 
     Raises:
+        NotFreeError: the GPU is not free, which may be waited for; nothing was made.
         VramwiseError: the job is not possible, its weights or data are not on this machine and may not be
             fetched, or the processes cannot be started.
     """
@@ -56,8 +71,22 @@ def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Sta
         max_steps=wish.max_steps,
         allow_download=allow_download,
     )
-    folder = create_planned_run(wish.runs, _plan(sizing, wish), job)
-    return Started(folder, supervisor.start(folder.path))
+    position = sizing.card.target.position or 0
+    _refuse_what_is_not_free(position, None)
+    plan = _plan(sizing, wish)
+    _refuse_what_is_not_free(position, plan.memory.peak_upper_bytes)
+    folder = create_planned_run(wish.runs, plan, job)
+    try:
+        return Started(folder, supervisor.start(folder.path))
+    except GpuBusyError as error:
+        # Taken since it was looked at.
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise NotFreeError(str(error), position, None) from error
+
+
+def _refuse_what_is_not_free(position: int, need_bytes: int | None) -> None:
+    if (reason := in_the_way(position, need_bytes)) is not None:
+        raise NotFreeError(reason, position, need_bytes)
 
 
 def _plan(sizing: Sizing, wish: RunWish) -> Plan:

@@ -62,8 +62,8 @@ def start(run: RunFolder, prepare: Callable[[], None] | None = None) -> BaseProc
 
 
 def code_of(trainer: BaseProcess) -> int | None:
-    """Wait for a trainer and return its exit code."""
-    trainer.join(300)
+    """Wait for a trainer, which a hang alone outlasts, and return its exit code."""
+    trainer.join(3000)
     return trainer.exitcode
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher.commands import train
+from launcher.commands.waiting import see_that_the_gpu_is_free
 from launcher.runs import supervisor
 from launcher.runs.folder import RunFolder, create_run_folder
 from launcher.runs.locks import live_pid
@@ -128,11 +128,11 @@ def test_train_asks_before_it_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A plan counts what others hold of the GPU: made before the wait it would be for a smaller one."""
     monkeypatch.setattr(gpu_lock, "gpu_at", lambda position: UUID)
     request = make_request("qwen2.5-0.5b", gpu="16GB")
-    train._see_that_the_gpu_is_free(request, wait=False)
+    see_that_the_gpu_is_free(request, wait=False)
     held = take_gpu(UUID, RunFolder(tmp_path))
     with pytest.raises(GpuBusyError, match="--wait waits"):
-        train._see_that_the_gpu_is_free(request, wait=False)
+        see_that_the_gpu_is_free(request, wait=False)
     threading.Timer(0.5, os.close, (held,)).start()
-    train._see_that_the_gpu_is_free(request, wait=True)
+    see_that_the_gpu_is_free(request, wait=True)
     monkeypatch.setattr(gpu_lock, "gpu_at", lambda position: None)
-    train._see_that_the_gpu_is_free(request, wait=False)
+    see_that_the_gpu_is_free(request, wait=False)

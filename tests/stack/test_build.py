@@ -39,7 +39,12 @@ def make_job(setup: TrainingSetup, **changes: Any) -> TrainingJob:
 
 
 def make_trainer(
-    setup: TrainingSetup, folder: Path, data: TrainingData | None = None, **job: Any
+    setup: TrainingSetup,
+    folder: Path,
+    data: TrainingData | None = None,
+    *,
+    evaluates: bool = False,
+    **job: Any,
 ) -> LaunchedTrainer:
     made = make_job(setup, **job)
     shown = data or dataset.read_dataset(DATA)
@@ -53,7 +58,7 @@ def make_trainer(
         model=build.load_model(setup, MODEL, device=CPU, allow_download=False),
         tokenizer=tokenizer,
         train_dataset=rows.select(range(min(16, len(rows)))),
-        eval_dataset=None,
+        eval_dataset=rows.select(range(2)) if evaluates else None,
         output_dir=folder,
         on_gpu=False,
     )

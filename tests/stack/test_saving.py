@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 
 from launcher.models.inspect import inspect_config
+from launcher.runs.events import WarningEvent
 from launcher.runs.folder import RunFolder
 from launcher.runs.kept import checkpoints
 from launcher.runs.kept.checkpoints import MANIFEST
 from launcher.runs.training_job import TrainingJob
-from launcher.training.callbacks import LaunchedTrainer
+from launcher.training.callbacks import EvaluationStoppedError, LaunchedTrainer
+from launcher.training.evaluation import protected_steps
 from launcher.training.patience import PatientWriter
-from launcher.training.saving import CheckpointSaver, SavingTimes
+from launcher.training.saving import CheckpointSaver, SavingTimes, save_adapter
 from planner.planning.needs import checkpoint_bytes
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
-from tests.stack.test_build import MODEL, make_job, make_setup, make_trainer, trainable
+from tests.stack.test_build import DATA, MODEL, make_job, make_setup, make_trainer, trainable
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +76,129 @@ def test_adapters_in_16_bits_are_loaded_as_they_were_saved(tmp_path: Path) -> No
     for name, parameter in trainable(trainer).items():
         assert parameter.dtype == before[name].dtype
         assert torch.equal(parameter, before[name]), name
+
+
+class Evaluated:
+    """A trainer of four steps, evaluated and saved after each, with losses that a test chooses; a loss of
+    None is an evaluation that a stop breaks off.
+    """
+
+    def __init__(self, folder: Path, losses: tuple[float | None, ...]) -> None:
+        self.folder = RunFolder(folder)
+        self.events: list[Any] = []
+        self._losses = losses
+        setup = make_setup(method="lora", dtype="float32", gradient_checkpointing=False, lora_r=4)
+        self.trainer = make_trainer(
+            setup,
+            self.folder.checkpoints,
+            evaluates=True,
+            eval_data_path=str(DATA),
+            max_steps=4,
+            eval_steps=1,
+            save_steps=1,
+        )
+        self.writer = PatientWriter(
+            write=self.events.append, beat=lambda stage, step: None, stop_requested=lambda: False
+        )
+        protected = lambda: protected_steps(self.trainer.state)  # noqa: E731 (train() makes another state)
+        self.trainer.save_with(CheckpointSaver(self.folder, self.writer, 2, protected=protected))
+        self.trainer.add_callback(SavingTimes(make_job(setup, save_steps=1)))
+        self.trainer.evaluation_loop = self._loop
+
+    def _loop(self, *_: Any, **__: Any) -> EvalLoopOutput:
+        loss = self._losses[self.trainer.state.global_step - 1]
+        if loss is None:
+            raise EvaluationStoppedError("a stop was asked for during the evaluation")
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics={"eval_loss": loss}, num_samples=1)
+
+    @property
+    def best(self) -> tuple[int | None, float | None]:
+        return self.trainer.state.best_global_step, self.trainer.state.best_metric
+
+    def adapter(self) -> Any:
+        return save_adapter(self.folder, self.writer, self.trainer, self.trainer.state.global_step)
+
+    def warnings(self) -> list[str]:
+        return [event.message for event in self.events if isinstance(event, WarningEvent)]
+
+
+def test_the_best_checkpoint_outlives_the_rotation_and_becomes_the_adapter(tmp_path: Path) -> None:
+    run = Evaluated(tmp_path, (2.0, 3.0, 3.5, 4.0))
+    run.trainer.train()
+    assert checkpoints.steps(run.folder.checkpoints) == [1, 3, 4]
+    event = run.adapter()
+    assert (event.step, event.evaluation_loss) == (1, 2.0)
+    best = run.folder.checkpoints / "checkpoint-1" / "adapter_model.safetensors"
+    assert (run.folder.adapter / best.name).read_bytes() == best.read_bytes()
+    assert run.warnings() == []
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "adapter_model.safetensors is cut": lambda path: os.truncate(path / "adapter_model.safetensors", 100),
+    "adapter_model.safetensors is another": lambda path: (path / "adapter_model.safetensors").write_bytes(
+        bytes((path / "adapter_model.safetensors").stat().st_size)
+    ),
+    "adapter_config.json is gone": lambda path: (path / "adapter_config.json").unlink(),
+    "manifest.json is gone, with all of it": shutil.rmtree,
+}
+
+
+def test_a_best_checkpoint_that_is_not_whole_is_named_and_the_last_step_is_saved(tmp_path: Path) -> None:
+    run = Evaluated(tmp_path, (2.0, 3.0, 3.5, 4.0))
+    run.trainer.train()
+    best, whole = run.folder.checkpoints / "checkpoint-1", tmp_path / "whole"
+    last = run.folder.checkpoints / "checkpoint-4" / "adapter_model.safetensors"
+    shutil.copytree(best, whole)
+    for damage, break_it in DAMAGE.items():
+        shutil.rmtree(best, ignore_errors=True)
+        shutil.copytree(whole, best)
+        break_it(best)
+        run.events.clear()
+        event = run.adapter()
+        assert (event.step, event.evaluation_loss) == (4, None), damage
+        (warning,) = run.warnings()
+        assert "the adapter is that of the last step" in warning
+        assert str(best / damage.split()[0]) in warning
+        assert (run.folder.adapter / last.name).read_bytes() == last.read_bytes(), damage
+
+
+def test_an_evaluation_that_was_stopped_leaves_the_best_one_and_ends_the_run(tmp_path: Path) -> None:
+    run = Evaluated(tmp_path, (3.0, 2.0, None, 1.0))
+    run.trainer.train()
+    assert run.trainer.state.global_step == 3
+    assert run.best == (2, 2.0)
+    assert checkpoints.steps(run.folder.checkpoints) == [2, 3]
+    assert run.adapter().step == 2
+    state = TrainerState.load_from_json(run.folder.checkpoints / "checkpoint-3" / "trainer_state.json")
+    assert (state.best_global_step, state.best_metric) == (2, 2.0)
+
+
+@pytest.mark.parametrize("losses", [(math.nan, None), (math.nan, math.inf, 3.0, 4.0), (None,)])
+def test_evaluations_without_a_number_are_never_the_best(
+    tmp_path: Path, losses: tuple[float | None, ...]
+) -> None:
+    run = Evaluated(tmp_path, losses)
+    run.trainer.train()
+    finite = [step for step, loss in enumerate(losses, 1) if loss is not None and math.isfinite(loss)]
+    assert run.best[0] == (finite[0] if finite else None)
+    assert run.adapter().step == (finite[0] if finite else len(losses))
+    assert run.warnings() == []
+
+
+def test_an_evaluation_that_cannot_be_done_leaves_the_best_one_and_its_step_saved(tmp_path: Path) -> None:
+    run = Evaluated(tmp_path, (3.0, 2.0, 1.0, 1.0))
+    loop = run.trainer.evaluation_loop
+
+    def runs_out(*args: Any, **kwargs: Any) -> EvalLoopOutput:
+        if run.trainer.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loop(*args, **kwargs)
+
+    run.trainer.evaluation_loop = runs_out
+    with pytest.raises(torch.OutOfMemoryError):
+        run.trainer.train()
+    assert run.best == (2, 2.0)
+    assert checkpoints.steps(run.folder.checkpoints) == [2, 3]
 
 
 class Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,68 @@ from textual.widgets import Input
 
 from launcher.tui import starting
 from launcher.tui.screens.start_run import RunWish, StartRun
+from launcher.tui.screens.waiting import Waiting
 from launcher.tui.sizing import Sizing
 from planner.base.errors import InputError
 
 from .conftest import MakeApp, settle
 from .test_sizing_screen import shown_text
+
+
+async def test_a_gpu_that_is_taken_is_waited_for_in_sight(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reason: list[str | None] = ["the run /r trains on GPU x"]
+    tried: list[RunWish] = []
+
+    def start(answer: Sizing, wish: RunWish, *, allow_download: bool) -> None:
+        tried.append(wish)
+        if reason[0] is not None:
+            raise starting.NotFreeError(reason[0], 0, 5)
+        raise InputError("it was free")
+
+    asked: list[tuple[int, int | None]] = []
+
+    def in_the_way(position: int, need_bytes: int | None) -> str | None:
+        asked.append((position, need_bytes))
+        return reason[0]
+
+    monkeypatch.setattr(starting, "refuse_what_cannot_start", lambda answer: None)
+    monkeypatch.setattr(starting, "start", start)
+    monkeypatch.setattr("launcher.tui.app.in_the_way", in_the_way)
+    monkeypatch.setattr("launcher.tui.screens.waiting.POLL_SECONDS", 0.02)
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    async with make_app(model="qwen2.5-0.5b").run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+
+        async def until(condition: Callable[[], bool]) -> None:
+            for _ in range(3000):
+                if condition():
+                    return
+                await pilot.pause(0.02)
+            raise AssertionError("it did not come in time")
+
+        await pilot.press("t")
+        await settle(pilot)
+        pilot.app.screen.query_one("#start-data", Input).value = str(tmp_path / "data.jsonl")
+        await pilot.press("ctrl+s")
+        await until(lambda: isinstance(pilot.app.screen, Waiting) and len(asked) > 1)
+        assert "the run /r trains on GPU x" in shown_text(pilot)
+        reason[0] = "3.00 GiB are missing on GPU 0"
+        await until(lambda: "3.00 GiB are missing on GPU 0" in shown_text(pilot))
+        # Back: nothing was started, and the form is as it was filled.
+        await pilot.press("escape")
+        await settle(pilot)
+        assert isinstance(pilot.app.screen, StartRun)
+        assert pilot.app.screen.query_one("#start-data", Input).value == str(tmp_path / "data.jsonl")
+        assert len(tried) == 1
+        await pilot.press("ctrl+s")
+        await until(lambda: isinstance(pilot.app.screen, Waiting))
+        reason[0] = None
+        await until(lambda: "it was free" in shown_text(pilot))
+        assert isinstance(pilot.app.screen, StartRun)
+        assert len(tried) == 3
+        assert set(asked) == {(0, 5)}
 
 
 async def test_the_form_comes_back_as_it_was_filled_with_the_reason(

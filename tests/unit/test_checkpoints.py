@@ -193,6 +193,27 @@ def test_rotation_removes_nothing_before_enough_whole_ones_are_newer(root: Path)
     assert checkpoints.steps(root) == [6, 9, 12]
 
 
+@pytest.mark.parametrize(
+    ("best", "left", "removed"), [(3, [3, 9, 12], [6]), (9, [9, 12], [6, 3]), (12, [9, 12], [6, 3])]
+)
+def test_the_best_one_is_kept_beside_the_newest(
+    root: Path, best: int, left: list[int], removed: list[int]
+) -> None:
+    make(root, 12)
+    assert checkpoints.rotate(root, keep=2, verified={3, 6, 9, 12}, protected={best}) == removed
+    assert checkpoints.steps(root) == left
+
+
+def test_the_best_one_counts_for_no_newer_one_and_stays_though_it_is_broken(root: Path) -> None:
+    make(root, 12)
+    flip(root / "checkpoint-12" / "optimizer.pt")
+    flip(root / "checkpoint-3" / "optimizer.pt")
+    assert checkpoints.rotate(root, keep=2, protected={3}) == []
+    make(root, 15)
+    assert checkpoints.rotate(root, keep=2, protected={3}) == [6]
+    assert checkpoints.steps(root) == [3, 9, 12, 15]
+
+
 def test_a_verified_one_that_lost_a_file_since_is_not_counted(root: Path) -> None:
     (root / "checkpoint-9" / "optimizer.pt").unlink()
     checkpoints.rotate(root, verified={3, 6, 9})

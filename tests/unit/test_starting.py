@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from launcher.commands import train
 from launcher.models import inspect
 from launcher.runs import supervisor
 from launcher.runs.folder import RunFolder
+from launcher.runs.minding import gpu_room
+from launcher.runs.minding.gpu_lock import take_gpu
 from launcher.runs.record import read_plan
 from launcher.runs.training_job import TrainingJob
 from launcher.tui import starting
@@ -22,12 +25,14 @@ from launcher.tui.command_line import flags
 from launcher.tui.screens.start_run import StartRun, read_wish
 from launcher.tui.sizing import size_up
 from planner.base.data_files import PROFILES
-from planner.base.errors import InputError
+from planner.base.errors import ExitCode, InputError
 from planner.gpus.target import resolve_gpu
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
 from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
+
+from .test_gpu_hardware import FakeNvml, use
 
 Cli = Callable[..., Any]
 MODEL = PROFILES / "demo" / "model"
@@ -79,6 +84,68 @@ def test_train_describes_a_model_outside_the_catalog_once(
     assert NOT_HERE in done.err
     assert job_in(tmp_path).model_source == str(MODEL)
     assert described == [str(MODEL)]
+
+
+FULL = {"name": "NVIDIA GeForce RTX 4090", "uuid": "GPU-a", "total": 24564, "reserved": 500, "display": 0}
+
+
+def test_train_on_a_gpu_that_others_hold_says_what_is_missing_or_waits_and_plans_anew(
+    cli: Cli, described: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = FULL | {"used": 24000, "processes": [(42, 24000)]}
+    use(monkeypatch, FakeNvml(card))
+    monkeypatch.setattr(gpu_room, "SETTLING_SECONDS", 0.0)
+    command = ("train", "--model", MODEL, "--data", DATA, "--runs", tmp_path, "--optim", "adamw_torch")
+    done = cli(*command)
+    assert done.code == ExitCode.DOES_NOT_FIT
+    (line,) = (line for line in done.err.splitlines() if "GPU" in line)
+    assert "are missing on GPU 0: the run needs" in line
+    assert "(process 42: 23.44 GiB); --wait waits until it is free" in line
+    assert not list(tmp_path.glob("*/job.json"))
+
+    monkeypatch.setattr(gpu_room.time, "sleep", lambda seconds: card.update(used=1000, processes=[]))
+    done = cli(*command, "--wait")
+    assert NOT_HERE in done.err, done.err
+    assert done.err.count("waiting until it is free") == 1
+    (folder,) = map(RunFolder, {path.parent for path in tmp_path.glob("*/job.json")})
+    plan = read_plan(folder)
+    assert plan is not None
+    assert plan.gpu.usable_bytes == (24564 - 500 - 1000) * 2**20
+
+
+def test_a_plan_for_a_named_card_looks_at_what_is_free_on_this_one(
+    cli: Cli, described: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, FakeNvml(FULL | {"used": 23900, "processes": [(42, None)]}))
+    monkeypatch.setattr(gpu_room, "SETTLING_SECONDS", 0.0)
+    done = cli("train", "--model", MODEL, "--data", DATA, "--runs", tmp_path, "--gpu", "24GB")
+    assert done.code == ExitCode.DOES_NOT_FIT, done.err
+    assert "(process 42); --wait" in done.err
+
+
+def test_the_interface_makes_nothing_while_the_gpu_is_not_free(
+    described: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path / "own"))
+    card = FULL | {"used": 0, "processes": []}
+    use(monkeypatch, FakeNvml(card))
+    setup = TrainingSetup(model=str(MODEL), max_length=128, optim="adamw_torch")
+    sizing = size_up(setup, demo_model(), card_from_text("rtx-4090"))
+    form = StartRun(title="", model_source=str(MODEL), data=str(DATA), runs=str(tmp_path / "runs"))
+    wish = read_wish(form.values)
+    held = take_gpu("GPU-a", RunFolder(tmp_path))
+    with pytest.raises(starting.NotFreeError, match="trains on GPU GPU-a") as busy:
+        starting.start(sizing, wish)
+    os.close(held)
+    assert busy.value.need_bytes is None
+    card["used"] = 24000
+    with pytest.raises(starting.NotFreeError, match="are missing on GPU 0") as full:
+        starting.start(sizing, wish)
+    assert full.value.need_bytes is not None
+    assert not (tmp_path / "runs").exists()
+    card["used"] = 0
+    with pytest.raises(InputError, match=NOT_HERE):
+        starting.start(sizing, wish)
 
 
 def test_the_demo_describes_its_model_once(cli: Cli, described: list[str], tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def smaller_attempt(folder: RunFolder, *, from_step: int, room_bytes: int | None
     last = attempts[-1]
     found = step_down(
         last.setup,
-        _model(folder, plan),
+        model_of(folder, plan),
         plan.gpu.spec,
         usable_bytes=plan.gpu.usable_bytes if room_bytes is None else min(plan.gpu.usable_bytes, room_bytes),
         keep=() if _on_gpu(folder, plan) else CPU_KEEPS,
@@ -85,7 +85,12 @@ def smaller_attempt(folder: RunFolder, *, from_step: int, room_bytes: int | None
     )
 
 
-def _model(folder: RunFolder, plan: Plan) -> ModelSpec:
+def model_of(folder: RunFolder, plan: Plan) -> ModelSpec:
+    """The model of a run, by its plan's name for it, else described from where its weights are.
+
+    Raises:
+        InputError: it is not known, and cannot be described.
+    """
     from planner.models.catalog import resolve_model
     from planner.models.inspectors import installed_inspector
 

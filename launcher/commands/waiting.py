@@ -1,0 +1,95 @@
+"""`--wait` of `train` and `runs resume`: a GPU that another run has, or whose memory others hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from planner.commands.program import say
+
+if TYPE_CHECKING:
+    from launcher.runs.attempts import Attempt
+    from launcher.runs.folder import RunFolder
+    from planner.answers.plan import Plan
+    from planner.setup.request import PlanRequest
+
+
+def see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool) -> None:
+    """Before planning, which counts what others hold of the GPU.
+
+    Raises:
+        GpuBusyError: another run trains on it, and nobody wants to wait.
+    """
+    from planner.gpus.target import resolve_gpu
+
+    _see_that_nobody_trains(resolve_gpu(request.gpu, display=request.display).position or 0, wait=wait)
+
+
+def is_full(plan: Plan) -> bool:
+    """Whether others hold so much of the GPU that the plan has no room, which is said."""
+    from launcher.runs.minding.gpu_room import lasting_shortage
+
+    lacking = lasting_shortage(plan.gpu.position or 0, plan.memory.peak_upper_bytes)
+    if lacking is not None:
+        say(f"{lacking}; --wait waits until it is free")
+    return lacking is not None
+
+
+def waited_for_room(plan: Plan) -> bool:
+    """Wait until the GPU has room for the plan; whether that took time, in which all may have changed."""
+    return _waited(plan.gpu.position or 0, plan.memory.peak_upper_bytes)
+
+
+def see_that_a_run_can_go_on(folder: RunFolder, attempt: Attempt, *, wait: bool) -> bool:
+    """Before a run goes on; whether it was waited for.
+
+    Raises:
+        GpuBusyError: another run trains on its GPU, and nobody wants to wait.
+        GpuFullError: others hold so much of it that the run has no room, and nobody wants to wait.
+    """
+    from launcher.runs.minding.gpu_room import refuse_full_gpu
+
+    position = folder.read_job().gpu_index
+    waited = _see_that_nobody_trains(position, wait=wait)
+    need = _need_of(folder, attempt)
+    if need is None:
+        return waited
+    if wait:
+        return _waited(position, need) or waited
+    refuse_full_gpu(position, need)
+    return waited
+
+
+def _see_that_nobody_trains(position: int, *, wait: bool) -> bool:
+    """Whether it was waited for."""
+    from launcher.runs.minding import gpu_lock
+
+    uuid = gpu_lock.gpu_at(position)
+    if uuid is None or gpu_lock.who_holds(uuid) is None:
+        return False
+    if not wait:
+        gpu_lock.refuse_busy_gpu(uuid)
+    gpu_lock.wait_for_gpu(uuid, say)
+    return True
+
+
+def _waited(position: int, need_bytes: int) -> bool:
+    from launcher.runs.minding.gpu_room import shortage, wait_for_room
+
+    if shortage(position, need_bytes) is None:
+        return False
+    wait_for_room(position, need_bytes, say)
+    return True
+
+
+def _need_of(folder: RunFolder, attempt: Attempt) -> int | None:
+    """What an attempt needs of the GPU by the run's plan; None for a job made by hand, or a damaged plan."""
+    from launcher.runs.minding.smaller import model_of
+    from launcher.runs.report.facts import plan_or_none
+    from planner.search.evaluator import Evaluator
+
+    plan = plan_or_none(folder)
+    if plan is None or attempt.setup == plan.setup:
+        return None if plan is None else plan.memory.peak_upper_bytes
+    # It was made smaller when memory ran out.
+    evaluator = Evaluator(model_of(folder, plan), plan.gpu.spec, plan.gpu.usable_bytes)
+    return evaluator.confirm(attempt.setup, whole=True).peak_upper_bytes
