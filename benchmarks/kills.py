@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -44,7 +45,7 @@ EXAMPLES, EPOCHS, SAVE_STEPS = 9, 2.0, 2
 STEPS = 10
 LOADING = 0.3
 """Share of a life in which the first step is not done."""
-RUN = {
+RUN: dict[str, Any] = {
     "examples": EXAMPLES,
     "num_train_epochs": EPOCHS,
     "save_steps": SAVE_STEPS,
@@ -57,8 +58,8 @@ AT_A_FILE = 0.7
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the kills; `trainers_killed` does not count those of a sampler alone. As JSON it is the
-    benchmark's result, from which it goes on.
+    """What came of the kills; `trainers_killed` does not count those of a sampler alone, `life_seconds` is
+    the shortest life of a run that nobody killed. As JSON it is the benchmark's result, and goes on from it.
     """
 
     seed: int
@@ -75,6 +76,7 @@ class Tally:
     bit_identical_to_the_uninterrupted_run: int = 0
     different: list[str] = field(default_factory=list)
     seconds: float = 0
+    life_seconds: float | None = None
 
     @property
     def is_clean(self) -> bool:
@@ -88,13 +90,13 @@ def kill_runs(root: Path, kills: int, tally: Tally, done: Callable[[Tally], None
     begun = time.monotonic()
     whole = make_run(root, name="whole", **RUN)
     assert trained(whole, functools.partial(kill_points.dies_at, 0)) == 0
-    life = time.monotonic() - begun
+    tally.life_seconds = min(tally.life_seconds or math.inf, time.monotonic() - begun)
     operations = whole.log("trainer").read_text().count("operation ")
     while tally.trainers_killed < kills:
         number = tally.runs_finished + 1
         chance = random.Random(f"{tally.seed} {number}")
         run = make_run(root, name=f"run-{number}", **RUN)
-        while not _live(run, chance, tally, life, operations if tally.trainers_killed < kills else 0):
+        while not _live(run, chance, tally, operations if tally.trainers_killed < kills else 0):
             _resume(run, tally)
         _compare(run, whole, tally)
         shutil.rmtree(run.path)
@@ -103,7 +105,7 @@ def kill_runs(root: Path, kills: int, tally: Tally, done: Callable[[Tally], None
         done(tally)
 
 
-def _live(run: RunFolder, chance: random.Random, tally: Tally, life: float, operations: int) -> bool:
+def _live(run: RunFolder, chance: random.Random, tally: Tally, operations: int) -> bool:
     """One life of a run, killed if there are `operations` to kill it at; whether it came to its end."""
     if not operations:
         return _ended(code_of(start(run)), run)
@@ -112,6 +114,7 @@ def _live(run: RunFolder, chance: random.Random, tally: Tally, life: float, oper
     left = 1 - max(checkpoints.steps(run.checkpoints), default=0) / STEPS
     operation = chance.randint(1, max(1, round(operations * left)))
     point = functools.partial(kill_points.dies_at, operation) if at_a_file else None
+    begun, life = time.monotonic(), tally.life_seconds or 0.0
     trainer = start(run, point)
     watcher = forks.start(_sample, run.path, output=run.log("sampler"))
     if not at_a_file:
@@ -121,6 +124,8 @@ def _live(run: RunFolder, chance: random.Random, tally: Tally, life: float, oper
         if "sampler" in target:
             _kill(watcher)
     code = code_of(trainer)
+    if code == 0 and left == 1:
+        tally.life_seconds = min(life, time.monotonic() - begun)
     watcher.join(60)
     if target == "sampler":
         tally.killed[target] += 1

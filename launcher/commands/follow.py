@@ -39,7 +39,8 @@ from launcher.runs.events import (
     StartEvent,
     WarningEvent,
 )
-from launcher.runs.folder import RunFolder
+from launcher.runs.folder import RunFolder, anchored
+from launcher.runs.kept.checkpoints import path_of
 from launcher.runs.minding import stopping
 from launcher.runs.record import store_record
 from launcher.runs.report.advice import Advice, Adviser
@@ -185,7 +186,7 @@ class RunView:
         try:
             with _Line() as line:
                 if self.ends_run:
-                    line.tell(f"run folder: {self.folder.path}")
+                    line.tell(f"run folder: {self.folder.shown}")
                 line.begin(self.folder)
                 while True:
                     over = not self.goes_on()
@@ -238,14 +239,27 @@ class RunView:
         how = stopping.NOW if self._presses == 2 else stopping.KILL
         stopping.ask(self.folder, how)
         what = "ending the run now" if self._presses == 2 else "killing the trainer"
-        line.tell(f"{what}; kept: {kept(last_checkpoint(self.folder.events))}")
+        line.tell(f"{what}; kept: {kept(self.folder)}")
 
 
-def kept(checkpoint: CheckpointEvent | None) -> str:
-    """What remains of a run that was ended at once."""
+def kept(folder: RunFolder) -> str:
+    """What remains of a run that was ended at once, and where it is now."""
+    checkpoint = last_checkpoint(folder.events)
     if checkpoint is None:
         return "nothing, since no checkpoint was written"
-    return f"the checkpoint of step {checkpoint.step:,}, {plain(checkpoint.path)}"
+    where = path_of(folder.shown / folder.checkpoints.name, checkpoint.step)
+    return f"the checkpoint of step {checkpoint.step:,}, {plain(where)}"
+
+
+def follow_to_the_end(
+    folder: RunFolder, interrupts: Interrupts, goes_on: Callable[[RunFolder], bool], *, ends_run: bool
+) -> tuple[RunFolder, int | None]:
+    """Show a run, wherever its folder is moved to meanwhile; returns where it is then, and what
+    RunView.show does. `goes_on` is asked by the folder as it can be opened now.
+    """
+    with anchored(folder) as held:
+        left = RunView(held, interrupts, lambda: goes_on(held), ends_run=ends_run).show()
+        return RunFolder(held.shown), left
 
 
 def finish(folder: RunFolder, status: RunStatus, *, out: TextIO, store: bool = True) -> int:

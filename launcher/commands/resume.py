@@ -79,13 +79,13 @@ def run(path: Path, args: argparse.Namespace) -> int:
 
 def _go_on(folder: RunFolder, attempt: Attempt) -> int:
     """Signals are taken from before the start: a run that goes on is followed, or told to end."""
-    from launcher.commands.follow import RunView, finish
+    from launcher.commands.follow import finish, follow_to_the_end
     from launcher.commands.interrupts import Interrupts
     from launcher.runs import supervisor
 
     with Interrupts() as interrupts:
         handle = supervisor.resume(folder.path, attempt)
-        left = RunView(folder, interrupts, handle.goes_on, ends_run=True).show()
+        folder, left = follow_to_the_end(folder, interrupts, handle.goes_on, ends_run=True)
     if left is not None:
         return 128 + left
     return finish(folder, supervisor.status(folder.path), out=sys.stdout)

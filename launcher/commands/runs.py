@@ -81,14 +81,14 @@ def _show(folder: RunFolder, args: argparse.Namespace) -> int:
 
 
 def _follow(folder: RunFolder, args: argparse.Namespace) -> int:
-    from launcher.commands.follow import RunView, finish
+    from launcher.commands.follow import finish, follow_to_the_end
     from launcher.commands.interrupts import Interrupts
     from launcher.runs.locks import is_alive
 
     if supervisor.status(folder.path).state == "created":
         raise InputError(f"{folder.path}: this run has not been started")
     with Interrupts() as interrupts:
-        left = RunView(folder, interrupts, lambda: is_alive(folder), ends_run=False).show()
+        folder, left = follow_to_the_end(folder, interrupts, is_alive, ends_run=False)
     if left is not None:
         return 128 + left
     status = supervisor.status(folder.path)

@@ -75,6 +75,7 @@ def refuse_taken(root: Path, name: str) -> None:
 
 def command_for(action: str, folder: RunFolder) -> str:
     """The command line that does something with a run."""
-    root = folder.path.parent
+    path = folder.shown
+    root = path.parent
     place = [] if root == default_root().resolve() else ["--runs", str(root)]
-    return shlex.join(["vramwise", "runs", action, folder.path.name, *place])
+    return shlex.join(["vramwise", "runs", action, path.name, *place])

@@ -294,7 +294,7 @@ def _show(plan: Plan, *, full: bool) -> None:
 
 def _start_and_follow(root: Path, plan: Plan, wish: JobWish, name: str | None) -> int:
     """Signals are taken from before the start: a run that is started is followed, or told to end."""
-    from launcher.commands.follow import RunView, finish
+    from launcher.commands.follow import finish, follow_to_the_end
     from launcher.commands.interrupts import Interrupts
     from launcher.runs import supervisor
     from launcher.runs.job import create_planned_run
@@ -302,7 +302,7 @@ def _start_and_follow(root: Path, plan: Plan, wish: JobWish, name: str | None) -
     with Interrupts() as interrupts:
         folder = create_planned_run(root, plan, wish, name=name)
         handle = supervisor.start(folder.path)
-        left = RunView(folder, interrupts, handle.goes_on, ends_run=True).show()
+        folder, left = follow_to_the_end(folder, interrupts, handle.goes_on, ends_run=True)
     if left is not None:
         return 128 + left
     return finish(folder, supervisor.status(folder.path), out=sys.stdout)

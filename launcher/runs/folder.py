@@ -244,7 +244,7 @@ def hold_lock(folder: RunFolder, holder: str) -> Iterator[None]:
     try:
         if not take_lock(descriptor):
             owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise RunBusyError(f"{folder.path}: another {holder} holds this run (pid {owner})")
+            raise RunBusyError(f"{folder.shown}: another {holder} holds this run (pid {owner})")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
         yield

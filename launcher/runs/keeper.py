@@ -24,7 +24,7 @@ from launcher.runs.allocator import allocator_environment
 from launcher.runs.attempts import Attempt, add_attempt, read_attempts
 from launcher.runs.ends import RUN_ENDS, RunExit, exit_code
 from launcher.runs.events import EndEvent, WarningEvent, append_event, from_line
-from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.kept import checkpoints
 from launcher.runs.minding import stopping
@@ -252,7 +252,8 @@ class Keeper:
         checkpoint = last_checkpoint(self.folder.events)
         if checkpoint is None:
             return "no checkpoint was written"
-        return f"the last checkpoint is of step {checkpoint.step:,} ({checkpoint.path})"
+        where = checkpoints.path_of(self.folder.shown / self.folder.checkpoints.name, checkpoint.step)
+        return f"the last checkpoint is of step {checkpoint.step:,} ({where})"
 
     def _last_step(self) -> int:
         """The last step that events or heartbeat know of."""
@@ -287,11 +288,11 @@ def main(arguments: list[str]) -> int:
     if len(arguments) not in (1, 2) or not all(one.isdecimal() for one in arguments[1:]):
         print("usage: python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR]", file=sys.stderr)
         return RunExit.BAD_INPUT
-    folder = RunFolder(Path(arguments[0]).resolve())
     gpu = [int(one) for one in arguments[1:]]
     allocator = allocator_environment(os.environ)
     try:
-        with hold_lock(folder, "keeper"):
+        # The folder may be renamed while the run goes on.
+        with anchored(RunFolder(Path(arguments[0]).resolve())) as folder, hold_lock(folder, "keeper"):
             code = Keeper(
                 folder,
                 start_trainer=lambda: spawn(
@@ -300,7 +301,7 @@ def main(arguments: list[str]) -> int:
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
             ).keep()
             # Before the lock is given back: who waits for the run's end finds the report.
-            write_or_say(folder, over=True)
+            write_or_say(RunFolder(folder.shown), over=True)
             return code
     except (RunBusyError, InputError) as error:
         print(error, file=sys.stderr)

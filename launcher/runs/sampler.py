@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from launcher.runs.events import EventWriter, SampleEvent, iter_events
-from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
+from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.locks import is_alive, live_pid
 from launcher.runs.report.writing import write_or_say
 from planner.base.errors import ExitCode, InputError
@@ -29,9 +29,13 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m launcher.runs.sampler RUN_DIR", file=sys.stderr)
         return ExitCode.BAD_INPUT
-    folder = RunFolder(Path(arguments[0]).resolve())
     try:
-        with hold_lock(folder, "sampler"), EventWriter(folder.samples) as writer:
+        with (
+            # The folder may be renamed while the run goes on.
+            anchored(RunFolder(Path(arguments[0]).resolve())) as folder,
+            hold_lock(folder, "sampler"),
+            EventWriter(folder.samples) as writer,
+        ):
             sample = _choose_sampler(folder.read_job().gpu_index, _used_before(folder))
             over = False
             while not over:
@@ -41,7 +45,7 @@ def main(arguments: list[str]) -> int:
                         writer.write(sample(pid))
                     time.sleep(SAMPLE_SECONDS)
                 # Where there is a keeper it ends this process, and writes the report.
-                write_or_say(folder)
+                write_or_say(RunFolder(folder.shown))
                 # Resumed meanwhile, it has no other sampler: this one holds the lock.
                 over = not is_alive(folder)
     except (RunBusyError, InputError) as error:

@@ -48,9 +48,9 @@ class RunHandle:
             time.sleep(POLL_SECONDS)
         return status(self.folder.path)
 
-    def goes_on(self) -> bool:
-        """Whether something of the run is alive."""
-        return self.keeper.poll() is None or is_alive(self.folder)
+    def goes_on(self, folder: RunFolder | None = None) -> bool:
+        """Whether something of the run is alive; `folder` is where it is now, if it may have been moved."""
+        return self.keeper.poll() is None or is_alive(folder or self.folder)
 
 
 def start(run_dir: Path) -> RunHandle:

@@ -6,6 +6,7 @@ The stand-in of the trainer does with files, locks and signals what launcher.tra
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 
 from launcher.runs.attempts import read_attempts
 from launcher.runs.events import AttemptEvent, CheckpointEvent, EventWriter, LogEvent, StartEvent
-from launcher.runs.folder import RunFolder, create_run_folder, hold_lock
+from launcher.runs.folder import RunFolder, anchored, create_run_folder, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
@@ -73,7 +74,7 @@ def spawn_stand_in(
     """In place of launcher.runs.minding.spawn.spawn."""
     with folder.log(process).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.stand_ins", process, str(folder.path), *arguments],
+            [sys.executable, "-m", "tests.faults.stand_ins", process, str(folder.shown), *arguments],
             pass_fds=descriptors,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
@@ -88,18 +89,14 @@ def keeper_with_stand_ins(arguments: list[str]) -> int:
     from launcher.runs import keeper
     from launcher.runs.minding.hang import HangLimits
 
-    run, *rest = arguments
-    gpu = [int(one) for one in rest]
-    values = json.loads((Path(run) / ORDER).read_text())
-    folder = RunFolder(Path(run))
-    with hold_lock(folder, "keeper"):
-        return keeper.Keeper(
-            folder,
-            start_trainer=lambda: spawn_stand_in(folder, "trainer", "", descriptors=gpu),
-            start_sampler=lambda: spawn_stand_in(folder, "sampler", ""),
-            limits=HangLimits(**values.get("limits", {})),
-            patience_seconds=values.get("patience", 10.0),
-        ).keep()
+    values = json.loads((Path(arguments[0]) / ORDER).read_text())
+    keeper.spawn = spawn_stand_in
+    keeper.Keeper = functools.partial(
+        keeper.Keeper,
+        limits=HangLimits(**values.get("limits", {})),
+        patience_seconds=values.get("patience", 10.0),
+    )
+    return keeper.main(arguments)
 
 
 def _trainer(folder: RunFolder, values: dict[str, Any]) -> int:
@@ -110,11 +107,13 @@ def _trainer(folder: RunFolder, values: dict[str, Any]) -> int:
     steps, step_seconds = values.get("steps", 10**6), values.get("step_seconds", 0.02)
     saves = values.get("saves", 0)
     with (
+        anchored(folder) as folder,
         hold_lock(folder, "trainer"),
         HeartbeatWriter(folder.heartbeat) as beats,
         EventWriter(folder.events) as writer,
         (end := RunEnd(writer)),
     ):
+        stop.file = folder.stop
         attempt = read_attempts(folder.attempts)[-1]
         number, reason = attempt.number, attempt.reason
         writer.write(
@@ -159,7 +158,11 @@ def save(folder: RunFolder, step: int) -> Path:
 
 
 def _save(folder: RunFolder, writer: EventWriter, step: int) -> None:
-    writer.write(CheckpointEvent(time=time.time(), step=step, path=str(save(folder, step))))
+    writer.write(
+        CheckpointEvent(
+            time=time.time(), step=step, path=str(folder.shown / save(folder, step).relative_to(folder.path))
+        )
+    )
 
 
 def _log(step: int, seconds: float) -> LogEvent:

@@ -152,7 +152,7 @@ async def test_another_run_is_opened_from_the_list(make_app: MakeApp, tmp_path: 
         await settle(pilot)
         await pilot.press("o", *"other", "enter")
         screen = await see(pilot)
-        assert screen.folder.path == other.path.resolve()
+        assert screen.folder.shown == other.path.resolve()
         await pilot.press("escape")
         await pilot.pause()
         assert isinstance(pilot.app.screen, SizingScreen)

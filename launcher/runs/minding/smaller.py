@@ -39,7 +39,7 @@ def ask_for_smaller(folder: RunFolder, *, from_step: int, room_bytes: int | None
     command = [sys.executable, "-P", "-m", "launcher.runs.minding.smaller"]
     try:
         child = subprocess.run(  # noqa: S603 (our own interpreter and module, no shell)
-            [*command, str(folder.path), str(from_step), *([] if room_bytes is None else [str(room_bytes)])],
+            [*command, str(folder.shown), str(from_step), *([] if room_bytes is None else [str(room_bytes)])],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

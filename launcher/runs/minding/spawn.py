@@ -36,7 +36,7 @@ def spawn(
     path = os.pathsep.join([str(_PROJECT_ROOT), *([inherited] if inherited else [])])
     with folder.log(process).open("ab") as log:
         return subprocess.Popen(  # noqa: S603 (our own interpreter and module, no shell)
-            [sys.executable, "-P", "-m", module, str(folder.path), *arguments],
+            [sys.executable, "-P", "-m", module, str(folder.shown), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from contextlib import ExitStack
 from typing import ClassVar
 
 from rich.text import Text
@@ -16,7 +18,7 @@ from textual.widgets import Footer, Static
 
 from launcher.runs import record as run_record
 from launcher.runs import supervisor
-from launcher.runs.folder import RunFolder
+from launcher.runs.folder import RunFolder, anchored
 from launcher.tui.run_follower import RunFollower, RunSnapshot
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.text import plain
@@ -64,6 +66,10 @@ class RunScreen(Screen[None]):
 
     def __init__(self, folder: RunFolder) -> None:
         super().__init__()
+        self._open = ExitStack()
+        # The folder may be renamed while it is looked at; one that is gone is shown as it is.
+        with contextlib.suppress(OSError):
+            folder = self._open.enter_context(anchored(folder))
         self.folder = folder
         self.snapshot: RunSnapshot | None = None
         self._follower = RunFollower(folder)
@@ -93,6 +99,10 @@ class RunScreen(Screen[None]):
         """Take the first snapshot and go on taking them."""
         self.poll()
         self.set_interval(POLL_SECONDS, self._tick)
+
+    def on_unmount(self) -> None:
+        """Let go of the folder."""
+        self._open.close()
 
     def poll(self) -> None:
         """Take a snapshot in a thread, unless one is being taken."""
@@ -152,7 +162,7 @@ class RunScreen(Screen[None]):
     @work(thread=True, group="record")
     def _store(self, outcome: str) -> None:
         try:
-            record = run_record.store_record(self.folder, outcome)
+            record = run_record.store_record(RunFolder(self.folder.shown), outcome)
         except (VramwiseError, OSError) as error:
             self.post_message(self.Recorded(f"not recorded: {error}"))
             return

@@ -53,7 +53,7 @@ class RunHeadline(Widget):
 def describe_job(snapshot: RunSnapshot) -> str:
     """What the run trains."""
     if snapshot.job is None:
-        return plain(snapshot.folder.path.name)
+        return plain(snapshot.folder.shown.name)
     setup = snapshot.job.setup
     rank = f" r{setup.lora_r}" if setup.uses_lora else ""
     # Of a folder the last two names: many are called "model".
