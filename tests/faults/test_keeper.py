@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -103,6 +105,14 @@ def test_the_signal_that_ended_the_trainer_is_named(tmp_path: Path, number: sign
     assert str(folder.checkpoints / "checkpoint-4") in now.message
     assert handle.keeper.wait(60) == RunExit.KILLED
     assert the_end(folder).state == "killed"
+    # Nobody followed it: the report is the keeper's.
+    report, page = json.loads(folder.report.read_text()), folder.report_page.read_text()
+    assert (report["state"], report["steps"], report["reason"]) == ("killed", 4, now.message)
+    assert page.startswith("# run: killed\n")
+    for words in (by.name, "of step 2, 4", "vramwise runs resume run", folder.loss_curve.name):
+        assert words in page
+    (line,) = ET.parse(folder.loss_curve).iter("{http://www.w3.org/2000/svg}polyline")
+    assert len(line.attrib["points"].split()) == 4
     wait_until(lambda: nobody_left(folder))
 
 
