@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from planner.answers.plan import DataSummary, Plan
+from planner.answers.plan import DataSummary, Plan, Release
 from planner.base.data_files import read_json
 from planner.base.errors import InputError
 from planner.commands.knobs import given_knobs
@@ -71,8 +71,8 @@ def plan_for_here(
     Raises:
         InputError: another model was asked for; or see planner.planning.recheck.recheck.
     """
-    from launcher.runs import stack
     from planner.gpus.target import resolve_gpu
+    from planner.planning import made_with
     from planner.planning.recheck import recheck
     from planner.planning.schedule import summarise_data
     from planner.throughput.epoch import Examples
@@ -85,7 +85,7 @@ def plan_for_here(
     summary = summarise_data(data, examples, plan.setup)
     differences = [
         *others,
-        *_of_versions(plan, dict(stack.versions())),
+        *_of_versions(plan.made_with, made_with.installed()),
         *_of_card(plan, target),
         *_of_data(plan.data, summary),
     ]
@@ -112,11 +112,16 @@ def _of_model(plan: Plan, model: ModelSpec) -> Iterator[str]:
         )
 
 
-def _of_versions(plan: Plan, installed: Mapping[str, str]) -> Iterator[str]:
-    """Packages of which the plan's figures rest on another release."""
-    for name, version in plan.memory.basis.stack_versions:
-        if name in installed and _release(installed[name]) != _release(version):
-            yield f"{name} {installed[name]} is installed, the plan's figures rest on {version}"
+def _of_versions(planned: tuple[Release, ...], installed: tuple[Release, ...]) -> Iterator[str]:
+    """Packages of which another release was installed where the plan was made; what was not installed there
+    has not changed its figures.
+    """
+    if not planned:
+        yield "the plan does not say with which versions it was made"
+    here = {one.name: one.version for one in installed}
+    for one in planned:
+        if one.name in here and _release(here[one.name]) != _release(one.version):
+            yield f"{one.name} {here[one.name]} is installed, the plan was made with {one.version}"
 
 
 def _release(version: str) -> str:

@@ -13,6 +13,7 @@ from planner.answers.plan import Plan
 from planner.base.data_files import write_atomically
 from planner.data.files import named_on_hub
 from planner.models.spec import ModelSpec
+from planner.planning.made_with import to_keep
 from planner.setup.defaults import KEPT_CHECKPOINTS
 
 
@@ -118,7 +119,7 @@ def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | Non
     job = job_of(plan, wish)
     refuse_no_room(root, plan, job)
     folder = create_run_folder(root, job, name=name)
-    write_atomically(folder.plan, json.dumps(plan.to_dict(), indent=2) + "\n")
+    write_atomically(folder.plan, json.dumps(to_keep(plan).to_dict(), indent=2) + "\n")
     return folder
 
 

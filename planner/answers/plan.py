@@ -284,6 +284,14 @@ class Longest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """A package and its version, as it was installed where a plan was made."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The answer to a PlanRequest.
 
@@ -293,7 +301,7 @@ class Plan:
     take it, `smallest_gpu` the one of them with less memory. `frontier` is by rising memory. Plans written
     before a field was added have not got it; plans made for the short page have no methods, alternatives,
     frontier and other cards, and of advice only what it shows.
-    `longest` is null where it was not asked for or nothing fits.
+    `longest` is null where it was not asked for or nothing fits. `made_with` is known of plans from files.
     `neighbours` are the points of the frontier around the plan's own, and `runners_up` the setups that a
     reader would ask about: chosen for a reader with the plan, and no part of its JSON.
     """
@@ -320,6 +328,7 @@ class Plan:
     other_cards: tuple[OtherCard, ...] = ()
     smallest_cards: tuple[CardAdvice, ...] = ()
     longest: Longest | None = None
+    made_with: tuple[Release, ...] = ()
     neighbours: tuple[FrontierPoint, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
     runners_up: tuple[RunnerUp, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
 

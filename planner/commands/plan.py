@@ -123,7 +123,9 @@ def plan_from(args: argparse.Namespace) -> Plan:
 def _as_json(plan: Plan) -> str:
     import json
 
-    return json.dumps(plan.to_dict(), indent=2, allow_nan=False)
+    from planner.planning.made_with import to_keep
+
+    return json.dumps(to_keep(plan).to_dict(), indent=2, allow_nan=False)
 
 
 def _save(plan: Plan, path: Path) -> None:

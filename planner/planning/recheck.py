@@ -49,6 +49,7 @@ def recheck(plan: Plan, *, model: ModelSpec, target: GpuTarget, data: str, examp
         frontier=(),
         other_cards=(),
         longest=None,
+        made_with=(),
         neighbours=(),
         runners_up=(),
     )

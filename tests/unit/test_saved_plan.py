@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.commands import saved_plan, train
-from planner.answers.plan import Plan
+from planner.answers.plan import Plan, Release
 from planner.base.errors import InputError
 from planner.commands.program import Parser
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import resolve_gpu
 from planner.models.catalog import resolve_model
+from planner.planning.made_with import to_keep
 from planner.planning.make_plan import make_plan
 from planner.planning.recheck import recheck
 from planner.setup.request import make_request
@@ -100,7 +101,7 @@ def asked(path: Path, *options: str) -> argparse.Namespace:
 @pytest.fixture
 def saved(plan: Plan, tmp_path: Path) -> Path:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(plan.to_dict()))
+    path.write_text(json.dumps(to_keep(plan).to_dict()))
     return path
 
 
@@ -133,7 +134,7 @@ def test_what_contradicts_the_plan_is_refused_by_name(
 def test_what_the_plan_says_too_may_be_given(plan: Plan, saved: Path) -> None:
     rank, epochs = str(plan.setup.lora_r), str(plan.schedule.num_train_epochs)
     args = asked(saved, "--lora-r", rank, "--epochs", epochs, "--gpu", "16GB", "--max-length", "1024")
-    assert saved_plan.take_saved_plan(args) == plan
+    assert saved_plan.take_saved_plan(args) == to_keep(plan)
     assert (args.model, args.data) == (MODEL, "data.jsonl")
 
 
@@ -150,10 +151,10 @@ class Here:
 
     def __init__(self, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
         self.plan, self.patch = plan, monkeypatch
-        self.versions(dict(plan.memory.basis.stack_versions))
 
-    def versions(self, found: dict[str, str]) -> None:
-        self.patch.setattr("launcher.runs.stack.versions", lambda: tuple(found.items()))
+    def versions(self, **found: str) -> None:
+        releases = tuple(Release(name=name, version=version) for name, version in found.items())
+        self.patch.setattr("planner.planning.made_with.installed", lambda: releases)
 
     def launched(self, *, name: str = MODEL, stats: DatasetStats = STATS, on_gpu: bool = False) -> Plan:
         model = resolve_model(name)
@@ -163,8 +164,9 @@ class Here:
 
 
 @pytest.fixture
-def here(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Here:
-    return Here(plan, monkeypatch)
+def here(plan: Plan, saved: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+    """The plan as it was read from its file, on the machine that wrote it."""
+    return Here(Plan.from_dict(json.loads(saved.read_text())), monkeypatch)
 
 
 def test_where_nothing_differs_the_plan_is_launched_as_it_is(
@@ -175,21 +177,47 @@ def test_where_nothing_differs_the_plan_is_launched_as_it_is(
     request = dataclasses.replace(plan.request, data="here.jsonl")
     assert found.data is not None
     data = dataclasses.replace(found.data, path="here.jsonl")
-    assert found == dataclasses.replace(plan, request=request, data=data)
+    assert found == dataclasses.replace(here.plan, request=request, data=data)
+
+
+def test_what_counts_is_what_the_plan_was_made_with_and_not_what_its_figures_rest_on(
+    here: Here, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest torch is on every machine another one than that of the measured runs."""
+    measured = dict(plan.memory.basis.stack_versions)["torch"]
+    assert not measured.startswith("99.")
+    here.versions(vramwise="0.1.0", torch="99.0+cpu", trl="99.1")
+    for made_with, differs in (
+        ((("torch", "99.0+cu130"), ("trl", "99.1")), ""),
+        (
+            (("torch", measured), ("trl", "99.1")),
+            f"torch 99.0+cpu is installed, the plan was made with {measured}",
+        ),
+        ((("vramwise", "0.0.1"),), "vramwise 0.1.0 is installed, the plan was made with 0.0.1"),
+        ((("vramwise", "0.1.0"), ("peft", "1.0")), ""),
+        ((), "the plan does not say with which versions it was made"),
+    ):
+        releases = tuple(Release(name=name, version=version) for name, version in made_with)
+        here.plan = dataclasses.replace(plan, made_with=releases)
+        here.launched()
+        said = capsys.readouterr().err
+        assert ("launched as it is" in said) == (not differs), said
+        assert differs in said
+        assert ("estimated anew" in said) == bool(differs)
 
 
 def test_another_release_card_or_other_data_are_said_and_estimated_anew(
     here: Here, plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, version = plan.memory.basis.stack_versions[0]
-    here.versions({name: "0.0.1"})
+    version = next(one.version for one in here.plan.made_with if one.name == "vramwise")
+    here.versions(vramwise="0.0.1")
     longer = lengths(100, 800, times=90)
     monkeypatch.setattr(
         "planner.gpus.target.local_target", lambda: dataclasses.replace(resolve_gpu("rtx-4090"), index=0)
     )
     found = here.launched(stats=longer, on_gpu=True)
     said = capsys.readouterr().err
-    assert f"{name} 0.0.1 is installed, the plan's figures rest on {version}" in said
+    assert f"vramwise 0.0.1 is installed, the plan was made with {version}" in said
     assert "the card here is rtx-4090, the plan is for rtx-5060-ti-16gb" in said
     assert "the data has 180 examples" in said
     assert "in the plan 120" in said
