@@ -73,7 +73,10 @@ def run(path: Path, args: argparse.Namespace) -> int:
     say(f"{path.name} goes on after step {step:,}" if step else f"{path.name} begins anew: no checkpoint")
     if plan.attempt.changes:
         say(f"changed: {plan.attempt.changes}")
-    fingerprint.write(folder, plan.fingerprint)
+    try:
+        fingerprint.write(folder, plan.fingerprint)
+    except OSError as error:
+        raise InputError(f"{folder.fingerprint}: cannot be written ({error.strerror})") from error
     return _go_on(folder, plan.attempt)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,9 +210,22 @@ def create_run_folder(root: Path, job: TrainingJob, *, name: str | None = None) 
         except OSError as error:
             raise InputError(f"{path}: the run folder cannot be made ({error.strerror})") from error
         folder = RunFolder(path.resolve())
-        write_atomically(folder.job, json.dumps(job.to_dict(), indent=2) + "\n")
+        write_first(folder, folder.job, job.to_dict())
         return folder
     raise InputError(f"{root}: no free name for a run folder")
+
+
+def write_first(folder: RunFolder, path: Path, values: Mapping[str, object]) -> None:
+    """Write what a new run begins with, as JSON; where that cannot be, the folder is taken back.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    try:
+        write_atomically(path, json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.folder import RunFolder, create_run_folder, write_first
 from launcher.runs.kept.checkpoints import refuse_full_disk
 from launcher.runs.training_job import SEED, TrainingJob, check_evaluation
 from planner.answers.plan import Plan
-from planner.base.data_files import write_atomically
 from planner.data.files import named_on_hub
 from planner.models.spec import ModelSpec
 from planner.planning.made_with import to_keep
@@ -114,12 +112,12 @@ def create_planned_run(root: Path, plan: Plan, wish: JobWish, *, name: str | Non
 
     Raises:
         InputError: a wish that is not accepted, no room for what the run writes, or the folder exists or
-            cannot be made.
+            cannot be made or written.
     """
     job = job_of(plan, wish)
     refuse_no_room(root, plan, job)
     folder = create_run_folder(root, job, name=name)
-    write_atomically(folder.plan, json.dumps(to_keep(plan).to_dict(), indent=2) + "\n")
+    write_first(folder, folder.plan, to_keep(plan).to_dict())
     return folder
 
 

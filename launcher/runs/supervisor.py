@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from launcher.runs.minding import stopping
 from launcher.runs.minding.gpu_lock import gpu_of, take_gpu
 from launcher.runs.minding.spawn import spawn
 from launcher.runs.state import RunStatus
+from planner.base.errors import InputError
 
 POLL_SECONDS = 0.1
 KEEPER_ANSWERS_SECONDS = 3.0
@@ -59,11 +62,11 @@ def start(run_dir: Path) -> RunHandle:
     Raises:
         RunBusyError: the run has been started before, or is being started by another process.
         GpuBusyError: another run trains on its GPU.
-        InputError: job.json is absent or not a training job.
+        InputError: job.json is absent or not a training job, or the run folder cannot be written.
     """
     folder = RunFolder(run_dir.resolve())
     job = folder.read_job()
-    with hold_lock(folder, "launcher"):
+    with _one_line(folder), hold_lock(folder, "launcher"):
         now = status(folder.path)
         if now.state != "created":
             raise RunBusyError(f"{folder.path}: this run has been started before and is {now.state}")
@@ -76,15 +79,24 @@ def resume(run_dir: Path, attempt: Attempt) -> RunHandle:
     Raises:
         RunBusyError: the run goes on, or another process has begun an attempt since.
         GpuBusyError: another run trains on its GPU.
-        InputError: the attempts cannot be read.
-        OSError: the attempt cannot be written.
+        InputError: the attempts cannot be read, or the run folder cannot be written.
     """
     folder = RunFolder(run_dir.resolve())
-    with hold_lock(folder, "launcher"):
+    with _one_line(folder), hold_lock(folder, "launcher"):
         attempts = read_attempts(folder.attempts)
         if status(folder.path).alive or (attempts and attempts[-1].number >= attempt.number):
             raise RunBusyError(f"{folder.path}: this run is going on already")
         return launch(folder, attempt)
+
+
+@contextmanager
+def _one_line(folder: RunFolder) -> Iterator[None]:
+    """What the system refuses, as a line for a person."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder.path
+        raise InputError(f"{where}: the run cannot be started ({error.strerror})") from error
 
 
 def launch(folder: RunFolder, attempt: Attempt) -> RunHandle:

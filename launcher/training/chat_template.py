@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from launcher.models.limits import LimitError, limited
 from launcher.training.turn_spans import Turns, assistant_span, other_span
 from planner.base.errors import InputError, shorten
 from planner.data.reader import Conversation, TrainingData
@@ -24,6 +25,8 @@ CHATML_TEMPLATE = (
 )
 # Examples that are looked at for one in which a template renders what it may leave out.
 LOOKED_AT = 50
+_REFUSALS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template raises beside jinja's own errors: it computes with whatever the data holds."""
 
 
 class ChatTemplate:
@@ -50,17 +53,20 @@ class ChatTemplate:
         """What the template makes of turns and tools: text, unless `options` say otherwise.
 
         Raises:
-            InputError: it refuses them.
+            InputError: it refuses them, or takes more time or memory than it may (LimitError).
         """
         from jinja2 import TemplateError
 
         chosen = {"tokenize": False, **options}
         tools = [dict(tool) for tool in example.tools] or None
         try:
-            return self.tokenizer.apply_chat_template(
-                list(turns), tools=tools, add_generation_prompt=asking, **chosen
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            with limited(f"{where}: the chat template"):
+                return self.tokenizer.apply_chat_template(
+                    list(turns), tools=tools, add_generation_prompt=asking, **chosen
+                )
+        except LimitError:
+            raise
+        except (*_REFUSALS, TemplateError) as error:
             raise InputError(f"{where}: the chat template refuses it: {shorten(str(error), 120)}") from error
 
     def learned(
@@ -93,6 +99,8 @@ class ChatTemplate:
         def render(some: Turns, asking: bool) -> str | None:
             try:
                 return str(self.rendered(some, example, where, asking))
+            except LimitError:
+                raise
             except InputError:
                 return None
 
@@ -149,5 +157,7 @@ def _renders(template: ChatTemplate, example: Conversation, key: str, where: str
     toolless = Conversation(example.messages) if key == "tools" else example
     try:
         return bool(template.rendered(turns, example, where) != template.rendered(without, toolless, where))
+    except LimitError:
+        raise
     except InputError:
         return True  # it looks at the key, at least

@@ -97,14 +97,15 @@ def test_stop_by_the_new_name_reaches_a_renamed_run(tmp_path: Path) -> None:
 
 def test_who_starts_and_who_follows_a_run_that_is_renamed_see_its_end(tmp_path: Path) -> None:
     root = tmp_path / "runs"
-    starter, folder = train(root, steps=100, step_seconds=0.05)
+    starter, folder = train(root)
     wait_for_steps(folder, 1)
     follower = Terminal(*command("runs", "follow", "run", "--runs", str(root)))
     wait_until(lambda: all(map(shows_steps, (starter, follower))))
     there = renamed(folder)
-    assert [starter.code(), follower.code()] == [RunExit.FINISHED, RunExit.FINISHED]
+    supervisor.request_stop(there.path)
+    assert [starter.code(), follower.code()] == [RunExit.STOPPED_SAVED, RunExit.STOPPED_SAVED]
     for text in (starter.text, follower.text):
-        assert "Finished after 100 steps" in text
+        assert "Stopped after " in text
         assert str(there.report_page) in text.replace("\r\n", "").replace(" ", "")
         assert "/proc/" not in text
     assert json.loads(there.report.read_text())["folder"] == str(there.path)

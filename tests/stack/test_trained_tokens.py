@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 pytest.importorskip("trl")
 import trl
 
+from launcher.models import limits
 from launcher.training import dataset
 from launcher.training.build import load_tokenizer
 from planner.base.data_files import PROFILES
@@ -243,6 +247,52 @@ def test_a_template_that_does_not_tell_turns_apart_is_refused(tokenizer: Any) ->
         dataset.measure_stats(read({"messages": [USER, ANSWER]}), tokenizer, assistant_only_loss=True)
     with pytest.raises(InputError, match="needs conversations"):
         dataset.measure_stats(read(READ["text"]), tokenizer, assistant_only_loss=True)
+
+
+LOOP = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
+BAD_TEMPLATES = {
+    "a loop that is too long": (LOOP, r"takes more than 0\.2 s of CPU time"),
+    "a loop that is too long, amid a turn": (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
+        + LOOP
+        + "{% endif %}{% endfor %}",
+        r"takes more than 0\.2 s of CPU time",
+    ),
+    "a string that is too large": ("{{ 'x' * 3000000000 }}", "takes more than 1 GiB of memory"),
+    "strings that grow": (
+        "{% set ns = namespace(s='x' * 1000000) %}{% for a in range(100) %}{% set ns.s = ns.s ~ ns.s %}"
+        "{% endfor %}{{ ns.s | length }}",
+        "takes more than 1 GiB of memory",
+    ),
+    "a range that jinja's sandbox refuses": (
+        "{{ range(10000000) | length }}",
+        "the chat template refuses it",
+    ),
+    "a division by nothing": ("{{ 1 // 0 }}", "the chat template refuses it"),
+    "what is not there": ("{{ messages[99].content }}", "the chat template refuses it"),
+    "a macro that calls itself": (
+        "{% macro deeper(n) %}{{ deeper(n + 1) }}{% endmacro %}{{ deeper(0) }}",
+        "the chat template refuses it",
+    ),
+    "a file": ("{% include '/etc/hostname' %}", "the chat template refuses it"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEMPLATES)
+def test_a_template_that_takes_too_much_or_fails_is_one_line(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    tokenizer.chat_template, said = BAD_TEMPLATES[kind]
+    monkeypatch.setattr(limits, "CPU_SECONDS", 0.2)
+    before = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM)
+    begun = time.process_time()
+    with pytest.raises(InputError, match=f"example 1: .*{said}") as caught:
+        dataset.measure_stats(read({"messages": [USER, ANSWER]}), tokenizer, assistant_only_loss=True)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - begun < 5
+    assert (resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM)) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_what_the_tokenizer_refuses_is_named(tokenizer: Any) -> None:
