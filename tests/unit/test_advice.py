@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launcher.commands.follow import SHOWN_BYTES
 from launcher.runs.events import (
     AttemptEvent,
     EndEvent,
@@ -19,6 +20,7 @@ from launcher.runs.events import (
     LogEvent,
     SampleEvent,
     StartEvent,
+    WarningEvent,
     to_line,
 )
 from launcher.runs.report.advice import OF_LOSSES, OF_SAMPLES, Adviser, advise
@@ -28,6 +30,7 @@ from planner.setup.request import make_request
 
 from .test_run_record import ON_GPU, run_with
 
+Cli = Callable[..., Any]
 GIB = 2**30
 STEPS = 400
 
@@ -184,6 +187,37 @@ def test_advice_costs_little_in_a_long_run() -> None:
         for event in run(healthy, steps=30_000):
             list(adviser.take(event))
     assert 100 < looks < 1000
+
+
+@pytest.mark.parametrize("rule", sorted(SERIES))
+def test_who_comes_late_is_told_nothing_of_losses_whose_first_ones_are_not_known(rule: str) -> None:
+    """Of a run that began at 3.8 and fell, its last steps alone may look like one that stands still."""
+    end = EndEvent(time=STEPS + 1.0, state="finished", message="", step=STEPS)
+    evaluation = EvalEvent(time=STEPS + 0.5, step=STEPS, loss=9.0)
+    late = Adviser(from_start=False)
+    for event in (*run(SERIES[rule], noise=0.0), evaluation, end):
+        assert list(late.take(event)) == []
+    # What the GPU does needs no beginning.
+    hot = samples(slowed_by="heat", temperature_c=91.0)
+    assert [one.rule for event in hot for one in late.take(event)] == ["slowed"]
+
+
+@pytest.mark.parametrize("is_long", [False, True], ids=["from its first event on", "from the middle on"])
+def test_following_late_tells_it_in_the_report_at_the_end(cli: Cli, tmp_path: Path, is_long: bool) -> None:
+    folder = run_with(tmp_path, ON_GPU, on_gpu=True)
+    events = run(SERIES["blown up"], noise=0.0)
+    folder.events.write_text("".join(map(to_line, events)))
+    if is_long:
+        note = to_line(WarningEvent(time=1.0, message="x" * 1000))
+        folder.events.write_text(
+            "".join([*map(to_line, events[:60]), note * 300, *map(to_line, events[60:])])
+        )
+        assert folder.events.stat().st_size > SHOWN_BYTES
+    folder.lock_file("trainer").touch()
+    finished = cli("runs", "follow", "run", "--runs", tmp_path)
+    assert ("advice: " in finished.err) != is_long
+    assert "learning rate" in finished.out
+    assert "## Advice" in folder.report_page.read_text()
 
 
 def test_every_rule_is_in_the_documentation() -> None:
