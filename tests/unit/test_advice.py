@@ -167,10 +167,40 @@ def test_memory_that_others_take_is_told() -> None:
     assert "1.20 GiB" in advice.message
 
 
-def test_an_attempt_is_looked_at_by_itself() -> None:
-    again = AttemptEvent(time=STEPS + 1.0, number=2, reason="oom", from_step=STEPS // 2)
-    later = [dataclasses.replace(e, time=e.time + STEPS + 2) for e in run(lambda step: 1.3, steps=30)]
-    assert rules([*run(healthy), again, *later], []) == []
+def resumed(step: int, events: list[Event]) -> list[Event]:
+    """An attempt that goes on from a step, and what is logged then."""
+    begun = AttemptEvent(time=STEPS + 1.0, number=2, reason="resume", from_step=step)
+    later: list[Event] = [
+        dataclasses.replace(e, time=STEPS + 2.0 + e.step, step=step + e.step)
+        for e in events
+        if isinstance(e, LogEvent)
+    ]
+    return [begun, StartEvent(time=STEPS + 1.5, total_steps=step + len(later), environment={}), *later]
+
+
+@pytest.mark.parametrize("step", [STEPS // 2, STEPS])
+def test_an_attempt_that_goes_on_is_no_new_beginning(step: int) -> None:
+    """Its first losses are where the run stands, and say nothing of where it began."""
+    lucky = [1.0, 0.9, 1.0]
+
+    def loss(step: int) -> float:
+        return lucky[step - 1] if step <= len(lucky) else 1.35
+
+    end = EndEvent(time=STEPS + 99.0, state="finished", message="", step=step + 9)
+    for steps in (9, 30):
+        events = [*run(healthy), *resumed(step, run(loss, steps=steps, noise=0.0)), end]
+        assert rules(events, []) == [], steps
+
+
+def test_an_attempt_that_goes_on_and_unlearns_is_told_from_where_the_run_began() -> None:
+    events = [*run(healthy, noise=0.0), *resumed(STEPS, run(lambda step: 6.2, steps=30, noise=0.0))]
+    (advice,) = advise(events, [], None)
+    assert f"the loss went from {healthy(2):.3g} to 6.2" in advice.message
+
+
+def test_what_an_attempt_does_again_from_the_start_is_a_new_beginning() -> None:
+    events = [*run(lambda step: 6.2, steps=8, noise=0.0), *resumed(0, run(lambda step: 6.2, steps=30))]
+    assert rules([*run(healthy, steps=20), *events[8:]], []) == []
 
 
 def test_advice_costs_little_in_a_long_run() -> None:

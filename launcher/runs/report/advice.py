@@ -55,13 +55,15 @@ class Advice:
 
 @dataclass(slots=True)
 class Seen:
-    """What has been seen of the present attempt, in bounded memory."""
+    """What has been seen of the run, without what an attempt does again, in bounded memory. `first` are steps
+    and losses; what is seen of the machine is of the present attempt.
+    """
 
     plan: Plan | None = None
     total_steps: int | None = None
     step: int = 0
     ended: bool = False
-    first: list[float] = field(default_factory=list)
+    first: list[tuple[int, float]] = field(default_factory=list)
     last: deque[float] = field(default_factory=lambda: deque(maxlen=10))
     losses: CoalescedSeries = field(default_factory=lambda: CoalescedSeries(capacity=128))
     evaluations: deque[tuple[int, float, float]] = field(default_factory=lambda: deque(maxlen=50))
@@ -73,7 +75,7 @@ class Seen:
         """Count an event or a sample in."""
         match event:
             case AttemptEvent():
-                self.__init__(plan=self.plan)  # type: ignore[misc]
+                self._begin_attempt(event.from_step)
             case StartEvent():
                 self.total_steps = event.total_steps
             case LogEvent():
@@ -91,6 +93,13 @@ class Seen:
             case _:
                 pass
 
+    def _begin_attempt(self, from_step: int) -> None:
+        first, losses = [one for one in self.first if one[0] <= from_step], self.losses
+        evaluations = [one for one in self.evaluations if one[0] <= from_step]
+        losses.drop_after(from_step)
+        self.__init__(plan=self.plan, first=first, losses=losses)  # type: ignore[misc]
+        self.evaluations.extend(evaluations)
+
     def _take_log(self, event: LogEvent) -> None:
         self.step = event.step
         if len(self.step_seconds) < 2:
@@ -100,7 +109,7 @@ class Seen:
             self.step_seconds.append(event.step_seconds)
         if event.loss is not None:
             if len(self.first) < FEWEST_LOGS:
-                self.first.append(event.loss)
+                self.first.append((event.step, event.loss))
             self.last.append(event.loss)
             self.losses.add(event.step, event.loss)
 
@@ -124,7 +133,8 @@ def blown_up(seen: Seen) -> str | None:
     whole = len(seen.last) == seen.last.maxlen
     if not whole and not seen.ended:
         return None
-    begun = statistics.median(seen.first) if whole else seen.first[0]
+    first = [loss for _, loss in seen.first]
+    begun = statistics.median(first) if whole else first[0]
     now = statistics.median(seen.last if whole else list(seen.last)[-FEWEST_LOGS:])
     if now <= BLOWN_UP * begun:
         return None
