@@ -121,7 +121,7 @@ def _task(args: argparse.Namespace) -> MergeTask:
 
 def _prepared(task: MergeTask, shard_bytes: int, *, allow_download: bool) -> Merge:
     from launcher.merging.adapters import Adapters
-    from launcher.merging.base_folder import find_base
+    from launcher.training.loading.base_folder import find_base
     from launcher.merging.measuring import measured_rows
     from launcher.merging.merge import Merge
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+    from launcher.training.several.sharded_model import Fill, Slot
 
 WEIGHT_STD = 0.02
 
@@ -34,6 +38,8 @@ def build_random_model(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    from launcher.training.several.quantised import mark_as_quantized
+
     # Buffers (rotary frequencies, embedding scales) are computed at construction: only parameters are meta.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
@@ -42,7 +48,7 @@ def build_random_model(
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
     if quantization_config is not None:
-        _mark_as_quantized(model, quantization_config)
+        mark_as_quantized(model, quantization_config)
     # A tied head is one tensor from the start, as when a checkpoint is loaded.
     model.tie_weights()
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -64,28 +70,20 @@ def build_random_model(
     return model
 
 
-def _mark_as_quantized(model: Any, quantization_config: Any) -> None:
+def random_filling(dtype: torch.dtype, seed: int = 0) -> Fill:
+    """Fills a hollow model (launcher/training/several/sharded_model.py) as build_random_model fills one."""
     import torch
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    quantizer = Bnb4BitHfQuantizer(quantization_config)
-    skipped = quantizer.get_modules_to_not_convert(
-        model, quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
-    )
-    with torch.device("meta"):
-        replace_with_bnb_linear(
-            model,
-            modules_to_not_convert=skipped,
-            quantization_config=quantization_config,
-            pre_quantized=False,
-        )
-    model.config.quantization_config = quantization_config
-    model.hf_quantizer = quantizer
-    model.quantization_method = quantization_config.quant_method
-    model.is_quantized = True
-    model.is_loaded_in_4bit = True
-    quantizer._process_model_after_weight_loading(model)
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def fill(slots: Sequence[Slot], device: torch.device) -> dict[str, torch.nn.Parameter]:
+        generator = generators.setdefault(device, torch.Generator(device=device).manual_seed(seed))
+        return {
+            slot.name: _random_parameter(slot.module, slot.key, slot.hollow, dtype, device, generator)
+            for slot in slots
+        }
+
+    return fill
 
 
 def _random_parameter(

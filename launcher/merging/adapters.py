@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from launcher.merging.adapter_folder import WEIGHTS, AdapterFolder
-from launcher.merging.base_folder import BaseFolder
-from launcher.merging.skeleton import empty_model, model_config
+from launcher.training.loading.base_folder import BaseFolder
+from launcher.training.loading.skeleton import empty_model, model_config
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:

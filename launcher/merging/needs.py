@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.merging.base_folder import BaseFolder
-from launcher.merging.skeleton import Skeleton
+from launcher.training.loading.base_folder import BaseFolder
+from launcher.training.loading.skeleton import Skeleton
 from launcher.merging.task import MergeTask
 from launcher.merging.writing import written_bytes
 from planner.base.errors import InputError

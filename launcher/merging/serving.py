@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launcher.merging.adapter_folder import AdapterFolder
-from launcher.merging.base_folder import BaseFolder
+from launcher.training.loading.base_folder import BaseFolder
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as --max-lora-rank (MaxLoRARanks,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.merging.adapters import Adapters, Rounding
-from launcher.merging.base_folder import (
+from launcher.training.loading.base_folder import (
     INDEX,
     OTHER_FILES,
     TEMPLATE_FILES,
@@ -21,7 +21,7 @@ from launcher.merging.base_folder import (
     BaseFolder,
     StoredTensor,
 )
-from launcher.merging.skeleton import Group, Skeleton
+from launcher.training.loading.skeleton import Group, Skeleton
 from planner.base.data_files import write_atomically
 from planner.base.errors import InputError
 

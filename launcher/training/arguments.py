@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.runs.trackers import PROJECT
 from launcher.runs.training_job import TrainingJob
+from launcher.training.several.ranks import WAIT
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def sft_config(
         **_loss(),
         **_memory_and_speed(setup, on_gpu=on_gpu),
         **checkpointing(setup, SFTConfig),
+        **several_gpus(setup),
         **_optimisation(job),
         **_written(job, evaluates=evaluates, run_name=output_dir.parent.name),
     )
@@ -48,6 +50,33 @@ def checkpointing(setup: TrainingSetup, config: type) -> dict[str, Any]:
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     options = {"use_reentrant": False} if setup.gradient_checkpointing else None
     return {name: setup.gradient_checkpointing, f"{name}_kwargs": options}
+
+
+def several_gpus(setup: TrainingSetup) -> dict[str, Any]:
+    """How ranks share the work; nothing for one process. What each holds: docs/several-gpus.md."""
+    if setup.num_processes == 1:
+        return {}
+    common: dict[str, Any] = {
+        "ddp_timeout": int(WAIT.total_seconds()),
+        "accelerator_config": {"split_batches": False, "even_batches": True},
+    }
+    if setup.distributed == "ddp":
+        # Every adapter has a gradient in every step: looking for those without costs a pass over the graph.
+        # The only buffers are rotary frequencies, which all ranks compute alike.
+        return {**common, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+    # Each micro-step sums gradients over the ranks: kept until the last one they would be whole on each GPU.
+    common["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+    options = {
+        "version": 2,
+        # The units are made where the weights are loaded (launcher/training/several/units.py).
+        "auto_wrap_policy": "NO_WRAP",
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+        # FSDP's own recomputes with other dropout masks (accelerate/utils/fsdp_utils.py, fsdp2_apply_ac).
+        "activation_checkpointing": False,
+    }
+    return {**common, "fsdp": True, "fsdp_config": options}
 
 
 def _batches(setup: TrainingSetup) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
+from launcher.training.several.ranks import let_cpus_shard
+from launcher.training.several.refusals import refuse_unsharded
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
 from planner.setup.training_setup import TrainingSetup
@@ -42,8 +44,8 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
         InputError: a knob that it cannot run, or not without a GPU.
         MissingExtraError: a knob whose package is not installed.
     """
-    if setup.num_processes > 1:
-        raise InputError(f"num_processes={setup.num_processes}: the launcher runs one process so far")
+    if setup.distributed == "fsdp":
+        refuse_unsharded(setup)
     if setup.dtype == "float16" and setup.method == "full":
         raise InputError("dtype=float16 with method full: gradients of float16 weights cannot be unscaled")
     refuse_other_dropout_masks(setup)
@@ -93,7 +95,8 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type=setup.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=setup.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=torch_dtype(setup),
-        bnb_4bit_quant_storage=torch.uint8,
+        # FSDP2 shards floating point alone; the bits are the same.
+        bnb_4bit_quant_storage=torch_dtype(setup) if setup.distributed == "fsdp" else torch.uint8,
     )
 
 
@@ -199,21 +202,28 @@ def build_trainer(
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
+    arguments = sft_config(
+        setup, job, output_dir=output_dir, on_gpu=on_gpu, evaluates=eval_dataset is not None
+    )
+    if setup.distributed == "fsdp" and not on_gpu:
+        let_cpus_shard()
     try:
         trainer = LaunchedTrainer(
             model=model,
-            args=sft_config(
-                setup, job, output_dir=output_dir, on_gpu=on_gpu, evaluates=eval_dataset is not None
-            ),
+            args=arguments,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            peft_config=lora_config(setup),
+            # A model that was sharded while it was loaded has its adapters already.
+            peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
             callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
         )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
+    if setup.distributed == "ddp":
+        # Gradients then lie in DDP's buckets alone, not beside them.
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
         _hold_trainables_in_float32(trainer.model)
     if setup.compile == "regional":

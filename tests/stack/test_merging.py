@@ -22,7 +22,7 @@ from launcher import cli as launcher_cli
 from launcher.merging import measuring, needs, serving, writing
 from launcher.merging.adapter_folder import read_adapter
 from launcher.merging.adapters import Adapters, Rounding
-from launcher.merging.base_folder import find_base
+from launcher.training.loading.base_folder import find_base
 from launcher.merging.measuring import Comparison, Measuring, better
 from launcher.merging.merge import Merge
 from launcher.merging.task import MergeTask, MergeWish, read_task

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.merging.base_folder import BaseFolder, StoredTensor
+from launcher.training.loading.base_folder import BaseFolder, StoredTensor
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
