@@ -24,7 +24,7 @@ def random_rows(profile: Profile, steps: int, vocab_size: int) -> list[list[int]
 
 def _full_lengths(profile: Profile, steps: int) -> list[int]:
     setup = profile.setup
-    count = setup.per_device_train_batch_size * setup.gradient_accumulation_steps * steps
+    count = setup.effective_batch_size * steps
     length, half, quarter = setup.max_length, setup.max_length // 2, setup.max_length // 4
     if setup.packing:
         return [half, quarter, length - half - quarter] * count

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.measuring.measured_data import TokenCounter, random_rows, token_dataset
 from launcher.measuring.profile import Profile
+from launcher.training.several.ranks import ALONE, Ranks
 from planner.base.data_files import PROFILES
 from planner.calibration.records import MeasuredPhase
 
@@ -35,12 +36,14 @@ def most_steps(profile: Profile) -> int:
 
 
 def load_config(model_id: str) -> PretrainedConfig:
-    """transformers' config of a catalog model, of its language part where it is multimodal."""
+    """transformers' config of a catalog model or of a folder, of its language part where it is multimodal."""
     from transformers import AutoConfig
 
     from planner.models.hub_config import text_part
 
-    values = json.loads((PROFILES / "configs" / f"{model_id}.json").read_text(encoding="utf-8"))
+    folder = Path(model_id)
+    path = folder / "config.json" if folder.is_dir() else PROFILES / "configs" / f"{model_id}.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
     text, _ = text_part(values)
     text.pop("auto_map", None)
     return AutoConfig.for_model(text.pop("model_type"), **text)
@@ -50,9 +53,14 @@ class MeasuredRun:
     """One profile's run: the model, its trainer and what was measured."""
 
     def __init__(
-        self, profile: Profile, device: torch.device, driver_bytes: Callable[[], int] | None
+        self,
+        profile: Profile,
+        device: torch.device,
+        driver_bytes: Callable[[], int] | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.profile = profile
+        self.ranks = ranks
         self.weights_bytes = 0
         self.phases: list[MeasuredPhase] = []
         self.step_seconds: list[float] = []
@@ -71,7 +79,7 @@ class MeasuredRun:
         if self.profile.lengths:
             return self._processed_tokens / sum(steady)
         setup = self.profile.setup
-        tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps
+        tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps * setup.num_processes
         return tokens * len(steady) / sum(steady)
 
     @property
@@ -100,37 +108,47 @@ class MeasuredRun:
     def _train(self, folder: Path) -> None:
         import torch
 
-        from launcher.measuring.random_weights import build_random_model
+        from launcher.measuring.random_weights import build_random_model, random_filling
         from launcher.runs.training_job import TrainingJob
         from launcher.training import build
 
         setup = self.profile.setup
         config = load_config(setup.model)
-        torch.cuda.reset_peak_memory_stats()
-        model = build_random_model(
-            config,
-            dtype=build.torch_dtype(setup),
-            device=self._device,
-            attn_implementation=setup.attn_implementation,
-            quantization_config=build.quantization_config(setup),
+        on_gpu = self._device.type == "cuda"
+        job = TrainingJob(
+            setup=setup, model_source=setup.model, data_path="random tokens", max_steps=self._most_steps
         )
-        torch.cuda.synchronize()
-        self.weights_bytes = torch.cuda.memory_allocated()
+        self._forget_peaks()
+        if setup.distributed == "fsdp":
+            from launcher.training.several.sharding import sharded_model
+
+            filling = random_filling(build.torch_dtype(setup))
+            model = sharded_model(setup, config, filling, device=self._device, seed=job.seed)
+        else:
+            model = build_random_model(
+                config,
+                dtype=build.torch_dtype(setup),
+                device=self._device,
+                attn_implementation=setup.attn_implementation,
+                quantization_config=build.quantization_config(setup),
+            )
+        self._wait()
+        self.weights_bytes = torch.cuda.memory_allocated() if on_gpu else 0
         self._close("load")
-        steps = WARM_UP_STEPS + most_steps(self.profile)
-        rows = random_rows(self.profile, steps, config.vocab_size)
+        rows = random_rows(self.profile, self._most_steps, config.vocab_size)
         data, eval_data = token_dataset(rows), token_dataset(rows[: 2 * setup.per_device_train_batch_size])
         trainer = build.build_trainer(
             setup,
-            TrainingJob(setup=setup, model_source=setup.model, data_path="random tokens", max_steps=steps),
+            job,
             model=model,
             tokenizer=_tokenizer(),
             train_dataset=data,
             eval_dataset=eval_data if self.profile.evaluates else None,
             output_dir=folder,
-            on_gpu=True,
+            on_gpu=on_gpu,
             callbacks=[self._step_clock()],
         )
+        trainer.ranks = self.ranks
         trainer.args.eval_strategy = "no"
         if self.profile.padded:
             # Drawn at random, the short rows could make up a batch, and every batch after warm-up.
@@ -138,7 +156,7 @@ class MeasuredRun:
         counter = TokenCounter(trainer.data_collator)
         trainer.data_collator = counter
         trainer.train()
-        torch.cuda.synchronize()
+        self._wait()
         self._count(counter)
         self._close("step")
         if self.profile.evaluates:
@@ -146,6 +164,22 @@ class MeasuredRun:
             self._close("evaluation")
             trainer.save_model(str(folder / "saved"))
             self._close("save")
+
+    @property
+    def _most_steps(self) -> int:
+        return WARM_UP_STEPS + most_steps(self.profile)
+
+    def _wait(self) -> None:
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _forget_peaks(self) -> None:
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     @property
     def _steady(self) -> list[float]:
@@ -160,20 +194,19 @@ class MeasuredRun:
         each, starts peaks anew after warm-up and ends training when the steady steps are enough. The trainer
         has read the gradient's norm just before an update: nothing is waited for twice.
         """
-        import torch
         from transformers import TrainerCallback
 
         seconds, updates, micro_steps = self.step_seconds, self.update_seconds, self.micro_steps
-        enough = self.steady_enough
+        enough, wait, forget_peaks, ranks = self.steady_enough, self._wait, self._forget_peaks, self.ranks
 
         class StepClock(TrainerCallback):  # type: ignore[misc]
             started = updating = 0.0
             passed = 0
 
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                torch.cuda.synchronize()
+                wait()
                 if len(seconds) == WARM_UP_STEPS:
-                    torch.cuda.reset_peak_memory_stats()
+                    forget_peaks()
                 self.passed = 0
                 self.started = time.perf_counter()
 
@@ -181,16 +214,17 @@ class MeasuredRun:
                 self.passed += 1
 
             def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-                torch.cuda.synchronize()
+                wait()
                 self.updating = time.perf_counter()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                torch.cuda.synchronize()
+                wait()
                 now = time.perf_counter()
                 seconds.append(now - self.started)
                 updates.append(now - self.updating)
                 micro_steps.append(self.passed + 1)
-                if enough():
+                # Ranks agree: one that went on alone would wait for the others for ever.
+                if ranks.any(enough()):
                     control.should_training_stop = True
 
         return StepClock()
@@ -206,7 +240,7 @@ class MeasuredRun:
                 process_bytes=self._driver_bytes() if self._driver_bytes is not None else None,
             )
         )
-        torch.cuda.reset_peak_memory_stats()
+        self._forget_peaks()
 
 
 def _tokenizer() -> Any:

@@ -25,7 +25,8 @@ from launcher.runs.events import (
     StartEvent,
 )
 from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
-from launcher.training.sparing import SparingTrainer
+from launcher.training.several import whole
+from launcher.training.several.ranked_trainer import RankedTrainer
 from planner.base.errors import InputError, VramwiseError
 
 DRIVER_READING_SECONDS = 10.0
@@ -43,7 +44,7 @@ class EvaluationStoppedError(VramwiseError):
     """Somebody asked for an end while the run was evaluated."""
 
 
-class LaunchedTrainer(SparingTrainer):
+class LaunchedTrainer(RankedTrainer):
     """SFTTrainer that ends before an update by a non-finite loss or gradient, saves checkpoints whole, loads
     them exactly, and writes no model card.
     """
@@ -112,7 +113,8 @@ class LaunchedTrainer(SparingTrainer):
         self._saver.save(step, write_files)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_model(self.model, self.processing_class, Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        save_model(self.model, self.processing_class, folder, self.ranks)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """PEFT's load_adapter, which upstream calls, would turn 16-bit adapters into float32."""

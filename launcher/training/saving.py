@@ -20,6 +20,8 @@ from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from launcher.training.evaluation import BestCheckpoint, best_checkpoint, weight_files
 from launcher.training.patience import PatientWriter
+from launcher.training.several.ranks import ALONE, Ranks
+from launcher.training.several.whole import is_sharded, trained_weights
 from launcher.training.rehearsal import random_state, set_random_state
 
 KEPT_LOGS = 10
@@ -71,10 +73,18 @@ class CheckpointSaver:
         self.writer.write(CheckpointEvent(time=time.time(), step=step, path=shown))
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write what was trained (safetensors) and the tokenizer: no pickle of the arguments beside them."""
+def save_model(model: Any, tokenizer: Any, folder: Path, ranks: Ranks = ALONE) -> None:
+    """Write what was trained (safetensors) and the tokenizer: no pickle of the arguments beside them.
+
+    Every rank must ask at the same place; one of them writes.
+    """
+    state = trained_weights(model, keep=ranks.saves) if is_sharded(model) else None
+    if not ranks.saves:
+        return
     # PEFT's "auto" would ask the Hub whether the vocabulary was resized; it never is here.
-    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    if state is not None:
+        options["state_dict"] = state
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
 

@@ -88,7 +88,8 @@ class RunRecord:
     `tokens_per_second` counts padding too, and `useful_tokens_per_second` the examples' own tokens.
     `allocator` is torch's, as planner/setup/cuda_allocator.py names it. `host_block_seconds` is how long the
     host took, around the run, for what microbenchmarks call the eager block (null: not timed). `tf32` says
-    that products in float32 could use it, as the launcher lets them.
+    that products in float32 could use it, as the launcher lets them. Of a run on several GPUs `phases` has the
+    largest figures of all, `ranks` each GPU's own, and rates are those of all together.
     """
 
     id: str
@@ -114,6 +115,7 @@ class RunRecord:
     allocator: str = NATIVE
     host_block_seconds: float | None = None
     tf32: bool = True
+    ranks: tuple[tuple[MeasuredPhase, ...], ...] = ()
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -163,6 +165,9 @@ class RunRecord:
                 step_seconds=tuple(rest.pop("step_seconds")),
                 lengths=tuple((length, count) for length, count in rest.pop("lengths", ())),
                 update_seconds=tuple(rest.pop("update_seconds", ())),
+                ranks=tuple(
+                    tuple(MeasuredPhase(**phase) for phase in rank) for rank in rest.pop("ranks", ())
+                ),
                 predicted=Predicted(**predicted) if predicted is not None else None,
                 **rest,
             )
