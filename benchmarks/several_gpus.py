@@ -61,7 +61,14 @@ def setups(gpus: int) -> list[Measured]:
     """What is measured, the most telling first."""
     found: list[Measured] = []
 
-    def add(name: str, *where: Any, padded: bool = False, evaluates: bool = False, cap: int | None = None, **knobs: Any) -> None:
+    def add(
+        name: str,
+        *where: Any,
+        padded: bool = False,
+        evaluates: bool = False,
+        cap: int | None = None,
+        **knobs: Any,
+    ) -> None:
         profile = Profile(setup=_setup(*where, gpus, **knobs), padded=padded, evaluates=evaluates)
         found.append(Measured(f"{where[3]} {name}", profile, cap))
 
@@ -73,8 +80,17 @@ def setups(gpus: int) -> list[Measured]:
         add("full 0.5b", "qwen2.5-0.5b", 1024, 4, way, evaluates=True, **full)
         add("qlora 7b packed", "mistral-7b-v0.3", 4096, 1, way, packing=True)
         add("qlora 8b padded", "qwen3-8b", 2048, 4, way, padded=True)
-        add("lora 3b accumulated packed", "qwen2.5-3b", 2048, 1, way, method="lora", packing=True,
-            gradient_accumulation_steps=8, optim="adamw_torch_fused")
+        add(
+            "lora 3b accumulated packed",
+            "qwen2.5-3b",
+            2048,
+            1,
+            way,
+            method="lora",
+            packing=True,
+            gradient_accumulation_steps=8,
+            optim="adamw_torch_fused",
+        )
         add("full 1b accumulated", "llama-3.2-1b", 1024, 2, way, gradient_accumulation_steps=8, **full)
         add("qlora 14b", "qwen2.5-14b", 2048, 2, way)
         add("qlora 8b compiled", "llama-3.1-8b", 2048, 4, way, compile="regional")

@@ -121,9 +121,9 @@ def _task(args: argparse.Namespace) -> MergeTask:
 
 def _prepared(task: MergeTask, shard_bytes: int, *, allow_download: bool) -> Merge:
     from launcher.merging.adapters import Adapters
-    from launcher.training.loading.base_folder import find_base
     from launcher.merging.measuring import measured_rows
     from launcher.merging.merge import Merge
+    from launcher.training.loading.base_folder import find_base
 
     base = find_base(task.source, allow_download=allow_download)
     for one in task.adapters:

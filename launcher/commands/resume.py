@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, kind, metavar, text in (
         ("--epochs", real_number, "X", "passes over the data, other than before"),
         ("--max-steps", whole_number, "N", "steps in all, other than before"),
+        ("--num-processes", whole_number, "N", "GPUs, other than before; the effective batch is kept"),
+        ("--distributed", str, "WAY", "how they share the work, other than before: ddp or fsdp"),
         ("--accept-changes", str, "KINDS", "go on although these changed: data, model, versions"),
     ):
         asked.add_argument(flag, action=StoreOnce, type=kind, metavar=metavar, help=text)
@@ -37,7 +39,7 @@ def refuse_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: something is.
     """
-    for name in ("epochs", "max_steps", "accept_changes", "wait"):
+    for name in ("epochs", "max_steps", "num_processes", "distributed", "accept_changes", "wait"):
         if getattr(args, name) not in (None, False):
             raise InputError(f"--{name.replace('_', '-')} is for runs resume")
 
@@ -59,6 +61,8 @@ def run(path: Path, args: argparse.Namespace) -> int:
     wish = resumption.ResumeWish(
         num_train_epochs=args.epochs,
         max_steps=args.max_steps,
+        num_processes=args.num_processes,
+        distributed=args.distributed,
         accepted=tuple(part.strip() for part in (args.accept_changes or "").split(",") if part.strip()),
     )
     folder = RunFolder(path.resolve())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.commands.interrupts import sigterm_as_ctrl_c
+from launcher.commands.nodes import add_nodes, nodes_wish
 from launcher.commands.runs_folder import add_runs_option, refuse_taken, run_name, runs_root
 from launcher.commands.saved_plan import plan_for_here, take_saved_plan
 from launcher.commands.saving import add_saving, saving_in_words, saving_wish
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, action=StoreOnce, type=whole_number, metavar="N", help=text)
     add_saving(parser)
+    add_nodes(parser)
     parser.add_argument(
         "--track",
         action="append",
@@ -248,6 +250,7 @@ def _wish(args: argparse.Namespace, model_source: str) -> JobWish:
         early_stopping_patience=args.early_stopping_patience,
         max_steps=args.max_steps,
         **saving_wish(args),
+        **nodes_wish(args),
         eval_steps=args.eval_steps,
         seed=args.seed,
         assistant_only_loss=args.assistant_only_loss,

@@ -6,7 +6,7 @@ model would (stack-level check: a folder loaded by from_pretrained and a model f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

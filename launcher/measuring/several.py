@@ -137,7 +137,9 @@ def _parameter_count(model: str) -> int:
 
     from launcher.training.loading.skeleton import empty_model
 
-    return sum(parameter.numel() for parameter in empty_model(load_config(model), torch.bfloat16).parameters())
+    return sum(
+        parameter.numel() for parameter in empty_model(load_config(model), torch.bfloat16).parameters()
+    )
 
 
 def _phases_of_all(run: MeasuredRun, ranks: Ranks) -> tuple[tuple[MeasuredPhase, ...], ...]:

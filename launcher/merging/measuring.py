@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.merging.adapters import adapter_name
-from launcher.training.loading.base_folder import BaseFolder
 from launcher.merging.task import MEASURED_LENGTH, MergeTask
 from launcher.merging.writing import written_bytes
+from launcher.training.loading.base_folder import BaseFolder
 from planner.base.errors import InputError
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from launcher.merging.adapters import Adapters, Rounding
-from launcher.training.loading.base_folder import BaseFolder
 from launcher.merging.measuring import Comparison, Measuring, Reference, better, learned_places
 from launcher.merging.needs import PROCESS_BYTES, Needs, available_host_bytes, needs_of
-from launcher.training.loading.skeleton import Skeleton
 from launcher.merging.task import DEQUANTISED, MergeTask
 from launcher.merging.writing import hidden_folder, publish, write_rest, write_weights
 from launcher.runs import stack
+from launcher.training.loading.base_folder import BaseFolder
+from launcher.training.loading.skeleton import Skeleton
 from planner.base.data_files import write_atomically
 from planner.base.errors import InputError
 

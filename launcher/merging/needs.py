@@ -6,10 +6,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.training.loading.base_folder import BaseFolder
-from launcher.training.loading.skeleton import Skeleton
 from launcher.merging.task import MergeTask
 from launcher.merging.writing import written_bytes
+from launcher.training.loading.base_folder import BaseFolder
+from launcher.training.loading.skeleton import Skeleton
 from planner.base.errors import InputError
 from planner.base.units import FP32
 from planner.models.storage import ABSMAX_WIDTH, NESTED_BLOCK, QUANTIZATION_BLOCK

@@ -85,6 +85,7 @@ class MemoryEvent:
 
     Without a GPU allocated and reserved are null and `process_bytes` is the trainer's resident memory. With
     one it is what the driver shows as used, less what it showed before the trainer started; null if unknown.
+    On several GPUs the figures are the largest of all, and `ranks` has each rank's three by its number.
     """
 
     kind: ClassVar[str] = "memory"
@@ -94,6 +95,7 @@ class MemoryEvent:
     allocated_bytes: int | None
     reserved_bytes: int | None
     process_bytes: int | None
+    ranks: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +158,8 @@ class EndEvent:
 class SampleEvent:
     """What the driver shows of the run's GPU; null where unknown. Without a GPU `process_bytes` is the
     trainer's resident memory. `host_percent` is how much of one core the trainer takes; `slowed_by` is "heat"
-    or "power" where the card has lowered its clocks to protect itself.
+    or "power" where the card has lowered its clocks to protect itself. Of several GPUs it is the one that is used
+    most; `gpus` has [used_bytes, process_bytes, utilization_percent] of each by its rank on this machine.
     """
 
     kind: ClassVar[str] = "sample"
@@ -169,6 +172,7 @@ class SampleEvent:
     power_w: float | None = None
     host_percent: float | None = None
     slowed_by: str | None = None
+    gpus: Mapping[str, Any] = field(default_factory=dict)
 
 
 Event = (
@@ -207,6 +211,7 @@ def to_line(event: Event) -> str:
     values = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in dataclasses.asdict(event).items()
+        if not (name in ("ranks", "gpus") and not value)
     }
     return json.dumps({"time": values.pop("time"), "kind": event.kind, **values}, allow_nan=False) + "\n"
 

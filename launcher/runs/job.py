@@ -42,6 +42,9 @@ class JobWish:
     allow_download: bool = False
     track: tuple[str, ...] = ()
     allow_upload: bool = False
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         check_evaluation(
@@ -87,6 +90,9 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         track=wish.track,
         allow_upload=wish.allow_upload,
         gpu_index=plan.gpu.position or 0,
+        nnodes=wish.nnodes,
+        node_rank=wish.node_rank,
+        rdzv_endpoint=wish.rdzv_endpoint,
     )
 
 

@@ -1,9 +1,9 @@
-"""`python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR]`: the process that starts a run's trainer and sampler.
+"""`python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR...]`: the process that starts a run's trainer and sampler.
 
 It minds them to the run's end. It needs nobody to watch it and holds nothing that can break it: no torch, no
 driver. It writes the end that a dead trainer could not, starts the sampler again, ends a trainer that hangs
 and makes the next attempt. Should it be killed, the trainer goes on and the sampler ends with it. The open
-file of the GPU's lock (gpu_lock.py), if there is one, is handed on to the trainer. The exit codes are
+files of the GPUs' locks (gpu_lock.py) are handed on to the trainer. The exit codes are
 ends.RunExit.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from launcher.runs.events import EndEvent, WarningEvent, append_event, from_line
 from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.kept import checkpoints
-from launcher.runs.minding import stopping
+from launcher.runs.minding import ranks, stopping
 from launcher.runs.minding.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
 from launcher.runs.minding.hang import HangLimits, HangWatch, Silence
 from launcher.runs.minding.smaller import ask_for_smaller
@@ -44,6 +45,7 @@ SAMPLER_RESTARTS = 3
 HANG_RESTARTS = 3
 """Restarts after a hang without a new checkpoint in between, after which the run is given up."""
 _LAST_LINES = 200
+_TRAINERS = {False: "launcher.training.train", True: "launcher.training.several.agent"}
 _STATES = {end.code: end.state for end in reversed(RUN_ENDS)}
 
 Spawn = Callable[[], "subprocess.Popen[bytes]"]
@@ -93,7 +95,9 @@ def _after_hang(folder: RunFolder, from_step: int) -> Attempt | None:
 
 @dataclass(slots=True)
 class Keeper:
-    """Minds one run to its end. `start_trainer` and `start_sampler` start the processes."""
+    """Minds one run to its end. `start_trainer` and `start_sampler` start the processes; `processes` says how
+    many the present attempt trains with on this machine: with several the trainer is torchrun's agent.
+    """
 
     folder: RunFolder
     start_trainer: Spawn
@@ -101,6 +105,7 @@ class Keeper:
     limits: HangLimits = field(default_factory=HangLimits)
     patience_seconds: float = stopping.PATIENCE_SECONDS
     count_kills: Callable[[], KillCounters] = read_kill_counters
+    processes: Callable[[], int] = lambda: 1
     _sampler: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _sampler_restarts: int = field(default=0, init=False)
     _signals: int = field(default=0, init=False)
@@ -123,8 +128,9 @@ class Keeper:
         with contextlib.suppress(FileNotFoundError):
             self.folder.heartbeat.unlink()
         offset, kills = _size(self.folder.events), self.count_kills()
+        ranks.clear(self.folder)
         trainer = self.start_trainer()
-        ender = stopping.Ender(trainer.send_signal, self.patience_seconds)
+        ender = stopping.Ender(functools.partial(self._send, trainer), self.patience_seconds)
         watch = HangWatch(self.folder.heartbeat, self.limits)
         silence: Silence | None = None
         while trainer.poll() is None and silence is None:
@@ -136,6 +142,8 @@ class Keeper:
             time.sleep(POLL_SECONDS)
         if silence is not None:
             self._end_hanging(trainer)
+        else:
+            self._end_rest()
         if trainer.poll() is not None:
             # What the trainer has forked dies with it: it would hold the run's lock.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -185,17 +193,40 @@ class Keeper:
         except subprocess.TimeoutExpired:
             sampler.kill()
 
+    def _send(self, trainer: subprocess.Popen[bytes], number: int) -> None:
+        """Send a signal to the trainer; of several ranks to each, since torchrun's agent would end them."""
+        pids = ranks.live_ranks(self.folder, self.processes()) if self.processes() > 1 else {}
+        if pids:
+            ranks.send(pids, number)
+        if not pids or number == signal.SIGKILL:
+            trainer.send_signal(number)
+
+    def _end_rest(self) -> None:
+        """Whatever has ended torchrun's agent: none of its ranks may stay behind."""
+        if self.processes() > 1:
+            ranks.send(ranks.live_ranks(self.folder, self.processes()), signal.SIGKILL)
+
     def _end_hanging(self, trainer: subprocess.Popen[bytes]) -> None:
         """Have the stacks written down, then SIGTERM, then SIGKILL."""
+        if self.processes() > 1:
+            self._write_stacks()
         for number, seconds in (
             (STACKS_SIGNAL, min(DUMP_SECONDS, self.patience_seconds)),
             (signal.SIGTERM, self.patience_seconds),
             (signal.SIGKILL, self.patience_seconds),
         ):
-            trainer.send_signal(number)
+            self._send(trainer, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 trainer.wait(seconds)
                 return
+
+    def _write_stacks(self) -> None:
+        """The stacks of all ranks into the log; one that was stopped writes its own when it may go on."""
+        pids = ranks.live_ranks(self.folder, self.processes())
+        ranks.send(pids, STACKS_SIGNAL)
+        ranks.send(pids, signal.SIGCONT)
+        time.sleep(min(DUMP_SECONDS, self.patience_seconds))
+        ranks.collect_stacks(self.folder, pids)
 
     def _end(
         self, trainer: subprocess.Popen[bytes], offset: int, kills: KillCounters, silence: Silence | None
@@ -233,6 +264,9 @@ class Keeper:
     def _untold(self, code: int, kills: KillCounters) -> AttemptEnd:
         """The end of a trainer that wrote none, by its exit code."""
         step = self._last_step()
+        first = ranks.first_to_fail(self.folder, self.processes()) if self.processes() > 1 else None
+        if first is not None and not self._asked():
+            return self._of_rank(first, step, kills)
         if code >= 0:
             state = _STATES.get(RunExit(code), "failed") if code in set(RunExit) else "failed"
             said = last_lines(self.folder.log("trainer"), 1)
@@ -247,6 +281,23 @@ class Keeper:
             return AttemptEnd(state="oom", message=message, step=step, host_memory=True)
         message = f"the trainer was ended by {name} after step {step:,}; {kept}"
         return AttemptEnd(state="killed", message=message, step=step)
+
+    def _of_rank(self, first: ranks.RankEnd, step: int, kills: KillCounters) -> AttemptEnd:
+        """The end of a run by one of its ranks."""
+        step = max(step, first.step)
+        message, whose = first.message, None
+        if first.state == "killed":
+            whose = self.count_kills().grown_since(kills) if "SIGKILL" in message else None
+            message += f" after step {step:,}; the others were ended; {self._kept()}"
+        if whose is not None:
+            message = f"{advice_on_memory(whose)}; {message}"
+        return AttemptEnd(
+            state="oom" if whose is not None else first.state,
+            message=message,
+            step=step,
+            room_bytes=first.room_bytes,
+            host_memory=whose is not None,
+        )
 
     def _kept(self) -> str:
         checkpoint = last_checkpoint(self.folder.events)
@@ -283,10 +334,16 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _processes(folder: RunFolder) -> int:
+    """Of this machine, as the present attempt trains."""
+    job, attempts = folder.read_job(), read_attempts(folder.attempts)
+    return (attempts[-1].apply(job) if attempts else job).local_processes
+
+
 def main(arguments: list[str]) -> int:
     """Mind the run of the folder named; returns the exit code."""
-    if len(arguments) not in (1, 2) or not all(one.isdecimal() for one in arguments[1:]):
-        print("usage: python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR]", file=sys.stderr)
+    if not arguments or not all(one.isdecimal() for one in arguments[1:]):
+        print("usage: python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR...]", file=sys.stderr)
         return RunExit.BAD_INPUT
     gpu = [int(one) for one in arguments[1:]]
     allocator = allocator_environment(os.environ)
@@ -296,9 +353,10 @@ def main(arguments: list[str]) -> int:
             code = Keeper(
                 folder,
                 start_trainer=lambda: spawn(
-                    folder, "trainer", "launcher.training.train", allocator, descriptors=gpu
+                    folder, "trainer", _TRAINERS[_processes(folder) > 1], allocator, descriptors=gpu
                 ),
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
+                processes=lambda: _processes(folder),
             ).keep()
             # Before the lock is given back: who waits for the run's end finds the report.
             write_or_say(RunFolder(folder.shown), over=True)

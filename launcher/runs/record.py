@@ -91,7 +91,27 @@ def make_record(folder: RunFolder, outcome: str, summary: RunSummary | None = No
         tokens_per_second=found.tokens_per_second,
         predicted=_predicted(plan) if setup == plan.setup else None,
         allocator=str(start.environment.get("allocator", NATIVE)),
+        ranks=_each_rank(found, setup.num_processes),
         padded=setup.per_device_train_batch_size > 1 and not setup.packing,
+    )
+
+
+def _each_rank(found: RunSummary, count: int) -> tuple[tuple[MeasuredPhase, ...], ...]:
+    """Each rank's own phases, where there are several and all were told."""
+    told = [(name, event.ranks) for name, event in found.memory.items() if len(event.ranks) == count]
+    if count == 1 or not told:
+        return ()
+    return tuple(
+        tuple(
+            MeasuredPhase(
+                name=name,
+                allocated_bytes=ranks[str(rank)][0],
+                reserved_bytes=ranks[str(rank)][1],
+                process_bytes=ranks[str(rank)][2] if ranks[str(rank)][2] >= 0 else None,
+            )
+            for name, ranks in told
+        )
+        for rank in range(count)
     )
 
 

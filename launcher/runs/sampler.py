@@ -6,9 +6,10 @@ trainer or a watcher. Without a GPU it samples the trainer's resident memory.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -36,7 +37,8 @@ def main(arguments: list[str]) -> int:
             hold_lock(folder, "sampler"),
             EventWriter(folder.samples) as writer,
         ):
-            sample = _choose_sampler(folder.read_job().gpu_index, _used_before(folder))
+            job = folder.read_job()
+            sample = _choose_sampler(job.gpu_index, job.local_processes, _used_before(folder))
             over = False
             while not over:
                 while is_alive(folder):
@@ -68,18 +70,34 @@ def _used_before(folder: RunFolder) -> int | None:
     return None
 
 
-def _choose_sampler(gpu_index: int, used_before_bytes: int | None) -> Sampler:
+def _choose_sampler(gpu_index: int, count: int, used_before_bytes: int | None) -> Sampler:
     from planner.gpus.detect import NoGpuError, local_gpus
 
     try:
-        gpus = local_gpus()
+        gpus = local_gpus()[gpu_index : gpu_index + count]
     except NoGpuError:
         return sample_resident_memory
-    if gpu_index >= len(gpus):
+    if not gpus:
         return sample_resident_memory
-    uuid, used_now = gpus[gpu_index].uuid, gpus[gpu_index].used_bytes
-    used_before = used_now if used_before_bytes is None else used_before_bytes
-    return lambda pid: sample_gpu(uuid, used_before, pid)
+    # What was used before by others is known of one GPU alone where a sampler takes another's place.
+    known = used_before_bytes if count == 1 else None
+    before = [(gpu.uuid, gpu.used_bytes if known is None else known) for gpu in gpus]
+    if count == 1:
+        return lambda pid: sample_gpu(*before[0], pid)
+    return lambda pid: sample_gpus(before, pid)
+
+
+def sample_gpus(gpus: Sequence[tuple[str, int]], pid: int) -> SampleEvent:
+    """The GPU of several that is used most, and some figures of each. The driver's list names other ranks than
+    `pid` for all but the first, so that what the run takes of one is told by difference.
+    """
+    samples = [sample_gpu(uuid, before, pid) for uuid, before in gpus]
+    most = max(samples, key=lambda sample: sample.used_bytes or 0)
+    each = {
+        str(rank): [sample.used_bytes, sample.process_bytes, sample.utilization_percent]
+        for rank, sample in enumerate(samples)
+    }
+    return dataclasses.replace(most, gpus=each)
 
 
 def sample_resident_memory(pid: int) -> SampleEvent:

@@ -17,9 +17,9 @@ from launcher.runs import state
 from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
 from launcher.runs.ends import RunExit, exit_code
 from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
-from launcher.runs.locks import holder, is_alive, live_pid
-from launcher.runs.minding import stopping
-from launcher.runs.minding.gpu_lock import gpu_of, take_gpu
+from launcher.runs.locks import holder, is_alive
+from launcher.runs.minding import ranks, stopping
+from launcher.runs.minding.gpu_lock import gpus_of, take_gpu
 from launcher.runs.minding.spawn import spawn
 from launcher.runs.state import RunStatus
 from planner.base.errors import InputError
@@ -108,9 +108,9 @@ def launch(folder: RunFolder, attempt: Attempt) -> RunHandle:
         GpuBusyError: another run trains on its GPU.
         OSError: there is no process to be had, or the folder cannot be written.
     """
-    uuid = gpu_of(folder.read_job())
-    gpu = [] if uuid is None else [take_gpu(uuid, folder)]
+    gpu: list[int] = []
     try:
+        gpu.extend(take_gpu(uuid, folder) for uuid in gpus_of(attempt.apply(folder.read_job())))
         folder.stop.unlink(missing_ok=True)
         add_attempt(folder.attempts, attempt)
         keeper = spawn(folder, "keeper", "launcher.runs.keeper", arguments=map(str, gpu), descriptors=gpu)
@@ -170,9 +170,7 @@ class Ending:
             self._ender.tick(how, now)
 
     def _send(self, number: int) -> None:
-        pid = live_pid(self.folder, "trainer")
-        if pid is not None:
-            os.kill(pid, number)
+        ranks.send(ranks.live_ranks(self.folder, ranks.MOST_LOCAL), number)
 
 
 def kill(run_dir: Path, *, patience_seconds: float = stopping.PATIENCE_SECONDS) -> bool:

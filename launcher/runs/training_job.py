@@ -35,7 +35,9 @@ class TrainingJob:
     defaults.SAVE_MINUTES. The newest `keep_checkpoints` are kept, and that of the best evaluation.
     `assistant_only_loss` takes the loss on the assistant's
     turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
-    within CUDA_VISIBLE_DEVICES when that is set. `track` names trackers that are told the figures too
+    within CUDA_VISIBLE_DEVICES when that is set; with several GPUs it is the first of those of this machine.
+    `nnodes` machines train together, this one as `node_rank`, and meet at `rdzv_endpoint` (host:port of the
+    first), as torchrun names them; each has its share of the setup's processes. `track` names trackers that are told the figures too
     (launcher/runs/trackers.py); they write into the run folder alone unless `allow_upload`.
     """
 
@@ -64,6 +66,9 @@ class TrainingJob:
     track: tuple[str, ...] = ()
     allow_upload: bool = False
     gpu_index: int = 0
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.setup, TrainingSetup):
@@ -88,6 +93,7 @@ class TrainingJob:
         validate.number("max_grad_norm", self.max_grad_norm, minimum=0.0, maximum=1e6)
         validate.integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
         validate.integer("gpu_index", self.gpu_index, minimum=0, maximum=1023)
+        check_nodes(self.setup.num_processes, self.nnodes, self.node_rank, self.rdzv_endpoint)
         validate.boolean("assistant_only_loss", self.assistant_only_loss)
         validate.boolean("allow_download", self.allow_download)
         trackers.checked(self.track)
@@ -98,6 +104,11 @@ class TrainingJob:
             steps=self.eval_steps,
             patience=self.early_stopping_patience,
         )
+
+    @property
+    def local_processes(self) -> int:
+        """Processes of this machine, a GPU each."""
+        return self.setup.num_processes // self.nnodes
 
     @property
     def evaluates(self) -> bool:
@@ -139,6 +150,25 @@ class TrainingJob:
         rest["setup"] = TrainingSetup.from_dict(rest["setup"])
         rest["track"] = trackers.checked(rest.get("track", ()))
         return cls(**rest)
+
+
+def check_nodes(num_processes: int, nnodes: int, node_rank: int, rdzv_endpoint: str | None) -> None:
+    """See that what is asked of several machines goes together.
+
+    Raises:
+        InputError: it does not; the option is named.
+    """
+    validate.integer("--nnodes", nnodes, minimum=1, maximum=1024)
+    validate.integer("--node-rank", node_rank, minimum=0, maximum=nnodes - 1)
+    if num_processes % nnodes:
+        raise InputError(f"--num-processes {num_processes}: {nnodes} machines cannot share them evenly")
+    if nnodes == 1:
+        if rdzv_endpoint is not None:
+            raise InputError("--rdzv-endpoint is for --nnodes of 2 or more")
+        return
+    host, _, port = (rdzv_endpoint or "").rpartition(":")
+    if not host or not port.isdecimal():
+        raise FieldError("--rdzv-endpoint", rdzv_endpoint, "host:port of the machine with --node-rank 0")
 
 
 def check_evaluation(

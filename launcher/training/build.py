@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
 from launcher.training.several.ranks import let_cpus_shard
-from launcher.training.several.refusals import refuse_unsharded
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
+from planner.setup.sharded import refuse_unsharded
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from launcher.runs.events import (
 from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
 from launcher.training.several import whole
 from launcher.training.several.ranked_trainer import RankedTrainer
+from launcher.training.several.ranks import ALONE, Ranks
 from planner.base.errors import InputError, VramwiseError
 
 DRIVER_READING_SECONDS = 10.0
@@ -83,8 +84,10 @@ class LaunchedTrainer(RankedTrainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         losses, self._losses = torch.stack(self._losses).float(), []
-        if not bool(torch.isfinite(losses).all()):
-            broken = next(loss for loss in losses.tolist() if not math.isfinite(loss))
+        finite = bool(torch.isfinite(losses).all())
+        # All ranks end by it, in the same step.
+        if self.ranks.any(not finite):
+            broken = next((loss for loss in losses.tolist() if not math.isfinite(loss)), math.nan)
             raise DivergedError(f"the loss is {broken} in step {self.state.global_step + 1}")
         # With float16 the gradient scaler meets overflows by design and skips those steps itself.
         if not self.args.fp16 and not math.isfinite(float(norm)):
@@ -99,9 +102,10 @@ class LaunchedTrainer(RankedTrainer):
         step = self.state.global_step
         if self._saver is None or self._saver.holds(step):
             return
-        if not _are_finite(self.model):
+        if self.ranks.any(not _are_finite(self.model)):
             raise DivergedError(f"the weights are not finite after step {step}")
         del self.state.log_history[:-KEPT_LOGS]
+        self.gather()
 
         def write_files(staged: Path) -> None:
             self._staged = staged
@@ -111,14 +115,16 @@ class LaunchedTrainer(RankedTrainer):
                 self._staged = None
 
         self._saver.save(step, write_files)
+        self.forget_gathered()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        save_model(self.model, self.processing_class, folder, self.ranks)
+        weights = None if self._gathered is None else self._gathered.weights
+        save_model(self.model, self.processing_class, folder, self.ranks, weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """PEFT's load_adapter, which upstream calls, would turn 16-bit adapters into float32."""
-        if not hasattr(self.model, "peft_config"):
+        if self.shards or not hasattr(self.model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
@@ -157,7 +163,7 @@ class LaunchedTrainer(RankedTrainer):
 
 def _are_finite(model: torch.nn.Module) -> bool:
     """Whether all that is trained is."""
-    checks = [torch.isfinite(p).all() for p in model.parameters() if p.requires_grad]
+    checks = [torch.isfinite(whole.local(p)).all() for p in model.parameters() if p.requires_grad]
     return bool(torch.stack(checks).all())
 
 
@@ -181,13 +187,15 @@ class MemoryMeter:
     """Peaks of each phase, told to `write` whenever one grows.
 
     `read_driver_bytes` says what the driver shows as used on the GPU, less what it showed before this process
-    took any; None if unknown.
+    took any; None if unknown. On several GPUs the largest of all ranks is told, and each one's.
     """
 
     write: Callable[[Event], None]
     on_gpu: bool
     read_driver_bytes: Callable[[], int | None]
+    ranks: Ranks = ALONE
     _peaks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    _told: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _driver_bytes: int | None = None
     _read_at: float = -math.inf
 
@@ -207,9 +215,15 @@ class MemoryMeter:
             max(reserved, known[1]),
             max(-1 if self._driver_bytes is None else self._driver_bytes, known[2]),
         )
-        if peaks == known:
-            return
         self._peaks[phase] = peaks
+        every = self.ranks.exchange(*peaks)
+        largest = (max(own) for own in zip(*every, strict=True))
+        self._tell(phase, step, tuple(largest), every)
+
+    def _tell(self, phase: str, step: int, peaks: tuple[int, ...], every: Sequence[tuple[int, ...]]) -> None:
+        if self._told.get(phase) == peaks:
+            return
+        self._told[phase] = peaks
         self.write(
             MemoryEvent(
                 time=time.time(),
@@ -218,6 +232,7 @@ class MemoryMeter:
                 allocated_bytes=peaks[0] if self.on_gpu else None,
                 reserved_bytes=peaks[1] if self.on_gpu else None,
                 process_bytes=peaks[2] if peaks[2] >= 0 else None,
+                ranks={} if self.ranks.alone else {str(rank): list(own) for rank, own in enumerate(every)},
             )
         )
 

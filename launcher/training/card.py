@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launcher.runs.allocator import process_allocator
 from launcher.runs.training_job import TrainingJob
+from launcher.training.several.ranks import ALONE, Ranks
 from planner.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,19 +47,23 @@ class ChosenGpu:
         return max(0, gpu.free_bytes + own.used_bytes)
 
 
-def choose_gpu(job: TrainingJob) -> ChosenGpu | None:
-    """Make the job's GPU the only visible one; None when NVML shows none (torch then decides)."""
+def choose_gpu(job: TrainingJob, ranks: Ranks = ALONE) -> ChosenGpu | None:
+    """Make the job's GPUs the only visible ones and return this rank's; None when NVML shows none (torch then
+    decides). All of this machine's ranks see the same: NCCL moves data from GPU to GPU.
+    """
     from planner.gpus.detect import NoGpuError, local_gpus
 
     try:
         gpus = local_gpus()
     except NoGpuError:
         return None
-    if job.gpu_index >= len(gpus):
-        raise InputError(f"gpu_index={job.gpu_index}: only {len(gpus)} GPUs are visible")
-    gpu = gpus[job.gpu_index]
+    wanted = gpus[job.gpu_index : job.gpu_index + job.local_processes]
+    if len(wanted) < job.local_processes:
+        last = job.gpu_index + job.local_processes - 1
+        raise InputError(f"gpu_index={last}: only {len(gpus)} GPUs are visible")
+    gpu = wanted[ranks.local_rank]
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu.uuid
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(one.uuid for one in wanted)
     return ChosenGpu(gpu.spec.name, gpu.uuid, gpu.used_bytes)
 
 

@@ -54,6 +54,9 @@ class StopRequest:
 class RunEnd:
     """Context of a run that writes the end event, whatever ends it, and knows the exit code.
 
+    Of several ranks one writes it, the others `tell` their end to the keeper alone; an error that nobody
+    foresaw is told to it by all, since it may come of another rank's death.
+
     Errors that are no bug end here; any other passes on after its event, so that its traceback is in the log.
     """
 
@@ -62,6 +65,8 @@ class RunEnd:
     state: str = "finished"
     message: str = ""
     room: Callable[[], int | None] = field(default=lambda: None)
+    tell: Callable[[EndEvent], None] | None = None
+    writes: bool = True
 
     @property
     def code(self) -> RunExit:
@@ -81,15 +86,18 @@ class RunEnd:
         room = self.room() if self.state == "oom" else None
         if room is not None:
             self.message += f"; other processes leave {room / 2**30:.2f} GiB of the GPU"
-        self.writer.write(
-            EndEvent(
-                time=time.time(),
-                state=self.state,
-                message=self.message[:2000],
-                step=self.step,
-                room_bytes=room,
-            )
+        end = EndEvent(
+            time=time.time(),
+            state=self.state,
+            message=self.message[:2000],
+            step=self.step,
+            room_bytes=room,
         )
+        kept_back = self.tell is not None and self.state == "failed"
+        if self.tell is not None and (kept_back or not self.writes) and error is not None:
+            self.tell(end)
+        if self.writes and not kept_back:
+            self.writer.write(end)
         return understood
 
     def stopped(self, message: str) -> None:

@@ -16,6 +16,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from launcher.training.several.whole import local
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -82,6 +84,8 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]
             self._predict(rows)
             return
         except torch.OutOfMemoryError:
+            if trainer.args.world_size > 1:
+                raise
             trainer.evaluate_one_by_one()
         self._predict(rows[:1])
 
@@ -116,7 +120,7 @@ def _trains_adapters(trainer: LaunchedTrainer) -> bool:
 def _nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
     """Put back what a step changes; after an error too, so that what is saved then is sound."""
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    before = [p.detach().to("cpu", copy=True) for p in trained] if _trains_adapters(trainer) else []
+    before = [local(p.detach()).to("cpu", copy=True) for p in trained] if _trains_adapters(trainer) else []
     fresh = not trainer.optimizer.state
     counts = trainer.counts()
     numbers = random_state()
@@ -127,7 +131,7 @@ def _nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
         if fresh:
             trainer.optimizer.optimizer.state.clear()
         for parameter, value in zip(trained, before, strict=False):
-            parameter.data.copy_(value)
+            local(parameter.data).copy_(value)
         trainer.set_counts(counts)
         set_random_state(numbers)
         if torch.cuda.is_available():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from launcher.training.evaluation import BestCheckpoint, best_checkpoint, weight_files
 from launcher.training.patience import PatientWriter
+from launcher.training.rehearsal import random_state, set_random_state
 from launcher.training.several.ranks import ALONE, Ranks
 from launcher.training.several.whole import is_sharded, trained_weights
-from launcher.training.rehearsal import random_state, set_random_state
 
 KEPT_LOGS = 10
 """Entries of the trainer's own log that a checkpoint keeps: all that was logged is in events.jsonl, and a
@@ -40,6 +40,7 @@ class CheckpointSaver:
     keep: int
     verified: set[int] = field(default_factory=set)
     protected: Callable[[], frozenset[int]] = frozenset
+    ranks: Ranks = ALONE
 
     def holds(self, step: int) -> bool:
         """Whether a whole checkpoint of the step is there."""
@@ -48,9 +49,17 @@ class CheckpointSaver:
     def save(self, step: int, write_files: Callable[[Path], None]) -> None:
         """Save the checkpoint of a step; `write_files` writes its files into the folder that it is given.
 
+        One rank does; the others wait for it.
+
         Raises:
             DiskError: it cannot be written, and somebody asked for an end.
         """
+        if self.ranks.saves:
+            self._save(step, write_files)
+        self.ranks.wait()
+        self.verified.add(step)
+
+    def _save(self, step: int, write_files: Callable[[Path], None]) -> None:
         root = self.folder.checkpoints
 
         def made() -> checkpoints.Checkpoint:
@@ -73,12 +82,20 @@ class CheckpointSaver:
         self.writer.write(CheckpointEvent(time=time.time(), step=step, path=shown))
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, ranks: Ranks = ALONE) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    ranks: Ranks = ALONE,
+    gathered: Mapping[str, Any] | None = None,
+) -> None:
     """Write what was trained (safetensors) and the tokenizer: no pickle of the arguments beside them.
 
-    Every rank must ask at the same place; one of them writes.
+    One rank writes; all must ask at the same place unless the weights have been gathered.
     """
-    state = trained_weights(model, keep=ranks.saves) if is_sharded(model) else None
+    state: Mapping[str, Any] | None = None
+    if is_sharded(model):
+        state = trained_weights(model, keep=ranks.saves) if gathered is None else gathered
     if not ranks.saves:
         return
     # PEFT's "auto" would ask the Hub whether the vocabulary was resized; it never is here.
@@ -89,14 +106,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path, ranks: Ranks = ALONE) -
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(folder: RunFolder, writer: PatientWriter, trainer: Any, step: int) -> AdapterEvent:
+def save_adapter(folder: RunFolder, writer: PatientWriter, trainer: Any, step: int) -> AdapterEvent | None:
     """Write adapter/ so that it appears whole or not at all, in place of that of an attempt before.
+
+    One rank writes and tells it; all must ask at the same place.
 
     It is that of the best evaluation where a later step was worse, as its checkpoint holds it.
 
     Raises:
         DiskError: it cannot be written, and somebody asked for an end.
     """
+    trainer.gather()
+    gathered = trainer.gathered_weights()
+    if not trainer.ranks.saves:
+        return None
     partial, best = folder.partial_adapter, _best(folder, writer, trainer.state)
 
     def made() -> None:
@@ -108,7 +131,7 @@ def save_adapter(folder: RunFolder, writer: PatientWriter, trainer: Any, step: i
                     shutil.copyfile(path, partial / path.name)
                 trainer.processing_class.save_pretrained(partial)
             else:
-                save_model(trainer.model, trainer.processing_class, partial)
+                save_model(trainer.model, trainer.processing_class, partial, gathered=gathered)
             checkpoints.place(partial, folder.adapter)
         except BaseException:
             folder.clear_partial()
@@ -145,7 +168,10 @@ class SavingTimes(TrainerCallback):  # type: ignore[misc]
     number, and a run that goes on from before it would have drawn one less.
     """
 
-    def __init__(self, job: TrainingJob, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, job: TrainingJob, clock: Callable[[], float] = time.monotonic, ranks: Ranks = ALONE
+    ) -> None:
+        self._ranks = ranks
         self._steps = job.save_steps
         self._minutes = job.saves_every_minutes
         self._clock = clock
@@ -161,7 +187,10 @@ class SavingTimes(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         """Save, unless it is an epoch's last step."""
         by_steps = self._steps is not None and state.global_step % self._steps == 0
-        by_time = self._minutes is not None and self._clock() - self._saved_at >= 60 * self._minutes
+        by_time = False
+        if self._minutes is not None:
+            # Ranks' clocks differ, and all have to save in the same step.
+            by_time = self._ranks.any(self._clock() - self._saved_at >= 60 * self._minutes)
         self._due = by_steps or by_time or control.should_training_stop
         control.should_save = self._due and not _ends_an_epoch(state)
         return control

@@ -36,14 +36,15 @@ class SparingTrainer(SFTTrainer):  # type: ignore[misc]
             try:
                 return dict(super().evaluate(*args, **kwargs))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                # One rank alone cannot begin anew: the others are amid the evaluation.
+                if not is_out_of_memory(error) or self.args.world_size > 1:
                     raise
             # Not within the handler: its traceback holds the batch that was too much.
             self.evaluate_one_by_one()
         try:
             return dict(super().evaluate(*args, **kwargs))
         except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and self.args.world_size == 1:
                 self._save_checkpoint(self.model_wrapped, trial=None)
             raise
 

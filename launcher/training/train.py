@@ -23,15 +23,17 @@ from launcher.runs import stack, trackers
 from launcher.runs.allocator import fall_back
 from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
 from launcher.runs.ends import RunExit
-from launcher.runs.events import AttemptEvent, EventWriter, WarningEvent, read_events
+from launcher.runs.events import AttemptEvent, EndEvent, EventWriter, WarningEvent, read_events
 from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.kept import checkpoints, fingerprint
+from launcher.runs.minding.ranks import RankEnd, lock_name, stacks_file, tell_end
 from launcher.runs.record import read_plan
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
 from launcher.training.patience import PatientWriter
+from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
 from launcher.training.split import Split, trained_too
 from launcher.training.stages import Stages
 from planner.base.errors import InputError, shorten
@@ -52,28 +54,54 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m launcher.training.train RUN_DIR", file=sys.stderr)
         return RunExit.BAD_INPUT
-    folder = RunFolder(Path(arguments[0]).resolve())
+    folder, ranks = RunFolder(Path(arguments[0]).resolve()), asked_ranks()
     stop = StopRequest(folder.stop)
     stop.install()
     faulthandler.enable()
-    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     with ExitStack() as open_ones:
         try:
-            open_ones.enter_context(hold_lock(folder, "trainer"))
+            if ranks.alone:
+                faulthandler.register(STACKS_SIGNAL, all_threads=True)
+            else:
+                end_with_parent()
+                stacks = open_ones.enter_context(stacks_file(folder, ranks.local_rank).open("wb"))
+                faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+            open_ones.enter_context(hold_lock(folder, lock_name(ranks.local_rank)))
             held = open_ones.enter_context(anchored(folder))
-            _refuse_started(folder)
-            writer = open_ones.enter_context(EventWriter(held.events))
-            beats = open_ones.enter_context(HeartbeatWriter(held.heartbeat))
+            if ranks.tells:
+                _refuse_started(folder)
+            writer = open_ones.enter_context(EventWriter(held.events if ranks.tells else Path(os.devnull)))
+            beats = open_ones.enter_context(
+                HeartbeatWriter(held.heartbeat if ranks.tells else Path(os.devnull))
+            )
         except (RunBusyError, InputError, OSError) as error:
             print(error, file=sys.stderr)
             return RunExit.BAD_INPUT
         stop.file = held.stop
         stages = Stages(writer.write, beats.beat)
-        with (end := RunEnd(writer)):
-            _run(held, writer, stop, end, stages)
+        end = RunEnd(writer, writes=ranks.tells)
+        if not ranks.alone:
+            end.tell = functools.partial(_tell_keeper, held, ranks)
+        with end:
+            _run(held, writer, stop, end, stages, ranks)
         if end.state != "finished":
             print(f"{end.state}: {end.message}", file=sys.stderr)
-        return end.code
+        # What all ranks do on request is one end, and the first of them tells it by its code.
+        return end.code if ranks.tells or end.state not in ("stopped", "finished") else RunExit.FINISHED
+
+
+def _tell_keeper(folder: RunFolder, ranks: Ranks, end: EndEvent) -> None:
+    tell_end(
+        folder,
+        RankEnd(
+            rank=ranks.rank,
+            time=end.time,
+            state=end.state,
+            message=end.message,
+            step=end.step,
+            room_bytes=end.room_bytes,
+        ),
+    )
 
 
 def _refuse_started(folder: RunFolder) -> None:
@@ -89,7 +117,7 @@ def _refuse_started(folder: RunFolder) -> None:
         raise RunBusyError(f"{folder.path}: this run has been started before; `vramwise runs resume` goes on")
 
 
-def _begin_attempt(folder: RunFolder, writer: EventWriter) -> tuple[TrainingJob, Attempt]:
+def _begin_attempt(folder: RunFolder, writer: EventWriter, ranks: Ranks) -> tuple[TrainingJob, Attempt]:
     """The last attempt, told as an event, and the job as it trains it.
 
     Raises:
@@ -97,7 +125,7 @@ def _begin_attempt(folder: RunFolder, writer: EventWriter) -> tuple[TrainingJob,
     """
     job, attempts = folder.read_job(), read_attempts(folder.attempts)
     attempt = attempts[-1] if attempts else first_attempt(job)
-    if not attempts:
+    if not attempts and ranks.tells:
         add_attempt(folder.attempts, attempt)
     writer.write(
         AttemptEvent(
@@ -111,11 +139,13 @@ def _begin_attempt(folder: RunFolder, writer: EventWriter) -> tuple[TrainingJob,
     return attempt.apply(job), attempt
 
 
-def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, stages: Stages) -> None:
-    job, attempt = _begin_attempt(folder, writer)
+def _run(
+    folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, stages: Stages, ranks: Ranks
+) -> None:
+    job, attempt = _begin_attempt(folder, writer, ranks)
     end.step = attempt.from_step
     stages.enter("loading", "loading the libraries")
-    gpu = choose_gpu(job)
+    gpu = choose_gpu(job, ranks)
     if gpu is not None:
         end.room = gpu.room
     _set_environment(job, folder)
@@ -125,18 +155,23 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd,
     from launcher.training import saving
     from launcher.training.evaluation import early_end
 
-    device = _device(job, gpu, writer)
-    meter = _meter(writer, gpu, device)
-    trainer, callback = _build(folder, job, device, gpu, meter, writer, stop, stages)
+    device = _device(job, gpu, writer, ranks)
+    join(ranks, on_gpu=device.type == "cuda")
+    meter = _meter(writer, gpu, device, ranks)
+    trainer, callback = _build(folder, job, device, gpu, meter, writer, stop, stages, ranks)
     patient = PatientWriter(write=writer.write, beat=stages.write_beat, stop_requested=stop.requested)
     _prepare_saving(trainer, folder, job, patient, attempt)
-    if stop.requested():
+    if ranks.any(stop.requested()):
         end.stopped("stopped before the first step; there is nothing to save")
         return
     _equip(trainer, folder, job, writer, stages)
     _train(trainer, folder, attempt, end)
     stages.enter("saving", "the adapter" if job.setup.uses_lora else "the model")
-    writer.write(saving.save_adapter(folder, patient, trainer, end.step))
+    saved = saving.save_adapter(folder, patient, trainer, end.step)
+    if saved is not None:
+        writer.write(saved)
+    # A rank that ended before the one that saves would have torchrun end that one too.
+    ranks.wait()
     meter.close("save", end.step)
     if callback.stopped:
         end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
@@ -144,10 +179,11 @@ def _run(folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd,
     end.message = early_end(trainer.state, job)
 
 
-def _meter(writer: EventWriter, gpu: ChosenGpu | None, device: torch.device) -> MemoryMeter:
+def _meter(writer: EventWriter, gpu: ChosenGpu | None, device: torch.device, ranks: Ranks) -> MemoryMeter:
     from launcher.training.callbacks import MemoryMeter
 
-    return MemoryMeter(writer.write, device.type == "cuda", gpu.used_since_start if gpu else _unknown)
+    used = gpu.used_since_start if gpu else _unknown
+    return MemoryMeter(writer.write, device.type == "cuda", used, ranks)
 
 
 def _build(
@@ -159,26 +195,36 @@ def _build(
     writer: EventWriter,
     stop: StopRequest,
     stages: Stages,
+    ranks: Ranks,
 ) -> tuple[LaunchedTrainer, EventCallback]:
     """The trainer of the job on its data and model, and what tells its events."""
     import torch
 
     from launcher.training import build
     from launcher.training.callbacks import EventCallback
+    from launcher.training.several.loading import load_for_ranks
+    from launcher.training.several.rows import SharedRows
 
     on_gpu = device.type == "cuda"
     stages.enter("loading", "reading the data")
-    tokenizer, train_rows, eval_rows = _data(job, writer)
-    if not folder.fingerprint.exists():
+    rows = SharedRows(folder, ranks)
+    tokenizer, train_rows, eval_rows = rows.share(
+        lambda: _data(job, writer),
+        lambda: build.load_tokenizer(job.model_source, allow_download=job.allow_download),
+    )
+    if ranks.tells and not folder.fingerprint.exists():
         fingerprint.write(folder, fingerprint.take(folder.read_job()))
     environment = _environment(device)
     callback = EventCallback(
-        write=writer.write, meter=meter, environment=environment, stop_requested=stop.requested
+        write=writer.write,
+        meter=meter,
+        environment=environment,
+        stop_requested=lambda: ranks.any(stop.requested()),
     )
     if on_gpu:
         environment |= gpu_facts(device, gpu)
     stages.enter("loading", "loading the weights")
-    model = build.load_model(job.setup, job.model_source, device=device, allow_download=job.allow_download)
+    model = load_for_ranks(job, device)
     if on_gpu:
         environment["weights_bytes"] = torch.cuda.memory_allocated(device)
     meter.close("load", 0)
@@ -193,6 +239,8 @@ def _build(
         on_gpu=on_gpu,
         callbacks=[callback],
     )
+    trainer.ranks = ranks
+    rows.forget()
     return trainer, callback
 
 
@@ -217,7 +265,7 @@ def _equip(
     stages.enter("compiling" if compiles else "rehearsing")
 
 
-def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter) -> torch.device:
+def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter, ranks: Ranks) -> torch.device:
     """What the job is trained on; tells what differs there from what was asked.
 
     Raises:
@@ -233,7 +281,7 @@ def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter) -> tor
         _warn(writer, f"{gpu.name} is here, but this torch cannot use it; training on the CPU")
     for sentence in build.substitutions(job.setup, on_gpu=on_gpu):
         _warn(writer, sentence)
-    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
 
 
 def _prepare_saving(
@@ -243,8 +291,9 @@ def _prepare_saving(
     from launcher.training.evaluation import protected_steps
     from launcher.training.saving import CheckpointSaver, SavingTimes
 
-    folder.clear_partial()
-    checkpoints.clear_partial(folder.checkpoints)
+    if trainer.ranks.saves:
+        folder.clear_partial()
+        checkpoints.clear_partial(folder.checkpoints)
     if job.checkpoints:
         known = {attempt.from_step} if attempt.from_step else set()
         trainer.save_with(
@@ -254,9 +303,10 @@ def _prepare_saving(
                 job.keep_checkpoints,
                 known,
                 protected=lambda: protected_steps(trainer.state),
+                ranks=trainer.ranks,
             )
         )
-        trainer.add_callback(SavingTimes(job))
+        trainer.add_callback(SavingTimes(job, ranks=trainer.ranks))
     elif job.evaluates:
         patient.write(WarningEvent(time=time.time(), message=NOT_KEPT))
 
@@ -277,7 +327,8 @@ def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: R
     except NothingLeftError:
         pass
     except (DivergedError, RuntimeError, MemoryError) as error:
-        if isinstance(error, DivergedError) or is_out_of_memory(error):
+        # Memory runs out on one rank, and what is saved is on all.
+        if isinstance(error, DivergedError) or (is_out_of_memory(error) and trainer.ranks.alone):
             # The frames of the step hold what it computed: memory that the save may need.
             traceback.clear_frames(error.__traceback__)
             trainer.save_last_good()

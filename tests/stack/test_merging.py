@@ -22,13 +22,13 @@ from launcher import cli as launcher_cli
 from launcher.merging import measuring, needs, serving, writing
 from launcher.merging.adapter_folder import read_adapter
 from launcher.merging.adapters import Adapters, Rounding
-from launcher.training.loading.base_folder import find_base
 from launcher.merging.measuring import Comparison, Measuring, better
 from launcher.merging.merge import Merge
 from launcher.merging.task import MergeTask, MergeWish, read_task
 from launcher.runs.folder import create_run_folder
 from launcher.runs.training_job import TrainingJob
 from launcher.training import build, dataset
+from launcher.training.loading.base_folder import find_base
 from planner.base.data_files import PROFILES
 from planner.base.errors import InputError
 from planner.commands.program import guarded

@@ -17,18 +17,22 @@ from launcher.runs.kept.checkpoints import Checkpoint
 from launcher.runs.kept.fingerprint import Difference, Fingerprint
 from planner.base import validate
 from planner.base.errors import InputError
+from planner.setup.sharded import refuse_unsharded
+from planner.setup.training_setup import TrainingSetup
 
 NO_FINGERPRINT = "what the run was started on is not known: it has no fingerprint.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumeWish:
-    """What a person asks of a resumption: other epochs or steps (null: as before), and the kinds of
-    differences (fingerprint.KINDS) that they accept.
+    """What a person asks of a resumption: other epochs or steps, another number of processes or another way
+    to share the work (null: as before), and the kinds of differences (fingerprint.KINDS) that they accept.
     """
 
     num_train_epochs: float | None = None
     max_steps: int | None = None
+    num_processes: int | None = None
+    distributed: str | None = None
     accepted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -118,6 +122,9 @@ def _attempt(
     kept = last.max_steps if wish.num_train_epochs is None else None
     steps = kept if wish.max_steps is None else wish.max_steps
     changes = [one.text for one in accepted]
+    setup = shared_by(last.setup, wish.num_processes, wish.distributed)
+    if setup != last.setup:
+        changes.append(f"{_ways(last.setup)} before, {_ways(setup)} now")
     if epochs != last.num_train_epochs:
         changes.append(f"epochs {last.num_train_epochs:g} before, {epochs:g} now")
     if steps != last.max_steps:
@@ -127,10 +134,42 @@ def _attempt(
         number=last.number + 1,
         reason="resume",
         from_step=0 if newest is None else newest.step,
+        setup=setup,
         num_train_epochs=epochs,
         max_steps=steps,
         changes="; ".join(changes),
     )
+
+
+def shared_by(setup: TrainingSetup, num_processes: int | None, distributed: str | None) -> TrainingSetup:
+    """The setup on another number of processes, with as many sequences to an optimizer step as before.
+
+    Raises:
+        InputError: they cannot be shared evenly, or the setup cannot be sharded.
+    """
+    count = setup.num_processes if num_processes is None else num_processes
+    way = (distributed or setup.distributed or "ddp") if count > 1 else distributed
+    one_micro_step = setup.per_device_train_batch_size * count
+    if setup.effective_batch_size % one_micro_step:
+        raise InputError(
+            f"--num-processes {count}: an effective batch of {setup.effective_batch_size} cannot be shared by "
+            f"them in micro-batches of {setup.per_device_train_batch_size}"
+        )
+    found = dataclasses.replace(
+        setup,
+        num_processes=count,
+        distributed=way,
+        gradient_accumulation_steps=setup.effective_batch_size // one_micro_step,
+    )
+    if found.distributed == "fsdp":
+        refuse_unsharded(found)
+    return found
+
+
+def _ways(setup: TrainingSetup) -> str:
+    if setup.num_processes == 1:
+        return "1 process"
+    return f"{setup.num_processes} processes ({setup.distributed})"
 
 
 def _refuse_the_past(folder: RunFolder, last: Attempt, attempt: Attempt, step: int) -> None:

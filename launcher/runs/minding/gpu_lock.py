@@ -28,9 +28,10 @@ class GpuBusyError(InputError):
     """Another run trains on the GPU."""
 
 
-def gpu_of(job: TrainingJob) -> str | None:
-    """The UUID of the GPU that a job trains on; None where there is none: the CPU has no lock."""
-    return gpu_at(job.gpu_index)
+def gpus_of(job: TrainingJob) -> list[str]:
+    """The UUIDs of the GPUs that a job trains on here; none where there is none: the CPU has no lock."""
+    found = [gpu_at(job.gpu_index + local) for local in range(job.local_processes)]
+    return [uuid for uuid in found if uuid is not None]
 
 
 def gpu_at(position: int) -> str | None:

@@ -81,11 +81,19 @@ class Skeleton:
 
         Quantised ones are dequantised to what the forward pass multiplies by.
         """
+        return {name: self._plain(value) for name, value in self.load_onto(group, self.device).items()}
+
+    def load_onto(self, group: Group, device: torch.device) -> dict[str, torch.nn.Parameter]:
+        """A group's parameters by their names in the model, on a device, as a run holds them.
+
+        Raises:
+            InputError: the loader refuses them.
+        """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         loading = LoadStateDictConfig(
-            device_map={"": self.device},
+            device_map={"": device},
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             hf_quantizer=self._quantizer,
@@ -107,7 +115,7 @@ class Skeleton:
         if problems or not loaded:
             what = problems[0] if problems else "nothing was loaded"
             raise InputError(f"{self.base.name}: {group.sources[0]}: {shorten(str(what), 120)}")
-        return {name: self._plain(value) for name, value in loaded.items()}
+        return loaded
 
     def raw(self, name: str) -> torch.Tensor:
         """A tensor as it lies in the checkpoint."""

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from launcher.training.several import whole
+from launcher.training.several.checkpoints import Gathered, gather, load_adapter
 from launcher.training.several.ranks import ALONE, Ranks
 from launcher.training.sparing import SparingTrainer
 
@@ -21,6 +22,7 @@ class RankedTrainer(SparingTrainer):
     """SparingTrainer whose checkpoints are those of one process, whatever the number of ranks and shards."""
 
     ranks: Ranks = ALONE
+    _gathered: Gathered | None = None
 
     @property
     def shards(self) -> bool:
@@ -34,14 +36,38 @@ class RankedTrainer(SparingTrainer):
         else:
             super().save_model(output_dir, _internal_call)
 
+    def gather(self) -> None:
+        """Before a save: have rank 0 hold all that the ranks would write. Every rank must be here."""
+        if not self.ranks.alone:
+            self._gathered = gather(self, super()._save_rng_state)
+
+    def gathered_weights(self) -> dict[str, torch.Tensor] | None:
+        """What is trained, as gathered; None where it was not."""
+        return None if self._gathered is None else self._gathered.weights
+
+    def forget_gathered(self) -> None:
+        """After a save."""
+        self._gathered = None
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.shards:
+        if not self.shards or self._gathered is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole.optimizer_state(_innermost(self.optimizer), keep=self.ranks.saves)
-        if self.ranks.saves:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        torch.save(self._gathered.optimizer, Path(output_dir) / OPTIMIZER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self._gathered is None:
+            super()._save_rng_state(output_dir)
+            return
+        for name, content in self._gathered.random_states.items():
+            (Path(output_dir) / name).write_bytes(content)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.shards:
+            load_adapter(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.shards or checkpoint is None:
@@ -49,14 +75,9 @@ class RankedTrainer(SparingTrainer):
             return
         read = {"map_location": "cpu", "weights_only": True}
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, mmap=True, **read)
-        whole.load_optimizer_state(_innermost(self.optimizer), state)
+        whole.load_optimizer_state(whole.innermost(self.optimizer), state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, **read))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer within accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)

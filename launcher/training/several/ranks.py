@@ -5,7 +5,10 @@ What is told goes over the CPU (gloo), so that it neither waits for the GPU nor 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,6 +75,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h."""
 
 
 def asked_ranks() -> Ranks:
@@ -92,6 +97,14 @@ def join(ranks: Ranks, *, on_gpu: bool) -> None:
     if on_gpu:
         torch.cuda.set_device(ranks.local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAIT)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with the one that started it: torchrun's agent may be killed, and gives
+    each rank a session of its own. Linux alone can.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def let_cpus_shard() -> None:

@@ -47,7 +47,9 @@ class Units:
             ignored_params=self._whole(layer),
         )
 
-    def trained_ends(self, embedding: torch.nn.Module, norm: torch.nn.Module | None, head: torch.nn.Module) -> None:
+    def trained_ends(
+        self, embedding: torch.nn.Module, norm: torch.nn.Module | None, head: torch.nn.Module
+    ) -> None:
         """Make units of a trained embedding and of the norm and head behind the layers.
 
         Norm and head stay gathered from the forward to the backward pass, as in accelerate's own units: the
@@ -61,9 +63,7 @@ class Units:
 
     def root(self, model: torch.nn.Module, whole: set[torch.nn.Parameter]) -> None:
         """Make the rest a unit; parameters in `whole` are held by every rank."""
-        fully_shard(
-            model, mesh=self.mesh, mp_policy=self.policy, ignored_params=whole | self._whole(model)
-        )
+        fully_shard(model, mesh=self.mesh, mp_policy=self.policy, ignored_params=whole | self._whole(model))
 
     def _whole(self, module: torch.nn.Module) -> set[torch.nn.Parameter]:
         """Frozen parameters that gathering would round: those of another dtype than is computed with."""

@@ -82,3 +82,9 @@ def _shard_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     # Every rank has read the file: nothing is sent.
     moved = value.to(like.to_local().device)
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer within accelerate's wrapper."""
+    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found

@@ -18,7 +18,9 @@ def refuse_unsharded(setup: TrainingSetup) -> None:
     """
     if setup.optim not in SHARDED_OPTIMIZERS:
         raise FieldError(
-            "optim with distributed=fsdp", setup.optim, "adamw_torch_fused: bitsandbytes' cannot update shards"
+            "optim with distributed=fsdp",
+            setup.optim,
+            "adamw_torch_fused: bitsandbytes' cannot update shards",
         )
     for name, reason in (
         ("use_dora", "its magnitudes are float32 among 16-bit adapters, which FSDP2 refuses"),
