@@ -1,11 +1,12 @@
 """Measure setups on several GPUs of this machine, by DDP and by FSDP2, with random weights.
 
-    python -m benchmarks.several_gpus RECORDS.jsonl [--gpus 2] [--only WORD ...] [--seconds N] [--profiles FILE]
+    python -m benchmarks.several_gpus RECORDS.jsonl [--gpus 2] [--only WORD ...] [--seconds N] [--one-gpu]
 
-Each setup is a process group of its own, started by torchrun; its record is appended as soon as it is there, with
-each rank's peaks. What failed is told in RECORDS.failed.jsonl with the end of its log, and the next one is
-started. Setups whose record is there are left out: started again, it goes on where it was. With --profiles the
-setups are those of a file of profiles (launcher/measuring/profile.py).
+Each setup is a process group of its own, started by torchrun; its record is appended as soon as it is
+there, with each rank's peaks. What failed is told in RECORDS.failed.jsonl with the end of its log, and the
+next one is started. Setups whose record is there are left out: started again, it goes on where it was. With
+--profiles FILE the setups are those of a file of profiles (launcher/measuring/profile.py). With --one-gpu all
+ranks share the first GPU (launcher/measuring/one_gpu.py): memory is measured, speed is not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from launcher.runs.allocator import measuring_environment
 from planner.calibration.records import read_records
 from planner.setup.training_setup import TrainingSetup
 
-RUN_SECONDS = 420.0
+RUN_SECONDS = 300.0
 """The most that one setup may take; a 70B is filled and quantised for about three minutes."""
 CARD_BYTES = int(23.5 * 2**30)
 """What a 24 GB card leaves, for the setups that must train on one."""
@@ -57,7 +58,7 @@ def _setup(model: str, length: int, batch: int, distributed: str, gpus: int, **k
     )
 
 
-def setups(gpus: int) -> list[Measured]:
+def setups(gpus: int, steps: int) -> list[Measured]:
     """What is measured, the most telling first."""
     found: list[Measured] = []
 
@@ -69,33 +70,34 @@ def setups(gpus: int) -> list[Measured]:
         cap: int | None = None,
         **knobs: Any,
     ) -> None:
-        profile = Profile(setup=_setup(*where, gpus, **knobs), padded=padded, evaluates=evaluates)
+        profile = Profile(
+            setup=_setup(*where, gpus, **knobs), padded=padded, evaluates=evaluates, steps=steps
+        )
         found.append(Measured(f"{where[3]} {name}", profile, cap))
 
     full = {"method": "full", "optim": "adamw_torch_fused"}
+    lora = {"method": "lora", "optim": "adamw_torch_fused"}
+    add("70b llama 3.1 on 24 GB", "llama-3.1-70b", 512, 1, "fsdp", cap=CARD_BYTES)
+    add("70b llama 2 on 24 GB", "llama-2-70b", 1024, 1, "fsdp", cap=CARD_BYTES)
     for way in ("fsdp", "ddp"):
         add("qlora 8b", "llama-3.1-8b", 2048, 4, way, evaluates=True)
-        add("qlora 1b accumulated", "llama-3.2-1b", 1024, 2, way, gradient_accumulation_steps=8)
-        add("lora 3b", "llama-3.2-3b", 2048, 2, way, method="lora", optim="adamw_torch_fused")
+        add("lora 3b", "llama-3.2-3b", 2048, 2, way, **lora)
         add("full 0.5b", "qwen2.5-0.5b", 1024, 4, way, evaluates=True, **full)
+        add("qlora 1b accumulated", "llama-3.2-1b", 1024, 2, way, gradient_accumulation_steps=8)
+    for way in ("fsdp", "ddp"):
         add("qlora 7b packed", "mistral-7b-v0.3", 4096, 1, way, packing=True)
         add("qlora 8b padded", "qwen3-8b", 2048, 4, way, padded=True)
         add(
-            "lora 3b accumulated packed",
-            "qwen2.5-3b",
-            2048,
-            1,
-            way,
-            method="lora",
+            "lora 3b packed accumulated",
+            *("qwen2.5-3b", 2048, 1, way),
             packing=True,
             gradient_accumulation_steps=8,
-            optim="adamw_torch_fused",
+            **lora,
         )
         add("full 1b accumulated", "llama-3.2-1b", 1024, 2, way, gradient_accumulation_steps=8, **full)
         add("qlora 14b", "qwen2.5-14b", 2048, 2, way)
         add("qlora 8b compiled", "llama-3.1-8b", 2048, 4, way, compile="regional")
-    add("70b llama 2 on 24 GB", "llama-2-70b", 1024, 1, "fsdp", cap=CARD_BYTES)
-    add("70b llama 3.1 on 24 GB", "llama-3.1-70b", 512, 1, "fsdp", cap=CARD_BYTES)
+    add("70b saved", "llama-3.1-70b", 512, 1, "fsdp", cap=CARD_BYTES, evaluates=True, lora_r=8)
     return found
 
 
@@ -108,10 +110,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="words that a setup's name must contain")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--profiles", type=Path)
+    parser.add_argument("--one-gpu", action="store_true")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     if arguments.profiles is None:
-        wanted = setups(arguments.gpus)
+        wanted = setups(arguments.gpus, 1 if arguments.one_gpu else 3)
     else:
         wanted = [Measured(profile.setup.model, profile) for profile in read_profiles(arguments.profiles)]
     wanted = [one for one in wanted if all(word in one.name for word in arguments.only)]
@@ -123,10 +126,10 @@ def main() -> None:
         if left < 60.0:
             print("no time left", flush=True)
             break
-        measure(one, arguments.output, min(RUN_SECONDS, left))
+        measure(one, arguments.output, min(RUN_SECONDS, left), one_gpu=arguments.one_gpu)
 
 
-def measure(one: Measured, output: Path, seconds: float) -> None:
+def measure(one: Measured, output: Path, seconds: float, *, one_gpu: bool) -> None:
     """Measure a setup in a process group of its own, and tell how it went."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +138,8 @@ def measure(one: Measured, output: Path, seconds: float) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(one.profile.setup.num_processes)]
         command += ["-m", "launcher.measuring.several", str(profile), str(output)]
-        command += [] if one.cap_bytes is None else [str(one.cap_bytes)]
+        command += [] if one.cap_bytes is None else ["--cap", str(one.cap_bytes)]
+        command += ["--one-gpu"] if one_gpu else []
         with log.open("wb") as file:
             child = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
@@ -158,7 +162,11 @@ def measure(one: Measured, output: Path, seconds: float) -> None:
     if code == 0:
         record = list(read_records(output))[-1]
         step = record.phase("step")
-        told = "" if step is None else f"{step.allocated_bytes / 2**30:.3f} GiB allocated"
+        told = (
+            "no step"
+            if step is None
+            else f"{step.allocated_bytes / 2**30:.3f} GiB allocated, {step.reserved_bytes / 2**30:.3f} held"
+        )
         rate = "" if record.tokens_per_second is None else f"{record.tokens_per_second:,.0f} tokens/s"
         print(f"{one.name}: ok, {told}, {rate}, {took} s", flush=True)
         return

@@ -1,12 +1,14 @@
-"""`python -m launcher.measuring.several PROFILE.json RECORDS.jsonl [CAP_BYTES]`, started by torchrun: one profile
-on all of its GPUs, as one record with each rank's own phases.
+"""`python -m launcher.measuring.several PROFILE RECORDS [--cap BYTES] [--one-gpu]`, started by torchrun.
 
-With CAP_BYTES each GPU is left that much for this process, CUDA's context and NCCL included, as if the card had
-no more: the rest is held. One run a process group: where a rank fails, torchrun ends the others.
+One profile on all of its GPUs, as one record with each rank's own phases. With a cap each GPU is left that
+much for this process, CUDA's context and NCCL included, as if the card had no more. One run a process group:
+where a rank fails, torchrun ends the others. With --one-gpu all ranks share the first GPU and talk over the
+host: each rank's memory is what it would be on a GPU of its own, and nothing is said of speed.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -19,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.measuring import one_gpu as one_gpu_module
 from launcher.measuring.measured_run import MeasuredRun, load_config
 from launcher.measuring.profile import Profile, read_profiles
 from launcher.runs import stack
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     import torch
 
 NOT_READ = -1
+OUTSIDE_BYTES = 1088 * 2**20
+"""What two ranks with NCCL hold outside torch's allocator each: seen on two H200 (docs/several-gpus.md)."""
 
 
 class CapError(VramwiseError):
@@ -43,25 +48,27 @@ class Card:
 
     ranks: Ranks
     device: torch.device
+    shared: bool = False
     held_bytes: int = 0
     before_bytes: int = 0
     uuid: str = ""
 
     @classmethod
-    def take(cls, ranks: Ranks) -> Card:
-        """Start CUDA on this rank's GPU."""
+    def take(cls, ranks: Ranks, *, shared: bool) -> Card:
+        """Start CUDA on this rank's GPU; `shared`: on the first, as all ranks do."""
         import torch
 
         if not torch.cuda.is_available():
             return cls(ranks, torch.device("cpu"))
         from planner.gpus.detect import local_gpus
 
-        gpu = local_gpus()[ranks.local_rank]
-        device = torch.device("cuda", ranks.local_rank)
+        position = 0 if shared else ranks.local_rank
+        gpu = local_gpus()[position]
+        device = torch.device("cuda", position)
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)
         torch.cuda.synchronize()
-        return cls(ranks, device, before_bytes=gpu.used_bytes, uuid=gpu.uuid)
+        return cls(ranks, device, shared, before_bytes=gpu.used_bytes, uuid=gpu.uuid)
 
     def driver_bytes(self) -> int | None:
         """What the driver shows for this process, less what it holds for a cap."""
@@ -69,7 +76,10 @@ class Card:
             return None
         from planner.gpus.detect import local_gpus
 
-        used = next(gpu.used_bytes for gpu in local_gpus() if gpu.uuid == self.uuid)
+        gpu = next(gpu for gpu in local_gpus() if gpu.uuid == self.uuid)
+        if self.shared:
+            return next((one.used_bytes for one in gpu.processes if one.pid == os.getpid()), None)
+        used = gpu.used_bytes
         return max(0, used - self.before_bytes - self.held_bytes)
 
     def cap(self, left_bytes: int) -> None:
@@ -82,7 +92,10 @@ class Card:
 
         if self.device.type == "cpu":
             return
-        free, _ = torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info()
+        if self.shared:
+            torch.cuda.set_per_process_memory_fraction((left_bytes - OUTSIDE_BYTES) / total)
+            return
         hold = free - (left_bytes - (self.driver_bytes() or 0))
         pointer = ctypes.c_uint64()
         code = ctypes.CDLL("libcuda.so.1").cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(hold))
@@ -91,16 +104,18 @@ class Card:
         self.held_bytes = hold
 
 
-def measure(profile: Profile, ranks: Ranks, cap_bytes: int | None) -> RunRecord | None:
+def measure(profile: Profile, ranks: Ranks, cap_bytes: int | None, *, one_gpu: bool) -> RunRecord | None:
     """Measure a profile; the record on rank 0, None on the others."""
     import torch
 
-    card = Card.take(ranks)
+    card = Card.take(ranks, shared=one_gpu)
     context = (card.driver_bytes() or 0) - (torch.cuda.memory_reserved() if card.device.type == "cuda" else 0)
     if cap_bytes is not None:
         card.cap(cap_bytes)
-    join(ranks, on_gpu=card.device.type == "cuda")
-    driver = None if card.device.type == "cpu" else lambda: card.driver_bytes() or 0
+    join(ranks, on_gpu=card.device.type == "cuda" and not one_gpu)
+    if one_gpu:
+        one_gpu_module.prepare()
+    driver = None if card.driver_bytes() is None else lambda: card.driver_bytes() or 0
     run = MeasuredRun(profile, card.device, driver, ranks)
     outcome = run.execute()
     every = _phases_of_all(run, ranks)
@@ -118,11 +133,11 @@ def measure(profile: Profile, ranks: Ranks, cap_bytes: int | None) -> RunRecord 
         weights_bytes=run.weights_bytes,
         context_bytes=max(0, context),
         phases=tuple(_largest(phases) for phases in zip(*every, strict=True)),
-        step_seconds=tuple(round(seconds, 5) for seconds in run.step_seconds),
-        update_seconds=tuple(round(seconds, 5) for seconds in run.update_seconds),
-        tokens_per_second=run.tokens_per_second,
+        step_seconds=() if one_gpu else tuple(round(seconds, 5) for seconds in run.step_seconds),
+        update_seconds=() if one_gpu else tuple(round(seconds, 5) for seconds in run.update_seconds),
+        tokens_per_second=None if one_gpu else run.tokens_per_second,
         predicted=None,
-        useful_tokens_per_second=run.useful_tokens_per_second,
+        useful_tokens_per_second=None if one_gpu else run.useful_tokens_per_second,
         lengths=tuple(sorted(Counter(profile.lengths).items())),
         padded=profile.mixes_lengths,
         random_weights=True,
@@ -175,6 +190,8 @@ def _environment(card: Card) -> Environment:
     import torch
 
     versions = stack.versions()
+    if card.shared:
+        versions = (*versions, ("torch.distributed", "gloo, all ranks on one GPU"))
     if card.device.type == "cpu":
         return Environment(
             gpu_name="cpu",
@@ -203,13 +220,18 @@ def main(arguments: list[str]) -> int:
     """Measure the profile of the file named and append its record; returns the exit code."""
     import torch.distributed as dist
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("profile", type=Path)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--cap", type=int)
+    parser.add_argument("--one-gpu", action="store_true")
+    asked = parser.parse_args(arguments)
     ranks = asked_ranks()
-    (profile,) = read_profiles(Path(arguments[0]))
-    cap = int(arguments[2]) if len(arguments) > 2 else None
-    record = measure(profile, ranks, cap)
+    (profile,) = read_profiles(asked.profile)
+    record = measure(profile, ranks, asked.cap, one_gpu=asked.one_gpu)
     failed = ranks.saves and record is None
     if record is not None:
-        append_record(Path(arguments[1]), record)
+        append_record(asked.records, record)
         print(json.dumps({"event": "recorded", "id": record.id}), flush=True)
     if not ranks.alone:
         dist.destroy_process_group()
