@@ -58,7 +58,7 @@ def _reduce_scatter(
     dist.all_reduce(total, group=group)
     if op == dist.ReduceOp.AVG:
         total /= count
-    output_tensor.reshape(-1).copy_(total.chunk(count)[rank].to(output.dtype))
+    output_tensor.reshape(-1).copy_(total.chunk(count)[rank].to(output_tensor.dtype))
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
