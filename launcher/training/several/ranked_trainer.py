@@ -39,6 +39,8 @@ class RankedTrainer(SparingTrainer):
     def gather(self) -> None:
         """Before a save: have rank 0 hold all that the ranks would write. Every rank must be here."""
         if not self.ranks.alone:
+            self._gathered = None
+            super().store_flos()
             self._gathered = gather(self, super()._save_rng_state)
 
     def gathered_weights(self) -> dict[str, torch.Tensor] | None:
@@ -48,6 +50,11 @@ class RankedTrainer(SparingTrainer):
     def forget_gathered(self) -> None:
         """After a save."""
         self._gathered = None
+
+    def store_flos(self) -> None:
+        """Add up all ranks' operations, which a save by one of them cannot."""
+        if self._gathered is None:
+            super().store_flos()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.shards or self._gathered is None:
