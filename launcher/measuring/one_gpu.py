@@ -6,6 +6,7 @@ torch's FSDP2 and DDP allocate what they would with NCCL; that of NCCL itself is
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ def prepare() -> None:
     """Have FSDP2's collectives and the trainer's go over the host."""
     from launcher.training import arguments
 
+    # Else accelerate gives DDP the GPU of the rank's number.
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     told = arguments.several_gpus
 
     def with_gloo(setup: Any) -> dict[str, Any]:

@@ -174,7 +174,8 @@ def _run(
     ranks.wait()
     meter.close("save", end.step)
     if callback.stopped:
-        end.stopped(f"stopped on request after step {end.step}; the adapter is saved")
+        where = "" if ranks.saves or ranks.local_rank else " on the machine with --node-rank 0"
+        end.stopped(f"stopped on request after step {end.step}; the adapter is saved{where}")
         return
     end.message = early_end(trainer.state, job)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,15 @@ def train(run: Path, prepare: Callable[[], None] | None) -> int:
     return main([str(run)])
 
 
-def start(run: RunFolder, prepare: Callable[[], None] | None = None) -> BaseProcess:
-    """Start the training process."""
-    return forks.start(train, run.path, prepare, output=run.log("trainer"))
+def start(
+    run: RunFolder,
+    prepare: Callable[[], None] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    """Start the training process; with `environment` beside its own variables."""
+    given = None if environment is None else {**os.environ, **environment}
+    return forks.start(train, run.path, prepare, output=run.log("trainer"), environment=given)
 
 
 def code_of(trainer: BaseProcess) -> int | None:
