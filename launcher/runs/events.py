@@ -158,8 +158,8 @@ class EndEvent:
 class SampleEvent:
     """What the driver shows of the run's GPU; null where unknown. Without a GPU `process_bytes` is the
     trainer's resident memory. `host_percent` is how much of one core the trainer takes; `slowed_by` is "heat"
-    or "power" where the card has lowered its clocks to protect itself. Of several GPUs it is the one that is used
-    most; `gpus` has [used_bytes, process_bytes, utilization_percent] of each by its rank on this machine.
+    or "power" where the card has lowered its clocks to protect itself. Of several GPUs it is the one that is
+    used most; `gpus` has [used_bytes, process_bytes, utilization_percent] of each by its local rank.
     """
 
     kind: ClassVar[str] = "sample"

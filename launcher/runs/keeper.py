@@ -1,4 +1,4 @@
-"""`python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR...]`: the process that starts a run's trainer and sampler.
+"""`python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR...]` starts a run's trainer and sampler.
 
 It minds them to the run's end. It needs nobody to watch it and holds nothing that can break it: no torch, no
 driver. It writes the end that a dead trainer could not, starts the sampler again, ends a trainer that hangs

@@ -88,8 +88,8 @@ def _choose_sampler(gpu_index: int, count: int, used_before_bytes: int | None) -
 
 
 def sample_gpus(gpus: Sequence[tuple[str, int]], pid: int) -> SampleEvent:
-    """The GPU of several that is used most, and some figures of each. The driver's list names other ranks than
-    `pid` for all but the first, so that what the run takes of one is told by difference.
+    """The GPU of several that is used most, and some figures of each. The driver's list names other ranks
+    than `pid` for all but the first, so that what the run takes of one is told by difference.
     """
     samples = [sample_gpu(uuid, before, pid) for uuid, before in gpus]
     most = max(samples, key=lambda sample: sample.used_bytes or 0)

@@ -37,8 +37,9 @@ class TrainingJob:
     turns alone and needs a chat template with generation markers. `gpu_index` counts GPUs by PCI bus id,
     within CUDA_VISIBLE_DEVICES when that is set; with several GPUs it is the first of those of this machine.
     `nnodes` machines train together, this one as `node_rank`, and meet at `rdzv_endpoint` (host:port of the
-    first), as torchrun names them; each has its share of the setup's processes. `track` names trackers that are told the figures too
-    (launcher/runs/trackers.py); they write into the run folder alone unless `allow_upload`.
+    first), as torchrun names them; each has its share of the setup's processes. `track` names trackers that
+    are told the figures too (launcher/runs/trackers.py); they write into the run folder alone unless
+    `allow_upload`.
     """
 
     setup: TrainingSetup

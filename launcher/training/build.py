@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
-from planner.setup.sharded import refuse_unsharded
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -221,11 +221,7 @@ def build_trainer(
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
-    if setup.distributed == "ddp":
-        # Gradients then lie in DDP's buckets alone, not beside them.
-        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    if setup.dtype == "float16":
-        _hold_trainables_in_float32(trainer.model)
+    _set_upon(trainer, setup)
     if setup.compile == "regional":
         from launcher.training.compilation import compile_decoder_layers
 
@@ -234,6 +230,15 @@ def build_trainer(
         )
         trainer.add_callback(compiled)
     return trainer
+
+
+def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
+    """What no argument of the trainer sets."""
+    if setup.distributed == "ddp":
+        # Gradients then lie in DDP's buckets alone, not beside them.
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
+    if setup.dtype == "float16":
+        _hold_trainables_in_float32(trainer.model)
 
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:

@@ -34,17 +34,13 @@ from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
 from launcher.training.patience import PatientWriter
 from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
-from launcher.training.split import Split, trained_too
 from launcher.training.stages import Stages
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
     from launcher.training.callbacks import EventCallback, LaunchedTrainer, MemoryMeter
-    from planner.data.reader import TrainingData
 
 NOT_KEPT = "no checkpoints are saved, so the adapter is that of the last step and not of the best evaluation"
 
@@ -204,13 +200,13 @@ def _build(
     from launcher.training import build
     from launcher.training.callbacks import EventCallback
     from launcher.training.several.loading import load_for_ranks
-    from launcher.training.several.rows import SharedRows
+    from launcher.training.several.rows import SharedRows, made_rows
 
     on_gpu = device.type == "cuda"
     stages.enter("loading", "reading the data")
     rows = SharedRows(folder, ranks)
     tokenizer, train_rows, eval_rows = rows.share(
-        lambda: _data(job, writer),
+        lambda: made_rows(job, functools.partial(_warn, writer)),
         lambda: build.load_tokenizer(job.model_source, allow_download=job.allow_download),
     )
     if ranks.tells and not folder.fingerprint.exists():
@@ -336,51 +332,6 @@ def _train(trainer: LaunchedTrainer, folder: RunFolder, attempt: Attempt, end: R
         raise
     finally:
         end.step = max(step, trainer.state.global_step)
-
-
-def _data(job: TrainingJob, writer: EventWriter) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
-    """The tokenizer, and what it makes of the job's data."""
-    from launcher.training import build, dataset
-
-    train_data = dataset.read_dataset(Path(job.data_path))
-    eval_data = dataset.read_dataset(Path(job.eval_data_path)) if job.eval_data_path else None
-    tokenizer = build.load_tokenizer(job.model_source, allow_download=job.allow_download)
-    if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
-        _warn(writer, "the tokenizer has no chat template; ChatML is used and saved with the adapter")
-
-    length, assistant = job.setup.max_length, job.assistant_only_loss
-
-    def made(data: TrainingData) -> Dataset:
-        rows = dataset.to_trl_dataset(data, tokenizer, max_length=length, assistant_only_loss=assistant)
-        tell_untrained(data, len(rows))
-        return rows
-
-    def tell_untrained(data: TrainingData, kept: int) -> None:
-        every = len(data.examples)
-        if kept < every:
-            _warn(writer, f"{data.source}: {every - kept:,} of {every:,} examples have no token to learn")
-
-    if job.eval_split is not None:
-        parts = dataset.split_trl_datasets(
-            train_data,
-            tokenizer,
-            max_length=length,
-            split=Split(job.eval_split, job.seed),
-            assistant_only_loss=assistant,
-        )
-        tell_untrained(train_data, sum(map(len, parts)))
-        return tokenizer, *parts
-    train_rows = made(train_data)
-    if eval_data is None:
-        return tokenizer, train_rows, None
-    eval_rows = made(eval_data)
-    if shared := len(trained_too(eval_rows, train_rows)):
-        _warn(
-            writer,
-            f"{shared:,} of {len(eval_rows):,} examples of {eval_data.source} are trained on too: their loss "
-            "says nothing about what is new",
-        )
-    return tokenizer, train_rows, eval_rows
 
 
 def _unknown() -> None:

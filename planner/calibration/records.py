@@ -88,8 +88,8 @@ class RunRecord:
     `tokens_per_second` counts padding too, and `useful_tokens_per_second` the examples' own tokens.
     `allocator` is torch's, as planner/setup/cuda_allocator.py names it. `host_block_seconds` is how long the
     host took, around the run, for what microbenchmarks call the eager block (null: not timed). `tf32` says
-    that products in float32 could use it, as the launcher lets them. Of a run on several GPUs `phases` has the
-    largest figures of all, `ranks` each GPU's own, and rates are those of all together.
+    that products in float32 could use it, as the launcher lets them. Of a run on several GPUs `phases` has
+    the largest figures of all, `ranks` each GPU's own, and rates are those of all together.
     """
 
     id: str

@@ -15,9 +15,9 @@ from launcher.runs.folder import RunBusyError, RunFolder
 from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.kept.checkpoints import Checkpoint
 from launcher.runs.kept.fingerprint import Difference, Fingerprint
+from launcher.runs.kept.shards import refuse_unsharded
 from planner.base import validate
 from planner.base.errors import InputError
-from planner.setup.sharded import refuse_unsharded
 from planner.setup.training_setup import TrainingSetup
 
 NO_FINGERPRINT = "what the run was started on is not known: it has no fingerprint.json"
@@ -152,8 +152,8 @@ def shared_by(setup: TrainingSetup, num_processes: int | None, distributed: str 
     one_micro_step = setup.per_device_train_batch_size * count
     if setup.effective_batch_size % one_micro_step:
         raise InputError(
-            f"--num-processes {count}: an effective batch of {setup.effective_batch_size} cannot be shared by "
-            f"them in micro-batches of {setup.per_device_train_batch_size}"
+            f"--num-processes {count}: an effective batch of {setup.effective_batch_size} cannot be shared "
+            f"by them in micro-batches of {setup.per_device_train_batch_size}"
         )
     found = dataclasses.replace(
         setup,

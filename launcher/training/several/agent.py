@@ -1,7 +1,7 @@
-"""`python -m launcher.training.several.agent RUN_DIR`: torchrun's agent, which starts the ranks of a run here.
+"""`python -m launcher.training.several.agent RUN_DIR`: torchrun's agent, which starts a run's ranks here.
 
-It is torchrun itself (torch.distributed.run), called so that what it says of a rank's death comes as values and
-not as text. The exit code is that of the rank that ended the run.
+It is torchrun itself (torch.distributed.run), called so that what it says of a rank's death comes as values
+and not as text. The exit code is that of the rank that ended the run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a checkpoint of several ranks holds: one process's files, and each rank's random numbers.
 
-Gathered first, with all ranks, and written then by rank 0 alone: a disk that is full is waited for without them.
+Gathered first, with all ranks, and written then by rank 0 alone: a disk that is full is waited for without
+them.
 """
 
 from __future__ import annotations

@@ -80,11 +80,15 @@ class RankedTrainer(SparingTrainer):
         if not self.shards or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        read = {"map_location": "cpu", "weights_only": True}
-        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, mmap=True, **read)
+        state = _read(Path(checkpoint) / OPTIMIZER_NAME)
         whole.load_optimizer_state(whole.innermost(self.optimizer), state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, **read))
+        self.lr_scheduler.load_state_dict(_read(Path(checkpoint) / SCHEDULER_NAME))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _read(path: Path) -> Any:
+    """A state of a checkpoint, as transformers reads it in one process: tensors and numbers, no code."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251

@@ -100,8 +100,8 @@ def join(ranks: Ranks, *, on_gpu: bool) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process with the one that started it: torchrun's agent may be killed, and gives
-    each rank a session of its own. Linux alone can.
+    """Have the kernel end this process with the one that started it: torchrun's agent may be killed, and
+    gives each rank a session of its own. Linux alone can.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

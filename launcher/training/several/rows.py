@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.runs.folder import RunFolder
+from launcher.runs.training_job import TrainingJob
 from launcher.training.several.ranks import Ranks
+from launcher.training.split import Split, trained_too
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from planner.data.reader import TrainingData
 
     Made = tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]
 
@@ -60,3 +64,47 @@ class SharedRows:
         self.ranks.wait()
         if self.ranks.tells:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def made_rows(job: TrainingJob, warn: Callable[[str], None]) -> Made:
+    """The tokenizer, and what it makes of the job's data."""
+    from launcher.training import build, dataset
+
+    train_data = dataset.read_dataset(Path(job.data_path))
+    eval_data = dataset.read_dataset(Path(job.eval_data_path)) if job.eval_data_path else None
+    tokenizer = build.load_tokenizer(job.model_source, allow_download=job.allow_download)
+    if dataset.needs_chat_template(train_data) and dataset.ensure_chat_template(tokenizer):
+        warn("the tokenizer has no chat template; ChatML is used and saved with the adapter")
+
+    length, assistant = job.setup.max_length, job.assistant_only_loss
+
+    def made(data: TrainingData) -> Dataset:
+        rows = dataset.to_trl_dataset(data, tokenizer, max_length=length, assistant_only_loss=assistant)
+        tell_untrained(data, len(rows))
+        return rows
+
+    def tell_untrained(data: TrainingData, kept: int) -> None:
+        every = len(data.examples)
+        if kept < every:
+            warn(f"{data.source}: {every - kept:,} of {every:,} examples have no token to learn")
+
+    if job.eval_split is not None:
+        parts = dataset.split_trl_datasets(
+            train_data,
+            tokenizer,
+            max_length=length,
+            split=Split(job.eval_split, job.seed),
+            assistant_only_loss=assistant,
+        )
+        tell_untrained(train_data, sum(map(len, parts)))
+        return tokenizer, *parts
+    train_rows = made(train_data)
+    if eval_data is None:
+        return tokenizer, train_rows, None
+    eval_rows = made(eval_data)
+    if shared := len(trained_too(eval_rows, train_rows)):
+        warn(
+            f"{shared:,} of {len(eval_rows):,} examples of {eval_data.source} are trained on too: their loss "
+            "says nothing about what is new",
+        )
+    return tokenizer, train_rows, eval_rows

@@ -1,4 +1,4 @@
-"""A model that is sharded while it is loaded: layer by layer, each quantised, sharded at once, its rest freed.
+"""A model that is sharded while it is loaded: each layer quantised, sharded at once, its rest freed.
 
 The most that a GPU holds meanwhile is its shards and one whole layer. Adapters are there before the weights
 are, drawn by PEFT on the CPU in the order in which it draws them on one GPU.
@@ -157,7 +157,7 @@ def _named_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def _path_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
 def _fill(part: torch.nn.Module, prefix: str, fill: Fill, device: torch.device) -> None:
