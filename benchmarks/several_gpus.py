@@ -80,9 +80,9 @@ def setups(gpus: int, steps: int) -> list[Measured]:
     add("70b llama 3.1 on 24 GB", "llama-3.1-70b", 512, 1, "fsdp", cap=CARD_BYTES)
     add("70b llama 2 on 24 GB", "llama-2-70b", 1024, 1, "fsdp", cap=CARD_BYTES)
     for way in ("fsdp", "ddp"):
-        add("qlora 8b", "llama-3.1-8b", 2048, 4, way, evaluates=True)
+        add("qlora 8b", "llama-3.1-8b", 2048, 4, way)
         add("lora 3b", "llama-3.2-3b", 2048, 2, way, **lora)
-        add("full 0.5b", "qwen2.5-0.5b", 1024, 4, way, evaluates=True, **full)
+        add("full 0.5b", "qwen2.5-0.5b", 1024, 4, way, **full)
         add("qlora 1b accumulated", "llama-3.2-1b", 1024, 2, way, gradient_accumulation_steps=8)
     for way in ("fsdp", "ddp"):
         add("qlora 7b packed", "mistral-7b-v0.3", 4096, 1, way, packing=True)
@@ -97,6 +97,9 @@ def setups(gpus: int, steps: int) -> list[Measured]:
         add("full 1b accumulated", "llama-3.2-1b", 1024, 2, way, gradient_accumulation_steps=8, **full)
         add("qlora 14b", "qwen2.5-14b", 2048, 2, way)
         add("qlora 8b compiled", "llama-3.1-8b", 2048, 4, way, compile="regional")
+    for way in ("fsdp", "ddp"):
+        add("qlora 1b saved", "llama-3.2-1b", 2048, 2, way, evaluates=True)
+        add("full 0.5b saved", "qwen2.5-0.5b", 2048, 2, way, evaluates=True, **full)
     add("70b saved", "llama-3.1-70b", 512, 1, "fsdp", cap=CARD_BYTES, evaluates=True, lora_r=8)
     return found
 

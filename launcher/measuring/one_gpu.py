@@ -6,7 +6,11 @@ torch's FSDP2 and DDP allocate what they would with NCCL; that of NCCL itself is
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +22,9 @@ def prepare() -> None:
     """Have FSDP2's collectives and the trainer's go over the host."""
     from launcher.training import arguments
 
-    # Else accelerate gives DDP the GPU of the rank's number.
-    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    # accelerate, transformers and torch's barrier take the GPU of the rank's number on its machine.
+    os.environ["LOCAL_RANK"] = "0"
+    dist.barrier = _barrier  # type: ignore[assignment]
     told = arguments.several_gpus
 
     def with_gloo(setup: Any) -> dict[str, Any]:
@@ -31,6 +36,11 @@ def prepare() -> None:
     _collectives.DefaultReduceScatter.__call__ = _reduce_scatter  # type: ignore[method-assign]
 
 
+def _barrier(*args: Any, **kwargs: Any) -> None:
+    """torch's barrier over the host, whatever GPU it is told."""
+    dist.all_reduce(torch.zeros(1))
+
+
 def _gather(
     comm: Any,
     output_tensor: torch.Tensor,
@@ -38,13 +48,24 @@ def _gather(
     group: dist.ProcessGroup,
     async_op: bool = False,
 ) -> None:
-    """FSDP2's all-gather through pinned host memory, in the order of the current stream."""
-    output, own = output_tensor, input_tensor
-    count = dist.get_world_size(group)
-    mine = _to_host(own.reshape(-1).view(torch.uint8))
-    every = torch.empty(count, mine.numel(), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    dist.all_gather(list(every.unbind(0)), mine, group=group)
-    output.reshape(-1).view(torch.uint8).copy_(every.view(-1))
+    """FSDP2's all-gather through files that all ranks map, in the order of the current stream."""
+    count, rank = dist.get_world_size(group), dist.get_rank(group)
+    own = input_tensor.reshape(-1).view(torch.uint8)
+    every = output_tensor.view(-1).view(torch.uint8).view(count, own.numel())
+    _mapped(own.numel(), rank).copy_(own)
+    _barrier()
+    for other in range(count):
+        every[other].copy_(own if other == rank else _mapped(own.numel(), other))
+    _barrier()
+
+
+@functools.cache
+def _mapped(size_bytes: int, rank: int) -> torch.Tensor:
+    """What a rank hands to the others, of that size: a file in memory for as long as it is read at once."""
+    place = Path(tempfile.gettempdir()) / f"vramwise-{os.environ['MASTER_PORT']}-{size_bytes}-{rank}"
+    found = torch.from_file(str(place), shared=True, size=size_bytes, dtype=torch.uint8)
+    atexit.register(place.unlink, missing_ok=True)
+    return found
 
 
 def _reduce_scatter(
