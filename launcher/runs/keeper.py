@@ -36,6 +36,7 @@ from launcher.runs.minding.spawn import spawn
 from launcher.runs.report.writing import write_or_say
 from launcher.runs.state import last_checkpoint, read_recent
 from launcher.runs.tail import last_lines, lines_from_the_end
+from launcher.runs.training_job import TrainingJob
 from planner.base.errors import InputError, shorten
 
 POLL_SECONDS = 0.2
@@ -95,8 +96,9 @@ def _after_hang(folder: RunFolder, from_step: int) -> Attempt | None:
 
 @dataclass(slots=True)
 class Keeper:
-    """Minds one run to its end. `start_trainer` and `start_sampler` start the processes; `processes` says how
-    many the present attempt trains with on this machine: with several the trainer is torchrun's agent.
+    """Minds one run to its end. `start_trainer` and `start_sampler` start the processes; `ranks_here` says
+    how many ranks the present attempt has on this machine, 0 where the trainer is one process and not
+    torchrun's agent, `ranks_in_all` how many on all.
     """
 
     folder: RunFolder
@@ -105,7 +107,8 @@ class Keeper:
     limits: HangLimits = field(default_factory=HangLimits)
     patience_seconds: float = stopping.PATIENCE_SECONDS
     count_kills: Callable[[], KillCounters] = read_kill_counters
-    processes: Callable[[], int] = lambda: 1
+    ranks_here: Callable[[], int] = lambda: 0
+    ranks_in_all: Callable[[], int] = lambda: 1
     _sampler: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _sampler_restarts: int = field(default=0, init=False)
     _signals: int = field(default=0, init=False)
@@ -195,7 +198,7 @@ class Keeper:
 
     def _send(self, trainer: subprocess.Popen[bytes], number: int) -> None:
         """Send a signal to the trainer; of several ranks to each, since torchrun's agent would end them."""
-        pids = ranks.live_ranks(self.folder, self.processes()) if self.processes() > 1 else {}
+        pids = ranks.live_ranks(self.folder, self.ranks_here())
         if pids:
             ranks.send(pids, number)
         if not pids or number == signal.SIGKILL:
@@ -203,12 +206,12 @@ class Keeper:
 
     def _end_rest(self) -> None:
         """Whatever has ended torchrun's agent: none of its ranks may stay behind."""
-        if self.processes() > 1:
-            ranks.send(ranks.live_ranks(self.folder, self.processes()), signal.SIGKILL)
+        if self.ranks_here():
+            ranks.send(ranks.live_ranks(self.folder, self.ranks_here()), signal.SIGKILL)
 
     def _end_hanging(self, trainer: subprocess.Popen[bytes]) -> None:
         """Have the stacks written down, then SIGTERM, then SIGKILL."""
-        if self.processes() > 1:
+        if self.ranks_here():
             self._write_stacks()
         for number, seconds in (
             (STACKS_SIGNAL, min(DUMP_SECONDS, self.patience_seconds)),
@@ -222,7 +225,7 @@ class Keeper:
 
     def _write_stacks(self) -> None:
         """The stacks of all ranks into the log; one that was stopped writes its own when it may go on."""
-        pids = ranks.live_ranks(self.folder, self.processes())
+        pids = ranks.live_ranks(self.folder, self.ranks_here())
         ranks.send(pids, STACKS_SIGNAL)
         ranks.send(pids, signal.SIGCONT)
         time.sleep(min(DUMP_SECONDS, self.patience_seconds))
@@ -264,7 +267,7 @@ class Keeper:
     def _untold(self, code: int, kills: KillCounters) -> AttemptEnd:
         """The end of a trainer that wrote none, by its exit code."""
         step = self._last_step()
-        first = ranks.first_to_fail(self.folder, self.processes()) if self.processes() > 1 else None
+        first = ranks.first_to_fail(self.folder, self.ranks_in_all()) if self.ranks_here() else None
         if first is not None and not self._asked():
             return self._of_rank(first, step, kills)
         if code >= 0:
@@ -334,10 +337,15 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _processes(folder: RunFolder) -> int:
-    """Of this machine, as the present attempt trains."""
+def _job(folder: RunFolder) -> TrainingJob:
+    """The job as the present attempt trains it."""
     job, attempts = folder.read_job(), read_attempts(folder.attempts)
-    return (attempts[-1].apply(job) if attempts else job).local_processes
+    return attempts[-1].apply(job) if attempts else job
+
+
+def _ranks_here(folder: RunFolder) -> int:
+    job = _job(folder)
+    return job.local_processes if job.setup.num_processes > 1 else 0
 
 
 def main(arguments: list[str]) -> int:
@@ -353,10 +361,11 @@ def main(arguments: list[str]) -> int:
             code = Keeper(
                 folder,
                 start_trainer=lambda: spawn(
-                    folder, "trainer", _TRAINERS[_processes(folder) > 1], allocator, descriptors=gpu
+                    folder, "trainer", _TRAINERS[_ranks_here(folder) > 0], allocator, descriptors=gpu
                 ),
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
-                processes=lambda: _processes(folder),
+                ranks_here=lambda: _ranks_here(folder),
+                ranks_in_all=lambda: _job(folder).setup.num_processes,
             ).keep()
             # Before the lock is given back: who waits for the run's end finds the report.
             write_or_say(RunFolder(folder.shown), over=True)

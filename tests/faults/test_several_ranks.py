@@ -18,9 +18,10 @@ from tests.faults.small_runs import DEMO, SETUP, events_of, go_on, make_run
 pytestmark = pytest.mark.slow
 
 STEPS = 8
-ROUNDING = 2e-5
+ROUNDING = 1e-4
 """What sums of float32 in another order may come to: 2^-24 an operation, some hundred of them in a row, and
-Adam's quotients of eight steps, which hold the rounding of small gradients. Seen: below 2e-6."""
+eight of Adam's steps, whose quotients are as large for a gradient that is rounding alone as for any other.
+Seen: 2.3e-5 in a gradient norm of the whole model, below 2e-5 with adapters."""
 BFLOAT16 = 2e-2
 """TRL holds adapters on a 4-bit base in bfloat16: 2^-9 a value, at eight updates."""
 
@@ -91,8 +92,11 @@ def close_files(one: Path, other: Path) -> bool:
     )
 
 
-def test_the_whole_model_learns_sharded_what_it_learns_on_one_process(tmp_path: Path, untied: Path) -> None:
-    one = run_of(tmp_path, "one", untied, method="full")
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_whole_model_learns_sharded_what_it_learns_on_one_process(
+    tmp_path: Path, untied: Path, tied: bool
+) -> None:
+    one = run_of(tmp_path, "one", DEMO / "model" if tied else untied, method="full")
     assert small_runs.trained(one) == 0
     alike(one, on_two(one, "fsdp", "fsdp"), ROUNDING)
 

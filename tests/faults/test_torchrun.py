@@ -6,18 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.runs import supervisor
+from launcher.runs import keeper, supervisor
 from launcher.runs.ends import RunExit
-from launcher.runs.events import AdapterEvent, CheckpointEvent, EndEvent, LogEvent, read_events
+from launcher.runs.events import AdapterEvent, CheckpointEvent, EndEvent, LogEvent
 from launcher.runs.folder import RunFolder
-from launcher.runs.keeper import Keeper
 from launcher.runs.minding import ranks as minded
 from launcher.runs.minding.hang import HangLimits
 from tests.faults import ranks
@@ -26,7 +27,7 @@ from tests.faults.small_runs import SETUP, events_of, make_run
 pytestmark = pytest.mark.slow
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 400.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 250.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come in time"
@@ -104,34 +105,43 @@ sys.exit(1)
 """In torchrun's place: ends when its ranks have."""
 
 
-def test_a_frozen_rank_is_a_hang_and_every_rank_s_stacks_are_told(tmp_path: Path) -> None:
+def test_a_frozen_rank_is_a_hang_and_every_rank_s_stacks_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "HANG_RESTARTS", 0)
     run = long_run(tmp_path, "run")
-    started = ranks.start(run)
-    agent = subprocess.Popen([sys.executable, "-c", AGENT, *(str(rank.pid) for rank in started)])
-    wait_until(lambda: len(events_of(run, LogEvent)) > 8)
-    os.kill(started[1].pid or 0, signal.SIGSTOP)
-    keeper = Keeper(
+    started: list[BaseProcess] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        started.extend(ranks.start(run))
+        threading.Thread(target=freeze, daemon=True).start()
+        return subprocess.Popen([sys.executable, "-c", AGENT, *(str(rank.pid) for rank in started)])
+
+    def freeze() -> None:
+        wait_until(lambda: len(events_of(run, LogEvent)) > 8)
+        os.kill(started[1].pid or 0, signal.SIGSTOP)
+
+    minding = keeper.Keeper(
         run,
-        start_trainer=lambda: agent,
+        start_trainer=start,
         start_sampler=lambda: subprocess.Popen(["sleep", "1000"]),
-        limits=HangLimits(floor_seconds=3.0, known_after=0, unmeasured_seconds=3.0, loading_seconds=3.0),
-        patience_seconds=2.0,
-        processes=lambda: 2,
+        limits=HangLimits(floor_seconds=5.0, factor=3.0, unmeasured_seconds=60.0),
+        patience_seconds=3.0,
+        ranks_here=lambda: 2,
     )
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+    taken = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in taken}
     try:
-        assert keeper.keep() == RunExit.HANG
+        assert minding.keep() == RunExit.HANG
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         for rank in started:
             rank.kill()
             rank.join(60)
-    assert [event.state for event in read_events(run.events) if isinstance(event, EndEvent)][-1] == "hang"
+    assert events_of(run, EndEvent)[-1].state == "hang"
     log = run.log("trainer").read_text()
     for local, rank in enumerate(started):
-        assert f"stacks of local rank {local} (process {rank.pid}):" in log
-    assert log.count("most recent call first") >= 2
+        told = log.split(f"stacks of local rank {local} (process {rank.pid}):")[1]
+        assert told.lstrip().startswith(("Thread", "Current thread"))
+        assert "most recent call first" in told
