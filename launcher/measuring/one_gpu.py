@@ -24,7 +24,7 @@ def prepare() -> None:
 
     # accelerate, transformers and torch's barrier take the GPU of the rank's number on its machine.
     os.environ["LOCAL_RANK"] = "0"
-    dist.barrier = _barrier  # type: ignore[assignment]
+    dist.barrier = _barrier
     told = arguments.several_gpus
 
     def with_gloo(setup: Any) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def prepare() -> None:
         return {**found, "ddp_backend": "gloo"} if found else found
 
     arguments.several_gpus = with_gloo
-    _collectives.DefaultAllGather.__call__ = _gather  # type: ignore[method-assign]
-    _collectives.DefaultReduceScatter.__call__ = _reduce_scatter  # type: ignore[method-assign]
+    _collectives.DefaultAllGather.__call__ = _gather
+    _collectives.DefaultReduceScatter.__call__ = _reduce_scatter
 
 
 def _barrier(*args: Any, **kwargs: Any) -> None:

@@ -42,7 +42,7 @@ def wait_until(condition: Any, seconds: float = 120.0) -> None:
 def one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with one GPU, and stand-ins for the processes."""
     monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path / "own"))
-    monkeypatch.setattr(supervisor, "gpu_of", lambda job: UUID)
+    monkeypatch.setattr(supervisor, "gpus_of", lambda job: [UUID])
     monkeypatch.setattr(supervisor, "spawn", stand_ins.spawn_stand_in)
     yield
     for name in ("one", "two"):
@@ -119,9 +119,9 @@ def test_the_cpu_has_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
         raise detect.NoGpuError("none")
 
     monkeypatch.setattr(detect, "local_gpus", none)
-    assert gpu_lock.gpu_of(JOB) is None
+    assert gpu_lock.gpus_of(JOB) == []
     monkeypatch.setattr(detect, "local_gpus", tuple)
-    assert gpu_lock.gpu_of(JOB) is None
+    assert gpu_lock.gpus_of(JOB) == []
 
 
 def test_train_asks_before_it_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,11 @@ def refuse_unsharded(setup: TrainingSetup) -> None:
             raise InputError(f"{name}=true with distributed=fsdp: {reason}; use distributed=ddp")
     if setup.dtype == "float16":
         raise InputError("dtype=float16 with distributed=fsdp: its gradient scaler does not know shards")
+    if setup.compile != "none":
+        raise InputError(
+            f"compile={setup.compile} with distributed=fsdp: FSDP2's hooks keep layers from being compiled "
+            "(measured: not a byte differs from uncompiled); use compile=none or distributed=ddp"
+        )
     if setup.kernels == "liger" and setup.method == "full":
         raise InputError("kernels=liger with method full and distributed=fsdp has not been tried together")
     if setup.uses_lora and setup.lora_r < setup.num_processes:

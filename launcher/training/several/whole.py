@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -71,9 +72,25 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(value: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
-    found = value.full_tensor() if isinstance(value, DTensor) else value
-    # A copy: the CPU's own tensors would be trained on while they are written.
-    return found.detach().to("cpu", copy=True) if keep else None
+    """The whole of a tensor on the CPU of the rank that keeps it, the first, gathered over the CPU: a GPU that
+    is full has no room for it.
+    """
+    if not isinstance(value, DTensor):
+        # A copy: the CPU's own tensors would be trained on while they are written.
+        return value.detach().to("cpu", copy=True) if keep else None
+    if value.placements != (Shard(0),):
+        raise NotImplementedError(f"a tensor that is not sharded by rows: {value.placements}")
+    own, count = value.to_local().detach().cpu(), value.device_mesh.size()
+    rows = -(-value.shape[0] // count)
+    padded = own.new_zeros((rows, *value.shape[1:]))
+    padded[: len(own)] = own
+    # As bytes: gloo need not know the dtype.
+    sent = padded.view(-1).view(torch.uint8)
+    parts = [torch.empty_like(sent) for _ in range(count)] if keep else None
+    dist.gather(sent, parts, dst=0)
+    if parts is None:
+        return None
+    return torch.cat(parts).view(value.dtype).view(rows * count, *value.shape[1:])[: value.shape[0]]
 
 
 def _shard_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
