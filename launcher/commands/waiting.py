@@ -21,22 +21,35 @@ def see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool) -> None:
     """
     from planner.gpus.target import resolve_gpu
 
-    _see_that_nobody_trains(resolve_gpu(request.gpu, display=request.display).position or 0, wait=wait)
+    first, asked = resolve_gpu(request.gpu, display=request.display).position or 0, request.fixed
+    count = asked.get("num_processes")
+    for position in range(first, first + (count if isinstance(count, int) else 1)):
+        _see_that_nobody_trains(position, wait=wait)
 
 
 def is_full(plan: Plan) -> bool:
     """Whether others hold so much of the GPU that the plan has no room, which is said."""
     from launcher.runs.minding.gpu_room import lasting_shortage
 
-    lacking = lasting_shortage(plan.gpu.position or 0, plan.memory.peak_upper_bytes)
-    if lacking is not None:
-        say(f"{lacking}; --wait waits until it is free")
-    return lacking is not None
+    for position in _positions(plan):
+        lacking = lasting_shortage(position, plan.memory.peak_upper_bytes)
+        if lacking is not None:
+            say(f"{lacking}; --wait waits until it is free")
+            return True
+    return False
 
 
 def waited_for_room(plan: Plan) -> bool:
     """Wait until the GPU has room for the plan; whether that took time, in which all may have changed."""
-    return _waited(plan.gpu.position or 0, plan.memory.peak_upper_bytes)
+    # Each of them, not the first that was waited for.
+    waited = [_waited(position, plan.memory.peak_upper_bytes) for position in _positions(plan)]
+    return any(waited)
+
+
+def _positions(plan: Plan) -> range:
+    """The GPUs of this machine that the plan takes, a process each."""
+    first = plan.gpu.position or 0
+    return range(first, first + plan.setup.num_processes)
 
 
 def see_that_a_run_can_go_on(folder: RunFolder, attempt: Attempt, *, wait: bool) -> bool:
@@ -48,14 +61,17 @@ def see_that_a_run_can_go_on(folder: RunFolder, attempt: Attempt, *, wait: bool)
     """
     from launcher.runs.minding.gpu_room import refuse_full_gpu
 
-    position = folder.read_job().gpu_index
-    waited = _see_that_nobody_trains(position, wait=wait)
-    need = _need_of(folder, attempt)
-    if need is None:
-        return waited
-    if wait:
-        return _waited(position, need) or waited
-    refuse_full_gpu(position, need)
+    job = attempt.apply(folder.read_job())
+    positions = range(job.gpu_index, job.gpu_index + job.local_processes)
+    busy = [_see_that_nobody_trains(position, wait=wait) for position in positions]
+    waited, need = any(busy), _need_of(folder, attempt)
+    for position in positions:
+        if need is None:
+            break
+        if wait:
+            waited = _waited(position, need) or waited
+        else:
+            refuse_full_gpu(position, need)
     return waited
 
 

@@ -232,11 +232,20 @@ def test_parquet_holds_the_same_examples(tmp_path: Path) -> None:
         dataset.read_dataset(path)
 
 
+SHARDED = {"num_processes": 2, "distributed": "fsdp", "optim": "adamw_torch_fused"}
+
+
 @pytest.mark.parametrize(
     ("changes", "on_gpu", "named"),
     [
-        ({"num_processes": 2, "distributed": "ddp"}, True, "num_processes"),
-        ({"num_processes": 2, "distributed": "fsdp"}, True, "num_processes"),
+        ({**SHARDED, "optim": "adamw_8bit"}, True, "optim with distributed=fsdp"),
+        ({**SHARDED, "optim": "paged_adamw_32bit"}, True, "optim with distributed=fsdp"),
+        ({**SHARDED, "use_dora": True}, True, "use_dora=true with distributed=fsdp"),
+        ({**SHARDED, "prepare_for_kbit_training": True}, True, "prepare_for_kbit_training=true with"),
+        ({**SHARDED, "activation_offloading": True}, True, "activation_offloading=true with distributed"),
+        ({**SHARDED, "compile": "regional"}, True, "compile=regional with distributed=fsdp"),
+        ({**SHARDED, "dtype": "float16"}, True, "dtype=float16 with distributed=fsdp"),
+        ({**SHARDED, "lora_r": 1}, True, "lora_r=1 with num_processes=2"),
         ({"dtype": "float16", "method": "full"}, True, "float16"),
         ({"dtype": "float16"}, False, "float16"),
         ({"activation_offloading": True}, False, "activation_offloading"),

@@ -72,8 +72,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(value: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
-    """The whole of a tensor on the CPU of the rank that keeps it, the first, gathered over the CPU: a GPU that
-    is full has no room for it.
+    """The whole of a tensor on the CPU of the rank that keeps it, the first; gathered over the CPU, since a
+    GPU that is full has no room for it.
     """
     if not isinstance(value, DTensor):
         # A copy: the CPU's own tensors would be trained on while they are written.
