@@ -18,6 +18,8 @@ from planner.base.errors import FieldError, InputError
 T = TypeVar("T")
 NOT_IN_JSON: Mapping[str, bool] = MappingProxyType({"in_json": False})
 """Metadata of a field that is left out of the JSON; it has a default, which it takes when read back."""
+WHERE_SET: Mapping[str, bool] = MappingProxyType({"where_set": True})
+"""Metadata of a field that is left out of the JSON where it has its default."""
 
 
 def encode(value: Any) -> Any:
@@ -26,7 +28,7 @@ def encode(value: Any) -> Any:
         own = getattr(value, "to_dict", None) if hasattr(type(value), "from_dict") else None
         if own is not None:
             return own()
-        return {name: encode(getattr(value, name)) for name in _names(type(value))}
+        return encode_fields(value)
     if isinstance(value, tuple):
         return [encode(item) for item in value]
     return value
@@ -34,7 +36,9 @@ def encode(value: Any) -> Any:
 
 def encode_fields(value: Any) -> dict[str, Any]:
     """JSON form of a dataclass by its fields, for use inside its own `to_dict`."""
-    return {name: encode(getattr(value, name)) for name in _names(type(value))}
+    kind = type(value)
+    unset = {name for name, default in _defaults_left_out(kind) if getattr(value, name) == default}
+    return {name: encode(getattr(value, name)) for name in _names(kind) if name not in unset}
 
 
 def decode_fields(kind: type[T], values: object, where: str = "") -> T:
@@ -104,6 +108,13 @@ _KNOWN_HINTS: dict[type, dict[str, Any]] = {}
 
 def _names(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind) if field.metadata.get("in_json", True))
+
+
+def _defaults_left_out(kind: type) -> tuple[tuple[str, Any], ...]:
+    """Fields that are left out where they have their default, and that default."""
+    return tuple(
+        (field.name, field.default) for field in dataclasses.fields(kind) if field.metadata.get("where_set")
+    )
 
 
 def _hints(kind: type) -> dict[str, Any]:

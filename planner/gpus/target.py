@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import field, replace
+
 from planner.base import validate
 from planner.base.errors import InputError
+from planner.base.json_codec import WHERE_SET
 from planner.base.values import dataclass
 from planner.gpus.parse import parse_gpu
 from planner.gpus.spec import DISPLAY_BYTES, GpuSpec
@@ -17,6 +20,8 @@ class GpuTarget:
     GPUs leaves `usable_bytes` to the process: `held_bytes` of the card's usable memory are taken, by a
     display or by other processes. For a GPU of this machine, `index` is NVML's and `position` that among the
     visible ones. `alternatives` are other cards that go by the same name; `notes` say what was assumed.
+    Where this machine has several such GPUs, these are of the one with most memory free, `least_usable_bytes`
+    is what the fullest of them leaves, and `positions` are theirs.
     """
 
     text: str
@@ -29,10 +34,21 @@ class GpuTarget:
     position: int | None = None
     alternatives: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    least_usable_bytes: int | None = field(default=None, metadata=WHERE_SET)
+    positions: tuple[int, ...] = field(default=(), metadata=WHERE_SET)
 
     def __post_init__(self) -> None:
         validate.integer("count", self.count, minimum=1, maximum=2**14)
         validate.integer("usable_bytes", self.usable_bytes, minimum=0, maximum=self.spec.memory_bytes)
+
+    def of_all(self) -> GpuTarget:
+        """The target for a run on all of its GPUs: what each of them leaves at least."""
+        least = self.least_usable_bytes
+        if least is None:
+            return self
+        held = self.held_bytes + self.usable_bytes - least
+        notes = (f"all {self.count} such GPUs of this machine", *self.notes[1:])
+        return replace(self, usable_bytes=least, held_bytes=held, notes=notes)
 
 
 def resolve_gpu(text: str | None, *, display: bool = False) -> GpuTarget:
@@ -73,7 +89,8 @@ def resolve_gpu(text: str | None, *, display: bool = False) -> GpuTarget:
 
 
 def local_target() -> GpuTarget:
-    """Take the GPU of this machine that has most memory free, less what other processes hold.
+    """Take the GPU of this machine that has most memory free, less what other processes hold, with all others
+    of its kind.
 
     Raises:
         InputError: no NVIDIA GPU, or none visible.
@@ -82,6 +99,7 @@ def local_target() -> GpuTarget:
 
     gpus = local_gpus()
     gpu = max(gpus, key=lambda found: found.free_bytes)
+    alike = tuple(at for at, found in enumerate(gpus) if found.spec.id == gpu.spec.id)
     note = f"GPU {gpu.index} of this machine"
     if len(gpus) > 1:
         note += f", the one of {len(gpus)} with most memory free"
@@ -91,10 +109,12 @@ def local_target() -> GpuTarget:
     return GpuTarget(
         text=gpu.spec.id,
         spec=gpu.spec,
-        count=1,
+        count=len(alike),
         usable_bytes=gpu.free_bytes,
         held_bytes=gpu.spec.usable_bytes - gpu.free_bytes,
         index=gpu.index,
         position=gpus.index(gpu),
         notes=tuple(notes),
+        least_usable_bytes=min(gpus[at].free_bytes for at in alike) if len(alike) > 1 else None,
+        positions=alike if len(alike) > 1 else (),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
@@ -13,10 +14,11 @@ from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_memory, head_shape
 from planner.memory.layers.norms import norm_saves_input
 from planner.memory.measured.coefficients import Coefficients, ReserveTerms, basis_of, interval_kind
+from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, phases
-from planner.memory.step.replay import replay_steps
+from planner.memory.step.replay import ReplayedMemory, replay_steps
 from planner.memory.step.resident import Resident, resident_memory
 from planner.memory.step.timeline import StepMoment, StepShape, StepTimeline
 from planner.setup.cuda_allocator import planned_allocator
@@ -54,28 +56,46 @@ def estimate_memory(
     resident, timeline, step = live.resident, live.timeline, live.peak
     evaluation = timeline.forward_only()
     terms = _reserve_terms(resident, timeline)
-    replayed = None
-    context = measured.context_of(run.setup)
-    if replay:
-        limit = None if limit_bytes is None else limit_bytes - context
-        with suppress(OutOfAddressesError):
-            replayed = replay_steps(run, gpu=gpu, allocator=allocator, limit_bytes=limit)
+    nccl, context = _nccl(run, gpu), measured.context_of(run.setup)
+    limit = None if limit_bytes is None else limit_bytes - context - nccl.expected_bytes
+    replayed = _replayed(run, gpu, allocator, limit) if replay else None
     distance = measured.distance(run, gpu_name)
-    kind = interval_kind(run.setup)
+    parts = (measured, resident, step, evaluation, terms, replayed, distance)
     found = phases(
-        measured, resident, step, evaluation, terms, replayed, distance, kind=kind, context_bytes=context
+        *parts,
+        kind=interval_kind(run.setup),
+        context_bytes=context,
+        nccl=nccl,
+        pools_bytes=timeline.pool_bytes,
     )
-    step_phase = found[1]
+    there = found[1]
     return MemoryBreakdown(
         weights_bytes=resident.weights.allocated_bytes,
-        allocated_bytes=step_phase.allocated_bytes,
-        reserved_bytes=step_phase.reserved_bytes,
-        process_bytes=step_phase.process_bytes,
-        process_upper_bytes=step_phase.process_upper_bytes,
-        components=components(run, measured, resident, step, step_phase, replayed=replayed is not None),
+        allocated_bytes=there.allocated_bytes,
+        reserved_bytes=there.reserved_bytes,
+        process_bytes=there.process_bytes,
+        process_upper_bytes=there.process_upper_bytes,
+        components=components(run, measured, resident, step, there, nccl, replayed=replayed is not None),
         phases=found,
         basis=basis_of(measured, run.model, gpu_name, distance, replayed=replayed is not None),
     )
+
+
+def _replayed(
+    run: TrainingRun, gpu: GpuSpec | None, allocator: str, limit_bytes: int | None
+) -> ReplayedMemory | None:
+    """The allocator's replay; None where it needs more than the replay has addresses for."""
+    with suppress(OutOfAddressesError):
+        return replay_steps(run, gpu=gpu, allocator=allocator, limit_bytes=limit_bytes)
+    return None
+
+
+def _nccl(run: TrainingRun, gpu: GpuSpec | None) -> NcclMemory:
+    if run.parallelism.is_single:
+        return NO_NCCL
+    from planner.memory.measured.nccl import nccl_memory
+
+    return nccl_memory(run, gpu)
 
 
 def reserve_terms(run: TrainingRun, *, gpu: GpuSpec | None, allocator: str) -> ReserveTerms:
@@ -130,22 +150,27 @@ def _timeline(run: TrainingRun) -> StepTimeline:
     leaving = last.memory.output_width
     # Counted by the final norm where that saves them.
     counted = norm_saves_input(last.knobs, leaving)
-    return StepTimeline(
-        groups=groups,
-        offloads=run.setup.activation_offloading,
-        stash=run.stack.offload_stash,
-        raw_embedding=run.keeps_raw_embedding,
-        final_norm=final_norm,
-        head=head_memory(head_shape(run, final_norm.output_width)),
-        trained=run.trained,
-        embedding_gradient_bytes=embedding,
-        embedding_scratch_bytes=embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),
-        tied=model.tied_embeddings,
-        shape=StepShape(
+    parts: dict[str, Any] = {
+        "groups": groups,
+        "offloads": run.setup.activation_offloading,
+        "stash": run.stack.offload_stash,
+        "raw_embedding": run.keeps_raw_embedding,
+        "final_norm": final_norm,
+        "head": head_memory(head_shape(run, final_norm.output_width)),
+        "trained": run.trained,
+        "embedding_gradient_bytes": embedding,
+        "embedding_scratch_bytes": embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),
+        "tied": model.tied_embeddings,
+        "shape": StepShape(
             tokens=shape.tokens,
             scores=shape.scores,
             hidden_bytes_per_token=model.hidden_size * shape.stream_width,
             leaving_bytes_per_token=0 if counted else model.hidden_size * leaving,
             accumulating=run.setup.gradient_accumulation_steps > 1,
         ),
-    )
+    }
+    if run.parallelism.is_single:
+        return StepTimeline(**parts)
+    from planner.memory.step.several_timelines import timeline_of_several
+
+    return timeline_of_several(run, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.base.errors import FieldError, InputError, NotModelledError
+from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
@@ -20,11 +21,8 @@ def refuse_unmodelled(run: TrainingRun) -> None:
     setup, model, attention = run.setup, run.model, run.attention
     if setup.compile != "none":
         _refuse_compiled(run)
-    several = run.parallelism
-    if not several.is_single and several.strategy != "ddp":
-        raise NotModelledError("distributed", several.strategy)
-    if not several.is_single:
-        raise NotModelledError("num_processes", several.num_processes)
+    if run.parallelism.shards:
+        _refuse_sharded(run)
     if attention not in MODELLED_ATTENTION:
         raise NotModelledError("attn_implementation", attention)
     if any(layer.attention_softcap for layer in model.layers) and attention == "sdpa":
@@ -68,6 +66,49 @@ def _refuse_compiled(run: TrainingRun) -> None:
     if any(layer.experts for layer in run.model.layers):
         raise NotModelledError("compile=regional with experts of model", run.model.id)
     refuse_other_dropout_masks(setup)
+
+
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+"""torch's own, which update shares as they do tensors (launcher/training/several/refusals.py)."""
+
+
+def _refuse_sharded(run: TrainingRun) -> None:
+    """Refuse what FSDP2 cannot train or what is not counted with it, naming the knob beside distributed.
+
+    Raises:
+        InputError: it dies, or trains wrongly.
+        NotModelledError: a knob whose memory is not modelled with it.
+    """
+    setup = run.setup
+    if setup.optim not in SHARDED_OPTIMIZERS:
+        if "8bit" in setup.optim or setup.optim.startswith("paged"):
+            raise InputError(
+                f"optim {setup.optim} does not work with distributed fsdp: bitsandbytes' first update stops "
+                f"at shared tensors; use {FASTER_OPTIM}, or distributed ddp"
+            )
+        raise NotModelledError("distributed=fsdp with optim", setup.optim)
+    if setup.use_dora:
+        raise InputError(
+            "use_dora does not work with distributed fsdp, which shares out tensors of one dtype: DoRA's "
+            "magnitudes are in float32; use distributed ddp"
+        )
+    if setup.dtype == "float16":
+        raise InputError(
+            "dtype float16 does not work with distributed fsdp: its gradient scaler does not know shares; "
+            "use distributed ddp"
+        )
+    if setup.uses_lora and setup.lora_r < setup.num_processes:
+        raise InputError(
+            f"lora_r {setup.lora_r} is too small for {setup.num_processes} processes with distributed fsdp: "
+            "each GPU needs a row of every adapter"
+        )
+    if setup.kernels == "liger" and not setup.uses_lora:
+        raise NotModelledError("distributed=fsdp and method=full with kernels", setup.kernels)
+    for name in ("prepare_for_kbit_training", "activation_offloading"):
+        if getattr(setup, name):
+            raise NotModelledError(f"distributed=fsdp with {name}", True)
+    if any(layer.experts for layer in run.model.layers):
+        raise NotModelledError("distributed=fsdp with experts of model", run.model.id)
 
 
 def refuse_other_dropout_masks(setup: TrainingSetup) -> None:

@@ -7,11 +7,14 @@ from functools import lru_cache, partial
 from planner.base.values import dataclass
 from planner.memory.breakdown import Component, PhaseMemory
 from planner.memory.measured.coefficients import Coefficients, Distance, ReserveTerms
-from planner.memory.measured.cuda_terms import managed_process_bytes
+from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, managed_process_bytes
 from planner.memory.step.replay import ReplayedMemory
 from planner.memory.step.resident import Resident
 from planner.memory.step.timeline import StepMoment
+from planner.setup.parallelism import DDP, FSDP, Parallelism
 from planner.setup.run import TrainingRun
+
+_SAVING = "adapter and state are copied to the host"
 
 
 def phases(
@@ -25,16 +28,19 @@ def phases(
     *,
     kind: str,
     context_bytes: int,
+    nccl: NcclMemory = NO_NCCL,
+    pools_bytes: int = 0,
 ) -> tuple[PhaseMemory, ...]:
     """Peaks of load, step, evaluation and save; what the allocator has reserved by then it keeps.
 
     Load and step are those of the allocator's replay where there is one. `kind` is the interval's,
-    `context_bytes` the context once a step has run.
+    `context_bytes` the context once a step has run, `nccl` what it then holds, `pools_bytes` what other
+    streams' pools hold beside what is counted, which a replay has in it.
     """
-    outside = context_bytes + managed_process_bytes(resident.optimizer.managed_bytes)
+    outside = context_bytes + managed_process_bytes(resident.optimizer.managed_bytes) + nccl.expected_bytes
     if replayed is None:
         step_allocated = resident.allocated_bytes + step.total_bytes
-        step_reserved = step_allocated + measured.reserve_bytes(terms)
+        step_reserved = step_allocated + measured.reserve_bytes(terms) + pools_bytes
         load = load_reserved = resident.weights.allocated_bytes + resident.largest_dequantized_bytes
         load_margin, margin = measured.margin_bytes, measured.margin(terms, kind)
     else:
@@ -42,7 +48,7 @@ def phases(
         load, load_reserved = replayed.load_allocated_bytes, replayed.load_reserved_bytes
         load_margin = measured.replay_margin_bytes
         margin = measured.replay_margin(replayed.largest_block_bytes, kind)
-    load_margin, margin = distance.widened(load_margin), distance.widened(margin)
+    load_margin, margin = distance.widened(load_margin), distance.widened(margin) + nccl.spread_bytes
     evaluated = resident.allocated_bytes + evaluation.total_bytes
     rows = (
         (
@@ -54,13 +60,7 @@ def phases(
         ),
         ("step", step.name, step_allocated, step_reserved, outside),
         ("evaluation", evaluation.name, evaluated, max(evaluated, step_reserved), outside),
-        (
-            "save",
-            "adapter and state are copied to the host",
-            resident.allocated_bytes,
-            step_reserved,
-            outside,
-        ),
+        ("save", _SAVING, resident.allocated_bytes, step_reserved, outside),
     )
     return tuple(
         PhaseMemory(
@@ -102,8 +102,18 @@ COMPONENTS = (
     ),
     _text("adapter", "adapter", "rank x (inputs + outputs) of each target module"),
     _text("gradients", "gradients", "in the trained parameters' dtype, alive at the peak"),
+    _text(
+        "gradient_buckets",
+        "gradient buckets",
+        "DDP: the buffers that gradients are averaged in, as large as they are",
+    ),
     _text("optimizer", "optimizer", "{optim}: state by tensor, as torch or bitsandbytes lays it out"),
     _text("activations", "activations", "checkpoints, what layers save for backward, and the layer at work"),
+    _text(
+        "gathered",
+        "gathered weights",
+        "FSDP2: the layer at work, and the buffer that the next one arrives in",
+    ),
     _text("head_and_loss", "head and loss", "{head}"),
     _text(
         "workspace", "workspace", "dequantised weights of the layer at work, optimizer temporaries, cuBLAS"
@@ -113,9 +123,16 @@ COMPONENTS = (
         "allocator reserve",
         "rounding, and cached blocks that do not fit what is asked for ({reserve})",
     ),
+    _text("nccl", "NCCL", "the channels' buffers, outside torch's allocator, from the first collective on"),
     _text("context", "CUDA context", "context, kernels and libraries (measured: {coefficients})"),
 )
 """In the order in which people think of them."""
+OF_SEVERAL = {
+    "gradient_buckets": DDP,
+    "gathered": FSDP,
+    "nccl": None,
+}
+"""Components that a run on several GPUs has, by the way in which they share the work (null: either)."""
 
 
 def components(
@@ -124,6 +141,7 @@ def components(
     resident: Resident,
     step: StepMoment,
     phase: PhaseMemory,
+    nccl: NcclMemory = NO_NCCL,
     *,
     replayed: bool,
 ) -> tuple[Component, ...]:
@@ -139,6 +157,9 @@ def components(
         "quantization_constants": weights.constants_bytes,
         "adapter": resident.adapter_bytes,
         "gradients": step.gradient_bytes,
+        "gradient_buckets": resident.buckets_bytes,
+        "gathered": step.gathered_bytes,
+        "nccl": nccl.expected_bytes,
         "optimizer": optimizer.allocated_bytes + managed_process_bytes(optimizer.managed_bytes),
         "activations": step.kept_bytes + step.live_bytes + resident.tables_bytes,
         "head_and_loss": step.head_bytes,
@@ -156,7 +177,13 @@ def components(
     return tuple(
         Component(name=row.name, title=row.title, size_bytes=sizes[row.name], origin=row.origin)
         for row in texts
+        if row.name not in OF_SEVERAL or _has(run.parallelism, row.name)
     )
+
+
+def _has(parallelism: Parallelism, component: str) -> bool:
+    """Whether a run has a component of OF_SEVERAL."""
+    return not parallelism.is_single and OF_SEVERAL[component] in (None, parallelism.strategy)
 
 
 @lru_cache(maxsize=512)

@@ -200,6 +200,7 @@ KNOBS: tuple[Knob, ...] = (
         choices=("ddp", "fsdp"),
         needs=(Need(other="num_processes", other_than=1, told="num_processes of at least 2"),),
         planned="ddp",
-        unset="{planned}",
+        unset="what is done first",
+        counted=Counted(default=False, together=True),
     ),
 )

@@ -10,8 +10,10 @@ from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.base.values import dataclass
 from planner.gpus.parse import parse_gpu
+from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import Knob, KnobValue
 from planner.setup.knobs import KNOBS
+from planner.setup.parallelism import FSDP
 from planner.setup.training_knobs import DEFAULT_RANK
 from planner.setup.training_setup import TrainingSetup
 
@@ -111,7 +113,11 @@ class PlanRequest:
         Raises:
             InputError: the values contradict each other.
         """
-        return TrainingSetup(model=self.model, **planned({**chosen, **self.fixed}))
+        values = {**chosen, **self.fixed}
+        if values.get("distributed") == FSDP:
+            # What is taken elsewhere cannot update shares.
+            values = {"optim": FASTER_OPTIM, **values}
+        return TrainingSetup(model=self.model, **planned(values))
 
 
 def make_request(model: str, *, knobs: Mapping[str, Any] | None = None, **wishes: Any) -> PlanRequest:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from planner.base.units import DTYPE_WIDTH
+from planner.base.units import DTYPE_WIDTH, FP32
 from planner.base.values import dataclass
 from planner.models.spec import ModelSpec
 from planner.models.storage import Storage
@@ -80,7 +80,23 @@ class TrainingRun:
         Raises:
             FieldError: target_modules names a module that the model does not have.
         """
-        return trained_tensors(self.model, self.adapter, self.storage.width)
+        return trained_tensors(self.model, self.adapter, self.held_width)
+
+    @cached_property
+    def held_width(self) -> int:
+        """Bytes of an element of weights that are trained in full, as they are held: FSDP2 may keep them in
+        fp32 and compute with copies.
+        """
+        masters = self.parallelism.shards and self.parallelism.sharding.masters
+        return FP32 if self.adapter is None and masters else self.storage.width
+
+    @property
+    def reduce_width(self) -> int:
+        """Bytes of an element of the gradients that FSDP2's GPUs add up: of the dtype that one GPU has them
+        in (launcher/training/several/units.py).
+        """
+        in_fp32 = self.setup.method in self.parallelism.sharding.reduced_in_fp32
+        return FP32 if in_fp32 else self.storage.width
 
     @cached_property
     def storage(self) -> Storage:
@@ -94,7 +110,11 @@ class TrainingRun:
     @cached_property
     def parallelism(self) -> Parallelism:
         """How many GPUs the run has."""
-        return Parallelism(num_processes=self.setup.num_processes, strategy=self.setup.distributed)
+        return Parallelism(
+            num_processes=self.setup.num_processes,
+            strategy=self.setup.distributed,
+            sharding=self.stack.sharding,
+        )
 
     @cached_property
     def checkpointed_layers(self) -> int:

@@ -6,6 +6,7 @@ from planner.base import validate
 from planner.base.errors import FieldError
 from planner.base.units import DTYPE_WIDTH
 from planner.base.values import dataclass
+from planner.setup.parallelism import LAUNCHED, Sharding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +17,8 @@ class Stack:
     `adapter_dtype` is what it casts adapters on a quantised base to. Its output head, `head_words` for
     people, works on tiles of `head_tokens` tokens by `head_vocabulary` entries of the vocabulary. Its
     activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
-    `kept_attention` are the attention implementations whose outputs its selective checkpointing keeps.
+    `kept_attention` are the attention implementations whose outputs its selective checkpointing keeps,
+    `sharding` says what FSDP2 shares out.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Stack:
     head_vocabulary: int
     offload_stash: int
     kept_attention: tuple[str, ...]
+    sharding: Sharding = LAUNCHED
 
     def __post_init__(self) -> None:
         validate.text("stack", self.name)

@@ -89,6 +89,17 @@ class Examples:
             self._batches[length, size, step] = found
         return found
 
+    def slowest_batches(self, setup: TrainingSetup) -> tuple[BatchLength, ...]:
+        """The same of what several GPUs go through at a time: all wait for the longest of their batches."""
+        if setup.num_processes == 1:
+            return self.batches(setup)
+        several = setup.per_device_train_batch_size * setup.num_processes
+        grouped = setup.train_sampling_strategy == "group_by_length"
+        # Neighbours in a group go to the GPUs (accelerate data_loader.py, BatchSamplerShard).
+        step = setup.per_device_train_batch_size * setup.gradient_accumulation_steps
+        lengths = self.lengths(setup.max_length)
+        return lengths.grouped_batches(several, step) if grouped else lengths.random_batches(several)
+
     def processed_tokens(self, setup: TrainingSetup) -> int:
         """Tokens that an epoch pushes through the model, padding included."""
         if setup.packing:
@@ -111,7 +122,7 @@ class Examples:
             micro: _Seconds | None = _with_interval(speed.seconds_per_micro_step, speed)
         else:
             micro_steps = math.ceil(lengths.examples / size)
-            micro = _mean_seconds(setup, self.batches(setup), step_at)
+            micro = _mean_seconds(setup, self.slowest_batches(setup), step_at)
         if micro is None:
             return None
         steps = math.ceil(micro_steps / accumulated)

@@ -159,27 +159,59 @@ class MicroStepTime(NamedTuple):
     bound_by: str
 
 
+class PassSharing(NamedTuple):
+    """What sharing the work with other GPUs adds to a pass, in seconds: copies on the GPU, transfers beside
+    its work, and launches of the host's.
+    """
+
+    copies: float
+    transfers: float
+    launches: float
+
+
+ALONE = PassSharing(0.0, 0.0, 0.0)
+NOT_BEHIND_WORK = 0.1
+"""Share of transfers between GPUs, or of the GPU's work where that is less, that is not hidden behind the
+other: the first unit of a pass has nothing before it, and NCCL's kernels take processors and bandwidth."""
+
+
 def micro_step_time(
-    rates: Rates, work: StepWork, *, slower: float = 1.0, host_slower: float = 1.0
+    rates: Rates,
+    work: StepWork,
+    *,
+    slower: float = 1.0,
+    host_slower: float = 1.0,
+    sharing: tuple[PassSharing, PassSharing] = (ALONE, ALONE),
 ) -> MicroStepTime:
-    """Time of a micro-step; `slower` is a factor on matrix work, `host_slower` on the host's.
+    """Time of a micro-step; `slower` is a factor on matrix work, `host_slower` on the host's. `sharing` is
+    what other GPUs add to the forward and to the backward pass.
 
     The host waits for the GPU between forward and backward: TRL reads the loss's token accuracy there
     (trl/trainer/sft_trainer.py:1643-1644).
     """
     seconds = rates.host_seconds(work.micro_step) * host_slower
     matrix = moved = host = 0.0
-    for part in (work.forward, work.backward):
+    for part, shared in zip((work.forward, work.backward), sharing, strict=True):
         computed, written = rates.gpu_seconds(part)
         computed *= slower
         copied = rates.copy_seconds(part)
         written += beside_copies(computed + written, copied) - (computed + written)
         launched = rates.host_seconds(part) * host_slower
+        if shared is not ALONE:
+            written += shared.copies
+            written += _not_hidden(computed + written, shared.transfers)
+            launched += shared.launches * host_slower
         seconds += overlapped(computed + written, launched)
         matrix, moved, host = matrix + computed, moved + written, host + launched
     if host >= matrix + moved:
         return MicroStepTime(seconds, "launches")
     return MicroStepTime(seconds, "compute" if matrix >= moved else "bandwidth")
+
+
+def _not_hidden(gpu_seconds: float, transfers: float) -> float:
+    """What transfers between GPUs beside its work add to the GPU's time."""
+    larger, smaller = max(gpu_seconds, transfers), min(gpu_seconds, transfers)
+    return larger + NOT_BEHIND_WORK * smaller - gpu_seconds
 
 
 @lru_cache(maxsize=1)

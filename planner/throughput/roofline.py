@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from functools import lru_cache
 
 from planner.base.errors import InputError
+from planner.base.json_codec import WHERE_SET
 from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
@@ -20,6 +22,7 @@ from planner.throughput.rates import (
     rates_for,
     scaled_rates,
 )
+from planner.throughput.shared_step import SharedStep
 from planner.throughput.traffic import weight_bytes
 from planner.throughput.work import StepWork, step_work
 from planner.throughput.work_kinds import kinds_of
@@ -41,6 +44,7 @@ class StepEstimate:
     `_high` are its interval, `roofline_tokens_per_second` what the matmuls and weights alone allow at the
     published (or a higher measured) rate, which no run exceeds. `matrix_flops` and `bytes_moved` are of one
     micro-step on one GPU. `bound_by` is "compute", "bandwidth" or "launches". `basis` says on what it rests.
+    `sharing` is what several GPUs say to each other, null for one.
     """
 
     seconds_per_micro_step: float
@@ -54,6 +58,7 @@ class StepEstimate:
     bound_by: str
     calibrated: bool
     basis: str
+    sharing: SharedStep | None = field(default=None, metadata=WHERE_SET)
 
 
 def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
@@ -61,7 +66,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
 
     Time is, of the forward and of the backward pass, what the GPU needs (matmuls, attention, memory traffic,
     one after the other) or what the host needs to launch it, whichever is more, plus the optimizer step once
-    an accumulation. A GPU without rates
+    an accumulation; with several GPUs also what they say to each other (sharing.py). A GPU without rates
     of its own gets those of a measured one, scaled by its published rates.
 
     Raises:
@@ -69,7 +74,6 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         NotModelledError: a knob whose work is not counted.
     """
     setup = run.setup
-    _refuse_unmodelled(run)
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
@@ -80,10 +84,18 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     time = micro_step_time(rates, work, slower=slower, host_slower=host)
     micro = time.seconds
     step = micro * setup.gradient_accumulation_steps + rates.optimizer_seconds(work, host_slower=host)
+    shared = None
+    if not run.parallelism.is_single:
+        from planner.throughput.sharing import share_step
+
+        shared = share_step(run, gpu, rates, work, time, step, slower=slower, host_slower=host)
+        micro, step = shared.expected.micro_step, shared.expected.step
     tokens = run.micro_step.tokens * run.parallelism.num_processes
     roofline = tokens / max(work.total_flops / peak, weight_bytes(run) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
     low, high = rates.interval(time.bound_by) if calibrated else UNCALIBRATED
+    if shared is not None:
+        low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
     return StepEstimate(
         seconds_per_micro_step=micro,
         seconds_per_optimizer_step=step,
@@ -96,6 +108,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         bound_by=time.bound_by,
         calibrated=calibrated,
         basis=_basis(gpu, known),
+        sharing=None if shared is None else shared.told,
     )
 
 
@@ -163,13 +176,6 @@ def _moved_bytes(work: StepWork) -> float:
     """Bytes written for later kernels to read, of one micro-step."""
     traffic = kinds_of("pass", "traffic")
     return sum(sum(part[kind.name] for kind in traffic) for part in (work.forward, work.backward))
-
-
-def _refuse_unmodelled(run: TrainingRun) -> None:
-    if run.parallelism.strategy == "fsdp":
-        raise NoForecastError("no throughput with distributed=fsdp: its communication is not modelled yet")
-    if not run.parallelism.is_single and run.adapter is None:
-        raise NoForecastError("no throughput with full fine-tuning on several GPUs: not modelled yet")
 
 
 def _basis(gpu: GpuSpec, known: KnownRates) -> str:

@@ -98,7 +98,7 @@ def decoder_setup(run: TrainingRun) -> DecoderSetup:
         adapter=run.adapter,
         dropout=setup.lora_dropout > 0,
         stream_width=run.micro_step.stream_width,
-        trained_width=run.storage.width if run.adapter is None else run.adapter.width,
+        trained_width=_trained_width(run),
         liger=setup.kernels == "liger",
         selective=run.keeps_attention,
         compiled=setup.compile == "regional",
@@ -108,6 +108,13 @@ def decoder_setup(run: TrainingRun) -> DecoderSetup:
         checkpointed_layers=run.checkpointed_layers,
         accumulating=run.adapter is None and setup.gradient_accumulation_steps > 1,
     )
+
+
+def _trained_width(run: TrainingRun) -> int:
+    """Bytes of an element of what is trained as layers see it: FSDP2 gathers it in the compute dtype."""
+    if run.adapter is None or run.parallelism.shards:
+        return run.storage.width
+    return run.adapter.width
 
 
 def layer_groups(run: TrainingRun) -> tuple[tuple[LayerGroup, ...], LayerMemory]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from planner.base.units import MIB
 from planner.gpus.spec import GpuSpec
 from planner.setup.training_setup import TrainingSetup
@@ -24,6 +26,16 @@ OFFLOADING_CONTEXT_BYTES = 74 * MIB
 """What a process's first step with activation offloading adds to the context: the copies' stream and pinned
 memory (70 to 76 MiB: 20261122-b0e74eb4f158, 20261122-89fd0ba862eb, 20261122-96ee85ceb8ff,
 20261122-01e4e7e6d103)."""
+
+
+class NcclMemory(NamedTuple):
+    """What NCCL holds of a GPU: bytes that are expected, and how many more there may be."""
+
+    expected_bytes: int
+    spread_bytes: int
+
+
+NO_NCCL = NcclMemory(0, 0)
 
 
 def offloading_context_bytes(setup: TrainingSetup) -> int:

@@ -28,6 +28,11 @@ class LoadedAdapter:
 
 def loaded_allocator(run: TrainingRun, allocator: str) -> LoadedAdapter:
     """Loading a run's model and adapter; the caller copies the allocator to go on with it."""
+    if run.parallelism.shards:
+        from planner.memory.held.sharded_weights import sharded_weights
+
+        sharded = sharded_weights(run, allocator)
+        return LoadedAdapter(sharded.allocator, sharded.peak_bytes, sharded.reserved_bytes)
     upcasts = run.setup.prepare_for_kbit_training
     return _loaded(run.model, run.storage, run.adapter, run.stack, upcasts, allocator)
 

@@ -14,6 +14,10 @@ class OptimizerReplay:
 
     def __init__(self, run: TrainingRun) -> None:
         optim, trained = run.setup.optim, run.trained
+        if run.parallelism.shards:
+            from planner.memory.held.shards import held_trained
+
+            trained = held_trained(trained, run.parallelism)
         tensors = sorted(
             in_module_order(trained, run.model.num_hidden_layers), key=lambda tensor: len(tensor.shape) < 2
         )

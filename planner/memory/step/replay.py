@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
@@ -30,6 +31,10 @@ from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
 from planner.setup.run import TrainingRun
+
+if TYPE_CHECKING:
+    from planner.memory.step.buckets import BucketReplay
+    from planner.memory.step.sharding import ShardReplay
 
 ADAPTER_STEPS = 2
 FULL_STEPS = 3
@@ -107,13 +112,24 @@ class StepReplay:
         self.workspace_bytes = sizes.workspace_bytes
         self.loaded = loaded_allocator(run, allocator)
         self.allocator = self.loaded.allocator.copy()
+        self.sharding: ShardReplay | None = None
+        self.buckets: BucketReplay | None = None
+        if run.parallelism.shards:
+            from planner.memory.step.sharding import ShardReplay
+
+            self.sharding = ShardReplay(run, self.allocator)
+        elif run.parallelism.replicates:
+            from planner.memory.step.buckets import BucketReplay
+
+            self.buckets = BucketReplay(run, self.allocator)
         self.inputs = InputsReplay(run)
         groups, final_norm = layer_groups(run)
         programs = ProgramSizes(self.tokens, self.scores)
         self.layers = replayed_layers(
             groups,
             programs,
-            accumulates=run.setup.gradient_accumulation_steps > 1,
+            # DDP copies gradients to where they stay.
+            accumulates=run.setup.gradient_accumulation_steps > 1 or run.parallelism.replicates,
             tuning_bytes=sizes.tuning_bytes,
         )
         last = max(groups, key=lambda group: group.indices[-1])
@@ -153,8 +169,12 @@ class StepReplay:
             allocator.reset_peak()
             if self.offload is not None:
                 self.offload.reset_peak()
+            if self.sharding is not None:
+                self.sharding.reset_peak()
+            if self.buckets is not None:
+                self.buckets.begin_step(step)
             self.optimizer_step(first=step == 0, short=short and step == 0)
-            if limit_bytes is not None and allocator.reserved_bytes > limit_bytes:
+            if limit_bytes is not None and self._reserved_bytes > limit_bytes:
                 break
             if self.offload is not None and step + 1 < steps:
                 # TRL empties the cache after every step (activation_offloading.py:602).
@@ -164,13 +184,22 @@ class StepReplay:
         if self.offload is not None:
             self.offload.mark()
             peak, fetched = self.offload.peak_bytes, self.offload.fetched_bytes
+        if self.sharding is not None:
+            self.sharding.mark()
+            peak = self.sharding.peak_bytes
         return ReplayedMemory(
             load_allocated_bytes=self.loaded.peak_bytes,
             load_reserved_bytes=self.loaded.reserved_bytes,
             step_allocated_bytes=peak,
-            step_reserved_bytes=allocator.reserved_bytes + fetched,
+            step_reserved_bytes=self._reserved_bytes + fetched,
             largest_block_bytes=self._largest_block_bytes(),
         )
+
+    @property
+    def _reserved_bytes(self) -> int:
+        """Bytes that are reserved, those of the streams that gather and reduce among them."""
+        others = 0 if self.sharding is None else self.sharding.reserved_bytes
+        return self.allocator.reserved_bytes + others
 
     def optimizer_step(self, *, first: bool, short: bool = False) -> None:
         """Replay one optimizer step, the `first` being where cuBLAS and the optimizer take what they keep.
@@ -178,46 +207,65 @@ class StepReplay:
         Two micro-steps stand for any number of them; a `short` step has one.
         """
         inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
-        for number in range(1 if short else min(2, self.setup.gradient_accumulation_steps)):
-            self._micro_step(first=first and number == 0, later=number > 0)
+        micro_steps = 1 if short else min(2, self.setup.gradient_accumulation_steps)
+        for number in range(micro_steps):
+            self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
         for block in inputs:
             self.allocator.free(block)
         self.optimizer.step(self.allocator, first=first)
         for block in self.gradients:
             self.allocator.free(block)
         self.gradients = []
+        if self.sharding is not None:
+            self.sharding.zero_grad()
 
     def _largest_block_bytes(self) -> int:
         lists = [self.norm.units, *(layer.first.units for layer in self.layers)]
         units = max(max(sizes) for sizes in lists)
-        return max(units * MIN_BLOCK, self.head.largest_bytes, self.optimizer.largest_bytes)
+        sharded = 0 if self.sharding is None else self.sharding.largest_bytes
+        return max(units * MIN_BLOCK, self.head.largest_bytes, self.optimizer.largest_bytes, sharded)
 
     def _take(self, size: float) -> int:
         return self.allocator.allocate(int(size))
 
-    def _micro_step(self, *, first: bool, later: bool) -> None:
-        allocator, offload = self.allocator, self.offload
+    def _micro_step(self, *, first: bool, later: bool, last: bool) -> None:
+        allocator, offload, sharding = self.allocator, self.offload, self.sharding
+        later = self._adds(later=later, last=last)
         layers = [layer.of(new=first, later=later) for layer in self.layers]
+        if sharding is not None:
+            sharding.before_embedding()
         held = self.inputs.run(allocator)
+        if sharding is not None:
+            sharding.after_embedding()
         slots = self._forward(layers, held[0], takes_workspaces=first)
         hidden = slots[-1][layers[-1].program.output]
         casts = [own[cast] for sized, own in zip(layers, slots, strict=True) for cast in sized.program.casts]
         embeddings = None if layers[0].program.keeps_input else held[0]
-        gradient = self._head(hidden, casts, embeddings, first=first, later=later)
+        gradient = self._head(hidden, casts, embeddings, first=first, later=later, last=last)
         if offload is not None:
             offload.mark()
         if first and self.biased and self.setup.gradient_checkpointing:
             self._take(CUBLASLT_WORKSPACE_BYTES)
         # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
         leaf = not self.trains_all or offload is not None
-        gradient = self._backward(layers, slots, gradient, leaf=leaf)
+        gradient = self._backward(layers, slots, gradient, leaf=leaf, last=last)
         if layers[0].program.outgoing is not None:
-            self._embedding_backward(gradient, later=later)
+            self._embedding_backward(later=later)
             allocator.free(gradient)
+        if sharding is not None:
+            sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
             allocator.free(slots[0][0])
         for block in held[1:]:
             allocator.free(block)
+
+    def _adds(self, *, later: bool, last: bool) -> bool:
+        """Whether a micro-step adds its gradients to tensors that are there: those of an earlier one, or
+        DDP's buckets. FSDP2 may take those of every one.
+        """
+        if self.sharding is not None and self.sharding.takes_all:
+            return False
+        return later or (self.buckets is not None and last)
 
     def _forward(
         self, layers: Sequence[SizedProgram], hidden: int, *, takes_workspaces: bool
@@ -229,6 +277,8 @@ class StepReplay:
             program = sized.program
             own = [0] * len(sized.units)
             own[0] = hidden
+            if self.sharding is not None:
+                self.sharding.before_forward(index)
             if index:
                 allocator.play(sized.forward, own)
             else:
@@ -239,6 +289,8 @@ class StepReplay:
                 allocator.play(from_product, own)
             hidden = own[program.output]
             slots.append(own)
+            if self.sharding is not None:
+                self.sharding.after_forward()
             if offload is not None and (index or not program.keeps_input_alone):
                 offload.keep([own[block] for block in offload.blocks_of(program)])
         if offload is not None:
@@ -247,14 +299,22 @@ class StepReplay:
         return slots
 
     def _backward(
-        self, layers: Sequence[SizedProgram], slots: Sequence[list[int]], gradient: int, *, leaf: bool
+        self,
+        layers: Sequence[SizedProgram],
+        slots: Sequence[list[int]],
+        gradient: int,
+        *,
+        leaf: bool,
+        last: bool,
     ) -> int:
         """The layers' backward passes; returns the first one's input gradient. A `leaf` input stays."""
-        allocator, offload = self.allocator, self.offload
+        allocator, offload, sharding = self.allocator, self.offload, self.sharding
         for index in reversed(range(len(layers))):
             sized, own = layers[index], slots[index]
             program = sized.program
             own[program.incoming] = gradient
+            if sharding is not None:
+                sharding.before_backward(index)
             if offload is not None and (index or not program.keeps_input_alone):
                 offload.run_backward(sized, own)
             elif program.checkpointed and (index or not leaf):
@@ -267,6 +327,8 @@ class StepReplay:
             self.gradients += [own[block] for block in program.gradients]
             if program.outgoing is not None:
                 gradient = own[program.outgoing]
+            if sharding is not None:
+                sharding.after_backward(index, self._taken_gradients(), last=last)
         if offload is not None:
             offload.end_backward()
         return gradient
@@ -277,8 +339,20 @@ class StepReplay:
         if self.biased:
             self._take(CUBLASLT_WORKSPACE_BYTES)
 
+    def _taken_gradients(self) -> list[int]:
+        """Gradients that came since they were last asked for, which FSDP2 then has."""
+        found, self.gradients = self.gradients, []
+        return found
+
     def _head(
-        self, hidden: int, casts: Sequence[int], embeddings: int | None, *, first: bool, later: bool
+        self,
+        hidden: int,
+        casts: Sequence[int],
+        embeddings: int | None,
+        *,
+        first: bool,
+        later: bool,
+        last: bool,
     ) -> int:
         """Final norm and head, forward and backward; returns the gradient of the last hidden state."""
         allocator, norm = self.allocator, self.norm.program
@@ -287,6 +361,8 @@ class StepReplay:
         allocator.play(self.norm.forward, own)
         if embeddings is not None:
             allocator.free(embeddings)
+        if self.sharding is not None:
+            self.sharding.before_head()
         gradient, kept = self.head.run(
             allocator,
             own[norm.output],
@@ -298,11 +374,13 @@ class StepReplay:
         own[norm.incoming] = gradient
         allocator.play(self.norm.backward, own)
         self.gradients += [own[block] for block in norm.gradients]
+        if self.sharding is not None:
+            self.sharding.after_head(self._taken_gradients(), last=last)
         if norm.outgoing is None:
             raise AssertionError("the final norm's input has no gradient")
         return own[norm.outgoing]
 
-    def _embedding_backward(self, gradient: int, *, later: bool) -> None:
+    def _embedding_backward(self, *, later: bool) -> None:
         """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
         if not self.trains_all:
             return

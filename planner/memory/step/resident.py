@@ -21,7 +21,11 @@ INPUT_BYTES_PER_TOKEN = 3 * 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resident:
-    """What is on the GPU between steps, in torch's allocator unless said otherwise."""
+    """What is on the GPU between steps, in torch's allocator unless said otherwise.
+
+    `buckets_bytes` are those that DDP averages gradients in: as much as the gradients, and there to the end
+    (torch nn/parallel/distributed.py; gradient_as_bucket_view is false). `trained` is this GPU's share.
+    """
 
     weights: WeightMemory
     trained: Trained
@@ -31,6 +35,7 @@ class Resident:
     cublas_bytes: int
     tables_bytes: int
     largest_dequantized_bytes: int
+    buckets_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -42,6 +47,7 @@ class Resident:
             + self.optimizer.allocated_bytes
             + self.cublas_bytes
             + self.tables_bytes
+            + self.buckets_bytes
         )
 
 
@@ -50,20 +56,40 @@ def resident_memory(
 ) -> Resident:
     """What a run keeps on the GPU between steps."""
     shape = run.micro_step
-    adapter_bytes, optimizer = _of_training(run.model, run.adapter, run.storage.width, run.setup.optim)
+    trained, adapter_bytes, optimizer = _trained(run)
     layer = run.model.layers[0]
     features = layer.rotary_dim or layer.head_dim
     rotary = run.model.rotary_tables * 2 * shape.positions * features * shape.stream_width
     return Resident(
-        weights=loaded_weights(run.model, run.storage, allocator).memory,
-        trained=run.trained,
+        weights=_weights(run, allocator),
+        trained=trained,
         upcast_bytes=upcast_bytes(run),
         adapter_bytes=adapter_bytes,
         optimizer=optimizer,
         cublas_bytes=cublas_workspace_bytes(gpu, measured) + _cublaslt_bytes(run),
         tables_bytes=rotary + _mask_bytes(run) + INPUT_BYTES_PER_TOKEN * shape.tokens,
         largest_dequantized_bytes=largest_quantized_bytes(run.model, run.storage),
+        buckets_bytes=trained.size_bytes if run.parallelism.replicates else 0,
     )
+
+
+def _weights(run: TrainingRun, allocator: str) -> WeightMemory:
+    if run.parallelism.shards:
+        from planner.memory.held.sharded_weights import sharded_weights
+
+        return sharded_weights(run, allocator).memory
+    return loaded_weights(run.model, run.storage, allocator).memory
+
+
+def _trained(run: TrainingRun) -> tuple[Trained, int, OptimizerMemory]:
+    """What this GPU trains, the adapter's bytes (0 where all weights are trained), the optimizer's memory."""
+    if not run.parallelism.shards:
+        return run.trained, *_of_training(run.model, run.adapter, run.storage.width, run.setup.optim)
+    from planner.memory.held.shards import held_trained
+
+    held = held_trained(run.trained, run.parallelism)
+    adapter_bytes = 0 if run.adapter is None else trained_bytes(held)
+    return held, adapter_bytes, optimizer_memory(run.setup.optim, held)
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,8 @@ class StepMoment:
     """One moment of a step, beyond what is there between steps.
 
     `kept` is what forward keeps for layers not being worked on (checkpoints, or all saved tensors), `live`
-    what the layer at work holds, `workspace` dequantised weights and the like, `head` the output head's.
+    what the layer at work holds, `workspace` dequantised weights and the like, `head` the output head's,
+    `gathered` the weights that FSDP2 has gathered, with the buffers that they arrive in.
     """
 
     name: str
@@ -24,12 +25,18 @@ class StepMoment:
     workspace_bytes: int
     gradient_bytes: int
     head_bytes: int = 0
+    gathered_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All groups."""
         return (
-            self.kept_bytes + self.live_bytes + self.workspace_bytes + self.gradient_bytes + self.head_bytes
+            self.kept_bytes
+            + self.live_bytes
+            + self.workspace_bytes
+            + self.gradient_bytes
+            + self.head_bytes
+            + self.gathered_bytes
         )
 
 
@@ -138,6 +145,11 @@ class StepTimeline:
             workspace_bytes=workspace,
             gradient_bytes=0,
         )
+
+    @property
+    def pool_bytes(self) -> int:
+        """What other streams' pools hold beside what is counted at any moment."""
+        return 0
 
     @property
     def kept_bytes(self) -> int:
