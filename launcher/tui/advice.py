@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from launcher.tui import knobs
 from launcher.tui.cards import Card
 from launcher.tui.command_line import request_of
-from launcher.tui.sizing import Sizing, on_all_cards
+from launcher.tui.sizing import Sizing, ways
 from launcher.tui.text import gib
 from planner.answers.plan import Advice, FrontierPoint
 from planner.base.errors import InputError
 from planner.models.spec import ModelSpec
 from planner.planning.advice import advice
 from planner.planning.asked import Asked
-from planner.planning.choosing import choose
-from planner.search import TOKENS, search
+from planner.search import TOKENS, SearchResult, fastest, search
 from planner.search.evaluator import Evaluator
 from planner.search.frontier import around_the_chosen, frontier
 from planner.setup.request import make_request
@@ -79,20 +78,32 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
     Raises:
         InputError: a knob is not valid, or nothing fits.
     """
-    base = on_all_cards(knobs.to_setup(name, {**texts, "dtype": card.spec.dtype}, {}), card)
+    base = knobs.to_setup(name, {**texts, "dtype": card.spec.dtype}, {})
     evaluator = Evaluator(model, card.spec, card.usable_bytes)
-    result = search(base, evaluator, effective_batch_size=base.effective_batch_size, fixed={}, confirm=True)
-    if result.chosen is None:
-        needed = result.smallest.candidate.peak_upper_bytes
+    results = []
+    for way in ways(base, card):
+        try:
+            results.append(_search(way, evaluator, base.effective_batch_size * card.target.count))
+        except InputError:
+            if card.target.count == 1:
+                raise
+    chosen = fastest([one.chosen for one in results if one.chosen is not None], TOKENS)
+    if chosen is None:
+        needed = min(result.smallest.candidate.peak_upper_bytes for result in results)
         raise InputError(
             f"nothing fits at {base.max_length:,} tokens; the smallest setup needs up to {gib(needed)}"
         )
-    setup = result.chosen.candidate.setup
+    result = next(one for one in results if one.chosen is chosen)
+    setup = chosen.candidate.setup
     return Choice(
         setup=setup,
-        reason=f"{result.chosen.strategy}, micro-batch {setup.per_device_train_batch_size} x "
+        reason=f"{chosen.strategy}, micro-batch {setup.per_device_train_batch_size} x "
         f"{setup.gradient_accumulation_steps}: the fastest of {len(result.tried)} tried that fits",
     )
+
+
+def _search(base: TrainingSetup, evaluator: Evaluator, effective: int) -> SearchResult:
+    return search(base, evaluator, effective_batch_size=effective, fixed={}, confirm=True)
 
 
 def opening_choice(name: str, model: ModelSpec, card: Card) -> TrainingSetup:
@@ -101,6 +112,5 @@ def opening_choice(name: str, model: ModelSpec, card: Card) -> TrainingSetup:
     Raises:
         InputError: the model's memory is not modelled.
     """
-    request = make_request(name, gpu=card.argument)
-    evaluator = Evaluator(model, card.spec, card.usable_bytes)
-    return choose(request, card.target, evaluator, None).tried.candidate.setup
+    asked = Asked(make_request(name, gpu=card.argument), card.target, model)
+    return asked.chosen.tried.candidate.setup

@@ -25,6 +25,10 @@ _CHOSEN_OTHERWISE = (
 """What `plan` chooses where it is not told."""
 
 
+_SHARING = ("num_processes", "distributed")
+"""What `plan` chooses where there are several cards."""
+
+
 def request_of(sizing: Sizing, **wishes: Any) -> PlanRequest:
     """The request of exactly the sizing's setup and card: every knob that has a value is fixed.
 
@@ -52,8 +56,8 @@ def flags(sizing: Sizing) -> Sequence[str]:
         words += ["--gpu", sizing.card.argument]
     default = TrainingSetup(model=setup.model, max_length=setup.max_length, optim=defaults.OPTIM)
     for name, value in setup.to_dict().items():
-        if name in ("model", "num_processes", "distributed"):
+        if name == "model" or (name in _SHARING and (value is None or sizing.card.target.count == 1)):
             continue
-        if name in _CHOSEN_OTHERWISE or value != default.to_dict()[name]:
+        if name in _SHARING or name in _CHOSEN_OTHERWISE or value != default.to_dict()[name]:
             words += option(name, value)
     return words

@@ -6,12 +6,17 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from launcher.tui.cards import Card
+from launcher.tui.text import gib
+from planner.base.errors import InputError
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import REPLAYED
 from planner.models.spec import ModelSpec
 from planner.setup.card_limits import refuse_on_card
+from planner.setup.defaults import FASTER_OPTIM, OPTIM
+from planner.setup.parallelism import DDP, FSDP
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
+from planner.text.ways import WAY_TITLES
 from planner.throughput import NoForecastError, StepEstimate, estimate_step
 
 
@@ -28,7 +33,8 @@ class Sizing:
     """The answer to one question, by the fitted estimate or, once refined, by the allocator's replay.
 
     `step` is None where no time can be told; `no_step` then says why. `asked_optim` is the optimizer that a
-    search starts from: the setup's, or the one that a search has put the setup's in the place of.
+    search starts from: the setup's, or the one that a search has put the setup's in the place of. `ways` are
+    the others to use several cards, in words.
     """
 
     setup: TrainingSetup
@@ -38,6 +44,7 @@ class Sizing:
     step: StepEstimate | None
     asked_optim: str
     no_step: str = ""
+    ways: tuple[str, ...] = ()
 
     @property
     def refined(self) -> bool:
@@ -68,15 +75,30 @@ def verdict(memory: MemoryBreakdown, usable_bytes: int) -> Verdict:
 
 
 def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: str | None = None) -> Sizing:
-    """Answer for each card of the target, within milliseconds; several hold one process each.
+    """Answer within milliseconds. Of several cards, the way to use them that is fastest of those that fit,
+    else the one that needs least; `ways` then has what the others come to.
 
     `asked_optim` is the sizing's, null for the setup's own.
 
     Raises:
         InputError: the setup is not possible for the model or on the card, or its memory is not modelled.
     """
-    setup = on_all_cards(setup, card)
     refuse_on_card(setup.to_dict(), card.spec)
+    answers, refused = [], None
+    for way in ways(setup, card):
+        try:
+            answers.append(_size_up(way, model, card, asked_optim))
+        except InputError as error:
+            refused = refused or error
+    if not answers:
+        raise refused or InputError("there is no way to use these cards")
+    best = max(answers, key=_worth)
+    if len(answers) == 1:
+        return best
+    return replace(best, ways=tuple(way_of(one) for one in answers if one is not best))
+
+
+def _size_up(setup: TrainingSetup, model: ModelSpec, card: Card, asked_optim: str | None) -> Sizing:
     run = TrainingRun(setup=setup, model=model)
     memory = estimate_memory(run, gpu=card.spec)
     step, no_step = None, ""
@@ -90,9 +112,26 @@ def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: 
         card=card,
         memory=memory,
         step=step,
-        asked_optim=asked_optim or setup.optim,
+        # Sharing the weights out has an optimizer of its own.
+        asked_optim=setup.optim if setup.distributed == FSDP else asked_optim or setup.optim,
         no_step=no_step,
     )
+
+
+def _worth(sizing: Sizing) -> tuple[bool, float, int]:
+    """Whether it fits; then how fast it is, and how little it needs."""
+    if sizing.verdict is Verdict.DOES_NOT_FIT:
+        return False, 0.0, -sizing.memory.peak_upper_bytes
+    rate = 0.0 if sizing.step is None else sizing.step.tokens_per_second
+    return True, rate, -sizing.memory.peak_upper_bytes
+
+
+def way_of(sizing: Sizing) -> str:
+    """A way to use several cards, in a few words."""
+    title = WAY_TITLES[sizing.setup.distributed]
+    if sizing.verdict is Verdict.DOES_NOT_FIT:
+        return f"{title} lacks {gib(-sizing.headroom_bytes)}"
+    return title if sizing.step is None else f"{title} {sizing.step.tokens_per_second:,.0f} tokens/s"
 
 
 def refine(sizing: Sizing) -> Sizing:
@@ -106,9 +145,14 @@ def refine(sizing: Sizing) -> Sizing:
     return replace(sizing, memory=memory)
 
 
-def on_all_cards(setup: TrainingSetup, card: Card) -> TrainingSetup:
-    """The setup with one process a card."""
-    if card.target.count == setup.num_processes:
-        return setup
-    distributed = "ddp" if card.target.count > 1 else None
-    return setup.replace(num_processes=card.target.count, distributed=distributed)
+def ways(setup: TrainingSetup, card: Card) -> tuple[TrainingSetup, ...]:
+    """The setup on one of the cards and on all of them; as it is where it says how they share the work."""
+    count = card.target.count
+    if count == setup.num_processes:
+        return (setup,)
+    sharded = setup.replace(num_processes=count, distributed=FSDP)
+    if setup.optim == OPTIM:
+        # What is taken where none was asked for cannot update shares.
+        sharded = sharded.replace(optim=FASTER_OPTIM)
+    one = setup.replace(num_processes=1, distributed=None)
+    return one, setup.replace(num_processes=count, distributed=DDP), sharded

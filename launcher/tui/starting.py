@@ -12,6 +12,7 @@ from launcher.runs.job import JobWish, create_planned_run
 from launcher.runs.minding.gpu_lock import GpuBusyError
 from launcher.runs.minding.gpu_room import in_the_way
 from launcher.runs.weights import require_weights
+from launcher.tui.cards import detected_cards
 from launcher.tui.command_line import request_of
 from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
@@ -45,11 +46,12 @@ def refuse_what_cannot_start(sizing: Sizing) -> None:
 
     Raises:
         MissingExtraError: the training stack is not installed.
-        InputError: several GPUs.
+        InputError: more GPUs than this machine has.
     """
     stack.require("training")
-    if sizing.card.target.count > 1:
-        raise InputError("a run on several GPUs is sized here but cannot be started from here")
+    wanted = sizing.setup.num_processes
+    if wanted > 1 and (there := len(detected_cards())) < wanted:
+        raise InputError(f"{wanted} GPUs are sized, and this machine has {there}")
 
 
 def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Started:

@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import Any
 
 from planner.base.errors import FieldError, InputError
-from planner.base.json_codec import NOT_IN_JSON
+from planner.base.json_codec import NOT_IN_JSON, WHERE_SET
 from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.memory.breakdown import MemoryBreakdown
@@ -263,6 +263,28 @@ class OtherCard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WayFigures:
+    """A way to use several GPUs, and what a plan for it answers. `distributed` is null for one GPU alone.
+
+    `lost` says why it is not the plan's: "too large" (by `amount` bytes), "shorter" (it takes `max_length`
+    tokens), "slower" (by `amount` of the plan's speed), "tie", "refused" (for `reason`, with no figures);
+    empty for the plan's own. `usd` is the price of what the plan's duration is for, of all GPUs that it uses.
+    """
+
+    distributed: str | None
+    num_processes: int
+    fits: bool
+    lost: str
+    amount: float
+    max_length: int | None = None
+    peak_upper_bytes: int | None = None
+    tokens_per_second: float | None = None
+    hours: float | None = None
+    usd: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
     """A fact that guides often get wrong; `{size}` in the text stands for `size_bytes`."""
 
@@ -302,6 +324,7 @@ class Plan:
     before a field was added have not got it; plans made for the short page have no methods, alternatives,
     frontier and other cards, and of advice only what it shows.
     `longest` is null where it was not asked for or nothing fits. `made_with` is known of plans from files.
+    `ways` are those to use several GPUs, where the request leaves that open.
     `neighbours` are the points of the frontier around the plan's own, and `runners_up` the setups that a
     reader would ask about: chosen for a reader with the plan, and no part of its JSON.
     """
@@ -329,6 +352,7 @@ class Plan:
     smallest_cards: tuple[CardAdvice, ...] = ()
     longest: Longest | None = None
     made_with: tuple[Release, ...] = ()
+    ways: tuple[WayFigures, ...] = field(default=(), metadata=WHERE_SET)
     neighbours: tuple[FrontierPoint, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
     runners_up: tuple[RunnerUp, ...] = field(default=(), compare=False, metadata=NOT_IN_JSON)
 

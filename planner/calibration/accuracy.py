@@ -19,8 +19,14 @@ from planner.calibration.speed_fit import (
     telling,
 )
 from planner.gpus.catalog import gpu_catalog
+from planner.memory.breakdown import MemoryBreakdown
+from planner.memory.estimate import estimate_memory
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS
+from planner.throughput.roofline import forecast
+
+OVER_THE_HOST = "torch.distributed"
+"""Among a record's versions where its ranks did not use NCCL."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +99,26 @@ class SpeedAccuracy:
     borrowed: SpeedSummary | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeveralRun:
+    """Errors of one run on several GPUs, as shares: of the rank that is furthest off, and of tokens a second
+    of all together (null: not measured). `within_interval` says that no rank's driver showed more than its
+    end.
+    """
+
+    gpu: str
+    model: str
+    method: str
+    num_processes: int
+    distributed: str
+    allocated: float | None
+    reserved: float | None
+    process: float | None
+    within_interval: bool
+    speed: float | None
+    record_id: str
+
+
 def shipped_records() -> tuple[RunRecord, ...]:
     """The committed records, a person's own left out."""
     return tuple(r for path in sorted((PROFILES / "runs").glob("*.jsonl")) for r in read_records(path))
@@ -123,7 +149,11 @@ def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:
 
 def _measured(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """GPUs and allocators that runs of full sequences were made with: by GPU, expandable segments first."""
-    there = {(r.environment.gpu_id, r.allocator) for r in records if r.fills_its_length}
+    there = {
+        (r.environment.gpu_id, r.allocator)
+        for r in records
+        if r.fills_its_length and r.setup.num_processes == 1
+    }
     return sorted(there, key=lambda pair: (pair[0], ALLOCATORS.index(pair[1])))
 
 
@@ -158,8 +188,59 @@ def speed_accuracy(records: Sequence[RunRecord]) -> tuple[SpeedAccuracy, ...]:
     """Errors of tokens a second on every GPU with timed runs."""
     by_gpu: dict[str, list[RunRecord]] = {}
     for record in records:
-        by_gpu.setdefault(record.environment.gpu_id, []).append(record)
+        if record.setup.num_processes == 1:
+            by_gpu.setdefault(record.environment.gpu_id, []).append(record)
     return tuple(_speed(gpu_id, by_gpu[gpu_id]) for gpu_id in sorted(by_gpu))
+
+
+def several_gpus(records: Sequence[RunRecord]) -> tuple[SeveralRun, ...]:
+    """Errors of every run on several GPUs: by the coefficients and rates of runs on one, none held out."""
+    return tuple(_several(record) for record in records if _on_several(record))
+
+
+def _on_several(record: RunRecord) -> bool:
+    return record.setup.num_processes > 1 and record.outcome == "ok" and record.phase("step") is not None
+
+
+def _several(record: RunRecord) -> SeveralRun:
+    setup, gpu = record.setup, gpu_catalog().get(record.environment.gpu_id)
+    run = record.run(load_shipped(setup.model))
+    memory = estimate_memory(run, gpu=gpu, replay=True, allocator=record.allocator)
+    absent = _absent_bytes(record, memory)
+    expected = memory.allocated_bytes, memory.reserved_bytes, memory.process_bytes - absent
+    worst: list[float | None] = [None, None, None]
+    steps = [phase for rank in record.ranks for phase in rank if phase.name == "step"]
+    for step in steps or [phase for phase in record.phases if phase.name == "step"]:
+        measured = step.allocated_bytes, step.reserved_bytes, step.process_bytes
+        for at, (told, seen) in enumerate(zip(expected, measured, strict=True)):
+            if seen:
+                worst[at] = max(told / seen - 1, worst[at] or 0.0, key=abs)
+    speed = None if record.tokens_per_second is None else forecast(run, gpu)
+    return SeveralRun(
+        gpu=gpu.id,
+        model=setup.model,
+        method=setup.method,
+        num_processes=setup.num_processes,
+        distributed=setup.distributed or "",
+        allocated=worst[0],
+        reserved=worst[1],
+        process=worst[2],
+        within_interval=all(
+            phase.process_bytes is None or phase.process_bytes <= memory.process_upper_bytes - absent
+            for phase in steps
+        ),
+        speed=None
+        if speed is None or record.tokens_per_second is None
+        else speed.tokens_per_second / record.tokens_per_second - 1,
+        record_id=record.id,
+    )
+
+
+def _absent_bytes(record: RunRecord, memory: MemoryBreakdown) -> int:
+    """NCCL's memory, where ranks talked over the host (launcher/measuring/one_gpu.py)."""
+    if OVER_THE_HOST not in (package for package, _ in record.environment.versions):
+        return 0
+    return sum(part.size_bytes for part in memory.components if part.name == "nccl")
 
 
 def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:

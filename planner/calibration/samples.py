@@ -98,7 +98,8 @@ def samples_of(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> 
         step = record.phase("step")
         if record.environment.gpu_id != gpu.id or record.outcome != "ok" or step is None:
             continue
-        if not record.fills_its_length:
+        # What one GPU needs and does is learned from runs on one.
+        if not record.fills_its_length or record.setup.num_processes > 1:
             continue
         run, allocator = record.run(resolve(record.setup.model)), record.allocator
         bare = dataclasses.replace(coefficients_for(gpu.id, allocator), gpu=gpu.id, workspace_bytes=0)

@@ -218,7 +218,8 @@ def _usual_block(records: Sequence[RunRecord]) -> float | None:
 def _timed(record: RunRecord) -> bool:
     """Whether the run tells how fast such a run is when it is launched."""
     by_tf32 = record.tf32 or record.setup.dtype != "float32"
-    timed = record.outcome == "ok" and record.tokens_per_second is not None
+    alone = record.setup.num_processes == 1
+    timed = alone and record.outcome == "ok" and record.tokens_per_second is not None
     # These compute no pair of two packed examples; their work is counted for whole rows.
     skips = record.lengths and record.setup.attn_implementation in SKIPS_MASKED
     return timed and record.fills_its_length and by_tf32 and not skips

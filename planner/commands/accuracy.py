@@ -11,9 +11,11 @@ from planner.base.errors import ExitCode
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from planner.calibration.accuracy import Accuracy, SpeedAccuracy
+    from planner.calibration.accuracy import Accuracy, SeveralRun, SpeedAccuracy
 
 _ALLOCATORS = {
     EXPANDABLE: "expandable segments, as the launcher starts runs",
@@ -28,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Leave out each model in turn, and print the errors."""
-    from planner.calibration.accuracy import accuracy, shipped_records, speed_accuracy
+    from planner.calibration.accuracy import accuracy, several_gpus, shipped_records, speed_accuracy
 
     records = shipped_records()
-    found, speed = accuracy(records), speed_accuracy(records)
+    found, speed, several = accuracy(records), speed_accuracy(records), several_gpus(records)
     if args.json:
         from dataclasses import asdict
 
@@ -40,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
             "gpus": [asdict(one) for one in found],
             "speed": [asdict(one) for one in speed],
         }
+        if several:
+            values["several_gpus"] = [asdict(one) for one in several]
         json.dump(values, sys.stdout, indent=2, allow_nan=False)
         print()
         return ExitCode.OK
@@ -48,7 +52,28 @@ def run(args: argparse.Namespace) -> int:
         _print(one)
     for one_speed in speed:
         _print_speed(one_speed)
+    if several:
+        _print_several(several)
     return ExitCode.OK
+
+
+def _print_several(found: Sequence[SeveralRun]) -> None:
+    from planner.text.figures import columns, show
+
+    def tables(out: Console) -> None:
+        out.print("\nRuns on several GPUs: the rank that is furthest off, none held out\n")
+        heads = [("run", "text"), ("allocated", "number"), ("reserved", "number"), ("process", "number")]
+        heads += [("tokens/s", "number")]
+        rows = [
+            [
+                f"{one.num_processes} x {one.gpu} {one.distributed}, {one.model} {one.method}",
+                *map(_percent, (one.allocated, one.reserved, one.process, one.speed)),
+            ]
+            for one in found
+        ]
+        columns(out, heads, rows, indent=0)
+
+    show(tables)
 
 
 def _print_speed(found: SpeedAccuracy) -> None:

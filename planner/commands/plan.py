@@ -42,7 +42,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gpu", nargs="?", action=StoreOnce, metavar="GPU", help="as --gpu")
     parser.add_argument("--model", action=StoreOnce, help="catalog name, Hub id, or folder with config.json")
     parser.add_argument(
-        "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: the GPU of this machine)"
+        "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: this machine's GPUs)"
     )
     parser.add_argument(
         "--data",

@@ -7,7 +7,7 @@ that whoever types that request reads the same figures.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,9 @@ from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
-from planner.planning.choosing import Chosen, choose, effective_batch_size, policy_lengths, processes
+from planner.planning.choosing import Chosen, choose, effective_batch_size, policy_lengths
+from planner.planning.ways import processes, ways
+from planner.search import SPEED_TIE, finish_seconds
 from planner.search.evaluator import Evaluator
 from planner.search.lean import smallest_that_fits
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
@@ -60,7 +62,36 @@ class Asked:
             InputError: the fixed knobs contradict each other, or ask for what the model does not have.
             NotModelledError: a fixed knob whose memory is not modelled.
         """
+        if self.way is not self:
+            return self.way.chosen
         return choose(self.request, self.target, self.evaluator, self.stats)
+
+    @cached_property
+    def ways(self) -> tuple[Asked, ...]:
+        """The same with each way to use its GPUs, where it leaves that open; else itself."""
+        found = ways(self.request, self.target)
+        if found == (self.request,):
+            return (self,)
+        return tuple(self._way(request) for request in found)
+
+    def _way(self, request: PlanRequest) -> Asked:
+        """A way: one GPU is the one with most memory free, all leave what the fullest leaves."""
+        target = self.target if request.fixed.get("num_processes") == 1 else self.target.of_all()
+        return Asked(request, target, self.model, self.stats, runs=self.evaluator.runs)
+
+    @cached_property
+    def way(self) -> Asked:
+        """The way whose plan is taken: that with the longest sequences, then the first to be done, then the
+        one that needs least; itself where nothing is open.
+
+        Raises:
+            InputError: none can be asked.
+        """
+        if len(self.ways) == 1:
+            return self.ways[0]
+        answered = [way for way in self.ways if way.answer is not None]
+        # Said by the way that has all that was asked for: with the knobs of none is anything wrong alone.
+        return min(answered, key=_rank_among(answered)) if answered else self.ways[-1]
 
     @property
     def answer(self) -> Chosen | None:
@@ -80,7 +111,7 @@ class Asked:
         """What follows from the card."""
         return {
             "dtype": self.target.spec.dtype,
-            "num_processes": processes(self.request, self.target, self.evaluator),
+            "num_processes": processes(self.request, self.target),
         }
 
     @property
@@ -95,6 +126,8 @@ class Asked:
 
     def can_fit(self) -> bool:
         """Whether anything that a plan tries fits; cheaper than the plan where it is clear that none does."""
+        if len(self.ways) > 1:
+            return any(way.can_fit() for way in self.ways)
         try:
             found = smallest_that_fits(
                 self.base,
@@ -149,3 +182,27 @@ class Asked:
         target = dataclasses.replace(self.target, usable_bytes=free, held_bytes=0)
         request = dataclasses.replace(self.request, display=False)
         return Asked(request, target, self.model, self.stats, runs=self.evaluator.runs)
+
+
+def _rank_among(answered: list[Asked]) -> Callable[[Asked], tuple[bool, int, float, int]]:
+    """What ways are ordered by; times within a tie of the best are alike, and so are those of equal ways."""
+
+    def seconds(way: Asked) -> float:
+        found = way.chosen
+        return finish_seconds(found.tried.candidate, found.tokens) or float("inf")
+
+    def length(way: Asked) -> int:
+        return way.chosen.tried.candidate.setup.max_length
+
+    fitting = [way for way in answered if way.chosen.fits]
+    longest = max((length(way) for way in fitting), default=0)
+    least = min((seconds(way) for way in fitting if length(way) == longest), default=0.0)
+
+    def rank(way: Asked) -> tuple[bool, int, float, int]:
+        found = way.chosen
+        if not found.fits:
+            return True, 0, float(found.tried.candidate.peak_upper_bytes), 0
+        tied = seconds(way) <= least * (1 + SPEED_TIE)
+        return False, -length(way), 0.0 if tied else seconds(way), found.tried.candidate.setup.num_processes
+
+    return rank

@@ -9,6 +9,7 @@ from planner.gpus.target import GpuTarget
 from planner.planning.choosing import Chosen
 from planner.setup import defaults
 from planner.setup.cuda_allocator import EXPANDABLE, EXPANDABLE_SETTING, NATIVE, VARIABLE, planned_allocator
+from planner.setup.parallelism import DDP, FSDP
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
 from planner.setup.training_setup import TrainingSetup
 
@@ -18,6 +19,9 @@ _MEMORY_OF = {
     ),
     NATIVE: "memory with torch's default allocator, which a run started here has",
 }
+
+
+_WAYS = {DDP: "DDP: every GPU holds all of the model", FSDP: "FSDP2: GPUs share the model's weights"}
 
 
 def assumptions(
@@ -31,10 +35,8 @@ def assumptions(
     """The sentences, in the order of the setup's knobs."""
     found = list(target.notes)
     fixed = request.fixed
-    if setup.num_processes < target.count:
-        found.append(
-            f"one of the {target.count} GPUs is used: the memory of a run on several is not modelled yet"
-        )
+    if setup.num_processes > 1 and "distributed" not in fixed:
+        found.append(f"{_WAYS[setup.distributed or DDP]}, chosen among one GPU, DDP and FSDP2")
     if "max_length" not in fixed:
         found.append(_length(setup, data))
     if setup.uses_lora and "lora_r" not in fixed:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from planner.base.errors import NotModelledError
 from planner.base.values import dataclass
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget
 from planner.models.spec import ModelSpec
+from planner.planning.ways import processes
 from planner.search import TOKENS, SearchResult, Tried, finish_seconds, search
 from planner.search.evaluator import Evaluator
 from planner.search.longest import longest_length
@@ -48,7 +48,7 @@ def choose(
     """
     knobs: dict[str, Any] = {
         "dtype": target.spec.dtype,
-        "num_processes": processes(request, target, evaluator),
+        "num_processes": processes(request, target),
     }
     wished, *shorter = policy_lengths(request, evaluator.model, stats)
     found = search_at(request.setup(**knobs, max_length=wished), request, evaluator)
@@ -155,19 +155,3 @@ def _smallest(result: SearchResult, evaluator: Evaluator) -> Tried:
 def epochs(request: PlanRequest) -> float:
     """Passes over the data: as asked for, or the usual number."""
     return defaults.EPOCHS if request.num_train_epochs is None else float(request.num_train_epochs)
-
-
-def processes(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> int:
-    """GPUs that the run uses: as fixed, else all; one where the memory of several is not modelled."""
-    fixed = request.fixed.get("num_processes")
-    if isinstance(fixed, int):
-        return fixed
-    if target.count == 1:
-        return 1
-    try:
-        evaluator.evaluate(request.setup(max_length=defaults.DEFAULT_LENGTHS[-1], num_processes=target.count))
-    except NotModelledError as error:
-        if error.field in ("num_processes", "distributed") and "distributed" not in request.fixed:
-            return 1
-        raise
-    return target.count

@@ -78,11 +78,12 @@ class Estimator:
         model = self._model(setup.model)
         run = TrainingRun(setup=setup, model=model)
         memory = estimate_memory(run, gpu=self.target.spec, replay=replay, allocator=self._allocator)
+        target = self.target if run.parallelism.is_single else self.target.of_all()
         return Estimate(
             setup=setup,
             memory=memory,
             speed=forecast(run, self.target.spec),
-            fits=memory.fits(self.target.usable_bytes),
+            fits=memory.fits(target.usable_bytes),
         )
 
     def _model(self, name: str) -> ModelSpec:

@@ -6,7 +6,8 @@ from typing import Any
 
 from planner.answers.plan import Longest
 from planner.gpus.target import GpuTarget
-from planner.planning.choosing import effective_batch_size, processes, search_at
+from planner.planning.choosing import effective_batch_size, search_at
+from planner.planning.ways import processes, ways
 from planner.search.evaluator import Evaluator
 from planner.search.lean import longest_that_fits
 from planner.setup import defaults
@@ -22,8 +23,17 @@ def longest_context(request: PlanRequest, target: GpuTarget, evaluator: Evaluato
     Raises:
         InputError: the fixed knobs contradict each other.
     """
+    found = [_longest(way, target, evaluator) for way in ways(request, target)]
+    return max((one for one in found if one is not None), key=_how_long, default=None)
+
+
+def _how_long(one: Longest) -> tuple[int, float]:
+    return one.max_length, one.tokens_per_second or 0.0
+
+
+def _longest(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> Longest | None:
     full = Evaluator(evaluator.model, evaluator.gpu, evaluator.usable_bytes, runs=evaluator.runs)
-    num_processes = processes(request, target, full)
+    num_processes = processes(request, target)
     knobs: dict[str, Any] = {"dtype": target.spec.dtype, "num_processes": num_processes}
     limit = evaluator.model.max_position_embeddings
     shortest = min(defaults.SHORTEST_LENGTH, limit)

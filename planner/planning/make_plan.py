@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.answers.plan import Alternative, FrontierPoint, Plan, PlannedModel
+from planner.answers.plan import Alternative, FrontierPoint, Plan, PlannedModel, WayFigures
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.models.catalog import Inspector, resolve_model
@@ -19,6 +19,7 @@ from planner.planning.methods import method_figures
 from planner.planning.needs import load_needs, model_notes
 from planner.planning.other_cards import other_cards, smallest_cards
 from planner.planning.schedule import make_duration, make_schedule, summarise_data
+from planner.planning.ways import with_processes
 from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.search.evaluator import Candidate
 from planner.search.frontier import around_the_chosen, frontier, runners_up, settled
@@ -62,7 +63,7 @@ def make_plan(
         model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
-    asked = Asked(request, target, model, stats)
+    asked = Asked(request, with_processes(request, target), model, stats)
     plan = _plan(asked)
     if whole:
         plan = _with_all_around(asked, plan)
@@ -75,13 +76,13 @@ def make_plan(
 
 def _plan(asked: Asked) -> Plan:
     """What was chosen, and all that is said about it."""
-    request, target, model, chosen = asked.request, asked.target, asked.model, asked.chosen
+    request, target, model, chosen = asked.request, asked.way.target, asked.model, asked.chosen
     examples, best = asked.evaluator.examples, chosen.tried.candidate
     setup = best.setup
     schedule = make_schedule(request, setup, model, examples, chosen.effective_batch_size)
     data = None if examples is None else summarise_data(str(request.data), examples, setup)
     cards = () if chosen.fits else smallest_cards(asked)
-    run = asked.evaluator.run(setup)
+    run = asked.way.evaluator.run(setup)
     return Plan(
         request=request,
         gpu=target,
@@ -102,12 +103,22 @@ def _plan(asked: Asked) -> Plan:
         smallest_cards=cards,
         assumptions=assumptions(request, target, setup, schedule, data, chosen),
         notes=model_notes(model, setup, best.memory, target.usable_bytes),
+        ways=_ways(asked),
     )
+
+
+def _ways(asked: Asked) -> tuple[WayFigures, ...]:
+    """The ways to use several GPUs, where the request leaves that open."""
+    if len(asked.ways) == 1:
+        return ()
+    from planner.planning.sharing import way_figures
+
+    return way_figures(asked)
 
 
 def _with_all_around(asked: Asked, plan: Plan) -> Plan:
     """The plan with what else was tried, and what is said of other methods, changes and cards."""
-    chosen, evaluator = asked.chosen, asked.evaluator
+    chosen, evaluator = asked.chosen, asked.way.evaluator
     tried = settled(chosen.result.tried, evaluator)
     points = frontier(tried, chosen.tried, evaluator, tokens=chosen.tokens)
     others = _alternatives(chosen, tried, points, evaluator.usable_bytes)

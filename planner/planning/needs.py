@@ -31,7 +31,9 @@ TOKENIZER_BYTES_PER_TOKEN = 140
 
 
 def load_needs(run: TrainingRun) -> LoadNeeds:
-    """Download, disk and host memory to load the model, train and save the result."""
+    """Download, disk and host memory to load the model, train and save the result. Of several GPUs each has a
+    process; weights, which are mapped from their files, are shared by them.
+    """
     largest = max(p.elements for p in run.model.parameters) * PUBLISHED_BYTES_PER_PARAMETER
     download = run.model.download_bytes
     needs = LoadNeeds(
@@ -39,7 +41,8 @@ def load_needs(run: TrainingRun) -> LoadNeeds:
         result_bytes=result_bytes(run),
         checkpoint_bytes=checkpoint_bytes(run),
         disk_bytes=None,
-        host_memory_bytes=HOST_PROCESS_BYTES + max(TENSORS_AT_ONCE * largest, offloaded_bytes(run)),
+        host_memory_bytes=run.parallelism.num_processes
+        * (HOST_PROCESS_BYTES + max(TENSORS_AT_ONCE * largest, offloaded_bytes(run))),
     )
     if download is None:
         return needs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from planner.answers.plan import Plan
+from planner.base.errors import InputError
 from planner.gpus.target import GpuTarget
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import planned_model
@@ -26,6 +27,12 @@ def recheck(plan: Plan, *, model: ModelSpec, target: GpuTarget, data: str, examp
     """
     setup = plan.setup
     refuse_on_card(setup.to_dict(), target.spec, (*CARD_LIMITS, BFLOAT16))
+    if setup.num_processes > target.count:
+        raise InputError(
+            f"the plan is for {setup.num_processes} GPUs, and there are {target.count} of its kind"
+        )
+    if setup.num_processes > 1:
+        target = target.of_all()
     evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples)
     found = evaluator.confirm(setup, whole=True)
     run = evaluator.run(setup)
@@ -50,6 +57,7 @@ def recheck(plan: Plan, *, model: ModelSpec, target: GpuTarget, data: str, examp
         other_cards=(),
         longest=None,
         made_with=(),
+        ways=(),
         neighbours=(),
         runners_up=(),
     )

@@ -24,6 +24,7 @@ from planner.text.figures import bullets, count, gib, heading, pairs
 from planner.text.memory import print_memory
 from planner.text.speed import print_other_cards, print_speed
 from planner.text.verdict import print_verdict
+from planner.text.ways import print_ways
 
 
 def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
@@ -32,6 +33,7 @@ def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
     heading(out, "Setup" if plan.fits else "Smallest setup tried")
     pairs(out, setup_lines(plan))
     print_memory(out, plan, explain=explain)
+    print_ways(out, plan)
     print_methods(out, plan)
     print_speed(out, plan)
     print_data(out, plan)

@@ -9,6 +9,7 @@ from rich.console import Console
 from planner.answers.plan import Duration, OtherCard, Plan
 from planner.gpus.spec import GpuSpec
 from planner.text.figures import bullets, count, dollars, duration, gib, heading, pairs, rate
+from planner.throughput.shared_step import SharedStep
 
 BOUND_BY = {
     "compute": "the GPU's matrix work",
@@ -48,9 +49,21 @@ def speed_lines(plan: Plan) -> list[tuple[str, str]]:
         ("bound by", BOUND_BY.get(speed.bound_by, speed.bound_by)),
         ("a step", f"{duration_of_step(speed.seconds_per_optimizer_step)}"),
     ]
+    if speed.sharing is not None:
+        rows.insert(1, ("scaling", _scaling(speed.sharing, plan.setup.num_processes)))
     if plan.duration is not None:
         rows += list(_duration(plan.duration, plan))
     return rows
+
+
+def _scaling(shared: SharedStep, count: int) -> str:
+    """What several GPUs gain, and what they say to each other for it."""
+    link = f"{shared.bytes_per_second / 1e9:.3g} GB/s of {shared.link}"
+    low, high = (value / 1e9 for value in (shared.bytes_per_second_low, shared.bytes_per_second_high))
+    return (
+        f"{shared.scaling:.2f} times one GPU's rate on {count} GPUs; {shared.received_bytes / 1e9:.3g} GB to "
+        f"each a step, at about {link} ({low:.3g} to {high:.3g})"
+    )
 
 
 def duration_of_step(seconds: float) -> str:

@@ -10,6 +10,7 @@ from rich.text import Text
 from planner.answers.plan import CardAdvice, Longest, Plan
 from planner.text.choice import METHOD_TITLES
 from planner.text.figures import gib, rate
+from planner.text.ways import way_sentences
 
 CUT_TO_SAY = 0.05
 """Share of the data's tokens above which the verdict itself says that they are cut."""
@@ -53,10 +54,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
     )
     if plan.longest is not None:
         yield _longest(plan.longest)
-    if plan.gpu.count > plan.setup.num_processes:
-        left = plan.gpu.count - plan.setup.num_processes
-        others = "The other one is" if left == 1 else f"The other {left} are"
-        yield f"{others} not used: what several need together is not modelled."
+    yield from way_sentences(plan)
     window = plan.model.max_position_embeddings
     if plan.setup.max_length > window:
         yield f"The model was made for {window:,} tokens: what it learns beyond them is not known."

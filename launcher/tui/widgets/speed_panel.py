@@ -12,6 +12,7 @@ from launcher.tui.themes import colours
 from planner.gpus.price import hours_for, run_cost
 from planner.text.figures import dollars
 from planner.text.speed import price_of
+from planner.text.ways import WAY_TITLES
 
 
 class SpeedPanel(Widget):
@@ -34,11 +35,12 @@ class SpeedPanel(Widget):
         return speed(self.sizing, muted=shown.muted, warning=shown.warning)
 
 
-def _wrapping(sizing: Sizing | None) -> tuple[bool, str, str]:
-    """What may wrap: the rest is of one height."""
+def _wrapping(sizing: Sizing | None) -> tuple[object, ...]:
+    """What may wrap or is not always there: the rest is of one height."""
     if sizing is None or sizing.step is None:
         return False, "" if sizing is None else sizing.no_step, ""
-    return sizing.step.calibrated, sizing.step.basis, price_of(sizing.card.spec)
+    step = sizing.step
+    return step.calibrated, step.basis, price_of(sizing.card.spec), step.sharing is None, sizing.ways
 
 
 def _cost(sizing: Sizing) -> str:
@@ -64,6 +66,11 @@ def speed(sizing: Sizing, *, muted: str, warning: str) -> Text:
     sequences = sizing.setup.effective_batch_size
     text.append(f"{duration(step.seconds_per_optimizer_step)} per step of {sequences:,} sequences\n", muted)
     text.append(f"bound by {plain(step.bound_by)}\n", muted)
+    if step.sharing is not None:
+        way, count = WAY_TITLES[sizing.setup.distributed], sizing.setup.num_processes
+        text.append(f"{way} on {count} GPUs, {step.sharing.scaling:.2f} times one\n", muted)
+    if sizing.ways:
+        text.append(f"{', '.join(sizing.ways)}\n", muted)
     if not step.calibrated:
         text.append("uncalibrated", warning)
         text.append(": ", muted)
