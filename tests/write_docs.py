@@ -3,8 +3,8 @@
 `--check` tells whether it still holds; without pages it is all of them. docs/commands.md is the help of every
 command, docs/knobs.md the rows of KNOBS. In README.md, the block after `<!-- output: COMMAND -->` is what the
 command prints, or its first lines with `COMMAND | head -N`. docs/throughput.md has the table of
-benchmarks/external_runs.py. What benchmarks/memory_tables.py computes is in docs/memory-model.md and
-README.md after `<!-- memory: NAME -->`.
+benchmarks/external_runs.py, docs/several-gpus.md that of benchmarks/scaling_table.py. What
+benchmarks/memory_tables.py computes is in docs/memory-model.md and README.md after `<!-- memory: NAME -->`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import external_runs, memory_tables
+from benchmarks import external_runs, memory_tables, scaling_table
 from launcher import cli
 from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
@@ -37,10 +37,12 @@ COMMANDS = ROOT / "docs" / "commands.md"
 KNOBS_PAGE = ROOT / "docs" / "knobs.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
 MEMORY = ROOT / "docs" / "memory-model.md"
+SEVERAL_GPUS = ROOT / "docs" / "several-gpus.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("planner", "launcher")
 _ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- end of rooms -->\n)", re.DOTALL)
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
+_SCALING = re.compile(r"(<!-- scaling -->\n).*?(<!-- end of scaling -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
 _KNOBS_PREAMBLE = """# Knobs
@@ -172,6 +174,11 @@ def throughput(text: str) -> str:
     return _EXTERNAL.sub(lambda match: match[1] + external_runs.table() + match[2], text)
 
 
+def several_gpus(text: str) -> str:
+    """docs/several-gpus.md with the forecasts of more GPUs as they are now."""
+    return _SCALING.sub(lambda match: match[1] + scaling_table.table() + match[2], text)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
     written: dict[Path, Callable[[str], str]] = {
@@ -179,6 +186,7 @@ def main(arguments: Sequence[str]) -> int:
         KNOBS_PAGE: lambda _: knobs_page(),
         README: readme,
         THROUGHPUT: throughput,
+        SEVERAL_GPUS: several_gpus,
         ARCHITECTURE: architecture,
         MEMORY: memory_tables.written,
     }

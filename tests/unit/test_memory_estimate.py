@@ -138,8 +138,6 @@ def test_fewer_checkpointed_layers_need_more(layers: int) -> None:
     [
         ("compile=regional with use_dora", {"compile": "regional", "use_dora": True}),
         ("compile=regional with dtype", {"compile": "regional", "dtype": "float32"}),
-        ("distributed", {"num_processes": 2, "distributed": "fsdp"}),
-        ("num_processes", {"num_processes": 2, "distributed": "ddp"}),
     ],
 )
 def test_a_knob_without_a_model_is_refused_by_name(field: str, knobs: dict[str, Any]) -> None:

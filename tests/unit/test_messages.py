@@ -57,17 +57,24 @@ def test_a_name_that_was_taken_for_another_is_told(cli: Cli) -> None:
     assert "on 4090 (rtx-4090)\n" in cli("plan", "qwen2.5-0.5b", "4090").out
 
 
-@pytest.mark.parametrize(("cards", "others"), [("2x24GB", "The other one is"), ("4xa40", "The other 3 are")])
+@pytest.mark.parametrize(("cards", "others"), [("2x24GB", "the other is"), ("4xa40", "the other 3 are")])
 def test_a_plan_for_one_of_several_cards_says_so_at_once(cards: str, others: str, cli: Cli) -> None:
-    out = cli("plan", "qwen2.5-0.5b", cards).out
-    assert f"on one of {cards}" in " ".join(out.split())
+    out = " ".join(cli("plan", "qwen2.5-0.5b", cards, "--num-processes", 1).out.split())
+    assert f"on one of {cards}" in out
     assert f"{others} not used" in out
 
 
+def test_a_plan_for_several_cards_says_at_once_what_they_gain_and_what_the_others_lose(cli: Cli) -> None:
+    out = " ".join(cli("plan", "llama-3.1-8b", "2x24GB", "--max-length", 512).out.split())
+    assert "DDP on 2 GPUs, 1.9" in out
+    assert "times one GPU's rate at this micro-batch; one GPU alone is" in out
+    assert "% slower; FSDP2 is" in out
+
+
 def test_sharing_takes_the_number_of_cards_from_gpu(cli: Cli) -> None:
-    said = refused(cli, "plan", "llama-3.1-70b", "2xrtx-3090", "--distributed", "fsdp")
-    assert "num_processes of at least 2" not in said
-    assert "memory is not modelled yet" in said
+    found = cli("plan", "llama-3.1-70b", "2xrtx-3090", "--distributed", "fsdp", "--max-length", 512)
+    assert found.out.startswith("FITS")
+    assert "x 2 GPUs (fsdp)" in found.out
     one = refused(cli, "plan", "llama-3.1-70b", "rtx-3090", "--distributed", "fsdp")
     assert "distributed needs num_processes of at least 2" in one
 

@@ -387,10 +387,9 @@ def test_no_rate_is_above_the_roofline() -> None:
 def test_two_cards_are_planned() -> None:
     plan = plan_for("llama-3.1-8b", "2x24GB")
     assert plan.gpu.count == 2
-    if plan.setup.num_processes == 1:
-        assert any("one of the 2 GPUs" in text for text in plan.assumptions)
-    else:
-        assert plan.setup.effective_batch_size == 16
+    assert plan.setup.num_processes == 2
+    assert any("chosen among one GPU, DDP and FSDP2" in text for text in plan.assumptions)
+    assert plan.setup.effective_batch_size == 16
 
 
 def test_a_request_without_its_own_gpu_asks_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,19 +332,11 @@ def test_emulated_bfloat16_is_far_slower_than_float16() -> None:
     assert rate(LLAMA_8B, "t4", dtype="float16") > 4 * rate(LLAMA_8B, "t4", dtype="bfloat16")
 
 
-def test_processes_add_up() -> None:
+def test_processes_add_up_but_for_what_they_wait_for() -> None:
     one, four = rate(LLAMA_8B, "h100"), rate(LLAMA_8B, "h100", num_processes=4, distributed="ddp")
-    assert four == pytest.approx(4 * one)
+    assert 3.5 * one < four < 4 * one
 
 
-@pytest.mark.parametrize(
-    ("gpu", "knobs", "named"),
-    [
-        ("gh200", {}, "gh200-96gb"),
-        ("h100", {"num_processes": 2, "distributed": "fsdp"}, "fsdp"),
-        ("h100", {"num_processes": 2, "distributed": "ddp", "method": "full"}, "several GPUs"),
-    ],
-)
-def test_what_is_not_modelled_is_refused_by_name(gpu: str, knobs: dict[str, object], named: str) -> None:
-    with pytest.raises(NoForecastError, match=named):
-        rate(LLAMA_8B, gpu, **knobs)
+def test_a_card_without_rates_is_refused_by_name() -> None:
+    with pytest.raises(NoForecastError, match="gh200-96gb"):
+        rate(LLAMA_8B, "gh200")
