@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from planner.base.data_files import PROFILES
+from planner.base.errors import NotModelledError
 from planner.base.values import dataclass
 from planner.calibration.memory_fit import Residual, held_out_residuals
 from planner.calibration.records import RunRecord, read_records
@@ -124,6 +125,12 @@ def shipped_records() -> tuple[RunRecord, ...]:
     return tuple(r for path in sorted((PROFILES / "runs").glob("*.jsonl")) for r in read_records(path))
 
 
+def several_records() -> tuple[RunRecord, ...]:
+    """The committed records of runs on several GPUs, which no fit reads."""
+    folder = PROFILES / "runs" / "several"
+    return tuple(r for path in sorted(folder.glob("*.jsonl")) for r in read_records(path))
+
+
 def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:
     """Held-out errors on every GPU with enough records, by allocator.
 
@@ -194,8 +201,14 @@ def speed_accuracy(records: Sequence[RunRecord]) -> tuple[SpeedAccuracy, ...]:
 
 
 def several_gpus(records: Sequence[RunRecord]) -> tuple[SeveralRun, ...]:
-    """Errors of every run on several GPUs: by the coefficients and rates of runs on one, none held out."""
-    return tuple(_several(record) for record in records if _on_several(record))
+    """Errors of every run on several GPUs that is modelled: by the coefficients and rates of runs on one GPU,
+    none of which is held out.
+    """
+    found = []
+    for record in filter(_on_several, records):
+        with contextlib.suppress(NotModelledError):
+            found.append(_several(record))
+    return tuple(found)
 
 
 def _on_several(record: RunRecord) -> bool:

@@ -69,6 +69,7 @@ def clean_context_bytes(records: Sequence[RunRecord], gpu_id: str) -> int:
         record.phase("step")
         for record in records
         if record.environment.gpu_id == gpu_id and record.isolated and "paged" not in record.setup.optim
+        if record.setup.num_processes == 1
     )
     beyond = [step.process_bytes - step.reserved_bytes for step in steps if step and step.process_bytes]
     return median_low(beyond) if beyond else 0

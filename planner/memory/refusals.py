@@ -104,6 +104,10 @@ def _refuse_sharded(run: TrainingRun) -> None:
         )
     if setup.kernels == "liger" and not setup.uses_lora:
         raise NotModelledError("distributed=fsdp and method=full with kernels", setup.kernels)
+    if setup.compile != "none":
+        # Two ranks allocated what they do uncompiled, to the byte (20261201-5234c5f63ec3,
+        # 20261201-fa917b3e8010): torch's compiler leaves such layers as they are, without a word.
+        raise NotModelledError("distributed=fsdp with compile", setup.compile)
     for name in ("prepare_for_kbit_training", "activation_offloading"):
         if getattr(setup, name):
             raise NotModelledError(f"distributed=fsdp with {name}", True)

@@ -12,7 +12,7 @@ import pytest
 from planner.answers.plan import Plan
 from planner.base.errors import InputError, NotModelledError
 from planner.base.units import MIB
-from planner.calibration.accuracy import several_gpus, shipped_records
+from planner.calibration.accuracy import several_gpus, several_records, shipped_records
 from planner.calibration.records import MeasuredPhase
 from planner.data.lengths import DatasetStats
 from planner.gpus.catalog import gpu_catalog
@@ -314,3 +314,28 @@ def test_a_run_on_several_gpus_is_shown_by_the_rank_that_is_furthest_off() -> No
     assert found.allocated == pytest.approx(1 / 0.98 - 1, abs=1e-4)
     assert found.speed is None
     assert found.within_interval
+
+
+def test_what_two_ranks_allocated_and_reserved_is_what_is_said() -> None:
+    """Committed runs of the launcher's own layout, two ranks on one H200 that talk over the host: five models,
+    FSDP2 and DDP, QLoRA, LoRA and full fine-tuning, a 70B held to what a 24 GB card leaves among them.
+    """
+    found = several_gpus(several_records())
+    assert len(found) >= 14
+    assert {one.distributed for one in found} == {"ddp", "fsdp"}
+    assert {one.method for one in found} == {"qlora", "lora", "full"}
+    assert any(one.model == "llama-3.1-70b" for one in found)
+    for one in found:
+        assert one.allocated is not None
+        assert one.reserved is not None
+        assert one.process is not None
+        assert abs(one.allocated) < 0.01, one
+        assert abs(one.reserved) < 0.02, one
+        assert abs(one.process) < 0.03, one
+        assert one.within_interval, one
+    assert sorted(abs(one.allocated or 0.0) for one in found)[len(found) // 2] < 0.0005
+
+
+def test_compiling_is_not_planned_with_fsdp_which_leaves_layers_uncompiled() -> None:
+    with pytest.raises(NotModelledError, match="distributed=fsdp with compile"):
+        estimate(**FSDP, compile="regional")
