@@ -329,7 +329,7 @@ def test_what_two_ranks_allocated_and_reserved_is_what_is_said() -> None:
         assert one.allocated is not None
         assert one.reserved is not None
         assert one.process is not None
-        assert abs(one.allocated) < 0.01, one
+        assert abs(one.allocated) < 0.001, one
         assert abs(one.reserved) < 0.02, one
         assert abs(one.process) < 0.03, one
         assert one.within_interval, one

@@ -12,8 +12,8 @@ EXPECTED_BYTES = 286 * MIB
 """Two H200s joined by NVLink, after the first step: 282 MiB with FSDP2, 286 with DDP, beside the 802 MiB that
 one has outside the allocator."""
 MEASURED_CAPABILITY = (9, 0)
-MEASURED_SPREAD_BYTES = 16 * MIB
-"""About its figures."""
+MEASURED_SPREAD_BYTES = 48 * MIB
+"""What those 802 MiB are above the context of other runs on an H200 (769), and the 4 MiB between the two."""
 TWO_UPPER_BYTES, MORE_UPPER_BYTES = 544 * MIB, 688 * MIB
 """Two, and three or four, A100s joined by NVLink (https://github.com/NVIDIA/nccl/issues/964)."""
 MANY, MANY_UPPER_BYTES = 4, 1060 * MIB

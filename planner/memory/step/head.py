@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from planner.base.units import FP32
 from planner.memory.allocators.native import CachingAllocator
@@ -43,8 +43,10 @@ class HeadReplay:
         *,
         workspace_bytes: int,
         later: bool,
+        between: Callable[[], None] | None = None,
     ) -> tuple[int, list[int]]:
-        """Forward and backward; lets go of `normed` and, as autocast ends, of `casts`.
+        """Forward and backward; lets go of `normed` and, as autocast ends, of `casts`. `between` is what else
+        comes between the two.
 
         `workspace_bytes` is taken by the autograd thread's first product (0: it has its workspace). Returns
         the normed states' gradient and the trained weight's (none with `later`, where it is added in place).
@@ -53,6 +55,8 @@ class HeadReplay:
         kept = self._forward(allocator)
         for block in (*casts, normed):
             free(block)
+        if between is not None:
+            between()
         row_gradient = take(self.row_gradient_bytes)
         wide = take(self.wide_weight_bytes) if self.trained else None
         tile = take(self.tile_bytes)

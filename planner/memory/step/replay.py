@@ -369,6 +369,7 @@ class StepReplay:
             casts,
             workspace_bytes=self.workspace_bytes if first else 0,
             later=later,
+            between=None if self.sharding is None else self.sharding.end_forward,
         )
         self.gradients += kept
         own[norm.incoming] = gradient

@@ -108,12 +108,16 @@ class ShardReplay:
         if self._loss_gathers_bytes:
             self._head_block = self.compute.allocate(self._loss_gathers_bytes)
 
-    def after_head(self, gradients: Sequence[int], *, last: bool) -> None:
-        """The head's backward pass is done; its gradients are sent in the `last` micro-step."""
+    def end_forward(self) -> None:
+        """The model's forward pass has returned: the last buffer goes."""
         self.mark()
         if self._flat is not None:
             self.arriving.free(self._flat)
             self._flat = None
+
+    def after_head(self, gradients: Sequence[int], *, last: bool) -> None:
+        """The head's backward pass is done; its gradients are sent in the `last` micro-step."""
+        self.mark()
         if self._head_block is not None:
             self.compute.free(self._head_block)
             self._head_block = None
