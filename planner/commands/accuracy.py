@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     for index, one in enumerate(found):
         print("\n" * (index > 0), end="")
         _print(one)
-    for one_speed in speed:
-        _print_speed(one_speed)
     if several:
         _print_several(several)
+    for one_speed in speed:
+        _print_speed(one_speed)
     return ExitCode.OK
 
 

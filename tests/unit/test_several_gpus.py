@@ -317,8 +317,8 @@ def test_a_run_on_several_gpus_is_shown_by_the_rank_that_is_furthest_off() -> No
 
 
 def test_what_two_ranks_allocated_and_reserved_is_what_is_said() -> None:
-    """Committed runs of the launcher's own layout, two ranks on one H200 that talk over the host: five models,
-    FSDP2 and DDP, QLoRA, LoRA and full fine-tuning, a 70B held to what a 24 GB card leaves among them.
+    """Committed runs of the launcher's own layout, two ranks on one H200 that talk over the host: FSDP2 and
+    DDP, QLoRA, LoRA and full fine-tuning, a 70B held to what a 24 GB card leaves among them.
     """
     found = several_gpus(several_records())
     assert len(found) >= 14
