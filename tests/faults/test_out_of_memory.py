@@ -103,7 +103,7 @@ def test_what_others_leave_of_the_card_counts_as_the_card(
 ) -> None:
     run = planned_run(tmp_path)
     add_attempt(run.attempts, first_attempt(run.read_job()))
-    monkeypatch.setattr(smaller, "_model", lambda folder, plan: demo())
+    monkeypatch.setattr(smaller, "model_of", lambda folder, plan: demo())
     assert smaller.smaller_attempt(run, from_step=0, room_bytes=None) is not None
     assert smaller.smaller_attempt(run, from_step=0, room_bytes=40 * 2**30) is not None
     assert smaller.smaller_attempt(run, from_step=0, room_bytes=2**29) is None

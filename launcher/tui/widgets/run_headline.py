@@ -7,6 +7,7 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from launcher.runs.folder import RunFolder
 from launcher.runs.report.stages import seconds
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import duration, plain
@@ -91,5 +92,5 @@ def figures(snapshot: RunSnapshot, seconds_since: float) -> str:
     if snapshot.message:
         parts.append(plain(snapshot.message, 300))
     if snapshot.over and snapshot.folder.adapter.is_dir():
-        parts.append(f"saved in {plain(snapshot.folder.adapter, 300)}")
+        parts.append(f"saved in {plain(RunFolder(snapshot.folder.shown).adapter, 300)}")
     return " · ".join(parts)
