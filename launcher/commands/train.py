@@ -107,9 +107,10 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
     require(args.track)
     on_gpu = _has_gpu()
     plan, wish = _planned(args, saved, on_gpu=on_gpu)
+    nodes = wish.nnodes
     if not on_gpu:
         say(f"no NVIDIA GPU here: planned for {plan.gpu.text}, trained on this machine's CPU")
-    full = on_gpu and is_full(plan)
+    full = on_gpu and is_full(plan, nnodes=nodes)
     if full or not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
@@ -132,8 +133,9 @@ def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> t
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
     request = request_from(args) if saved is None else saved.request
+    nodes = nodes_wish(args)["nnodes"]
     if on_gpu:
-        see_that_the_gpu_is_free(request, wait=args.wait)
+        see_that_the_gpu_is_free(request, wait=args.wait, nnodes=nodes)
     model, source = _find_model(args)
     _find_data(args)
     request = dataclasses.replace(request, data=args.data)
@@ -144,9 +146,9 @@ def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> t
     stats = _measured_stats(wish)
     while True:
         plan = _plan_of(args, saved, request, model, stats, on_gpu=on_gpu)
-        if not (on_gpu and args.wait and waited_for_room(plan)):
+        if not (on_gpu and args.wait and waited_for_room(plan, nnodes=nodes)):
             break
-        see_that_the_gpu_is_free(request, wait=True)
+        see_that_the_gpu_is_free(request, wait=True, nnodes=nodes)
     _show(plan, full=args.full)
     return plan, wish
 

@@ -13,25 +13,26 @@ if TYPE_CHECKING:
     from planner.setup.request import PlanRequest
 
 
-def see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool) -> None:
-    """Before planning, which counts what others hold of the GPU.
+def see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool, nnodes: int = 1) -> None:
+    """Before planning, which counts what others hold of the GPU; `nnodes` machines share the processes.
 
     Raises:
         GpuBusyError: another run trains on it, and nobody wants to wait.
     """
     from planner.gpus.target import resolve_gpu
 
-    first, asked = resolve_gpu(request.gpu, display=request.display).position or 0, request.fixed
-    count = asked.get("num_processes")
-    for position in range(first, first + (count if isinstance(count, int) else 1)):
+    count = request.fixed.get("num_processes")
+    count = max(1, count // nnodes) if isinstance(count, int) else 1
+    first = resolve_gpu(request.gpu, display=request.display).first_position(count)
+    for position in range(first, first + count):
         _see_that_nobody_trains(position, wait=wait)
 
 
-def is_full(plan: Plan) -> bool:
+def is_full(plan: Plan, *, nnodes: int = 1) -> bool:
     """Whether others hold so much of the GPU that the plan has no room, which is said."""
     from launcher.runs.minding.gpu_room import lasting_shortage
 
-    for position in _positions(plan):
+    for position in _positions(plan, nnodes):
         lacking = lasting_shortage(position, plan.memory.peak_upper_bytes)
         if lacking is not None:
             say(f"{lacking}; --wait waits until it is free")
@@ -39,17 +40,18 @@ def is_full(plan: Plan) -> bool:
     return False
 
 
-def waited_for_room(plan: Plan) -> bool:
+def waited_for_room(plan: Plan, *, nnodes: int = 1) -> bool:
     """Wait until the GPU has room for the plan; whether that took time, in which all may have changed."""
     # Each of them, not the first that was waited for.
-    waited = [_waited(position, plan.memory.peak_upper_bytes) for position in _positions(plan)]
+    waited = [_waited(position, plan.memory.peak_upper_bytes) for position in _positions(plan, nnodes)]
     return any(waited)
 
 
-def _positions(plan: Plan) -> range:
+def _positions(plan: Plan, nnodes: int) -> range:
     """The GPUs of this machine that the plan takes, a process each."""
-    first = plan.gpu.position or 0
-    return range(first, first + plan.setup.num_processes)
+    count = max(1, plan.setup.num_processes // nnodes)
+    first = plan.gpu.first_position(count)
+    return range(first, first + count)
 
 
 def see_that_a_run_can_go_on(folder: RunFolder, attempt: Attempt, *, wait: bool) -> bool:

@@ -89,7 +89,7 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         allow_download=wish.allow_download,
         track=wish.track,
         allow_upload=wish.allow_upload,
-        gpu_index=plan.gpu.position or 0,
+        gpu_index=plan.gpu.first_position(max(1, plan.setup.num_processes // wish.nnodes)),
         nnodes=wish.nnodes,
         node_rank=wish.node_rank,
         rdzv_endpoint=wish.rdzv_endpoint,

@@ -41,6 +41,23 @@ class GpuTarget:
         validate.integer("count", self.count, minimum=1, maximum=2**14)
         validate.integer("usable_bytes", self.usable_bytes, minimum=0, maximum=self.spec.memory_bytes)
 
+    def first_position(self, count: int) -> int:
+        """Where the `count` GPUs that a run takes begin among the visible ones of this machine.
+
+        Raises:
+            InputError: so many of this kind do not lie side by side.
+        """
+        if count == 1 or not self.positions:
+            return self.position or 0
+        for first in self.positions:
+            if set(range(first, first + count)) <= set(self.positions):
+                return first
+        places = ", ".join(map(str, self.positions))
+        raise InputError(
+            f"{count} x {self.spec.id}: those of this machine lie at {places} among its visible GPUs; "
+            "CUDA_VISIBLE_DEVICES names which are to be taken, side by side"
+        )
+
     def of_all(self) -> GpuTarget:
         """The target for a run on all of its GPUs: what each of them leaves at least."""
         least = self.least_usable_bytes

@@ -227,6 +227,17 @@ def test_all_gpus_of_a_machine_leave_what_the_fullest_leaves() -> None:
     assert plan.gpu.positions == (0, 1)
 
 
+def test_a_run_takes_gpus_that_are_alike_and_side_by_side() -> None:
+    card = resolve_gpu("rtx-4090")
+    second = dataclasses.replace(card, count=2, position=1, positions=(0, 1))
+    assert (second.first_position(1), second.first_position(2)) == (1, 0)
+    assert dataclasses.replace(card, count=3, position=3, positions=(0, 2, 3)).first_position(2) == 2
+    assert card.first_position(2) == 0
+    for places in ((0, 2), (1,)):
+        with pytest.raises(InputError, match="side by side"):
+            dataclasses.replace(card, position=places[0], positions=places).first_position(2)
+
+
 def test_every_card_of_the_catalog_has_a_link_with_a_source() -> None:
     found = tomllib.loads(LINKS_FILE.read_text(encoding="utf-8"))
     assert set(found) == {gpu.id for gpu in gpu_catalog()}
