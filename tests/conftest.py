@@ -95,7 +95,12 @@ def cpu_seconds() -> float:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Fail a test that takes long without saying so, but where tracing makes all of them slow."""
     before = cpu_seconds()
-    yield
+    try:
+        yield
+    except BaseException:
+        if "tests.forks" in sys.modules:
+            sys.modules["tests.forks"].kill_what_is_left()
+        raise
     spent = cpu_seconds() - before
     traced = item.config.pluginmanager.hasplugin("_cov")
     exempt = traced or any(item.get_closest_marker(mark) is not None for mark in ("slow", "gpu"))
