@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from planner.base import validate
 from planner.commands.program import StoreOnce, whole_number
 
 
@@ -22,9 +23,16 @@ def add_nodes(parser: argparse.ArgumentParser) -> None:
 
 
 def nodes_wish(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked of them, as JobWish has it."""
+    """What was asked of them, as JobWish has it.
+
+    Raises:
+        InputError: no number of machines, or no rank of one.
+    """
+    nnodes = 1 if args.nnodes is None else args.nnodes
+    validate.integer("--nnodes", nnodes, minimum=1, maximum=1024)
+    validate.integer("--node-rank", args.node_rank or 0, minimum=0, maximum=nnodes - 1)
     return {
-        "nnodes": 1 if args.nnodes is None else args.nnodes,
+        "nnodes": nnodes,
         "node_rank": args.node_rank or 0,
         "rdzv_endpoint": args.rdzv_endpoint,
     }

@@ -63,7 +63,14 @@ def _shown(value: object) -> str:
 
 
 def plan_for_here(
-    plan: Plan, *, name: str, model: ModelSpec, stats: DatasetStats, data: str, on_gpu: bool
+    plan: Plan,
+    *,
+    name: str,
+    model: ModelSpec,
+    stats: DatasetStats,
+    data: str,
+    on_gpu: bool,
+    nnodes: int = 1,
 ) -> Plan:
     """The plan as it is where versions, card, model and data are its own; else its setup estimated anew, with
     a line for each difference. `name` is what the model was asked for by.
@@ -81,6 +88,13 @@ def plan_for_here(
     if others and name != plan.request.model:
         raise InputError(f"--model {name} contradicts the plan, which is for {plan.model.id}: {others[0]}")
     target = resolve_gpu(None) if on_gpu else plan.gpu
+    here = max(1, plan.setup.num_processes // nnodes)
+    if on_gpu and here > target.count:
+        raise InputError(
+            f"the plan is for {here} GPUs here, and there are {target.count} of {target.spec.id}"
+        )
+    if here > 1:
+        target = target.of_all()
     examples = Examples(stats)
     summary = summarise_data(data, examples, plan.setup)
     differences = [
@@ -94,12 +108,12 @@ def plan_for_here(
         # The card may be another of its kind, the file may have another name.
         request = dataclasses.replace(plan.request, data=data)
         return dataclasses.replace(plan, request=request, gpu=target, data=summary)
-    here = recheck(plan, model=model, target=target, data=data, examples=examples)
+    anew = recheck(plan, model=model, target=target, data=data, examples=examples)
     for line in differences:
         say(line)
-    before, after = (gib(one.memory.peak_upper_bytes) for one in (plan, here))
+    before, after = (gib(one.memory.peak_upper_bytes) for one in (plan, anew))
     say(f"so its setup is estimated anew: at most {after} (in the plan {before})")
-    return here
+    return anew
 
 
 def _of_model(plan: Plan, model: ModelSpec) -> Iterator[str]:

@@ -18,7 +18,12 @@ from launcher.commands.nodes import add_nodes, nodes_wish
 from launcher.commands.runs_folder import add_runs_option, refuse_taken, run_name, runs_root
 from launcher.commands.saved_plan import plan_for_here, take_saved_plan
 from launcher.commands.saving import add_saving, saving_in_words, saving_wish
-from launcher.commands.waiting import is_full, see_that_the_gpu_is_free, waited_for_room
+from launcher.commands.waiting import (
+    is_full,
+    its_gpus_were_waited_for,
+    see_that_the_gpu_is_free,
+    waited_for_room,
+)
 from launcher.runs import stack
 from launcher.runs.trackers import TRACKERS, checked, require
 from planner.answers.plan import Plan
@@ -146,7 +151,10 @@ def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> t
     stats = _measured_stats(wish)
     while True:
         plan = _plan_of(args, saved, request, model, stats, on_gpu=on_gpu)
-        if not (on_gpu and args.wait and waited_for_room(plan, nnodes=nodes)):
+        if not on_gpu:
+            break
+        waited = plan.fits and its_gpus_were_waited_for(plan, wait=args.wait, nnodes=nodes)
+        if not waited and not (args.wait and waited_for_room(plan, nnodes=nodes)):
             break
         see_that_the_gpu_is_free(request, wait=True, nnodes=nodes)
     _show(plan, full=args.full)
@@ -166,7 +174,15 @@ def _plan_of(
 
     if saved is None:
         return make_plan(request, model=model, stats=stats, whole=args.full)
-    return plan_for_here(saved, name=args.model, model=model, stats=stats, data=args.data, on_gpu=on_gpu)
+    return plan_for_here(
+        saved,
+        name=args.model,
+        model=model,
+        stats=stats,
+        data=args.data,
+        on_gpu=on_gpu,
+        nnodes=nodes_wish(args)["nnodes"],
+    )
 
 
 def _dry_run(root: Path, plan: Plan, wish: JobWish, name: str | None) -> int:

@@ -28,6 +28,17 @@ def see_that_the_gpu_is_free(request: PlanRequest, *, wait: bool, nnodes: int = 
         _see_that_nobody_trains(position, wait=wait)
 
 
+def its_gpus_were_waited_for(plan: Plan, *, wait: bool, nnodes: int = 1) -> bool:
+    """After planning, which may have chosen several GPUs; whether one was waited for.
+
+    Raises:
+        GpuBusyError: another run trains on one of them, and nobody wants to wait.
+    """
+    # Each of them, not the first that was waited for.
+    waited = [_see_that_nobody_trains(position, wait=wait) for position in _positions(plan, nnodes)]
+    return any(waited)
+
+
 def is_full(plan: Plan, *, nnodes: int = 1) -> bool:
     """Whether others hold so much of the GPU that the plan has no room, which is said."""
     from launcher.runs.minding.gpu_room import lasting_shortage

@@ -57,9 +57,17 @@ class Attempt:
             validate.integer("max_steps", self.max_steps, minimum=1, maximum=10**9)
 
     def apply(self, job: TrainingJob) -> TrainingJob:
-        """The job as this attempt trains it."""
+        """The job as this attempt trains it.
+
+        A run of one process is on the GPU that had most room, several are on the first ones.
+        """
+        grown = self.setup.num_processes > job.setup.num_processes
         return dataclasses.replace(
-            job, setup=self.setup, num_train_epochs=self.num_train_epochs, max_steps=self.max_steps
+            job,
+            setup=self.setup,
+            num_train_epochs=self.num_train_epochs,
+            max_steps=self.max_steps,
+            gpu_index=0 if grown else job.gpu_index,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from launcher.runs.attempts import read_attempts
 from launcher.runs.events import EventWriter, SampleEvent, iter_events
 from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.locks import is_alive, live_pid
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> int:
             hold_lock(folder, "sampler"),
             EventWriter(folder.samples) as writer,
         ):
-            job = folder.read_job()
+            job, attempts = folder.read_job(), read_attempts(folder.attempts)
+            job = attempts[-1].apply(job) if attempts else job
             sample = _choose_sampler(job.gpu_index, job.local_processes, _used_before(folder))
             over = False
             while not over:

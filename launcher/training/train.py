@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import json
 import os
 import platform
 import sys
 import time
 import traceback
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,6 +137,20 @@ def _begin_attempt(folder: RunFolder, writer: EventWriter, ranks: Ranks) -> tupl
     return attempt.apply(job), attempt
 
 
+def _refuse_unlike(job: TrainingJob, attempt: Attempt, ranks: Ranks) -> None:
+    """See that all machines train the same from the same step: each has planned, and resumes, by itself.
+
+    Raises:
+        InputError: they do not.
+    """
+    said = json.dumps([job.setup.to_dict(), job.seed, job.num_train_epochs, job.max_steps], sort_keys=True)
+    if len(set(ranks.exchange(attempt.from_step, zlib.crc32(said.encode("utf-8"))))) > 1:
+        raise InputError(
+            "the machines do not train alike (setup, steps or the step to go on from): give all of them the "
+            "same --plan, and before resuming copy checkpoints/ from that with --node-rank 0 to the others"
+        )
+
+
 def _run(
     folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, stages: Stages, ranks: Ranks
 ) -> None:
@@ -153,6 +169,7 @@ def _run(
 
     device = _device(job, gpu, writer, ranks)
     join(ranks, on_gpu=device.type == "cuda")
+    _refuse_unlike(job, attempt, ranks)
     meter = _meter(writer, gpu, device, ranks)
     trainer, callback = _build(folder, job, device, gpu, meter, writer, stop, stages, ranks)
     patient = PatientWriter(write=writer.write, beat=stages.write_beat, stop_requested=stop.requested)

@@ -47,12 +47,13 @@ class GpuTarget:
         Raises:
             InputError: so many of this kind do not lie side by side.
         """
-        if count == 1 or not self.positions:
+        there = self.positions or (() if self.position is None else (self.position,))
+        if count == 1 or not there:
             return self.position or 0
-        for first in self.positions:
-            if set(range(first, first + count)) <= set(self.positions):
+        for first in there:
+            if set(range(first, first + count)) <= set(there):
                 return first
-        places = ", ".join(map(str, self.positions))
+        places = ", ".join(map(str, there))
         raise InputError(
             f"{count} x {self.spec.id}: those of this machine lie at {places} among its visible GPUs; "
             "CUDA_VISIBLE_DEVICES names which are to be taken, side by side"

@@ -97,10 +97,10 @@ def _refuse_sharded(run: TrainingRun) -> None:
             "dtype float16 does not work with distributed fsdp: its gradient scaler does not know shares; "
             "use distributed ddp"
         )
-    if setup.uses_lora and setup.lora_r < setup.num_processes:
+    if not setup.every_process_has_rows:
         raise InputError(
-            f"lora_r {setup.lora_r} is too small for {setup.num_processes} processes with distributed fsdp: "
-            "each GPU needs a row of every adapter"
+            f"lora_r {setup.lora_r} does not work for {setup.num_processes} processes with distributed fsdp: "
+            "shared out by rows it leaves a GPU without any"
         )
     if setup.kernels == "liger" and not setup.uses_lora:
         raise NotModelledError("distributed=fsdp and method=full with kernels", setup.kernels)

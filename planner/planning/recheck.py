@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from planner.answers.plan import Plan
-from planner.base.errors import InputError
 from planner.gpus.target import GpuTarget
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import planned_model
@@ -27,10 +26,6 @@ def recheck(plan: Plan, *, model: ModelSpec, target: GpuTarget, data: str, examp
     """
     setup = plan.setup
     refuse_on_card(setup.to_dict(), target.spec, (*CARD_LIMITS, BFLOAT16))
-    if setup.num_processes > target.count:
-        raise InputError(
-            f"the plan is for {setup.num_processes} GPUs, and there are {target.count} of its kind"
-        )
     if setup.num_processes > 1:
         target = target.of_all()
     evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples)

@@ -87,6 +87,14 @@ class TrainingSetup:
         return self.max_length * self.per_device_train_batch_size
 
     @property
+    def every_process_has_rows(self) -> bool:
+        """Whether adapters that are shared out by rows, `ceil(lora_r / num_processes)` to each process, leave
+        none without (torch/distributed/fsdp/_fully_shard/_fsdp_param.py pads the last ones).
+        """
+        rows = -(-self.lora_r // self.num_processes)
+        return not self.uses_lora or rows * (self.num_processes - 1) < self.lora_r
+
+    @property
     def effective_batch_size(self) -> int:
         """Sequences that one optimizer step sees, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_processes

@@ -24,7 +24,7 @@ from launcher.runs.events import (
 )
 from launcher.runs.folder import RunBusyError, RunFolder, create_run_folder, hold_lock
 from launcher.runs.kept import checkpoints, fingerprint
-from launcher.runs.kept.resumption import ResumeWish, prepare
+from launcher.runs.kept.resumption import ResumeWish, prepare, shared_by
 from launcher.runs.training_job import TrainingJob
 from planner.base.errors import InputError
 from planner.setup.training_setup import TrainingSetup
@@ -275,3 +275,34 @@ def test_a_large_file_is_marked_by_size_header_and_samples(
         path.write_bytes(changed + (b"x" if change == "longer" else b""))
         marks.add(fingerprint._mark(path, "m"))
     assert len(marks) == 4
+
+
+SHARED = TrainingSetup(model="m", max_length=64, gradient_accumulation_steps=8)
+
+
+def test_on_more_processes_it_goes_on_with_the_same_batch_and_on_the_first_gpus(run: RunFolder) -> None:
+    setup = shared_by(SHARED, 4, None)
+    assert (setup.num_processes, setup.distributed, setup.gradient_accumulation_steps) == (4, "ddp", 2)
+    job = dataclasses.replace(run.read_job(), setup=SHARED, gpu_index=1)
+    attempt = first_attempt(job)
+    assert attempt.apply(job).gpu_index == 1
+    assert dataclasses.replace(attempt, setup=setup).apply(job).gpu_index == 0
+
+
+@pytest.mark.parametrize(
+    ("processes", "knobs", "said"),
+    [
+        (3, {}, "an effective batch of 8 cannot be shared"),
+        (2, {"train_sampling_strategy": "group_by_length"}, "grouped by length"),
+    ],
+)
+def test_a_number_of_processes_that_would_train_otherwise_is_refused(
+    processes: int, knobs: dict[str, str], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        shared_by(SHARED.replace(**knobs), processes, None)
+
+
+def test_no_processes_are_refused() -> None:
+    with pytest.raises(InputError, match="--num-processes"):
+        ResumeWish(num_processes=0)

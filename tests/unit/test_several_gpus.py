@@ -155,7 +155,7 @@ def test_one_process_has_no_part_of_several() -> None:
         ({"optim": "paged_adamw_8bit"}, "use adamw_torch_fused"),
         ({"use_dora": True}, "use_dora does not work with distributed fsdp"),
         ({"dtype": "float16"}, "float16 does not work with distributed fsdp"),
-        ({"lora_r": 4, "num_processes": 8}, "lora_r 4 is too small for 8 processes"),
+        ({"lora_r": 4, "num_processes": 8}, "lora_r 4 does not work for 8 processes"),
     ],
 )
 def test_what_fsdp_cannot_train_is_refused_by_name(knobs: dict[str, Any], named: str) -> None:
@@ -227,15 +227,27 @@ def test_all_gpus_of_a_machine_leave_what_the_fullest_leaves() -> None:
     assert plan.gpu.positions == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("lora_r", "processes", "works"),
+    [(16, 2, True), (16, 8, True), (16, 5, False), (8, 7, False), (4, 3, False)],
+)
+def test_no_gpu_is_left_without_a_row_of_an_adapter(lora_r: int, processes: int, works: bool) -> None:
+    setup = TrainingSetup(
+        model="llama-3.1-8b", max_length=512, lora_r=lora_r, num_processes=processes, distributed="fsdp"
+    )
+    assert setup.every_process_has_rows is works
+    assert works is all(row * -(-lora_r // processes) < lora_r for row in range(processes))
+
+
 def test_a_run_takes_gpus_that_are_alike_and_side_by_side() -> None:
     card = resolve_gpu("rtx-4090")
     second = dataclasses.replace(card, count=2, position=1, positions=(0, 1))
     assert (second.first_position(1), second.first_position(2)) == (1, 0)
     assert dataclasses.replace(card, count=3, position=3, positions=(0, 2, 3)).first_position(2) == 2
     assert card.first_position(2) == 0
-    for places in ((0, 2), (1,)):
+    for places in ((0, 2), (1,), ()):
         with pytest.raises(InputError, match="side by side"):
-            dataclasses.replace(card, position=places[0], positions=places).first_position(2)
+            dataclasses.replace(card, position=0, positions=places).first_position(2)
 
 
 def test_every_card_of_the_catalog_has_a_link_with_a_source() -> None:

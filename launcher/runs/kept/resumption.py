@@ -40,6 +40,8 @@ class ResumeWish:
             validate.number("epochs", self.num_train_epochs, minimum=1e-6, maximum=1e6)
         if self.max_steps is not None:
             validate.integer("max_steps", self.max_steps, minimum=1, maximum=10**9)
+        if self.num_processes is not None:
+            validate.integer("--num-processes", self.num_processes, minimum=1, maximum=2**14)
         for kind in self.accepted:
             validate.choice("accept_changes", kind, fingerprint.KINDS)
 
@@ -149,6 +151,11 @@ def shared_by(setup: TrainingSetup, num_processes: int | None, distributed: str 
     """
     count = setup.num_processes if num_processes is None else num_processes
     way = (distributed or setup.distributed or "ddp") if count > 1 else distributed
+    if count != setup.num_processes and setup.train_sampling_strategy == "group_by_length":
+        raise InputError(
+            f"--num-processes {count}: batches grouped by length are drawn in another order by another "
+            f"number of processes, so that examples would be missed; go on with {setup.num_processes}"
+        )
     one_micro_step = setup.per_device_train_batch_size * count
     if setup.effective_batch_size % one_micro_step:
         raise InputError(

@@ -38,8 +38,8 @@ def refuse_unsharded(setup: TrainingSetup) -> None:
         )
     if setup.kernels == "liger" and setup.method == "full":
         raise InputError("kernels=liger with method full and distributed=fsdp has not been tried together")
-    if setup.uses_lora and setup.lora_r < setup.num_processes:
+    if not setup.every_process_has_rows:
         raise InputError(
-            f"lora_r={setup.lora_r} with num_processes={setup.num_processes} and distributed=fsdp: each GPU "
-            "needs a row of every adapter"
+            f"lora_r={setup.lora_r} with num_processes={setup.num_processes} and distributed=fsdp: shared "
+            "out by rows it leaves a GPU without any"
         )

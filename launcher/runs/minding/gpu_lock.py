@@ -29,8 +29,17 @@ class GpuBusyError(InputError):
 
 
 def gpus_of(job: TrainingJob) -> list[str]:
-    """The UUIDs of the GPUs that a job trains on here; none where there is none: the CPU has no lock."""
+    """The UUIDs of the GPUs that a job trains on here; none where there is none: the CPU has no lock.
+
+    Raises:
+        InputError: there are fewer than it trains on.
+    """
     found = [gpu_at(job.gpu_index + local) for local in range(job.local_processes)]
+    if any(found) and not all(found):
+        there = len([uuid for uuid in found if uuid is not None])
+        raise InputError(
+            f"{len(found)} GPUs are needed from number {job.gpu_index} on, and there are {there}"
+        )
     return [uuid for uuid in found if uuid is not None]
 
 

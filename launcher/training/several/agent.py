@@ -6,6 +6,7 @@ and not as text. The exit code is that of the rank that ended the run.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def main(arguments: list[str]) -> int:
         return RunExit.BAD_INPUT
     if attempts:
         job = attempts[-1].apply(job)
+
+    # As the launcher's own processes: no file of the folder that it was started in shadows a library.
+    os.environ["PYTHONSAFEPATH"] = "1"
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
