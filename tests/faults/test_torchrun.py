@@ -73,7 +73,7 @@ def test_two_hosts_train_together_and_stop_when_one_of_them_is_asked(tmp_path: P
     assert not hosts[1].adapter.exists()
     shared = min(len(ranks.figures(run, "loss")) for run in hosts)
     assert ranks.figures(hosts[0], "loss")[:shared] == ranks.figures(hosts[1], "loss")[:shared]
-    assert all(map(nothing_is_left, hosts))
+    wait_until(lambda: all(map(nothing_is_left, hosts)), 60)
 
 
 def test_a_killed_rank_ends_the_run_and_is_told_by_its_number_and_signal(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_killed_rank_ends_the_run_and_is_told_by_its_number_and_signal(tmp_pat
     end = end_of(run)
     assert f"rank 1 of 2 (process {victim}) was ended by SIGKILL after step" in end.message
     assert handle.keeper.wait() == RunExit.KILLED
-    assert nothing_is_left(run)
+    wait_until(lambda: nothing_is_left(run), 60)
 
 
 AGENT = """
