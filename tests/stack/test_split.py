@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("trl")
-from launcher.runs.events import EventWriter, WarningEvent, read_events
 from launcher.runs.training_job import TrainingJob
 from launcher.training import dataset
 from launcher.training.arguments import sft_config
 from launcher.training.build import load_tokenizer
+from launcher.training.several.rows import made_rows
 from launcher.training.split import Split, trained_too
-from launcher.training.train import _data
 from planner.base.data_files import PROFILES
 from planner.base.errors import InputError
 from planner.data.examples import PlainText, TrainingData
@@ -85,12 +84,12 @@ def test_evaluation_runs_in_the_batches_that_are_planned(packing: bool, tmp_path
     assert found.eval_strategy == "epoch"
 
 
-def test_evaluating_on_what_is_trained_is_told(tmp_path: Path) -> None:
+def test_evaluating_on_what_is_trained_is_told() -> None:
     data = str(DEMO / "data" / "train.jsonl")
     setup = TrainingSetup(model="m", max_length=128)
     job = TrainingJob(setup=setup, model_source=str(DEMO / "model"), data_path=data, eval_data_path=data)
-    with EventWriter(tmp_path / "events") as writer:
-        _data(job, writer)
-    (warning,) = [event for event in read_events(tmp_path / "events") if isinstance(event, WarningEvent)]
-    assert "320 of 320 examples" in warning.message
-    assert "are trained on too" in warning.message
+    told: list[str] = []
+    made_rows(job, told.append)
+    (warning,) = told
+    assert "320 of 320 examples" in warning
+    assert "are trained on too" in warning
