@@ -69,7 +69,26 @@ def _refuse_compiled(run: TrainingRun) -> None:
 
 
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-"""torch's own, which update shares as they do tensors (launcher/training/several/refusals.py)."""
+"""torch's own, which update shares as they do tensors; bitsandbytes' stop in their first step at a mixture of
+Tensor and DTensor (bitsandbytes 0.50.2, seen on two H200s).
+"""
+
+
+def unsharded_knob(setup: TrainingSetup) -> str | None:
+    """The first knob with which FSDP2 dies, trains wrongly or was not tried, whoever plans it or runs it."""
+    found = {
+        "optim": setup.optim not in SHARDED_OPTIMIZERS,
+        "use_dora": setup.use_dora,
+        "dtype": setup.dtype == "float16",
+        "lora_r": not setup.every_process_has_rows,
+        "kernels": setup.kernels == "liger" and not setup.uses_lora,
+        # Two ranks allocated what they do uncompiled, to the byte (20261201-5234c5f63ec3,
+        # 20261201-fa917b3e8010): torch's compiler leaves such layers as they are, without a word.
+        "compile": setup.compile != "none",
+        "prepare_for_kbit_training": setup.prepare_for_kbit_training,
+        "activation_offloading": setup.activation_offloading,
+    }
+    return next((knob for knob, conflicts in found.items() if conflicts), None)
 
 
 def _refuse_sharded(run: TrainingRun) -> None:
@@ -80,37 +99,31 @@ def _refuse_sharded(run: TrainingRun) -> None:
         NotModelledError: a knob whose memory is not modelled with it.
     """
     setup = run.setup
-    if setup.optim not in SHARDED_OPTIMIZERS:
-        if "8bit" in setup.optim or setup.optim.startswith("paged"):
-            raise InputError(
-                f"optim {setup.optim} does not work with distributed fsdp: bitsandbytes' first update stops "
-                f"at shared tensors; use {FASTER_OPTIM}, or distributed ddp"
-            )
-        raise NotModelledError("distributed=fsdp with optim", setup.optim)
-    if setup.use_dora:
+    knob = unsharded_knob(setup)
+    if knob == "optim" and ("8bit" in setup.optim or setup.optim.startswith("paged")):
+        raise InputError(
+            f"optim {setup.optim} does not work with distributed fsdp: bitsandbytes' first update stops "
+            f"at shared tensors; use {FASTER_OPTIM}, or distributed ddp"
+        )
+    if knob == "use_dora":
         raise InputError(
             "use_dora does not work with distributed fsdp, which shares out tensors of one dtype: DoRA's "
             "magnitudes are in float32; use distributed ddp"
         )
-    if setup.dtype == "float16":
+    if knob == "dtype":
         raise InputError(
             "dtype float16 does not work with distributed fsdp: its gradient scaler does not know shares; "
             "use distributed ddp"
         )
-    if not setup.every_process_has_rows:
+    if knob == "lora_r":
         raise InputError(
             f"lora_r {setup.lora_r} does not work for {setup.num_processes} processes with distributed fsdp: "
             "shared out by rows it leaves a GPU without any"
         )
-    if setup.kernels == "liger" and not setup.uses_lora:
+    if knob == "kernels":
         raise NotModelledError("distributed=fsdp and method=full with kernels", setup.kernels)
-    if setup.compile != "none":
-        # Two ranks allocated what they do uncompiled, to the byte (20261201-5234c5f63ec3,
-        # 20261201-fa917b3e8010): torch's compiler leaves such layers as they are, without a word.
-        raise NotModelledError("distributed=fsdp with compile", setup.compile)
-    for name in ("prepare_for_kbit_training", "activation_offloading"):
-        if getattr(setup, name):
-            raise NotModelledError(f"distributed=fsdp with {name}", True)
+    if knob is not None:
+        raise NotModelledError(f"distributed=fsdp with {knob}", getattr(setup, knob))
     if any(layer.experts for layer in run.model.layers):
         raise NotModelledError("distributed=fsdp with experts of model", run.model.id)
 

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 from planner.base.errors import FieldError, InputError
+from planner.memory.refusals import unsharded_knob
 from planner.setup.training_setup import TrainingSetup
 
-SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-"""torch's own take sharded parameters; bitsandbytes' fail in their first step on a mixture of Tensor and
-DTensor (bitsandbytes 0.50.2, seen on two H200)."""
+_REASONS = {
+    "use_dora": "its magnitudes are float32 among 16-bit adapters, which FSDP2 refuses; use distributed=ddp",
+    "prepare_for_kbit_training": "it casts to float32 what is sharded in 16 bits; use distributed=ddp",
+    "activation_offloading": "it has not been tried together; use distributed=ddp",
+    "dtype": "its gradient scaler does not know shards",
+    "compile": "FSDP2's hooks keep layers from being compiled (measured: not a byte differs from uncompiled);"
+    " use compile=none or distributed=ddp",
+}
 
 
 def refuse_unsharded(setup: TrainingSetup) -> None:
-    """Refuse what FSDP2 cannot shard, or would train wrongly.
+    """Refuse what FSDP2 cannot shard, or would train wrongly: what a plan refuses too.
 
     Raises:
         InputError: a knob, by name.
     """
-    if setup.optim not in SHARDED_OPTIMIZERS:
+    knob = unsharded_knob(setup)
+    if knob is None:
+        return
+    if knob == "optim":
         raise FieldError(
             "optim with distributed=fsdp",
             setup.optim,
             "adamw_torch_fused: bitsandbytes' cannot update shards",
         )
-    for name, reason in (
-        ("use_dora", "its magnitudes are float32 among 16-bit adapters, which FSDP2 refuses"),
-        ("prepare_for_kbit_training", "it casts to float32 what is sharded in 16 bits"),
-        ("activation_offloading", "it has not been tried together"),
-    ):
-        if getattr(setup, name):
-            raise InputError(f"{name}=true with distributed=fsdp: {reason}; use distributed=ddp")
-    if setup.dtype == "float16":
-        raise InputError("dtype=float16 with distributed=fsdp: its gradient scaler does not know shards")
-    if setup.compile != "none":
-        raise InputError(
-            f"compile={setup.compile} with distributed=fsdp: FSDP2's hooks keep layers from being compiled "
-            "(measured: not a byte differs from uncompiled); use compile=none or distributed=ddp"
-        )
-    if setup.kernels == "liger" and setup.method == "full":
+    if knob == "kernels":
         raise InputError("kernels=liger with method full and distributed=fsdp has not been tried together")
-    if not setup.every_process_has_rows:
+    if knob == "lora_r":
         raise InputError(
             f"lora_r={setup.lora_r} with num_processes={setup.num_processes} and distributed=fsdp: shared "
             "out by rows it leaves a GPU without any"
         )
+    value = getattr(setup, knob)
+    shown = "true" if value is True else value
+    raise InputError(f"{knob}={shown} with distributed=fsdp: {_REASONS[knob]}")
