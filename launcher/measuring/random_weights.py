@@ -35,22 +35,15 @@ def build_random_model(
     Peak memory while building is the finished model plus one 16-bit weight.
     """
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    from launcher.training.several.quantised import mark_as_quantized
+    from launcher.training.loading.skeleton import shaped_model
 
-    # Buffers (rotary frequencies, embedding scales) are computed at construction: only parameters are meta.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
-        )
-    if quantization_config is not None:
-        mark_as_quantized(model, quantization_config)
-    # A tied head is one tensor from the start, as when a checkpoint is loaded.
-    model.tie_weights()
+    model = shaped_model(
+        config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
     generator = torch.Generator(device=device).manual_seed(seed)
     filled: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():

@@ -195,6 +195,37 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         raise InputError(f"transformers cannot build the base model: {shorten(str(error), 120)}") from error
 
 
+def shaped_model(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    quantization_config: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
+    """The causal language model of a config with parameters on the meta device, to be put in their places.
+
+    With `quantization_config` its linear layers are bitsandbytes', as transformers would make them, and it is
+    marked as a model that was loaded so.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from launcher.training.several.quantised import mark_as_quantized
+
+    # Buffers (rotary frequencies, embedding scales) are computed at construction: only parameters are meta.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        )
+    if quantization_config is not None:
+        mark_as_quantized(model, quantization_config)
+    # A tied head is one tensor from the start, as when a checkpoint is loaded.
+    model.tie_weights()
+    return model
+
+
 def _places(model: torch.nn.Module) -> list[tuple[str, _Place]]:
     found = []
     for prefix, module in model.named_modules():

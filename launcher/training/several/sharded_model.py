@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from launcher.training.callbacks import decoder_layers
+from launcher.training.loading.skeleton import shaped_model
 from launcher.training.several.host_embedding import keep_on_host
 from launcher.training.several.units import Units
 from planner.setup.training_setup import TrainingSetup
@@ -55,22 +56,12 @@ def hollow_model(
 
     With `quantization_config` its linear layers are bitsandbytes', as transformers would make them.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    from launcher.training.several.quantised import mark_as_quantized
-
-    # Buffers (rotary frequencies, embedding scales) are computed at construction: only parameters are meta.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
-        )
-    if quantization_config is not None:
-        mark_as_quantized(model, quantization_config)
-    # A tied head is one tensor from the start, as when a checkpoint is loaded.
-    model.tie_weights()
+    model = shaped_model(
+        config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
     _hollow(model)
     return model
 
