@@ -124,7 +124,7 @@ def _in_rich(colour: str) -> str:
     return "default" if colour == "transparent" else colour.removeprefix("ansi_")
 
 
-# Twelve hues of middling lightness, neighbours far apart: segments part on dark and light backgrounds.
+# Hues of middling lightness, neighbours far apart: segments part on dark and light backgrounds.
 _PALETTE = (
     "#4c8dff",
     "#17b3a6",
@@ -138,6 +138,9 @@ _PALETTE = (
     "#b8a038",
     "#8793a3",
     "#b07d56",
+    "#d08fb8",
+    "#5f9e86",
+    "#d9c27a",
 )
 
 

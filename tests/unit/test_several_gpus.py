@@ -362,3 +362,12 @@ def test_what_two_ranks_allocated_and_reserved_is_what_is_said() -> None:
 def test_compiling_is_not_planned_with_fsdp_which_leaves_layers_uncompiled() -> None:
     with pytest.raises(NotModelledError, match="distributed=fsdp with compile"):
         estimate(**FSDP, compile="regional")
+
+
+@pytest.mark.parametrize("knobs", [DDP, FSDP])
+def test_no_two_parts_of_a_plan_for_several_gpus_share_a_colour(knobs: dict[str, Any]) -> None:
+    pytest.importorskip("textual")
+    from launcher.tui.themes import component_colours
+
+    found = component_colours(parts(estimate(**knobs)))
+    assert len(set(found.values())) == len(found)
