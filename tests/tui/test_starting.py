@@ -27,18 +27,19 @@ async def test_a_gpu_that_is_taken_is_waited_for_in_sight(
     def start(answer: Sizing, wish: RunWish, *, allow_download: bool) -> None:
         tried.append(wish)
         if reason[0] is not None:
-            raise starting.NotFreeError(reason[0], 0, 5)
+            raise starting.NotFreeError(reason[0], range(2), 5)
         raise InputError("it was free")
 
     asked: list[tuple[int, int | None]] = []
 
     def in_the_way(position: int, need_bytes: int | None) -> str | None:
         asked.append((position, need_bytes))
-        return reason[0]
+        # The first of two GPUs is free all the while.
+        return None if position == 0 else reason[0]
 
     monkeypatch.setattr(starting, "refuse_what_cannot_start", lambda answer: None)
     monkeypatch.setattr(starting, "start", start)
-    monkeypatch.setattr("launcher.tui.app.in_the_way", in_the_way)
+    monkeypatch.setattr(starting, "in_the_way", in_the_way)
     monkeypatch.setattr("launcher.tui.screens.waiting.POLL_SECONDS", 0.02)
     (tmp_path / "data.jsonl").write_text("{}\n")
     async with make_app(model="qwen2.5-0.5b").run_test(size=(80, 24)) as pilot:
@@ -71,7 +72,7 @@ async def test_a_gpu_that_is_taken_is_waited_for_in_sight(
         await until(lambda: "it was free" in shown_text(pilot))
         assert isinstance(pilot.app.screen, StartRun)
         assert len(tried) == 3
-        assert set(asked) == {(0, 5)}
+        assert set(asked) == {(0, 5), (1, 5)}
 
 
 async def test_the_form_comes_back_as_it_was_filled_with_the_reason(
