@@ -79,9 +79,9 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
         InputError: a knob is not valid, or nothing fits.
     """
     base = knobs.to_setup(name, {**texts, "dtype": card.spec.dtype}, {})
-    evaluator = Evaluator(model, card.spec, card.usable_bytes)
     results = []
     for way in ways(base, card):
+        evaluator = Evaluator(model, card.spec, card.shared_by(way.num_processes).usable_bytes)
         try:
             results.append(_search(way, evaluator, base.effective_batch_size * card.target.count))
         except InputError:

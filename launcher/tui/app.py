@@ -16,7 +16,6 @@ from textual.widgets import HelpPanel
 
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import model_source
-from launcher.runs.minding.gpu_room import in_the_way
 from launcher.tui import runs, starting
 from launcher.tui.cards import Card
 from launcher.tui.screens.confirm import Confirm
@@ -193,7 +192,7 @@ class VramwiseApp(App[None]):
         error, sizing, wish = event.error, event.sizing, event.wish
         self.clear_notifications()
         self.push_screen(
-            Waiting(str(error), lambda: in_the_way(error.position, error.need_bytes)),
+            Waiting(str(error), lambda: starting.first_in_the_way(error.positions, error.need_bytes)),
             lambda free: self._start(sizing, wish) if free else self._ask_wish(sizing, wish=wish),
         )
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.base.errors import VramwiseError
 from planner.gpus.catalog import gpu_catalog
-from planner.gpus.detect import LocalGpu, local_gpus
+from planner.gpus.detect import local_gpus
 from planner.gpus.parse import REFERENCE_CARDS
 from planner.gpus.spec import GpuSpec
-from planner.gpus.target import GpuTarget, resolve_gpu
+from planner.gpus.target import GpuTarget, alone, resolve_gpu, with_its_kind
 
 DETECTED, SIZE, CATALOG = "this machine", "plain size", "catalog"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """A card to size for. `group` says where it comes from; `argument` is what `--gpu` takes, None for this
-    machine's own GPU.
+    """A card to size for, or several. `group` says where it comes from; `argument` is what `--gpu` takes,
+    None for this machine's own, which shows `visible` GPUs.
     """
 
     target: GpuTarget
     group: str
     argument: str | None
+    visible: int = 1
 
     @property
     def spec(self) -> GpuSpec:
@@ -31,15 +32,28 @@ class Card:
 
     @property
     def usable_bytes(self) -> int:
-        """What the card leaves to the training process."""
+        """What the card leaves to the training process; of several that of this machine with most free."""
         return self.target.usable_bytes
+
+    @property
+    def environment(self) -> str:
+        """What a shell has to set for `plan` to see this GPU alone; empty where it needs nothing."""
+        if self.argument is not None or self.visible == 1 or self.target.count > 1:
+            return ""
+        return f"CUDA_VISIBLE_DEVICES={self.target.index}"
+
+    def shared_by(self, num_processes: int) -> Card:
+        """The card as a setup of so many processes has it: of all, the fullest decides."""
+        return self if num_processes == 1 else replace(self, target=self.target.of_all())
 
     @property
     def title(self) -> str:
         """Short name for the screens."""
-        if self.argument is None:
-            return f"GPU {self.target.index} here: {self.spec.name}"
-        return self.argument
+        if self.argument is not None:
+            return self.argument
+        if self.target.count > 1:
+            return f"all {self.target.count} GPUs here: {self.spec.name}"
+        return f"GPU {self.target.index} here: {self.spec.name}"
 
     @property
     def detail(self) -> str:
@@ -49,7 +63,8 @@ class Card:
 
 
 def first_card(text: str | None, fallback: str) -> Card:
-    """The card that is asked for; else this machine's with most memory free; else the fallback.
+    """The card that is asked for; else this machine's with most memory free, with all of its kind; else the
+    fallback.
 
     Raises:
         InputError: the text names no card.
@@ -57,15 +72,34 @@ def first_card(text: str | None, fallback: str) -> Card:
     if text is not None:
         return card_from_text(text)
     here = detected_cards()
-    return max(here, key=lambda card: card.usable_bytes) if here else card_from_text(fallback)
+    if not here:
+        return card_from_text(fallback)
+    return max(here, key=lambda card: (card.usable_bytes, card.target.count))
 
 
 def detected_cards() -> tuple[Card, ...]:
-    """This machine's GPUs; empty without any."""
+    """This machine's GPUs: all of each kind that there are several of, then each alone; empty without any."""
     try:
-        return tuple(_local(gpu, position) for position, gpu in enumerate(local_gpus()))
+        gpus = local_gpus()
     except VramwiseError:
         return ()
+    emptiest: dict[str, int] = {}
+    for at in sorted(range(len(gpus)), key=lambda at: -gpus[at].free_bytes):
+        emptiest.setdefault(gpus[at].spec.id, at)
+    kinds = [with_its_kind(gpus, at) for at in emptiest.values()]
+    single = [alone(gpus, at) for at in range(len(gpus))]
+    return tuple(
+        Card(target=target, group=DETECTED, argument=None, visible=len(gpus))
+        for target in (*(kind for kind in kinds if kind.count > 1), *single)
+    )
+
+
+def visible_gpus() -> int:
+    """How many GPUs a run that is started now would see."""
+    try:
+        return len(local_gpus())
+    except VramwiseError:
+        return 0
 
 
 def offered() -> tuple[Card, ...]:
@@ -88,17 +122,3 @@ def card_from_text(text: str, *, display: bool = False) -> Card:
     """
     target = resolve_gpu(text, display=display)
     return Card(target=target, group=SIZE if target.reference else CATALOG, argument=text.strip())
-
-
-def _local(gpu: LocalGpu, position: int) -> Card:
-    target = GpuTarget(
-        text=gpu.spec.id,
-        spec=gpu.spec,
-        count=1,
-        usable_bytes=gpu.free_bytes,
-        held_bytes=gpu.spec.usable_bytes - gpu.free_bytes,
-        index=gpu.index,
-        position=position,
-        notes=("what other processes hold is counted",),
-    )
-    return Card(target=target, group=DETECTED, argument=None)

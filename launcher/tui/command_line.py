@@ -45,7 +45,8 @@ def request_of(sizing: Sizing, **wishes: Any) -> PlanRequest:
 
 def plan_command(sizing: Sizing) -> str:
     """`plan` with the model, the card and every knob that differs from what `plan` takes by itself."""
-    return shlex.join(["vramwise", "plan", *flags(sizing)])
+    command = shlex.join(["vramwise", "plan", *flags(sizing)])
+    return f"{sizing.card.environment} {command}".lstrip()
 
 
 def flags(sizing: Sizing) -> Sequence[str]:

@@ -99,6 +99,7 @@ def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: 
 
 
 def _size_up(setup: TrainingSetup, model: ModelSpec, card: Card, asked_optim: str | None) -> Sizing:
+    card = card.shared_by(setup.num_processes)
     run = TrainingRun(setup=setup, model=model)
     memory = estimate_memory(run, gpu=card.spec)
     step, no_step = None, ""

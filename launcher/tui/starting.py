@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from launcher.runs.job import JobWish, create_planned_run
 from launcher.runs.minding.gpu_lock import GpuBusyError
 from launcher.runs.minding.gpu_room import in_the_way
 from launcher.runs.weights import require_weights
-from launcher.tui.cards import detected_cards
+from launcher.tui.cards import visible_gpus
 from launcher.tui.command_line import request_of
 from launcher.tui.screens.start_run import RunWish
 from launcher.tui.sizing import Sizing
@@ -23,12 +24,12 @@ from planner.planning.make_plan import make_plan
 
 
 class NotFreeError(InputError):
-    """The GPU at `position` is not free: another run trains on it, or, where `need_bytes` is known, others
-    hold memory that the run needs.
+    """A GPU at one of `positions` is not free: another run trains on it, or, where `need_bytes` is known,
+    others hold memory that the run needs.
     """
 
-    def __init__(self, message: str, position: int, need_bytes: int | None) -> None:
-        self.position = position
+    def __init__(self, message: str, positions: Sequence[int], need_bytes: int | None) -> None:
+        self.positions = positions
         self.need_bytes = need_bytes
         super().__init__(message)
 
@@ -50,7 +51,7 @@ def refuse_what_cannot_start(sizing: Sizing) -> None:
     """
     stack.require("training")
     wanted = sizing.setup.num_processes
-    if wanted > 1 and (there := len(detected_cards())) < wanted:
+    if wanted > 1 and (there := visible_gpus()) < wanted:
         raise InputError(f"{wanted} GPUs are sized, and this machine has {there}")
 
 
@@ -73,22 +74,29 @@ def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Sta
         max_steps=wish.max_steps,
         allow_download=allow_download,
     )
-    position = sizing.card.target.position or 0
-    _refuse_what_is_not_free(position, None)
+    first = sizing.card.target.first_position(sizing.setup.num_processes)
+    positions = range(first, first + sizing.setup.num_processes)
+    _refuse_what_is_not_free(positions, None)
     plan = _plan(sizing, wish)
-    _refuse_what_is_not_free(position, plan.memory.peak_upper_bytes)
+    _refuse_what_is_not_free(positions, plan.memory.peak_upper_bytes)
     folder = create_planned_run(wish.runs, plan, job)
     try:
         return Started(folder, supervisor.start(folder.path))
     except GpuBusyError as error:
         # Taken since it was looked at.
         shutil.rmtree(folder.path, ignore_errors=True)
-        raise NotFreeError(str(error), position, None) from error
+        raise NotFreeError(str(error), positions, None) from error
 
 
-def _refuse_what_is_not_free(position: int, need_bytes: int | None) -> None:
-    if (reason := in_the_way(position, need_bytes)) is not None:
-        raise NotFreeError(reason, position, need_bytes)
+def _refuse_what_is_not_free(positions: Sequence[int], need_bytes: int | None) -> None:
+    if (reason := first_in_the_way(positions, need_bytes)) is not None:
+        raise NotFreeError(reason, positions, need_bytes)
+
+
+def first_in_the_way(positions: Sequence[int], need_bytes: int | None) -> str | None:
+    """What is in the way on the first of several GPUs that has something there, in a sentence."""
+    found = (in_the_way(position, need_bytes) for position in positions)
+    return next((reason for reason in found if reason is not None), None)
 
 
 def _plan(sizing: Sizing, wish: RunWish) -> Plan:

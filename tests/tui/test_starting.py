@@ -27,18 +27,19 @@ async def test_a_gpu_that_is_taken_is_waited_for_in_sight(
     def start(answer: Sizing, wish: RunWish, *, allow_download: bool) -> None:
         tried.append(wish)
         if reason[0] is not None:
-            raise starting.NotFreeError(reason[0], 0, 5)
+            raise starting.NotFreeError(reason[0], range(2), 5)
         raise InputError("it was free")
 
     asked: list[tuple[int, int | None]] = []
 
     def in_the_way(position: int, need_bytes: int | None) -> str | None:
         asked.append((position, need_bytes))
-        return reason[0]
+        # The first of two GPUs is free all the while.
+        return None if position == 0 else reason[0]
 
     monkeypatch.setattr(starting, "refuse_what_cannot_start", lambda answer: None)
     monkeypatch.setattr(starting, "start", start)
-    monkeypatch.setattr("launcher.tui.app.in_the_way", in_the_way)
+    monkeypatch.setattr(starting, "in_the_way", in_the_way)
     monkeypatch.setattr("launcher.tui.screens.waiting.POLL_SECONDS", 0.02)
     (tmp_path / "data.jsonl").write_text("{}\n")
     async with make_app(model="qwen2.5-0.5b").run_test(size=(80, 24)) as pilot:
@@ -56,7 +57,7 @@ async def test_a_gpu_that_is_taken_is_waited_for_in_sight(
         pilot.app.screen.query_one("#start-data", Input).value = str(tmp_path / "data.jsonl")
         await pilot.press("ctrl+s")
         await until(lambda: isinstance(pilot.app.screen, Waiting) and len(asked) > 1)
-        assert "the run /r trains on GPU x" in shown_text(pilot)
+        assert "The run /r trains on GPU x" in shown_text(pilot)
         reason[0] = "3.00 GiB are missing on GPU 0"
         await until(lambda: "3.00 GiB are missing on GPU 0" in shown_text(pilot))
         # Back: nothing was started, and the form is as it was filled.
@@ -71,7 +72,7 @@ async def test_a_gpu_that_is_taken_is_waited_for_in_sight(
         await until(lambda: "it was free" in shown_text(pilot))
         assert isinstance(pilot.app.screen, StartRun)
         assert len(tried) == 3
-        assert set(asked) == {(0, 5)}
+        assert set(asked) == {(0, 5), (1, 5)}
 
 
 async def test_the_form_comes_back_as_it_was_filled_with_the_reason(
@@ -104,3 +105,33 @@ async def test_the_form_comes_back_as_it_was_filled_with_the_reason(
         await settle(pilot)
         assert len(tried) == 2
         assert tried[0] == tried[1]
+
+
+REASON = (
+    "the run /home/somebody/.local/share/vramwise/runs/20261201-071533-llama-3.1-8b-instruct trains on GPU "
+    "GPU-4f1c2a3b-9d8e-7f6a-5b4c-3d2e1f0a9b8c since 2026-12-01 07:15, process 12345"
+)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (40, 12)])
+async def test_the_way_back_is_in_sight_however_small_the_terminal_is(
+    make_app: MakeApp, size: tuple[int, int]
+) -> None:
+    async with make_app(model="qwen2.5-0.5b").run_test(size=size) as pilot:
+        await settle(pilot)
+        pilot.app.push_screen(Waiting(REASON, lambda: REASON))
+        await pilot.pause()
+        screen = pilot.app.screen
+        for shown in ("#dialog-title", "#back"):
+            widget = screen.query_one(shown)
+            assert widget.region.height == 1
+            assert screen.region.contains_region(widget.region)
+        text = shown_text(pilot)
+        assert "Waiting for the GPU" in text
+        assert "Training starts" in text
+        # All of it can be read.
+        for _ in range(9):
+            await pilot.press("down")
+        await pilot.pause()
+        assert "process 12345" in shown_text(pilot)
+        await pilot.press("escape")

@@ -57,7 +57,7 @@ def gpu_picker(
     return Picker(
         f"GPU · for {plain(name, 30)} at the present knobs",
         parts.card_rows(known),
-        current=next((key for key, one in known.items() if one.argument == card.argument), ""),
+        current=next((key for key, one in known.items() if one.title == card.title), ""),
         prompt="name or size: 4090, 24GB",
         remark=remark,
     )
