@@ -13,6 +13,7 @@ tries, for speed the fastest that fits the card. Verdicts, for every figure:
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from planner.base.errors import InputError
 from planner.base.values import dataclass
@@ -201,7 +202,7 @@ class _Judge:
         """
         setup = self.leanest.setup
         fixed = self.asked.request.fixed
-        free = {name: value for name, value in _UNCHECKPOINTED.items() if name not in fixed}
+        free: dict[str, Any] = {name: value for name, value in _UNCHECKPOINTED.items() if name not in fixed}
         if "per_device_train_batch_size" not in fixed:
             free["per_device_train_batch_size"] = _MANY
         run = TrainingRun(setup=setup.replace(**free), model=self.asked.model)
