@@ -20,6 +20,9 @@ COMMANDS = {
         "planner.commands.estimate", "memory and speed of given setups, one JSON line each", _INSPECTING
     ),
     "compare": Command("planner.commands.compare", "several models or GPUs in one table", _INSPECTING),
+    "check": Command(
+        "planner.commands.check", "figures that others state: possible, tight or beyond the card", _INSPECTING
+    ),
     "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),
     "models": Command("planner.commands.models", "the models of the catalog"),
     "accuracy": Command("planner.commands.accuracy", "how far the predictions are from measured runs"),

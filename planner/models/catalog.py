@@ -170,6 +170,12 @@ def _from_catalog(name: str) -> ModelSpec | None:
     return None if model_id is None else load_shipped(model_id)
 
 
+def catalog_id(name: str) -> str | None:
+    """Id of the catalog model that goes by a name; None where none does. No spec is opened."""
+    names: Mapping[str, str] = _index()["names"]
+    return names.get(name_key(name))
+
+
 def user_spec_path(name: str) -> Path:
     """Where a model that the person inspected is kept."""
     return data_files.user_data_dir() / "models" / f"{name_key(name).replace('/', '--')}.json"
