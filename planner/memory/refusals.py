@@ -121,9 +121,6 @@ def unsharded_knob(setup: TrainingSetup) -> str | None:
         "dtype": setup.dtype == "float16",
         "lora_r": not setup.every_process_has_rows,
         "kernels": setup.kernels == "liger" and not setup.uses_lora,
-        # Two ranks allocated what they do uncompiled, to the byte (20261201-5234c5f63ec3,
-        # 20261201-fa917b3e8010): torch's compiler leaves such layers as they are, without a word.
-        "compile": setup.compile != "none",
         "prepare_for_kbit_training": setup.prepare_for_kbit_training,
         "activation_offloading": setup.activation_offloading,
     }

@@ -24,6 +24,7 @@ def loaded_alone(run: Path, path: Path) -> int:
     """Write the logits of a run's base with its saved adapter, loaded by PEFT in this process."""
     import torch
     from peft import PeftModel
+    from safetensors.torch import load_file
 
     from launcher.runs.folder import RunFolder
     from launcher.training import build
@@ -32,7 +33,13 @@ def loaded_alone(run: Path, path: Path) -> int:
     job = folder.read_job()
     setup = job.setup.replace(num_processes=1, distributed=None)
     base = build.load_model(setup, job.model_source, device=torch.device("cpu"), allow_download=False)
-    _write(PeftModel.from_pretrained(base, folder.adapter, local_files_only=True), path)
+    adapted = PeftModel.from_pretrained(base, folder.adapter, local_files_only=True)
+    saved = load_file(folder.adapter / "adapter_model.safetensors")
+    for name, parameter in adapted.named_parameters():
+        if (value := saved.get(name.replace(".default.", "."))) is not None:
+            # PEFT computes in float32 with what was trained, and saved, in bfloat16: rounded otherwise.
+            parameter.data = parameter.data.to(value.dtype)
+    _write(adapted, path)
     return 0
 
 
