@@ -54,10 +54,12 @@ def refuse_unmodelled(run: TrainingRun) -> None:
         )
     if model.default_experts_implementation not in MODELLED_EXPERTS:
         raise NotModelledError("experts_implementation", model.default_experts_implementation)
-    if setup.kernels == "liger":
-        _refuse_liger(run)
     if any(layer.shared_expert_intermediate_size for layer in model.layers):
         raise NotModelledError("shared experts of model", model.id)
+    if model.is_traced:
+        _refuse_traced(run)
+    if setup.kernels == "liger":
+        _refuse_liger(run)
     if setup.checkpointed_layers is not None and setup.checkpointed_layers > model.num_hidden_layers:
         raise FieldError(
             "checkpointed_layers",
@@ -78,6 +80,20 @@ def _refuse_liger(run: TrainingRun) -> None:
             f"kernels liger is not known to change the layers of {model.id} (model_type {model.model_type}); "
             f"use kernels none, or a model of type {known}"
         )
+
+
+def _refuse_traced(run: TrainingRun) -> None:
+    """Refuse what a model's traces do not know of, by the knob."""
+    setup = run.setup
+    for name, traced in (
+        ("compile", "none"),
+        ("kernels", "none"),
+        # Both widen what flows between operations, which were recorded in one dtype.
+        ("prepare_for_kbit_training", False),
+        ("use_dora", False),
+    ):
+        if getattr(setup, name) != traced:
+            raise NotModelledError(f"{name} of a traced model", getattr(setup, name))
 
 
 def _whole_checkpoints(setup: TrainingSetup) -> bool:

@@ -134,7 +134,7 @@ class StepReplay:
             tuning_bytes=sizes.tuning_bytes,
         )
         last = max(groups, key=lambda group: group.indices[-1])
-        norm = norm_program(last.layer, replace(last.knobs, stream_width=last.memory.output_width))
+        norm = norm_program(run.model.norm_layer, replace(last.knobs, stream_width=last.memory.output_width))
         self.norm = programs.of(norm)
         self.head = HeadReplay(head_shape(run, final_norm.output_width))
         self.optimizer = OptimizerReplay(run)
