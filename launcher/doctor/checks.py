@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +35,7 @@ def program() -> Finding:
         version = "from a source tree"
     system = f"{platform.system()} {platform.release()}"
     found = f"{version}, Python {platform.python_version()}, {system}"
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         return Finding(name="vramwise", state=OK, found=found)
     return Finding(name="vramwise", state=LIMIT, found=f"{found}; runs are launched on Linux alone")
 

@@ -20,9 +20,9 @@ SECONDS = 180
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Imported:
     """What was imported. `torch_cuda` is the CUDA that torch was built for (null: none), `architectures`
-    those that it has kernels for ("sm_90", "compute_90"), `sees_cuda` whether it sees a GPU. `bitsandbytes` says
-    whether its own library was loaded, null where it is not installed; `failure` is what an import failed
-    with.
+    those that it has kernels for ("sm_90", "compute_90"), `sees_cuda` whether it sees a GPU. `bitsandbytes`
+    says whether its own library was loaded, null where it is not installed; `failure` is what an import
+    failed with.
     """
 
     torch: str | None = None
