@@ -10,7 +10,7 @@ from launcher.tui.command_line import flags
 from launcher.tui.knobs import to_texts
 from launcher.tui.sizing import Verdict, size_up
 from launcher.tui.starting import refuse_what_cannot_start
-from launcher.tui.widgets.speed_panel import speed
+from launcher.tui.widgets.sizing.speed_panel import speed
 from planner.base.errors import InputError
 from planner.models.catalog import load_shipped
 from planner.setup.training_setup import TrainingSetup

@@ -15,12 +15,15 @@ from textual.theme import BUILTIN_THEMES
 from launcher.tui import run_follower, starting
 from launcher.tui.screens import run as run_screen
 from launcher.tui.screens.confirm import Confirm
+from launcher.tui.screens.data_picker import DataPicker
+from launcher.tui.screens.help import Help
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.run import RunScreen
+from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.start_run import StartRun
 from launcher.tui.themes import DARK, LEAST_CONTRAST, LIGHT, colours, completed, contrast
-from launcher.tui.widgets.knob_form import KnobForm
+from launcher.tui.widgets.sizing.knob_form import KnobForm
 
 from . import synthetic
 from .conftest import MakeApp, settle
@@ -46,10 +49,11 @@ async def an_invalid_value(pilot: Pilot[None]) -> None:
 SCREENS: dict[str, tuple[Open, str]] = {
     "sizing": (pressing(), SizingScreen.__name__),
     "sizing, an invalid value": (an_invalid_value, SizingScreen.__name__),
-    "sizing, with help": (pressing("question_mark"), SizingScreen.__name__),
+    "help": (pressing("question_mark"), Help.__name__),
     "models": (pressing("m"), Picker.__name__),
     "cards": (pressing("g"), Picker.__name__),
-    "runs": (pressing("o"), Picker.__name__),
+    "runs": (pressing("o"), RunsScreen.__name__),
+    "data": (pressing("d"), DataPicker.__name__),
     "start form": (pressing("t"), StartRun.__name__),
     "command palette": (pressing("ctrl+p"), "CommandPalette"),
     "a list of choices": (pressing("up", "enter"), SizingScreen.__name__),
