@@ -7,7 +7,6 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from launcher.runs.folder import RunFolder
 from launcher.runs.report.stages import seconds
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import duration, plain
@@ -81,8 +80,15 @@ def figures(snapshot: RunSnapshot, seconds_since: float) -> str:
         parts = [f"step {snapshot.step:,} of {snapshot.total_steps:,}", f"{share:.0%}"]
     else:
         parts = [f"step {snapshot.step:,}"] if snapshot.step else []
-    if snapshot.seconds_left is not None:
-        parts.append(f"about {duration(max(0.0, snapshot.seconds_left - seconds_since))} left")
+    if snapshot.left is not None:
+        left = [
+            duration(max(0.0, value - seconds_since))
+            for value in (snapshot.left.seconds, snapshot.left.low, snapshot.left.high)
+        ]
+        between = "" if left[1] == left[2] else f" ({left[1]} to {left[2]})"
+        parts.append(f"about {left[0]} left{between}")
+        if snapshot.seconds is not None:
+            parts.append(f"{duration(snapshot.seconds)} so far")
     if snapshot.stage and snapshot.stage != "training":
         since = snapshot.stage_seconds
         elapsed = "" if since is None else f", {seconds(since + seconds_since)}"
@@ -91,6 +97,4 @@ def figures(snapshot: RunSnapshot, seconds_since: float) -> str:
         parts.append(f"reading, {snapshot.event_count:,} events so far")
     if snapshot.message:
         parts.append(plain(snapshot.message, 300))
-    if snapshot.over and snapshot.folder.adapter.is_dir():
-        parts.append(f"saved in {plain(RunFolder(snapshot.folder.shown).adapter, 300)}")
     return " · ".join(parts)

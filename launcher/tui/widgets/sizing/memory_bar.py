@@ -14,6 +14,7 @@ from launcher.tui.text import gib
 from launcher.tui.themes import colours
 
 _MINIMUM_WIDTH = 10
+_HEIGHT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,16 @@ class BarPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BarData:
-    """What the bar shows: parts from the left, then up to `upper_bytes` as uncertain, the limit marked."""
+    """What the bar shows: parts from the left, then up to `upper_bytes` as uncertain, the limit marked.
+
+    `held` says what of the card's memory others hold, in words.
+    """
 
     parts: tuple[BarPart, ...]
     peak_bytes: int
     upper_bytes: int
     usable_bytes: int
+    held: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -45,9 +50,9 @@ class BarData:
 
 
 class MemoryBar(Widget):
-    """Two rows of bar and one of scale."""
+    """Two rows of bar, where there is room, and one of scale."""
 
-    DEFAULT_CSS = "MemoryBar { height: 3; }"
+    DEFAULT_CSS = f"MemoryBar {{ height: {_HEIGHT}; }}"
 
     data: reactive[BarData | None] = reactive(None)
 
@@ -59,7 +64,8 @@ class MemoryBar(Widget):
         shown = colours(self.app)
         row = bar_row(self.data, width, uncertain=shown.muted, free=shown.panel, mark=shown.background)
         scale = scale_row(self.data, width, muted=shown.muted, beyond=shown.error)
-        return Text("\n").join([row, row.copy(), scale])
+        rows = [row] if self.content_size.height < _HEIGHT else [row, row.copy()]
+        return Text("\n").join([*rows, scale])
 
 
 def bar_row(data: BarData, width: int, *, uncertain: str, free: str, mark: str) -> Text:
@@ -96,6 +102,8 @@ def scale_row(data: BarData, width: int, *, muted: str, beyond: str) -> Text:
     """Marks under the bar: where the card ends, and by how much the need lies beyond it."""
     label = f"{gib(data.usable_bytes)} usable"
     limit = limit_cell(data, width)
+    if data.held and len(data.held) + len(label) + 4 <= limit:
+        label = f"{data.held}, {label}"
     row = Text(no_wrap=True, end="")
     if data.usable_bytes >= data.scale_bytes:
         row.append(f"{label} ▲".rjust(width), muted)

@@ -7,7 +7,7 @@ from rich.text import Text
 from launcher.tui.sizing import Sizing
 from launcher.tui.text import GIB
 from launcher.tui.themes import colours
-from launcher.tui.widgets.setup_list import SetupList
+from launcher.tui.widgets.sizing.setup_list import SetupList
 from planner.answers.plan import FrontierPoint
 from planner.setup.training_setup import TrainingSetup
 

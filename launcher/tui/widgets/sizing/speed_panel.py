@@ -10,6 +10,7 @@ from launcher.tui.sizing import Sizing
 from launcher.tui.text import duration, plain
 from launcher.tui.themes import colours
 from planner.gpus.price import hours_for, run_cost
+from planner.setup.card_limits import torch_build
 from planner.text.figures import dollars
 from planner.text.speed import price_of
 from planner.text.ways import WAY_TITLES
@@ -40,7 +41,18 @@ def _wrapping(sizing: Sizing | None) -> tuple[object, ...]:
     if sizing is None or sizing.step is None:
         return False, "" if sizing is None else sizing.no_step, ""
     step = sizing.step
-    return step.calibrated, step.basis, price_of(sizing.card.spec), step.sharing is None, sizing.ways
+    return (
+        step.calibrated,
+        step.basis,
+        _price(sizing),
+        torch_build(sizing.card.spec),
+        step.sharing is None,
+        sizing.ways,
+    )
+
+
+def _price(sizing: Sizing) -> str:
+    return price_of(sizing.card.spec, sizing.wishes.usd_per_gpu_hour)
 
 
 def _cost(sizing: Sizing) -> str:
@@ -48,7 +60,12 @@ def _cost(sizing: Sizing) -> str:
     if sizing.step is None:
         return ""
     hours = hours_for(1e6, sizing.step.tokens_per_second)
-    cost = run_cost(hours, sizing.card.spec, gpu_count=sizing.setup.num_processes)
+    cost = run_cost(
+        hours,
+        sizing.card.spec,
+        gpu_count=sizing.setup.num_processes,
+        usd_per_gpu_hour=sizing.wishes.usd_per_gpu_hour,
+    )
     return "" if cost is None else f" and {dollars(cost.usd)}"
 
 
@@ -62,7 +79,7 @@ def speed(sizing: Sizing, *, muted: str, warning: str) -> Text:
     text.append(f"  ({step.tokens_per_second_low:,.0f} to {step.tokens_per_second_high:,.0f})", muted)
     text.append("\n")
     text.append(f"{duration(1e6 / step.tokens_per_second)}{_cost(sizing)} per million tokens\n", "bold")
-    text.append(f"price {price_of(sizing.card.spec)}\n", muted)
+    text.append(f"price {_price(sizing)}\n", muted)
     sequences = sizing.setup.effective_batch_size
     text.append(f"{duration(step.seconds_per_optimizer_step)} per step of {sequences:,} sequences\n", muted)
     text.append(f"bound by {plain(step.bound_by)}\n", muted)
@@ -71,6 +88,9 @@ def speed(sizing: Sizing, *, muted: str, warning: str) -> Text:
         text.append(f"{way} on {count} GPUs, {step.sharing.scaling:.2f} times one\n", muted)
     if sizing.ways:
         text.append(f"{', '.join(sizing.ways)}\n", muted)
+    build = torch_build(sizing.card.spec)
+    if build is not None:
+        text.append(f"torch: {build}\n", warning)
     if not step.calibrated:
         text.append("uncalibrated", warning)
         text.append(": ", muted)

@@ -11,12 +11,13 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widgets import Input, Label, Select, Static
 
-from launcher.tui.knobs import ROWS, Row
+from launcher.tui.cards import Card
+from launcher.tui.knobs import ASKED, ROWS, Row
 from launcher.tui.text import plain
-from launcher.tui.widgets.choice_knob import ChoiceKnob
-from launcher.tui.widgets.number_knob import NumberKnob
-from launcher.tui.widgets.pick_button import PickButton
-from launcher.tui.widgets.text_knob import TextKnob
+from launcher.tui.widgets.sizing.choice_knob import ChoiceKnob
+from launcher.tui.widgets.sizing.number_knob import NumberKnob
+from launcher.tui.widgets.sizing.pick_button import PickButton
+from launcher.tui.widgets.sizing.text_knob import TextKnob
 
 
 class KnobForm(Vertical):
@@ -36,21 +37,32 @@ class KnobForm(Vertical):
         self._others = ""
 
     def compose(self) -> ComposeResult:
-        """Model, GPU, then the knobs."""
-        for name, label in (("model", "model"), ("gpu", "GPU")):
-            with Horizontal(classes="knob-row picks"):
-                yield Label(label, classes="knob-label")
-                yield PickButton(id=f"pick-{name}")
-            yield Static("", id=f"error-{name}", classes="knob-error")
+        """Model, GPU and data with what is asked beside them, then the knobs."""
+        display, price, epochs = ASKED
+        yield from self._pick("model", "model")
+        yield from self._pick("gpu", "GPU")
+        yield from self._row(display)
+        yield from self._row(price)
+        yield from self._pick("data", "data")
+        yield from self._row(epochs)
         for row in ROWS:
             if row.group:
                 yield Static(row.group, classes="knob-group")
-            with Horizontal(classes="knob-row"):
-                yield Label(row.label, classes="knob-label")
-                yield self._control(row)
-            yield Static("", id=f"error-{row.field}", classes="knob-error")
+            yield from self._row(row)
         yield Static("", id="error-form", classes="knob-error")
         yield Static("", id="other-fields", classes="note")
+
+    def _pick(self, name: str, label: str) -> ComposeResult:
+        with Horizontal(classes="knob-row picks"):
+            yield Label(label, classes="knob-label")
+            yield PickButton(id=f"pick-{name}")
+        yield Static("", id=f"error-{name}", classes="knob-error")
+
+    def _row(self, row: Row) -> ComposeResult:
+        with Horizontal(classes="knob-row"):
+            yield Label(row.label, classes="knob-label")
+            yield self._control(row)
+        yield Static("", id=f"error-{row.field}", classes="knob-error")
 
     def _control(self, row: Row) -> Input | ChoiceKnob:
         value = self._texts[row.field]
@@ -65,19 +77,25 @@ class KnobForm(Vertical):
         """Text of every knob."""
         return dict(self._texts)
 
-    def show_picks(self, *, model: str, gpu: str) -> None:
+    def show_picks(self, *, model: str, gpu: str, data: str) -> None:
         """Show what is picked."""
-        self.query_one("#pick-model", PickButton).value = plain(model)
-        self.query_one("#pick-gpu", PickButton).value = plain(gpu)
+        for name, value in (("model", model), ("gpu", gpu), ("data", data)):
+            self.query_one(f"#pick-{name}", PickButton).value = plain(value)
+
+    def show_card(self, card: Card) -> None:
+        """Say what an empty price stands for; a display is asked about where the machine does not tell."""
+        price = card.spec.price_usd_per_hour
+        self.query_one("#knob-price", Input).placeholder = "not known" if price is None else f"{price:g}"
+        self.query_one("#knob-display").disabled = card.argument is None
 
     def set_texts(self, texts: Mapping[str, str]) -> None:
         """Replace the text of every knob at once, as one change that posts nothing."""
-        self._texts = dict(texts)
-        for row in ROWS:
+        self._texts |= texts
+        for row in (*ASKED, *ROWS):
             control = self.query_one(f"#knob-{row.field}")
             with control.prevent(Input.Changed, Select.Changed):
                 if isinstance(control, ChoiceKnob | Input):
-                    control.value = texts[row.field]
+                    control.value = self._texts[row.field]
         self._adapt()
 
     def show_error(self, field: str | None, message: str) -> None:

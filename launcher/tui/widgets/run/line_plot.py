@@ -15,16 +15,22 @@ from launcher.tui.themes import colours
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _LABEL_WIDTH = 8
+Points = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PlotData:
-    """Points by rising x; `marks` are single points drawn over the line."""
+    """Points by rising x; `marks` are single points drawn over the line. `second` is another line in another
+    colour, `apart` with its own scale, which no label tells. A `faint` first line stands behind it.
+    """
 
-    points: tuple[tuple[float, float], ...] = ()
-    marks: tuple[tuple[float, float], ...] = ()
+    points: Points = ()
+    marks: Points = ()
     x_label: str = ""
     end: float | None = None
+    second: Points = ()
+    apart: bool = False
+    faint: bool = False
 
 
 class LinePlot(Widget):
@@ -41,37 +47,53 @@ class LinePlot(Widget):
             self.data,
             self.content_size.width,
             self.content_size.height,
-            line=shown.primary,
+            line=shown.muted if self.data.faint else shown.primary,
+            second=shown.primary if self.data.faint else shown.accent,
             mark=shown.warning,
             muted=shown.muted,
         )
 
 
-def draw(data: PlotData, width: int, height: int, *, line: str, mark: str, muted: str) -> Text:
+def draw(
+    data: PlotData, width: int, height: int, *, line: str, mark: str, muted: str, second: str = ""
+) -> Text:
     """The plot as text of `height` lines."""
     columns, rows = width - _LABEL_WIDTH - 1, height - 1
-    finite = [p for p in (*data.points, *data.marks) if math.isfinite(p[0]) and math.isfinite(p[1])]
+    together = data.points + data.marks + (() if data.apart else data.second)
+    finite = [p for p in together if math.isfinite(p[0]) and math.isfinite(p[1])]
     if columns < 4 or rows < 1 or not finite:
         return Text("waiting for the first step" if columns >= 4 else "", muted)
-    low, high = min(y for _, y in finite), max(y for _, y in finite)
-    first, last = min(x for x, _ in finite), max(x for x, _ in finite)
-    frame = _Frame(
-        columns=columns, rows=rows, first=first, last=max(last, data.end or last), low=low, high=high
-    )
+    frame = _frame(finite, columns, rows, data.end)
     cells = _line_cells([p for p in data.points if p in frame], frame)
+    others = [p for p in data.second if p in frame]
+    over = _line_cells(others, _frame(others, columns, rows, data.end) if data.apart and others else frame)
     marks = {(frame.column(x) // 2, frame.row(y) // 4) for x, y in data.marks if (x, y) in frame}
     text = Text(no_wrap=True, end="")
     for row in range(rows):
-        text.append(_row_label(row, rows, low, high).rjust(_LABEL_WIDTH) + "│", muted)
+        text.append(_row_label(row, rows, frame.low, frame.high).rjust(_LABEL_WIDTH) + "│", muted)
         for column in range(columns):
-            if (column, row) in marks:
+            here = column, row
+            if here in marks:
                 text.append("●", mark)
             else:
-                bits = cells.get((column, row), 0)
-                text.append(chr(0x2800 + bits) if bits else " ", line)
+                # A cell has one colour; dots of both are kept.
+                bits = cells.get(here, 0) | over.get(here, 0)
+                text.append(chr(0x2800 + bits) if bits else " ", second if here in over else line)
         text.append("\n")
     text.append(" " * _LABEL_WIDTH + "└" + _x_labels(frame, columns, data.x_label), muted)
     return text
+
+
+def _frame(points: Sequence[tuple[float, float]], columns: int, rows: int, end: float | None) -> _Frame:
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    return _Frame(
+        columns=columns,
+        rows=rows,
+        first=first,
+        last=max(last, end or last),
+        low=min(y for _, y in points),
+        high=max(y for _, y in points),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
