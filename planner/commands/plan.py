@@ -104,7 +104,6 @@ def plan_from(args: argparse.Namespace) -> Plan:
     Raises:
         InputError: see planner.planning.make_plan.make_plan.
     """
-    from planner.data.files import on_this_machine
     from planner.planning.make_plan import make_plan, read_stats
 
     stats = None
@@ -112,6 +111,8 @@ def plan_from(args: argparse.Namespace) -> Plan:
         args.gpu, display=args.display, price_per_hour=args.price_per_hour
     )
     if args.data is not None:
+        from planner.data.files import on_this_machine
+
         args.data = on_this_machine(args.data, allow_network=args.allow_download)
         stats = read_stats(args.data)
     return make_plan(
