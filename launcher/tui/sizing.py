@@ -13,6 +13,7 @@ from planner.memory.breakdown import REPLAYED
 from planner.models.spec import ModelSpec
 from planner.setup.card_limits import refuse_on_card
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
+from planner.setup.experts import experts_held
 from planner.setup.parallelism import DDP, FSDP
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
@@ -83,6 +84,8 @@ def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: 
     Raises:
         InputError: the setup is not possible for the model or on the card, or its memory is not modelled.
     """
+    # As a plan takes it: the form has no row for it.
+    setup = setup.replace(experts=experts_held(setup, model))
     refuse_on_card(setup.to_dict(), card.spec)
     answers, refused = [], None
     for way in ways(setup, card):
