@@ -151,6 +151,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    if setup.experts == "4bit":
+        return _load_by_layer(setup, source, device=device, allow_download=allow_download)
     chosen = {"attn_implementation": setup.attn_implementation} if setup.attn_implementation else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -165,6 +167,23 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+
+
+def _load_by_layer(
+    setup: TrainingSetup, source: str, *, device: torch.device, allow_download: bool
+) -> PreTrainedModel:
+    from launcher.training.loading.base_folder import find_base
+    from launcher.training.loading.by_layer import load_by_layer
+
+    quantization = quantization_config(setup)
+    assert quantization is not None
+    return load_by_layer(
+        find_base(source, allow_download=allow_download),
+        dtype=torch_dtype(setup),
+        quantization_config=quantization,
+        attn_implementation=setup.attn_implementation,
+        device=device,
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -195,6 +214,7 @@ def build_trainer(
 
     from launcher.training.callbacks import LaunchedTrainer, PartialCheckpointing, QuietHeap
     from launcher.training.evaluation import evaluation_callbacks
+    from launcher.training.loading.quantised_experts import as_parameters
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
@@ -208,16 +228,17 @@ def build_trainer(
     if setup.distributed == "fsdp" and not on_gpu:
         let_cpus_shard()
     try:
-        trainer = LaunchedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            # A model that was sharded while it was loaded has its adapters already.
-            peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
-            callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
-        )
+        with as_parameters(model):
+            trainer = LaunchedTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                # A model that was sharded while it was loaded has its adapters already.
+                peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
+                callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
+            )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)

@@ -184,12 +184,14 @@ def to_setup(model: str, texts: Mapping[str, str], others: Mapping[str, Any]) ->
 
 
 def other_fields(setup: TrainingSetup) -> dict[str, Any]:
-    """Fields of a setup that no knob shows and that differ from their defaults."""
+    """Fields of a setup that no knob shows and that differ from their defaults. How experts are held is none:
+    it follows from the model (launcher/tui/sizing.py).
+    """
     default = TrainingSetup(model=setup.model, max_length=setup.max_length)
     return {
         name: value
         for name, value in setup.to_dict().items()
-        if name not in FORM_FIELDS and name != "model" and value != getattr(default, name)
+        if name not in FORM_FIELDS and name not in ("model", "experts") and value != getattr(default, name)
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.setup.defaults import FASTER_OPTIM
+from planner.setup.knob import plain
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
@@ -56,6 +57,7 @@ def refuse_unmodelled(run: TrainingRun) -> None:
         raise NotModelledError("experts_implementation", model.default_experts_implementation)
     if any(layer.shared_expert_intermediate_size for layer in model.layers):
         raise NotModelledError("shared experts of model", model.id)
+    _refuse_on_experts(run)
     if model.is_traced:
         _refuse_traced(run)
     if setup.kernels == "liger":
@@ -94,6 +96,30 @@ def _refuse_traced(run: TrainingRun) -> None:
     ):
         if getattr(setup, name) != traced:
             raise NotModelledError(f"{name} of a traced model", getattr(setup, name))
+
+
+def _refuse_on_experts(run: TrainingRun) -> None:
+    """Refuse what experts cannot be held or adapted with.
+
+    Raises:
+        FieldError: experts in 4 bits of a model that has none.
+        InputError: what PEFT refuses on adapted experts (0.21.2, tuners/lora/layer.py: ParamWrapper).
+        NotModelledError: offloading of what is kept of experts in 4 bits.
+    """
+    setup = run.setup
+    held = setup.experts == "4bit"
+    if held and not any(layer.experts for layer in run.model.layers):
+        raise FieldError("experts", setup.experts, f"16bit: {run.model.id} has no experts")
+    if held and setup.activation_offloading and not _whole_checkpoints(setup):
+        raise NotModelledError("experts=4bit, layers not checkpointed and activation_offloading", True)
+    if not run.trained.experts_rank:
+        return
+    for name in ("use_dora", "lora_dropout"):
+        if getattr(setup, name):
+            raise InputError(
+                f"{name} {plain(getattr(setup, name))} does not work with adapters on experts: PEFT 0.21.2 "
+                f"refuses it; name target_modules of attention alone, or leave {name} out"
+            )
 
 
 def _whole_checkpoints(setup: TrainingSetup) -> bool:
