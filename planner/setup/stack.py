@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from planner.base import validate
 from planner.base.errors import FieldError
 from planner.base.units import DTYPE_WIDTH
@@ -18,7 +20,8 @@ class Stack:
     people, works on tiles of `head_tokens` tokens by `head_vocabulary` entries of the vocabulary. Its
     activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
     `kept_attention` are the attention implementations whose outputs its selective checkpointing keeps,
-    `sharding` says what FSDP2 shares out.
+    `sharding` says what FSDP2 shares out. `autocast` says that it runs the model in torch's autocast, so that
+    products are in 16 bits whatever their weights are held in.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Stack:
     offload_stash: int
     kept_attention: tuple[str, ...]
     sharding: Sharding = LAUNCHED
+    autocast: bool = True
 
     def __post_init__(self) -> None:
         validate.text("stack", self.name)
@@ -61,3 +65,6 @@ TRL = Stack(
     kept_attention=("sdpa", "flash_attention_2"),
 )
 """SFTTrainer of TRL 1.16, the one stack that runs are launched with."""
+PLAIN_LOOP = dataclasses.replace(TRL, name="plain loop", autocast=False)
+"""A loop of transformers' and PEFT's own without a trainer, as those that others publish runs of: the head
+that k-bit preparation turns into fp32 computes in fp32."""
