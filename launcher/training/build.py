@@ -199,10 +199,7 @@ def build_trainer(
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
-        import torch
-
-        allow_tf32()
-        repeat_shared_keys(capability=torch.cuda.get_device_capability(), dtype=setup.dtype)
+        _use_card(setup)
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
@@ -234,6 +231,14 @@ def build_trainer(
         )
         trainer.add_callback(compiled)
     return trainer
+
+
+def _use_card(setup: TrainingSetup) -> None:
+    """What torch and transformers are told of the card that they run on."""
+    import torch
+
+    allow_tf32()
+    repeat_shared_keys(capability=torch.cuda.get_device_capability(), dtype=setup.dtype)
 
 
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
