@@ -19,6 +19,7 @@ from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
 from planner.setup.training_setup import TrainingSetup
+from planner.throughput.torch_attention import repeats_keys
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +219,7 @@ def build_trainer(
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
-        allow_tf32()
+        _use_card(setup)
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
@@ -251,6 +252,14 @@ def build_trainer(
         )
         trainer.add_callback(compiled)
     return trainer
+
+
+def _use_card(setup: TrainingSetup) -> None:
+    """What torch and transformers are told of the card that they run on."""
+    import torch
+
+    allow_tf32()
+    repeat_shared_keys(capability=torch.cuda.get_device_capability(), dtype=setup.dtype)
 
 
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
@@ -290,6 +299,19 @@ def allow_tf32() -> None:
 
     if torch.cuda.get_device_capability() >= TF32_CAPABILITY:
         torch.set_float32_matmul_precision("high")
+
+
+def repeat_shared_keys(*, capability: tuple[int, int], dtype: str) -> None:
+    """Have transformers repeat keys and values to all heads before sdpa, on cards where that is to be.
+
+    transformers has no switch for it: it hands shared keys to torch wherever there is no mask
+    (transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa). Below 8.0 no kernel of torch's takes them,
+    and it would write whole score matrices: memory with the square of the length.
+    """
+    from transformers.integrations import sdpa_attention
+
+    if repeats_keys(capability, dtype):
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
 
 
 def _hold_trainables_in_float32(model: torch.nn.Module) -> None:

@@ -16,7 +16,7 @@ from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_memory, head_shape
 from planner.memory.held.logits import logits_memory
 from planner.memory.measured.coefficients import Coefficients, ReserveTerms, basis_of, interval_kind
-from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory
+from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, offloading_context_bytes
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, phases
@@ -58,15 +58,17 @@ def estimate_memory(
     resident, timeline, step = live.resident, live.timeline, live.peak
     evaluation = timeline.forward_only()
     terms = _reserve_terms(resident, timeline)
-    nccl, context = _nccl(run, gpu), measured.context_of(run.setup)
+    nccl, loaded_context = _nccl(run, gpu), measured.context_on(gpu).expected_bytes
+    context = loaded_context + offloading_context_bytes(run.setup)
     limit = None if limit_bytes is None else limit_bytes - context - nccl.expected_bytes
     replayed = _replayed(run, gpu, allocator, limit) if replay else None
-    distance = measured.distance(run, gpu_name)
+    distance = measured.distance(run, gpu)
     parts = (measured, resident, step, evaluation, terms, replayed, distance)
     found = phases(
         *parts,
         kind=interval_kind(run.setup),
         context_bytes=context,
+        loaded_context_bytes=loaded_context,
         nccl=nccl,
         pools_bytes=timeline.pool_bytes,
     )
@@ -77,9 +79,11 @@ def estimate_memory(
         reserved_bytes=there.reserved_bytes,
         process_bytes=there.process_bytes,
         process_upper_bytes=there.process_upper_bytes,
-        components=components(run, measured, resident, step, there, nccl, replayed=replayed is not None),
+        components=components(
+            run, measured, resident, step, there, nccl, context_bytes=context, replayed=replayed is not None
+        ),
         phases=found,
-        basis=basis_of(measured, run.model, gpu_name, distance, replayed=replayed is not None),
+        basis=basis_of(measured, run.model, gpu, distance, replayed=replayed is not None),
     )
 
 

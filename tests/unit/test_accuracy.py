@@ -129,6 +129,8 @@ def test_json_holds_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     speed = next(one for one in values["speed"] if one["gpu"] == "h100-80gb")
     assert speed["held_out"].keys() == {"runs", "bias", "median", "percentile_90", "worst"}
     assert sum(model["summary"]["runs"] for model in speed["models"]) == speed["held_out"]["runs"]
+    assert [one["card_class"] for one in values["published"]][:3] == ["Turing", "Ampere", "Ada"]
+    assert all(one["summary"].keys() == speed["held_out"].keys() for one in values["published"])
 
 
 def test_speed_is_as_right_as_the_documentation_says(speed: tuple[SpeedAccuracy, ...]) -> None:
