@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
@@ -80,7 +81,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Tests that compute have imported torch by now."""
+    """Tests that compute have imported torch by now: what is imported stays, and the trainer's collections of
+    garbage, half a second each, need not look at it."""
+    gc.collect()
+    gc.freeze()
     if "torch" in sys.modules:
         multiply_in_float32_without_units()
 

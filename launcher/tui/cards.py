@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from planner.base.errors import VramwiseError
+from launcher.tui.text import gib
+from planner.base.errors import InputError, VramwiseError
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.detect import local_gpus
 from planner.gpus.parse import REFERENCE_CARDS
@@ -56,24 +57,36 @@ class Card:
         return f"GPU {self.target.index} here: {self.spec.name}"
 
     @property
+    def display(self) -> bool:
+        """Whether a display is taken to be attached; what one holds of this machine's own GPU is counted."""
+        return self.argument is not None and self.target.held_bytes > 0
+
+    @property
+    def held(self) -> str:
+        """What of the card's memory others hold and who they are; empty where nobody does."""
+        if not self.target.held_bytes:
+            return ""
+        return f"{gib(self.target.held_bytes)} held by " + ("a display" if self.display else "others now")
+
+    @property
     def detail(self) -> str:
         """The card behind a size, or the name behind an id."""
         many = f"{self.target.count} x " if self.target.count > 1 else ""
         return f"{many}{self.spec.name}"
 
 
-def first_card(text: str | None, fallback: str) -> Card:
+def first_card(text: str | None, fallback: str, *, display: bool = False) -> Card:
     """The card that is asked for; else this machine's with most memory free, with all of its kind; else the
-    fallback.
+    fallback. What a `display` takes is left out but for this machine's, where it is counted.
 
     Raises:
         InputError: the text names no card.
     """
     if text is not None:
-        return card_from_text(text)
+        return card_from_text(text, display=display)
     here = detected_cards()
     if not here:
-        return card_from_text(fallback)
+        return card_from_text(fallback, display=display)
     return max(here, key=lambda card: (card.usable_bytes, card.target.count))
 
 
@@ -122,3 +135,21 @@ def card_from_text(text: str, *, display: bool = False) -> Card:
     """
     target = resolve_gpu(text, display=display)
     return Card(target=target, group=SIZE if target.reference else CATALOG, argument=text.strip())
+
+
+def card_of(target: GpuTarget) -> Card | None:
+    """The card that something was planned for; this machine's own as it is now. None where it is no more."""
+    if target.index is not None:
+        same = (card for card in detected_cards() if card.target.index == target.index)
+        return next((card for card in same if card.target.count == target.count), None)
+    try:
+        return card_from_text(target.text, display=target.held_bytes > 0)
+    except InputError:
+        return None
+
+
+def attached(card: Card, *, display: bool) -> Card:
+    """The same card with a display or without; this machine's own is what it is."""
+    if card.argument is None or card.display == display:
+        return card
+    return card_from_text(card.argument, display=display)

@@ -10,8 +10,10 @@ from pathlib import Path
 from launcher.runs import stack, supervisor
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
+from launcher.runs.kept import fingerprint, resumption
 from launcher.runs.minding.gpu_lock import GpuBusyError
 from launcher.runs.minding.gpu_room import in_the_way
+from launcher.runs.report.facts import plan_or_none
 from launcher.runs.weights import require_weights
 from launcher.tui.cards import visible_gpus
 from launcher.tui.command_line import request_of
@@ -86,6 +88,24 @@ def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Sta
         # Taken since it was looked at.
         shutil.rmtree(folder.path, ignore_errors=True)
         raise NotFreeError(str(error), positions, None) from error
+
+
+def resume(folder: RunFolder) -> Started:
+    """Go on with a run that has ended, from its newest whole checkpoint.
+
+    Raises:
+        VramwiseError: the run cannot go on, or its GPU is not free.
+    """
+    stack.require("resuming a run")
+    going_on = resumption.prepare(folder, resumption.ResumeWish())
+    job, plan = going_on.attempt.apply(folder.read_job()), plan_or_none(folder)
+    need = None if plan is None else plan.memory.peak_upper_bytes
+    _refuse_what_is_not_free(range(job.gpu_index, job.gpu_index + job.local_processes), need)
+    try:
+        fingerprint.write(folder, going_on.fingerprint)
+    except OSError as error:
+        raise InputError(f"{folder.fingerprint}: cannot be written ({error.strerror})") from error
+    return Started(folder, supervisor.resume(folder.path, going_on.attempt))
 
 
 def _refuse_what_is_not_free(positions: Sequence[int], need_bytes: int | None) -> None:

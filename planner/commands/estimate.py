@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.base.settings import card_asked_for
 from planner.base.values import dataclass
 from planner.commands.program import StoreOnce, SwitchOnce
 from planner.gpus.target import resolve_gpu
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer line by line, in order."""
+    args.gpu, args.display, _ = card_asked_for(args.gpu, display=args.display, price_per_hour=None)
     estimator = Estimator(
         resolve_gpu(args.gpu, display=args.display),
         allow_network=args.allow_download,

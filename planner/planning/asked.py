@@ -162,7 +162,9 @@ class Asked:
     def of_model(self, name: str) -> Asked:
         """The same of another model of the catalog."""
         request = dataclasses.replace(self.request, model=name)
-        return Asked(request, self.target, resolve_model(name), self.stats)
+        model = resolve_model(name)
+        runs = Runs(model, self.evaluator.runs.stack)
+        return Asked(request, self.target, model, self.stats, runs=runs)
 
     def on_card(self, name: str) -> Asked:
         """The same of another card of the catalog.

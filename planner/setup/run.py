@@ -134,16 +134,17 @@ class TrainingRun:
 
 
 class Runs:
-    """A model's runs, each made once, so that what follows from a setup is worked out once."""
+    """A model's runs with a stack, each made once, so that what follows from a setup is worked out once."""
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, model: ModelSpec, stack: Stack = TRL) -> None:
         self.model = model
+        self.stack = stack
         self._known: dict[tuple[TrainingSetup, bool], TrainingRun] = {}
 
     def of(self, setup: TrainingSetup, *, padded: bool = False) -> TrainingRun:
         """A setup's run."""
         found = self._known.get((setup, padded))
         if found is None:
-            found = TrainingRun(setup=setup, model=self.model, padded=padded)
+            found = TrainingRun(setup=setup, model=self.model, padded=padded, stack=self.stack)
             self._known[setup, padded] = found
         return found

@@ -10,6 +10,7 @@ from textual.widgets import Input
 
 from launcher.tui import advice
 from launcher.tui.cards import Card
+from launcher.tui.sizing import Wishes
 from planner.base.errors import InputError
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
@@ -27,9 +28,9 @@ def let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Holds the search until it is set."""
     held, search = threading.Event(), advice.opening_choice
 
-    def waits(name: str, model: ModelSpec, card: Card) -> TrainingSetup:
+    def waits(name: str, model: ModelSpec, card: Card, wishes: Wishes) -> TrainingSetup:
         held.wait(300)
-        return search(name, model, card)
+        return search(name, model, card, wishes)
 
     monkeypatch.setattr(advice, "opening_choice", waits)
     yield held

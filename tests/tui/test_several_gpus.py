@@ -13,7 +13,7 @@ from launcher.tui.command_line import flags, plan_command, request_of
 from launcher.tui.knobs import to_texts
 from launcher.tui.sizing import Verdict, size_up
 from launcher.tui.starting import refuse_what_cannot_start
-from launcher.tui.widgets.speed_panel import speed
+from launcher.tui.widgets.sizing.speed_panel import speed
 from planner.base.errors import InputError
 from planner.base.units import MIB
 from planner.models.catalog import load_shipped

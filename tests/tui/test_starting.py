@@ -108,7 +108,7 @@ async def test_the_form_comes_back_as_it_was_filled_with_the_reason(
 
 
 REASON = (
-    "the run /home/somebody/.local/share/vramwise/runs/20261201-071533-llama-3.1-8b-instruct trains on GPU "
+    "the run /data/somebody/share/vramwise/runs/20261201-071533-llama-3.1-8b-instruct trains on GPU "
     "GPU-4f1c2a3b-9d8e-7f6a-5b4c-3d2e1f0a9b8c since 2026-12-01 07:15, process 12345"
 )
 

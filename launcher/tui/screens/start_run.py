@@ -56,6 +56,7 @@ class StartRun(ModalScreen[RunWish | None]):
         model_source: str,
         data: str,
         runs: str,
+        epochs: float | None = None,
         wish: RunWish | None = None,
         refusal: str = "",
     ) -> None:
@@ -68,7 +69,7 @@ class StartRun(ModalScreen[RunWish | None]):
             "data": data,
             "model": model_source,
             "runs": runs,
-            "epochs": f"{defaults.EPOCHS:g}",
+            "epochs": f"{defaults.EPOCHS if epochs is None else epochs:g}",
             "steps": "",
         }
         if wish is not None:

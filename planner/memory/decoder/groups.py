@@ -151,8 +151,7 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
             found += _groups_of_kind(decoder, layer, replace(knobs, stream_width=width), indices)
             if indices is layer.indices:
                 break
-    last = model.layers[-1]
-    return tuple(found), final_norm_memory(last, replace(common, stream_width=later))
+    return tuple(found), final_norm_memory(model.norm_layer, replace(common, stream_width=later))
 
 
 def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:
