@@ -21,8 +21,9 @@ from launcher.runs.events import AdapterEvent, CheckpointEvent, EndEvent, LogEve
 from launcher.runs.folder import RunFolder
 from launcher.runs.minding import ranks as minded
 from launcher.runs.minding.hang import HangLimits
+from launcher.training.several.ranks import AGENT as AGENT_VARIABLE
 from tests import forks
-from tests.faults import ranks
+from tests.faults import ranks, small_runs
 from tests.faults.small_runs import SETUP, events_of, make_run
 
 pytestmark = pytest.mark.slow
@@ -153,6 +154,16 @@ def test_a_killed_rank_ends_the_run_and_is_told_by_its_number_and_signal(tmp_pat
     assert f"rank 1 of 2 (process {victim}) was ended by SIGKILL after step" in end.message
     assert handle.keeper.wait() == RunExit.KILLED
     wait_until(lambda: nothing_is_left(run), 60)
+
+
+def test_a_rank_whose_agent_died_before_it_began_is_no_orphan(tmp_path: Path) -> None:
+    """As when the agent is killed while its ranks are still starting Python: nothing would end them."""
+    run = long_run(tmp_path, "run")
+    gone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", AGENT_VARIABLE: str(2**22 + 1)}
+    rank = small_runs.start(run, environment=gone)
+    assert small_runs.code_of(rank) == RunExit.KILLED
+    assert minded.live_ranks(run, 2) == {}
+    assert not run.events.exists()
 
 
 AGENT = """

@@ -257,8 +257,8 @@ def test_a_run_takes_gpus_that_are_alike_and_side_by_side() -> None:
     assert (second.first_position(1), second.first_position(2)) == (1, 0)
     assert dataclasses.replace(card, count=3, position=3, positions=(0, 2, 3)).first_position(2) == 2
     assert card.first_position(2) == 0
-    for places in ((0, 2), (1,), ()):
-        with pytest.raises(InputError, match="side by side"):
+    for places, why in (((0, 2), "side by side"), ((1,), "shows 1 x rtx-4090"), ((), "2 GPUs are needed")):
+        with pytest.raises(InputError, match=why):
             dataclasses.replace(card, position=0, positions=places).first_position(2)
 
 

@@ -16,6 +16,7 @@ from launcher.runs.folder import RunFolder
 from launcher.runs.minding.ranks import Death, tell_deaths
 from launcher.runs.training_job import TrainingJob
 from launcher.training.several import meeting
+from launcher.training.several.ranks import AGENT
 from planner.base.errors import InputError
 
 
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
 
     # As the launcher's own processes: no file of the folder that it was started in shadows a library.
     os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ[AGENT] = str(os.getpid())
 
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
