@@ -263,19 +263,20 @@ def test_a_model_that_is_loaded_by_layer_is_the_one_that_is_loaded_whole(base: P
         assert torch.equal(getattr(module, name), getattr(other, name))
 
 
-def test_a_merge_adds_to_what_a_run_multiplied_by(base: Path) -> None:
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_merge_adds_to_what_a_run_multiplied_by_or_to_the_original(base: Path, rounded: bool) -> None:
     skeleton = Skeleton(
         base=find_base(str(base), allow_download=False),
         dtype=torch.float32,
-        quantization=build.quantization_config(QLORA),
+        quantization=build.quantization_config(QLORA) if rounded else None,
         device=torch.device("cpu"),
         quantizes_experts=True,
     )
-    model = build.load_model(QLORA, str(base), device=torch.device("cpu"), allow_download=False)
+    setup = QLORA if rounded else QLORA.replace(experts="16bit")
+    model = build.load_model(setup, str(base), device=torch.device("cpu"), allow_download=False)
     name = "model.layers.1.mlp.experts.down_proj"
     group = next(group for group in skeleton.groups if name in group.parameters)
-    assert skeleton.is_quantized(name)
-    assert torch.equal(
-        skeleton.load(group)[name], model.get_submodule("model.layers.1.mlp.experts").down_proj
-    )
+    assert skeleton.is_quantized(name) == rounded
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    assert torch.equal(skeleton.load(group)[name], experts.down_proj)
     skeleton.close()
