@@ -152,15 +152,15 @@ class Skeleton:
         )
 
     def _is_quantized_stack(self, parameter: str) -> bool:
-        place = self._places.get(parameter)
-        return self.quantizes_experts and place is not None and is_stack(parameter, place.empty)
+        if self.quantization is None or not self.quantizes_experts:
+            return False
+        return is_stack(parameter, self._places[parameter].empty)
 
     def _plain(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A loaded parameter as a plain tensor on the CPU."""
         from bitsandbytes.functional import dequantize_4bit
 
-        if self._is_quantized_stack(name):
-            assert self.quantization is not None
+        if self.quantization is not None and self._is_quantized_stack(name):
             return dequantize_4bit(*quantised(value.data, self.quantization)).cpu()
         state = getattr(value, "quant_state", None)
         if state is None:
