@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -213,6 +214,7 @@ class VramwiseApp(App[None]):
             runs=str(self._runs_root),
             wish=wish,
             refusal=refusal,
+            foresee=partial(starting.foresee, sizing),
         )
         self.push_screen(form, lambda wish: None if wish is None else self._start(sizing, wish))
 

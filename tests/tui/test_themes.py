@@ -17,6 +17,7 @@ from launcher.tui.screens import run as run_screen
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.data_picker import DataPicker
 from launcher.tui.screens.help import Help
+from launcher.tui.screens.needs import NeedsScreen
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.run import RunScreen
 from launcher.tui.screens.runs import RunsScreen
@@ -54,6 +55,7 @@ SCREENS: dict[str, tuple[Open, str]] = {
     "cards": (pressing("g"), Picker.__name__),
     "runs": (pressing("o"), RunsScreen.__name__),
     "data": (pressing("d"), DataPicker.__name__),
+    "needs": (pressing("n"), NeedsScreen.__name__),
     "start form": (pressing("t"), StartRun.__name__),
     "command palette": (pressing("ctrl+p"), "CommandPalette"),
     "a list of choices": (pressing("up", "enter"), SizingScreen.__name__),
