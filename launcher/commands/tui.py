@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from planner.base.settings import Session, card_asked_for, keep_session, load_se
 
 if TYPE_CHECKING:
     from planner.models.spec import ModelSpec
+    from planner.setup.training_setup import TrainingSetup
 
 DEFAULT_MODEL = "qwen2.5-14b"
 DEFAULT_GPU = "16GB"
@@ -59,28 +61,26 @@ def run(args: argparse.Namespace) -> int:
     from launcher.tui.app import VramwiseApp
     from launcher.tui.cards import first_card
     from launcher.tui.pauses import shorten_pauses
+    from launcher.tui.screens.reading import Opening
     from launcher.tui.text import plain
-    from planner.setup.defaults import DEFAULT_LENGTHS, OPTIM
-    from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE
-    from planner.setup.training_setup import TrainingSetup
+    from planner.models.catalog import catalog_ids
 
     kept = load_settings()
     gpu, display, price = card_asked_for(args.gpu, display=args.display, price_per_hour=None)
     card = first_card(gpu, DEFAULT_GPU, display=display)
-    name, model = _first_model(args)
     if args.run is not None and not (args.run / "job.json").is_file():
         raise InputError(f"{args.run}: not a run folder (no job.json)")
-    setup = TrainingSetup(
-        model=name,
-        max_length=min(DEFAULT_LENGTHS[0], model.max_position_embeddings),
-        gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
-        dtype=card.spec.dtype,
-        optim=OPTIM,
-    )
+
+    opened = partial(_opened, args, card.spec.dtype)
+    wished = args.model or load_session().model or DEFAULT_MODEL
+    # A model of the catalog is there at once, another takes seconds, in which the screen says what is done.
+    known = wished in catalog_ids()
+    model, setup = opened() if known else (None, None)
     app = VramwiseApp(
         model=model,
-        card=card,
         setup=setup,
+        opening=None if known else Opening(name=wished, read=opened),
+        card=card,
         automatic=True,
         runs_root=runs_root(args.runs),
         run=None if args.run is None else RunFolder(args.run.resolve()),
@@ -92,12 +92,35 @@ def run(args: argparse.Namespace) -> int:
     )
     shorten_pauses()
     app.run()
-    keep_session(Session(model=app.model_name))
+    if app.refusal:
+        raise InputError(app.refusal)
+    if app.model_name is not None:
+        keep_session(Session(model=app.model_name))
     for folder in app.runs_that_go_on():
         # Not on stdout, which a server reads.
         again = command_for("follow", folder)
         print(f"run {plain(folder.path.name, 100)} goes on: {plain(again)}", file=sys.stderr)
     return app.return_code or 0
+
+
+def _opened(args: argparse.Namespace, dtype: str) -> tuple[ModelSpec, TrainingSetup]:
+    """The first model and a setup of it, which may take seconds.
+
+    Raises:
+        InputError: what is asked for is no model.
+    """
+    from planner.setup.defaults import DEFAULT_LENGTHS, OPTIM
+    from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE
+    from planner.setup.training_setup import TrainingSetup
+
+    name, model = _first_model(args)
+    return model, TrainingSetup(
+        model=name,
+        max_length=min(DEFAULT_LENGTHS[0], model.max_position_embeddings),
+        gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
+        dtype=dtype,
+        optim=OPTIM,
+    )
 
 
 def _first_model(args: argparse.Namespace) -> tuple[str, ModelSpec]:

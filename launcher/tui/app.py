@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from launcher.tui import runs, starting
 from launcher.tui.cards import Card, card_of
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.help import Help
+from launcher.tui.screens.reading import Opening, Reading
 from launcher.tui.screens.run import RunScreen
 from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.screens.sizing import SizingScreen
@@ -31,7 +33,7 @@ from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from launcher.tui.themes import DARK, LIGHT, completed
 from planner.answers.plan import Plan
-from planner.base.errors import InputError, UnknownNameError, VramwiseError
+from planner.base.errors import ExitCode, InputError, UnknownNameError, VramwiseError
 from planner.base.settings import change_setting, settings_path
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
@@ -40,7 +42,8 @@ from planner.setup.training_setup import TrainingSetup
 class VramwiseApp(App[None]):
     """Sizing first, with a run over it when a run folder is given.
 
-    Sizing opens with `setup` and, if `automatic`, goes on to what `plan` chooses for the model and the card.
+    Sizing opens with `model` and `setup`, or with what `opening` reads while a screen says so; if
+    `automatic`, it goes on to what `plan` chooses for the model and the card.
     `runs_root` is where run folders are looked for and made, `data` what the form for a new run starts with.
     With `allow_download` models and data that are not on this machine may be fetched from the Hub. `price` is
     the person's own for an hour of a GPU, `theme` the one to begin with, null for the usual one. With `keeps`
@@ -108,9 +111,10 @@ class VramwiseApp(App[None]):
     def __init__(
         self,
         *,
-        model: ModelSpec,
+        model: ModelSpec | None = None,
         card: Card,
-        setup: TrainingSetup,
+        setup: TrainingSetup | None = None,
+        opening: Opening | None = None,
         automatic: bool = False,
         runs_root: Path,
         run: RunFolder | None = None,
@@ -126,7 +130,13 @@ class VramwiseApp(App[None]):
         if theme is not None and theme not in self.available_themes:
             raise UnknownNameError("theme", theme, list(self.available_themes), "(see config list)")
         self.theme = DARK.name if theme is None else theme
-        self._first = SizingScreen(model, card, setup, automatic=automatic, data=data, price=price)
+        self._sizing_of = partial(SizingScreen, card=card, automatic=automatic, data=data, price=price)
+        self._opening = opening
+        self.refusal = ""
+        if model is not None and setup is not None:
+            self._first: SizingScreen | None = self._sizing_of(model, setup=setup)
+        else:
+            self._first = None
         self._run = run
         self._keeps = keeps
         self._runs_root = runs_root
@@ -146,14 +156,30 @@ class VramwiseApp(App[None]):
         if self._keeps:
             self.theme_changed_signal.subscribe(self, lambda theme: self.keep_settings({"theme": theme.name}))
         self._handle_signals()
-        self.push_screen(self._first)
+        if self._first is not None:
+            self._open(self._first)
+        elif self._opening is not None:
+            self.push_screen(Reading(self._opening), self._opened)
+
+    def _opened(self, found: tuple[ModelSpec, TrainingSetup] | str | None) -> None:
+        """Go on with the model that was described; without one there is nothing to show."""
+        if found is None or isinstance(found, str):
+            self.refusal = found or ""
+            self.exit(return_code=ExitCode.BAD_INPUT)
+            return
+        model, setup = found
+        self._first = self._sizing_of(model, setup=setup)
+        self._open(self._first)
+
+    def _open(self, first: SizingScreen) -> None:
+        self.push_screen(first)
         if self._run is not None:
             self.push_screen(RunScreen(self._run))
 
     @property
-    def model_name(self) -> str:
-        """The model that is sized."""
-        return self._first.model_name
+    def model_name(self) -> str | None:
+        """The model that is sized; None where none could be read."""
+        return None if self._first is None else self._first.model_name
 
     @work(thread=True, group="settings")
     def keep_settings(self, values: Mapping[str, object], told: str = "") -> None:
@@ -212,6 +238,7 @@ class VramwiseApp(App[None]):
             runs=str(self._runs_root),
             wish=wish,
             refusal=refusal,
+            foresee=partial(starting.foresee, sizing),
         )
         self.push_screen(form, lambda wish: None if wish is None else self._start(sizing, wish))
 
@@ -299,9 +326,12 @@ class VramwiseApp(App[None]):
     def load_into_sizing(self, job: TrainingJob, plan: Plan | None) -> None:
         """Take a job's setup and data, and the card that it was planned for, to sizing."""
         card = None if plan is None else card_of(plan.gpu)
-        while self.screen is not self._first:
+        first = self._first
+        if first is None:
+            return
+        while self.screen is not first:
             self.pop_screen()
-        self._first.load(job.setup, card=card, data=job.data_path, epochs=job.num_train_epochs)
+        first.load(job.setup, card=card, data=job.data_path, epochs=job.num_train_epochs)
 
     @work(thread=True, group="start")
     def resume_run(self, folder: RunFolder) -> None:

@@ -19,11 +19,19 @@ MOST_PATHS = 200
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Dataset:
-    """Data that was read: its path, or its name on the Hub, and what batches of it come to."""
+    """Data that was read: its path, or its name on the Hub, and what batches of it come to.
+
+    `count`, `tokens`, `half` and `nearly_all` are its examples, their tokens, and the lengths that half and
+    99% of them do not exceed: what every answer shows, counted once.
+    """
 
     path: str
     stats: DatasetStats = field(repr=False)
     examples: Examples = field(repr=False)
+    count: int
+    tokens: int
+    half: int
+    nearly_all: int
 
     @property
     def name(self) -> str:
@@ -56,7 +64,15 @@ def read_dataset(text: str, *, allow_network: bool = False) -> Dataset:
         raise UnreadableDataError(mistakes(Path(path), most=MOST_MISTAKES) or (str(error),)) from error
     if Path(path).exists():
         path = str(Path(path).resolve())
-    return Dataset(path=path, stats=stats, examples=Examples(stats))
+    return Dataset(
+        path=path,
+        stats=stats,
+        examples=Examples(stats),
+        count=stats.examples,
+        tokens=stats.total_tokens,
+        half=stats.percentile(50),
+        nearly_all=stats.percentile(99),
+    )
 
 
 def completions(text: str) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def _run(sizing: Sizing) -> Iterator[Explained]:
     if run is None or data is None:
         return
     told = "estimated from the size of the texts, without a tokenizer" if data.stats.estimated else "counted"
-    yield Explained("examples", f"{data.stats.examples:,}", f"of {data.path}; their lengths are {told}")
+    yield Explained("examples", f"{data.count:,}", f"of {data.path}; their lengths are {told}")
     found = run.duration
     if found is None or found.steps is None:
         return

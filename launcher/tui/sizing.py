@@ -17,7 +17,7 @@ from planner.models.spec import ModelSpec
 from planner.search.evaluator import Evaluator
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
-from planner.setup.experts import experts_held
+from planner.setup.methods import experts_held
 from planner.setup.parallelism import DDP, FSDP
 from planner.setup.training_setup import TrainingSetup
 from planner.text.ways import WAY_TITLES

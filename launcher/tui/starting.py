@@ -17,12 +17,17 @@ from launcher.runs.report.facts import plan_or_none
 from launcher.runs.weights import require_weights
 from launcher.tui.cards import visible_gpus
 from launcher.tui.command_line import request_of
+from launcher.tui.dataset import read_dataset
 from launcher.tui.screens.start_run import RunWish
-from launcher.tui.sizing import Sizing
+from launcher.tui.sizing import Sizing, evaluator_of
+from launcher.tui.text import size
+from launcher.tui.whole_run import run_lines, with_whole_run
 from planner.answers.plan import Plan
 from planner.base.errors import InputError
 from planner.data.files import on_this_machine
 from planner.planning.make_plan import make_plan
+from planner.planning.needs import load_needs
+from planner.setup.defaults import KEPT_CHECKPOINTS
 
 
 class NotFreeError(InputError):
@@ -74,6 +79,10 @@ def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Sta
         model_source=wish.model_source,
         data=wish.data,
         max_steps=wish.max_steps,
+        eval_data=wish.eval_data,
+        eval_split=wish.eval_split,
+        seed=wish.seed,
+        assistant_only_loss=wish.assistant_only_loss,
         allow_download=allow_download,
     )
     first = sizing.card.target.first_position(sizing.setup.num_processes)
@@ -81,7 +90,7 @@ def start(sizing: Sizing, wish: RunWish, *, allow_download: bool = False) -> Sta
     _refuse_what_is_not_free(positions, None)
     plan = _plan(sizing, wish)
     _refuse_what_is_not_free(positions, plan.memory.peak_upper_bytes)
-    folder = create_planned_run(wish.runs, plan, job)
+    folder = create_planned_run(wish.runs, plan, job, name=wish.name)
     try:
         return Started(folder, supervisor.start(folder.path))
     except GpuBusyError as error:
@@ -108,6 +117,25 @@ def resume(folder: RunFolder) -> Started:
     return Started(folder, supervisor.resume(folder.path, going_on.attempt))
 
 
+def foresee(sizing: Sizing, data: str, epochs: float | None) -> str:
+    """What a run of a sizing on data comes to, in a line: steps, time, price, what it writes.
+
+    Raises:
+        VramwiseError: the data cannot be read, or none of it can be trained.
+    """
+    known = sizing.wishes.data
+    read = known if known is not None and known.path == data else read_dataset(data)
+    wishes = replace(sizing.wishes, data=read, num_train_epochs=epochs)
+    found = with_whole_run(replace(sizing, wishes=wishes, run=None, no_run=""))
+    if found.run is None:
+        raise InputError(found.no_run)
+    parts = [f"{label} {value}" for label, value in run_lines(found, found.run)]
+    needs = load_needs(evaluator_of(sizing.model, sizing.card, wishes).run(sizing.setup))
+    written = needs.written_bytes(KEPT_CHECKPOINTS)
+    parts.append(f"disk {size(written)}, the adapter and {KEPT_CHECKPOINTS + 1} checkpoints at most")
+    return "; ".join(parts)
+
+
 def _refuse_what_is_not_free(positions: Sequence[int], need_bytes: int | None) -> None:
     if (reason := first_in_the_way(positions, need_bytes)) is not None:
         raise NotFreeError(reason, positions, need_bytes)
@@ -121,5 +149,10 @@ def first_in_the_way(positions: Sequence[int], need_bytes: int | None) -> str | 
 
 def _plan(sizing: Sizing, wish: RunWish) -> Plan:
     """The plan of exactly this setup on exactly this card, on the data that will be trained on."""
-    request = request_of(sizing, data=str(wish.data), num_train_epochs=wish.num_train_epochs)
+    request = request_of(
+        sizing,
+        data=str(wish.data),
+        num_train_epochs=wish.num_train_epochs,
+        learning_rate=wish.learning_rate,
+    )
     return make_plan(request, model=sizing.model, target=sizing.card.target, whole=False)

@@ -5,15 +5,19 @@ Made for a worker thread: with a hundred thousand examples it takes a tenth of a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from launcher.tui.command_line import request_of
 from launcher.tui.sizing import Sizing, WholeRun, evaluator_of
+from launcher.tui.text import plain
 from planner.base.errors import InputError
 from planner.data.batches import padding
 from planner.planning.choosing import effective_batch_size
 from planner.planning.schedule import make_duration, make_schedule, summarise_data
 from planner.search.evaluator import Candidate
+from planner.text.figures import dollars, duration
+from planner.text.speed import price_of
 from planner.throughput.roofline import forecast
 
 
@@ -47,4 +51,20 @@ def _whole_run(sizing: Sizing) -> WholeRun | None:
         duration=make_duration(run, schedule, card.target, request.price_usd_per_hour),
         padding=padding(examples.lengths(setup.max_length), examples.batches(unpacked)),
         packing=examples.packed(setup.max_length),
+    )
+
+
+def run_lines(sizing: Sizing, run: WholeRun) -> Iterator[tuple[str, str]]:
+    """Steps, time and price of a whole run."""
+    found, passes = run.duration, run.schedule.num_train_epochs
+    epochs = f"{passes:g} epoch{'' if passes == 1 else 's'}"
+    if found is None or found.steps is None:
+        yield "time", plain(sizing.no_step) or "no forecast"
+        return
+    yield "steps", f"{found.steps:,} of {run.schedule.effective_batch_size:,} examples, {epochs}"
+    yield "time", f"{duration(found.hours)}, {duration(found.hours_low)} to {duration(found.hours_high)}"
+    hourly = price_of(sizing.card.spec, sizing.wishes.usd_per_gpu_hour)
+    yield (
+        "price",
+        f"{hourly}; set one beside the card" if found.usd is None else (f"{dollars(found.usd)} at {hourly}"),
     )

@@ -67,6 +67,8 @@ async def test_data_display_and_price_move_with_the_knobs_and_are_those_of_plan(
         assert (sizing.run.duration, sizing.run.schedule) == (plan.duration, plan.schedule)
         assert (sizing.run.data, sizing.memory) == (plan.data, plan.memory)
         assert "chats.jsonl" in shown_text(pilot)
+        # A Static lays the whole screen out anew whenever its text changes.
+        assert not screen.query("#headline Static")
         assert "2 of 102 cut" in shown_text(pilot)
         assert f"{plan.duration.steps:,} of 16 examples, 3 epochs" in shown_text(pilot)  # type: ignore[union-attr]
         # A longer length cuts less.

@@ -7,6 +7,7 @@ from textual.widgets import Static
 from launcher.tui.screens.help import Help
 from launcher.tui.widgets.sizing.legend import Legend
 from launcher.tui.widgets.sizing.phase_table import PhaseTable
+from launcher.tui.widgets.sizing.text_line import TextLine
 
 from .conftest import MakeApp, settle
 from .test_sizing_screen import screen_of, shown_text
@@ -30,16 +31,16 @@ async def test_every_figure_shows_how_it_differs_from_what_is_pinned_and_says_wh
         assert f"+{more:.2f} GiB" in str(screen.query_one(Legend).render()).splitlines()[-1]
         assert f"+{more:.2f} GiB" in str(screen.query_one(PhaseTable).render())
         rates = [one.step.tokens_per_second for one in (now, first)]  # type: ignore[union-attr]
-        line = str(screen.query_one("#pinned", Static).content)
+        line = screen.query_one("#pinned", TextLine).text.plain
         assert line.startswith(f"pinned at most {first.memory.peak_upper_bytes / 2**30:.1f} GiB (+")
         assert f"tokens/s ({rates[0] / rates[1] - 1:+.0%})" in line
         assert "qwen2.5-14b, 24GB, 4,096 tokens" in line
         # Back at what is pinned nothing differs; then it is let go of.
         await pilot.press("left")
         await settle(pilot)
-        assert "+0%" in str(screen.query_one("#pinned", Static).content)
+        assert "+0%" in screen.query_one("#pinned", TextLine).text.plain
         await pilot.press("p")
-        assert not screen.query_one("#pinned", Static).display
+        assert not screen.query_one("#pinned", TextLine).display
         assert "100%" in str(screen.query_one(Legend).render())
         await pilot.press("question_mark")
         await settle(pilot)

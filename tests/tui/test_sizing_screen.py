@@ -570,10 +570,12 @@ async def test_every_key_of_the_screens_has_an_id_and_a_tooltip() -> None:
     from launcher.tui.app import VramwiseApp
     from launcher.tui.screens.compare_runs import CompareRuns
     from launcher.tui.screens.data_picker import DataPicker
+    from launcher.tui.screens.needs import NeedsScreen
     from launcher.tui.screens.run import RunScreen
     from launcher.tui.screens.runs import RunsScreen
 
-    for owner in (VramwiseApp, SizingScreen, RunScreen, RunsScreen, CompareRuns, Picker, DataPicker):
+    screens = (SizingScreen, RunScreen, RunsScreen, CompareRuns, NeedsScreen, Picker, DataPicker)
+    for owner in (VramwiseApp, *screens):
         for binding in owner.BINDINGS:
             assert binding.id, binding  # type: ignore[union-attr]
             if binding.show:  # type: ignore[union-attr]

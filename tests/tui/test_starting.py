@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from textual.widgets import Input
+from textual.widgets import Input, Static
 
+from launcher.commands import train
 from launcher.tui import starting
-from launcher.tui.screens.start_run import RunWish, StartRun
+from launcher.tui.screens.start_run import FIELDS, RunWish, StartRun, read_wish
 from launcher.tui.screens.waiting import Waiting
 from launcher.tui.sizing import Sizing
-from planner.base.errors import InputError
+from planner.base.errors import FieldError, InputError
+from planner.commands.program import Parser
+from planner.setup import defaults
 
 from .conftest import MakeApp, settle
 from .test_sizing_screen import shown_text
@@ -88,13 +92,30 @@ async def test_the_form_comes_back_as_it_was_filled_with_the_reason(
     monkeypatch.setattr(starting, "refuse_what_cannot_start", lambda answer: None)
     monkeypatch.setattr(starting, "start", refuses)
     (tmp_path / "data.jsonl").write_text("{}\n")
-    filled = {"data": str(tmp_path / "data.jsonl"), "model": "/models/mine", "epochs": "2.5", "steps": ""}
+    rows = [{"prompt": "p" * 40, "completion": "c" * 40 * length} for length in range(1, 40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    filled = {
+        "data": str(tmp_path / "data.jsonl"),
+        "model": "/models/mine",
+        "epochs": "2.5",
+        "steps": "",
+        "name": "mine",
+        "eval": "0.05",
+        "rate": "0.0003",
+        "seed": "7",
+        "assistant": "assistant",
+    }
     async with make_app(model="qwen2.5-0.5b").run_test(size=(80, 24), notifications=True) as pilot:
         await settle(pilot)
         await pilot.press("t")
         await settle(pilot)
         for name, value in filled.items():
             pilot.app.screen.query_one(f"#start-{name}", Input).value = value
+        await settle(pilot)
+        told = str(pilot.app.screen.query_one("#start-foreseen", Static).content)
+        assert "of 16 examples, 2.5 epochs; time " in told
+        assert "price not known" in told
+        assert "disk " in told
         await pilot.press("ctrl+s")
         await settle(pilot)
         assert isinstance(pilot.app.screen, StartRun)
@@ -105,6 +126,47 @@ async def test_the_form_comes_back_as_it_was_filled_with_the_reason(
         await settle(pilot)
         assert len(tried) == 2
         assert tried[0] == tried[1]
+        assert (tried[0].name, tried[0].eval_split, tried[0].learning_rate) == ("mine", 0.05, 0.0003)
+        assert (tried[0].seed, tried[0].assistant_only_loss) == (7, True)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "said"),
+    [
+        ("name", "../up", "printable characters"),
+        ("eval", "1.5", "a share between 0 and 1"),
+        ("eval", "nowhere.jsonl", "a file that exists"),
+        ("rate", "much", "a number"),
+        ("seed", "-1", "a whole number"),
+        ("assistant", "user", "all or assistant"),
+    ],
+)
+def test_what_the_form_does_not_take_is_said_of_its_field(
+    tmp_path: Path, field: str, text: str, said: str
+) -> None:
+    (tmp_path / "data.jsonl").touch()
+    texts = {name: "" for name, *_ in FIELDS}
+    texts |= {"data": str(tmp_path / "data.jsonl"), "model": "m", "runs": str(tmp_path), "epochs": "3"}
+    assert read_wish(texts).num_train_epochs == 3
+    with pytest.raises(FieldError, match=said) as told:
+        read_wish({**texts, field: text})
+    assert told.value.field == field
+
+
+def test_the_form_s_usual_values_are_the_command_s(tmp_path: Path) -> None:
+    """What is left empty is what `train` takes: both hand on what stands for the usual."""
+    (tmp_path / "data.jsonl").touch()
+    form = StartRun(title="", model_source="m", data=str(tmp_path / "data.jsonl"), runs=str(tmp_path))
+    wish = read_wish(form.values)
+    parser = Parser()
+    train.add_arguments(parser)
+    args = parser.parse_args(["--model", "m"])
+    assert wish.num_train_epochs == defaults.EPOCHS
+    assert args.epochs is None
+    told = (args.name, args.eval_data, args.eval_split, args.learning_rate, args.seed, args.max_steps)
+    mine = (wish.name, wish.eval_data, wish.eval_split, wish.learning_rate, wish.seed, wish.max_steps)
+    assert mine == told
+    assert wish.assistant_only_loss == args.assistant_only_loss
 
 
 REASON = (

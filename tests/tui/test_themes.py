@@ -18,6 +18,7 @@ from launcher.tui.screens import run as run_screen
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.data_picker import DataPicker
 from launcher.tui.screens.help import Help
+from launcher.tui.screens.needs import NeedsScreen
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.run import RunScreen
 from launcher.tui.screens.runs import RunsScreen
@@ -46,6 +47,7 @@ OVER_SIZING: dict[str, tuple[Pressed, str]] = {
     "cards": (("g",), Picker.__name__),
     "data": (("d",), DataPicker.__name__),
     "help": (("question_mark",), Help.__name__),
+    "needs": (("n",), NeedsScreen.__name__),
     "runs": (("o",), RunsScreen.__name__),
     "start form": (("t",), StartRun.__name__),
     "command palette": (("ctrl+p",), "CommandPalette"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -16,6 +15,7 @@ from launcher.tui import cards, knobs
 from launcher.tui.command_line import plan_command
 from launcher.tui.explained import Explained, explained
 from launcher.tui.screens import sizing_parts as parts
+from launcher.tui.screens.needs import NeedsScreen
 from launcher.tui.screens.sizing_messages import Advised, Chosen, DataRead, Opened, Refined
 from launcher.tui.screens.sizing_picks import SizingPicks
 from launcher.tui.sizing import Sizing, Wishes, size_up
@@ -30,10 +30,12 @@ from launcher.tui.widgets.sizing.memory_bar import MemoryBar
 from launcher.tui.widgets.sizing.phase_table import PhaseTable
 from launcher.tui.widgets.sizing.setup_list import SetupList
 from launcher.tui.widgets.sizing.speed_panel import SpeedPanel
+from launcher.tui.widgets.sizing.text_line import TextLine
 from launcher.tui.widgets.sizing.verdict_line import VerdictLine
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
+from planner.planning.cards_for import OWN, CardAnswer
 from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
 
@@ -58,6 +60,7 @@ class SizingScreen(SizingPicks):
         ),
         Binding("p", "pin", "Pin", id="sizing.pin", tooltip="Pin: show differences to it"),
         Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
+        Binding("n", "needs", "Need", id="sizing.needs", tooltip="Which card for these hours"),
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
         Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
         Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
@@ -82,16 +85,15 @@ class SizingScreen(SizingPicks):
         first = setup.replace(dtype=card.spec.dtype) if automatic else setup
         self._initial = {**knobs.to_texts(first), **knobs.asked_texts(card, price)}
         self._asked_optim = self._shown_optim = setup.optim
-        self._question: Text | None = None
         self._pinned: Sizing | None = None
 
     def compose(self) -> ComposeResult:
         """The headline over the form and the details."""
         with Vertical(id="headline"):
-            yield Static("", id="question")
+            yield TextLine(id="question")
             yield VerdictLine()
-            yield Static("", id="whole-run")
-            yield Static("", id="pinned")
+            yield TextLine(id="whole-run")
+            yield TextLine(id="pinned")
             yield MemoryBar()
         with Container(id="body"):
             yield VerticalScroll(KnobForm(self._initial), id="form-scroll", can_focus=False)
@@ -200,10 +202,11 @@ class SizingScreen(SizingPicks):
         self.sizing = sizing
         self._show_question()
         self._show_pinned()
-        line = self.query_one("#whole-run", Static)
+        line = self.query_one("#whole-run", TextLine)
         line.display = sizing.wishes.data is not None
-        line.update(parts.whole_run(sizing, colours(self.app).muted))
-        self.query_one(DataPanel).sizing = sizing
+        line.text = parts.whole_run(sizing, colours(self.app).muted)
+        # The verdict is painted first, the data's picture in the frame after it.
+        self.call_after_refresh(self._show_data)
         self.query_one(VerdictLine).sizing = sizing
         self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory
@@ -211,14 +214,17 @@ class SizingScreen(SizingPicks):
         self.query_one(SpeedPanel).sizing = sizing
         self.form.show_other_fields(parts.other_fields(self._others))
 
+    def _show_data(self) -> None:
+        self.query_one(DataPanel).sizing = self.sizing
+
     def _show_pinned(self) -> None:
         """Beside every figure how it differs from the pinned setup's, if one is."""
-        line, pin = self.query_one("#pinned", Static), self._pinned
+        line, pin = self.query_one("#pinned", TextLine), self._pinned
         line.display = pin is not None
         memory = None if pin is None else pin.memory
         self.query_one(Legend).pinned = self.query_one(PhaseTable).pinned = memory
         if pin is not None and self.sizing is not None:
-            line.update(parts.pinned(self.sizing, pin, colours(self.app)))
+            line.text = parts.pinned(self.sizing, pin, colours(self.app))
 
     def action_pin(self) -> None:
         """Pin the setup with its figures; pinned as it is, let go of it."""
@@ -234,10 +240,7 @@ class SizingScreen(SizingPicks):
     def _show_question(self) -> None:
         if self.sizing is None:
             return
-        question = parts.question(self.sizing, colours(self.app).muted)
-        if question != self._question:
-            self._question = question
-            self.query_one("#question", Static).update(question)
+        self.query_one("#question", TextLine).text = parts.question(self.sizing, colours(self.app).muted)
 
     @on(Opened)
     def _take_opening(self, event: Opened) -> None:
@@ -307,6 +310,18 @@ class SizingScreen(SizingPicks):
         self._asked_optim = asked_optim
         self.form.set_texts(knobs.to_texts(one))
         self._answer(self.form.texts)
+
+    def action_needs(self) -> None:
+        """Ask which cards do it in time, and take one."""
+        if self.sizing is not None:
+            self.app.push_screen(NeedsScreen(self.sizing), self._take_card)
+
+    def _take_card(self, answer: CardAnswer | None) -> None:
+        if answer is None:
+            return
+        if answer.kind != OWN:
+            self._card = cards.card_from_text(answer.gpu)
+        self._take(answer.setup)
 
     @property
     def model_name(self) -> str:

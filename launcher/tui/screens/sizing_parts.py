@@ -12,7 +12,7 @@ from launcher.tui.screens.picker import Remark, Row
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import FITS, TIGHT, TOO_BIG, gib, plain, signed_size
 from launcher.tui.themes import Colours, component_colours
-from launcher.tui.widgets.sizing.data_panel import run_lines
+from launcher.tui.whole_run import run_lines
 from launcher.tui.widgets.sizing.memory_bar import BarData, BarPart
 from planner.models.catalog import ModelSummary
 from planner.text.figures import count, dollars, duration, rate
@@ -61,9 +61,7 @@ def whole_run(sizing: Sizing, muted: str) -> Text:
         text.append(f", {dollars(found.usd)}", "bold")
     cut = sizing.run.data.truncated_examples
     steps = f"{found.steps:,} steps" if found is not None and found.steps is not None else ""
-    more = ", ".join(
-        part for part in (steps, f"{cut:,} of {data.stats.examples:,} cut" if cut else "") if part
-    )
+    more = ", ".join(part for part in (steps, f"{cut:,} of {data.count:,} cut" if cut else "") if part)
     return text.append(f"  {more}" if more else "", muted)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 from rich.text import Text
 from textual.reactive import reactive
@@ -12,9 +14,9 @@ from textual.widget import Widget
 from launcher.tui.sizing import Sizing, WholeRun
 from launcher.tui.text import plain
 from launcher.tui.themes import Colours, colours
+from launcher.tui.whole_run import run_lines
 from planner.data.lengths import DatasetStats
-from planner.text.figures import count, dollars, duration
-from planner.text.speed import price_of
+from planner.text.figures import count
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 4
@@ -56,14 +58,14 @@ def data_text(sizing: Sizing, width: int, shown: Colours) -> Text:
         return Text(NO_DATA, shown.muted)
     stats, length = data.stats, sizing.setup.max_length
     about = "about " if stats.estimated else ""
-    text = Text(f"{stats.examples:,} examples, {about}{count(stats.total_tokens)} tokens\n", "bold")
-    spread = f"half to {stats.percentile(50):,}, 99% to {stats.percentile(99):,}, all to {stats.longest:,}"
+    text = Text(f"{data.count:,} examples, {about}{count(data.tokens)} tokens\n", "bold")
+    spread = f"half to {data.half:,}, 99% to {data.nearly_all:,}, all to {stats.longest:,}"
     text.append(spread + "\n", shown.muted)
     text.append(histogram(stats, length, width, shown))
     cut = stats.truncation(length)
     text.append("\n" + "cut".ljust(_LABEL), shown.muted)
     if cut.examples:
-        share, lost = cut.examples / stats.examples, cut.tokens / stats.total_tokens
+        share, lost = cut.examples / data.count, cut.tokens / data.tokens
         text.append(f"{cut.examples:,} examples ({share:.1%}), {lost:.2%} of tokens", shown.warning)
     else:
         text.append("none")
@@ -90,43 +92,45 @@ def _lines(sizing: Sizing, run: WholeRun) -> Iterator[tuple[str, str]]:
         yield "left out", plain(", ".join(run.data.left_out), 300)
 
 
-def run_lines(sizing: Sizing, run: WholeRun) -> Iterator[tuple[str, str]]:
-    """Steps, time and price of a whole run."""
-    found, passes = run.duration, run.schedule.num_train_epochs
-    epochs = f"{passes:g} epoch{'' if passes == 1 else 's'}"
-    if found is None or found.steps is None:
-        yield "time", plain(sizing.no_step) or "no forecast"
-        return
-    yield "steps", f"{found.steps:,} of {run.schedule.effective_batch_size:,} examples, {epochs}"
-    yield "time", f"{duration(found.hours)}, {duration(found.hours_low)} to {duration(found.hours_high)}"
-    hourly = price_of(sizing.card.spec, sizing.wishes.usd_per_gpu_hour)
-    yield (
-        "price",
-        f"{hourly}; set one beside the card" if found.usd is None else (f"{dollars(found.usd)} at {hourly}"),
-    )
-
-
 def histogram(stats: DatasetStats, cut_at: int, width: int, shown: Colours) -> Text:
     """Examples by length, the lengths on a logarithmic axis, those that are cut in another colour and the cut
     itself as a line.
     """
-    axis = _Axis(stats.lengths[0][0], max(stats.longest, cut_at), width)
-    counts = [0] * width
-    for length, examples in stats.lengths:
-        counts[axis.column(length)] += examples
-    # What the cut is in is drawn as kept or cut by its own middle: the line stands between the two.
-    mark, highest = axis.column(cut_at), max(counts)
-    text = Text(no_wrap=True)
+    longest = max(stats.longest, cut_at)
+    axis = _Axis(stats.lengths[0][0], longest, width)
+    counts, mark = _counts(_Same(stats), longest, width), axis.column(cut_at)
+    highest, text = max(counts), Text(no_wrap=True)
     for row in reversed(range(HEIGHT)):
-        for column, number in enumerate(counts):
-            eighths = math.ceil(number / highest * HEIGHT * 8) - row * 8
-            block = _LEVELS[max(0, min(8, eighths))]
-            if column == mark:
-                text.append("┃", shown.accent)
-            else:
-                text.append(block, shown.warning if column > mark else shown.primary)
-        text.append("\n")
+        line = "".join(
+            _LEVELS[max(0, min(8, math.ceil(number / highest * HEIGHT * 8) - row * 8))] for number in counts
+        )
+        text.append(line[:mark], shown.primary)
+        text.append("┃", shown.accent)
+        text.append(line[mark + 1 :] + "\n", shown.warning)
     return text.append(axis.labels(cut_at), shown.muted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Same:
+    """Lengths that are the same where they are one object: comparing thousands takes longer than drawing."""
+
+    stats: DatasetStats
+
+    def __hash__(self) -> int:
+        return id(self.stats)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.stats is self.stats
+
+
+@lru_cache(maxsize=32)
+def _counts(same: _Same, longest: int, width: int) -> tuple[int, ...]:
+    """Examples by column."""
+    lengths = same.stats.lengths
+    axis, counts = _Axis(lengths[0][0], longest, width), [0] * width
+    for length, examples in lengths:
+        counts[axis.column(length)] += examples
+    return tuple(counts)
 
 
 class _Axis:
