@@ -53,11 +53,18 @@ def _compiler() -> str:
     return f"torch-{torch}-{sys.implementation.cache_tag}-{zlib.crc32(flags):08x}"
 
 
+FITTED = ("docs", "memory_records", "throughput_fit")
+FORKED = (
+    *("faults/test_evaluation", "faults/test_file_systems", "faults/test_full_disk"),
+    *("faults/test_launcher_faults", "faults/test_out_of_memory", "faults/test_several_ranks"),
+    *("faults/test_torchrun", "stack/test_several_gpus"),
+)
 TOGETHER = {
-    f"tests/unit/test_{name}.py": "tests/unit/test_accuracy.py"
-    for name in ("docs", "memory_records", "throughput_fit")
+    **{f"tests/unit/test_{name}.py": "tests/unit/test_accuracy.py" for name in FITTED},
+    **{f"tests/{name}.py": "tests/faults/test_resume.py" for name in FORKED},
 }
-"""Files that ask the same of the planner, which takes seconds and is then remembered by the process."""
+"""Files that ask the same of the planner, which takes seconds and is then remembered by the process, and
+files that fork trainers from one, which takes ten seconds to import the training stack."""
 
 
 @pytest.hookimpl(optionalhook=True)

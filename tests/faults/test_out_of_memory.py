@@ -15,6 +15,7 @@ from launcher.runs.events import AttemptEvent, CheckpointEvent, EndEvent, LogEve
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
 from launcher.runs.minding import smaller
+from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
 from planner.setup.request import PlanRequest
@@ -31,8 +32,7 @@ def demo() -> ModelSpec:
     """The model, described in this process: the keeper's asks for one that describes it."""
     from launcher.models.inspect import inspect_config
 
-    folder = small_runs.DEMO / "model"
-    return inspect_config(folder, model_id=str(folder), hub_id=str(folder))
+    return resolve_model(str(small_runs.DEMO / "model"), inspector=inspect_config)
 
 
 def planned_run(root: Path) -> RunFolder:

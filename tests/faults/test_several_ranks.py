@@ -32,14 +32,17 @@ BFLOAT16 = 2e-2
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose head is not its embedding, in two files, beside the demo's tokenizer."""
+    return small_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+def small_model(folder: Path, *, tied: bool) -> Path:
+    """A model whose head is its embedding or is not, in two files, beside the demo's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    folder = tmp_path_factory.mktemp("untied")
     shutil.copytree(DEMO / "model", folder, dirs_exist_ok=True)
     (folder / "model.safetensors").unlink()
     config = AutoConfig.from_pretrained(DEMO / "model")
-    config.update({"tie_word_embeddings": False, "hidden_size": 64, "intermediate_size": 192})
+    config.update({"tie_word_embeddings": tied, "hidden_size": 64, "intermediate_size": 192})
     config.update({"num_hidden_layers": 2, "head_dim": 16})
     set_seed(1)
     model = AutoModelForCausalLM.from_config(config)
@@ -121,7 +124,8 @@ def test_an_adapter_of_shards_answers_in_one_process_as_it_did(
 def test_the_whole_model_learns_sharded_what_it_learns_on_one_process(
     tmp_path: Path, untied: Path, tied: bool
 ) -> None:
-    one = run_of(tmp_path, "one", DEMO / "model" if tied else untied, method="full")
+    model = small_model(tmp_path / "tied", tied=True) if tied else untied
+    one = run_of(tmp_path, "one", model, method="full")
     assert small_runs.trained(one) == 0
     alike(one, on_two(one, "fsdp", "fsdp"), ROUNDING)
 
