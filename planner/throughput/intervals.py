@@ -15,13 +15,14 @@ LEAST: Interval = (0.65, 1.5)
 """Factors on a forecast: no class has less. 62 runs of Ampere cards by four sources, of A100 with 40 and 80
 GB and RTX 3090, need 0.92 to 1.51; one of them lies outside."""
 FEW_SOURCES: Interval = (0.55, 1.65)
-"""Where runs are of one source or of a few cards: 12 runs on a T4 need 0.76 to 1.38, of one source; GPU-bound
-runs on Ada are of two RTX 4090 and an L40S, and power holds an L4 in ways that no run tells."""
+"""Where runs are of one source or of a few cards. 12 runs on a T4, of one source, need 0.88 to 1.34, or 0.69
+to 1.33 if they are forecast for this stack and not for the plain loop that ran; GPU-bound runs on Ada, 1.09
+to 1.20, are of RTX 4090 alone, and power holds an L4 in ways that no run tells."""
 BY_CLASS: dict[CardClass, Interval] = {"Ampere": LEAST}
 """What steps that the GPU decides need; FEW_SOURCES for every other class."""
 HOST_UNKNOWN: Interval = (0.5, 1.8)
-"""What steps that the host decides need, whatever the card: 1.2 to 1.7 on an L40S, 0.8 to 1.2 on an A100
-40GB. Hosts of one rented kind differ by 1.6 times alone (host_block_seconds of profiles/runs)."""
+"""What steps that the host decides need, whatever the card: 0.88 to 1.67 on an L40S, 1.20 on an A100 40GB.
+Hosts of one rented kind differ by 1.6 times alone (host_block_seconds of profiles/runs)."""
 
 
 def published_interval(gpu: GpuSpec, bound_by: str) -> Interval:
