@@ -23,6 +23,9 @@ COMMANDS = {
     "check": Command(
         "planner.commands.check", "figures that others state: possible, tight or beyond the card", _INSPECTING
     ),
+    "check-setup": Command(
+        "planner.commands.check_setup", "whether configs and setups fit a card, for hooks and CI", _INSPECTING
+    ),
     "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),
     "models": Command("planner.commands.models", "the models of the catalog"),
     "config": Command("planner.commands.config", "settings that are taken where nothing is told"),

@@ -26,7 +26,7 @@ from planner.models.spec import ModelSpec
 MODELS = data_files.PROFILES / "models"
 MAX_NAME = 4096
 # Organisations that publish unchanged copies under the original's name.
-_MIRRORS = ("unsloth/",)
+_MIRRORS = ("unsloth/", "nousresearch/")
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _HINT = "(a catalog name, a Hub id such as Qwen/Qwen2.5-14B, or a folder with config.json)"
 

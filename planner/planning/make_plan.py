@@ -26,7 +26,8 @@ from planner.search.evaluator import Candidate
 from planner.search.frontier import around_the_chosen, frontier, runners_up, settled
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
 from planner.setup.request import PlanRequest
-from planner.setup.run import TrainingRun
+from planner.setup.run import Runs, TrainingRun
+from planner.setup.stack import TRL, Stack
 from planner.throughput.torch_attention import kernels_of
 
 SHOWN_ADVICE = 3
@@ -43,6 +44,7 @@ def make_plan(
     model: ModelSpec | None = None,
     longest: bool = False,
     whole: bool = True,
+    stack: Stack = TRL,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
@@ -53,7 +55,7 @@ def make_plan(
     up already: describing one takes seconds. `target` stands in for the request's GPU: a card of which less
     is to be used than it has, or one that is known already. With `longest` the plan says how long sequences
     may be, which takes as long as choosing does. Not `whole`, it has what the short page shows: what is said
-    of other methods, ranks and cards takes a search each.
+    of other methods, ranks and cards takes a search each. `stack` is the trainer that memory is counted for.
 
     Raises:
         InputError: model, GPU, data or knobs are not usable.
@@ -65,7 +67,7 @@ def make_plan(
         model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
-    asked = Asked(request, with_processes(request, target), model, stats)
+    asked = Asked(request, with_processes(request, target), model, stats, runs=Runs(model, stack))
     plan = _plan(asked)
     if whole:
         plan = _with_all_around(asked, plan)

@@ -10,7 +10,7 @@ from planner.base.errors import FieldError
 from planner.base.units import DTYPE_WIDTH
 from planner.base.values import dataclass
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
-from planner.setup.parallelism import LAUNCHED, Sharding
+from planner.setup.parallelism import BY_ACCELERATE, LAUNCHED, Sharding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,7 @@ _WHOLE_LOGITS: dict[str, Any] = {
     "head_vocabulary": None,
 }
 
-TRL_SFT = replace(TRL, name="trl sft", allocator=NATIVE)
+TRL_SFT = replace(TRL, name="trl sft", allocator=NATIVE, sharding=BY_ACCELERATE)
 """TRL's own command line, `trl sft` of TRL 1.16: the same trainer, with torch's default allocator."""
 
 AXOLOTL = replace(
@@ -95,6 +95,7 @@ AXOLOTL = replace(
     **_WHOLE_LOGITS,
     # utils/__init__.py, set_pytorch_cuda_alloc_conf
     allocator=EXPANDABLE,
+    sharding=BY_ACCELERATE,
 )
 """Axolotl 0.21.0 without its plugins. With an adapter it takes embeddings, head and norms back to 16 bits
 after PEFT's preparation (loaders/model.py:174-196), so that nothing stays upcast."""
