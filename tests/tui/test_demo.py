@@ -26,7 +26,7 @@ pytest.importorskip("trl")
 
 MODEL = PROFILES / "demo" / "model"
 DATA = PROFILES / "demo" / "data" / "train.jsonl"
-STEPS = 25
+STEPS = 40
 LIMIT_SECONDS = 800
 
 
@@ -38,7 +38,7 @@ async def test_the_demo_is_started_followed_and_seen_to_finish(
     app = VramwiseApp(
         model=resolve_model(str(MODEL), inspector=inspector),
         card=cards.card_from_text("16GB"),
-        setup=TrainingSetup(model=str(MODEL), max_length=128, per_device_train_batch_size=2, dtype="float32"),
+        setup=TrainingSetup(model=str(MODEL), max_length=128, per_device_train_batch_size=4, dtype="float32"),
         runs_root=tmp_path / "runs",
         data=str(DATA),
     )
