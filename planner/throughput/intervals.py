@@ -18,8 +18,9 @@ FEW_SOURCES: Interval = (0.55, 1.65)
 """Where runs are of one source or of a few cards. 12 runs on a T4, of one source, need 0.88 to 1.34, or 0.69
 to 1.33 if they are forecast for this stack and not for the plain loop that ran; GPU-bound runs on Ada, 1.09
 to 1.20, are of RTX 4090 alone, and power holds an L4 in ways that no run tells."""
-BY_CLASS: dict[CardClass, Interval] = {"Ampere": LEAST}
-"""What steps that the GPU decides need; FEW_SOURCES for every other class."""
+BY_CLASS: dict[CardClass, Interval] = {"Ampere": LEAST, "Hopper": LEAST}
+"""What steps that the GPU decides need, Hopper's cards being of the architecture that the rates are of;
+FEW_SOURCES for every other class."""
 HOST_UNKNOWN: Interval = (0.5, 1.8)
 """What steps that the host decides need, whatever the card: 0.88 to 1.67 on an L40S, 1.20 on an A100 40GB.
 Hosts of one rented kind differ by 1.6 times alone (host_block_seconds of profiles/runs)."""
