@@ -13,7 +13,7 @@ from planner.memory.breakdown import REPLAYED
 from planner.models.spec import ModelSpec
 from planner.setup.card_limits import refuse_on_card
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
-from planner.setup.experts import experts_held
+from planner.setup.methods import experts_held
 from planner.setup.parallelism import DDP, FSDP
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup

@@ -8,7 +8,7 @@ from typing import Any
 from planner.base.values import dataclass
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
-from planner.setup.experts import experts_held
+from planner.setup.methods import experts_held
 from planner.setup.training_setup import TrainingSetup
 
 FLEX_CAPABILITY = (8, 0)
