@@ -107,7 +107,7 @@ class Asked:
         ranks.
         """
         found = self.request.setup(**self.knobs, max_length=min(self.lengths))
-        return found.replace(lora_r=ranks(found, self.request, self.model)[-1])
+        return found.replace(lora_r=ranks(found, self.request.fixed, self.model)[-1])
 
     @property
     def knobs(self) -> dict[str, Any]:

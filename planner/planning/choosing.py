@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +74,7 @@ def choose(
     return replace(found, tried=smallest_tried, fits=smallest_tried.fits)
 
 
-def ranks(base: TrainingSetup, request: PlanRequest, model: ModelSpec) -> tuple[int, ...]:
+def ranks(base: TrainingSetup, fixed: Mapping[str, Any], model: ModelSpec) -> tuple[int, ...]:
     """The ranks at which something may fit, the usual one first: lower ones where experts are adapted, whose
     adapters, of all experts together, may be larger than what else a step needs.
 
@@ -81,7 +82,7 @@ def ranks(base: TrainingSetup, request: PlanRequest, model: ModelSpec) -> tuple[
         FieldError: target_modules names a module that the model does not have.
     """
     usual = (base.lora_r,)
-    if "lora_r" in request.fixed or not base.uses_lora:
+    if "lora_r" in fixed or not base.uses_lora:
         return usual
     experts = adapted(model, base.target_modules).experts
     return usual + tuple(rank for rank in EXPERT_RANKS if rank < base.lora_r) if experts else usual
@@ -89,7 +90,7 @@ def ranks(base: TrainingSetup, request: PlanRequest, model: ModelSpec) -> tuple[
 
 def search_ranks(base: TrainingSetup, request: PlanRequest, evaluator: Evaluator) -> Chosen:
     """The search at the highest of the ranks at which something fits; at the lowest where nothing does."""
-    for rank in ranks(base, request, evaluator.model):
+    for rank in ranks(base, request.fixed, evaluator.model):
         found = search_at(base.replace(lora_r=rank), request, evaluator)
         if found.fits:
             break

@@ -40,7 +40,7 @@ def _longest(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> L
     fixed = {name: value for name, value in request.fixed.items() if name != "max_length"}
     open_ended = request.without("max_length")
     base = open_ended.setup(**knobs, max_length=shortest)
-    lowest = ranks(base, open_ended, evaluator.model)[-1]
+    lowest = ranks(base, open_ended.fixed, evaluator.model)[-1]
     length = longest_that_fits(
         base.replace(lora_r=lowest),
         full,

@@ -11,6 +11,7 @@ from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.memory.estimate import estimate_memory
 from planner.memory.held.weights import loaded_weights
 from planner.models.catalog import load_shipped
+from planner.planning.comparison import smallest_cards
 from planner.planning.make_plan import make_plan
 from planner.setup.cuda_allocator import EXPANDABLE
 from planner.setup.request import make_request
@@ -40,6 +41,15 @@ def test_a_mixture_of_30_billion_fits_on_24_gb_at_the_highest_rank_that_does() -
     on_attention = plan_of(max_length=2048, target_modules=ATTENTION)
     assert on_attention.fits
     assert on_attention.setup.lora_r == 16
+
+
+def test_what_other_commands_say_of_cards_and_lengths_is_what_a_plan_answers() -> None:
+    base = TrainingSetup(model=MIXTURE, max_length=512, gradient_accumulation_steps=16)
+    model = load_shipped(MIXTURE)
+    cards = smallest_cards(base, model, ("qlora",), fixed={}, given_length=2048)
+    assert cards[0].gpu is not None
+    assert plan_of(cards[0].gpu, max_length=2048).fits
+    assert cards[0].desktop_card == "rtx-3090"
 
 
 def test_experts_in_16_bits_are_a_matter_of_asking() -> None:
