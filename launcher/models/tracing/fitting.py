@@ -28,7 +28,7 @@ class Point(NamedTuple):
         return self.batch * self.length**2
 
 
-POINTS = (Point(1, 128), Point(2, 128), Point(1, 256), Point(3, 192))
+POINTS = (Point(1, 512), Point(2, 512), Point(1, 1536), Point(3, 1024))
 """The first two tell what a row costs from what is there once, the three lengths what of a row grows with its
 length and with the square of that."""
 
@@ -84,8 +84,19 @@ def _bytes(found: Sequence[int]) -> BufferBytes:
     per_token = (between - short) / step - per_score * (POINTS[0].length + POINTS[3].length)
     per_row = short - per_token * POINTS[0].length - per_score * POINTS[0].length ** 2
     if min(once, per_score, per_token, per_row) < -TOLERANCE:
-        raise InputError(f"bytes of a buffer, {found}, do not grow with tokens or their squares")
+        return _line_above(found)
     return (max(0.0, once + per_row), max(0.0, per_token), max(0.0, per_score))
+
+
+def _line_above(found: Sequence[int]) -> BufferBytes:
+    """A line that no point is above, for the most of several moments that grow apart: its slope is that at
+    the greatest lengths.
+    """
+    slope = (found[2] - found[3] / POINTS[3].batch) / (POINTS[2].length - POINTS[3].length)
+    if slope < 0:
+        raise InputError(f"bytes of a buffer, {found}, do not grow with tokens or their squares")
+    above = max(bytes_ - slope * point.tokens for bytes_, point in zip(found, POINTS, strict=True))
+    return (max(0.0, above), slope, 0.0)
 
 
 TOLERANCE = 1e-6

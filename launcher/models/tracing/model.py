@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 from launcher.models.tracing.autocast import autocast
 from launcher.models.tracing.block import BlockRun, run_block, weights_that_ask
 from launcher.models.tracing.fitting import POINTS, Point, joined
+from launcher.models.tracing.fused import fused_as_one
 from launcher.models.tracing.opaque import IMPLEMENTATION, AttentionFacts, Calls, opaque, register_attention
 from launcher.models.tracing.parts import kinds_of, parts_of
 from launcher.models.tracing.recorder import Recorder
@@ -54,6 +55,7 @@ class _Recorded:
 
     runs: dict[_Way, list[BlockRun]] = field(default_factory=dict)
     attention: list[AttentionFacts] = field(default_factory=list)
+    fused: set[str] = field(default_factory=set)
 
     def block(self) -> TracedBlock:
         """All of them as one description."""
@@ -62,7 +64,7 @@ class _Recorded:
         for (method, width, heads_first), runs in self.runs.items():
             number = passes.setdefault(joined(runs), len(passes))
             ways.append(TracedWay(method=method, width=width, heads_first=heads_first, number=number))
-        return TracedBlock(passes=tuple(passes), ways=tuple(ways))
+        return TracedBlock(passes=tuple(passes), ways=tuple(ways), unseen=tuple(sorted(self.fused)))
 
 
 class ModelTracer:
@@ -178,6 +180,7 @@ class ModelTracer:
             ):
                 recorded.runs.setdefault(way, []).append(found)
                 recorded.attention = calls.attention
+                recorded.fused |= set(calls.fused)
             return hidden
 
         return forward
@@ -197,8 +200,13 @@ def _by_way(
             # A base that is not quantised changes the dtype of products alone.
             if method != "lora" or known is None or known[1].mixed:
                 calls = Calls(Recorder(), method=method, dtype=dtype, heads_first=heads_first)
-                with opaque(module, calls), weights_that_ask(module, trained=method == "full"):
+                with (
+                    opaque(module, calls),
+                    fused_as_one(module, calls.recorder) as fused,
+                    weights_that_ask(module, trained=method == "full"),
+                ):
                     known = run_block(run, hidden, outside, calls), calls
+                calls.fused = tuple(fused)
             yield (method, dtype.itemsize, heads_first), *known
 
 

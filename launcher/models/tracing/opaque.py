@@ -58,9 +58,10 @@ class Calls:
         self.found: list[Call] = []
         self.attention: list[AttentionFacts] = []
         # Outputs want a gradient by this one, whatever the block's input does. `mixed`: a linear layer was
-        # given another dtype than it computes in.
+        # given another dtype than it computes in. `fused`: functions that a GPU may have a kernel for.
         self.asks = torch.zeros((), requires_grad=True)
         self.mixed = False
+        self.fused: tuple[str, ...] = ()
 
     def note(self, call: Call) -> int:
         """Write down a call; returns its number. The recorder's events say when."""

@@ -156,7 +156,7 @@ def model_traits(model: ModelSpec) -> frozenset[Trait]:
     }
     for layer in model.layers:
         if layer.traced is not None:
-            found |= {("traced", "true"), *(("untraced", what) for what in layer.traced.unseen)}
+            found |= {("traced", "true"), *(("an untraced kernel", what) for what in layer.traced.unseen)}
             continue
         norms = "inputs and outputs" if layer.output_norms else "inputs"
         found |= {
