@@ -35,7 +35,7 @@ class _Cost:
 
 
 class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """A function as one operation; its buffers are made anew, so that they are recorded as the block's own."""
+    """A function as one operation; its buffers are made anew, so that they count as the block's own."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., list[Any]], recorder: Recorder, *inputs: Any) -> Any:
