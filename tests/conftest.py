@@ -120,3 +120,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
             f"{spent:.0f} s of CPU time where {CPU_SECONDS_OF_A_TEST:.0f} are allowed: mend or mark slow",
             pytrace=False,
         )
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The settings of whoever runs the tests say nothing here, and no test changes them."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "user-config"))

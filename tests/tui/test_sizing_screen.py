@@ -12,14 +12,14 @@ from textual.widgets import Input, OptionList, Static
 from launcher.tui import starting
 from launcher.tui.advice import work_out
 from launcher.tui.command_line import request_of
-from launcher.tui.screens import sizing as sizing_screen
+from launcher.tui.screens import sizing_workers
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.sizing_messages import Refined
 from launcher.tui.sizing import Sizing, Verdict, refine
-from launcher.tui.widgets.choice_knob import ChoiceKnob
-from launcher.tui.widgets.pick_button import PickButton
-from launcher.tui.widgets.verdict_line import VerdictLine
+from launcher.tui.widgets.sizing.choice_knob import ChoiceKnob
+from launcher.tui.widgets.sizing.pick_button import PickButton
+from launcher.tui.widgets.sizing.verdict_line import VerdictLine
 from planner.base.errors import InputError, MissingExtraError
 from planner.commands import plan
 from planner.commands.program import Parser
@@ -122,7 +122,7 @@ async def test_a_change_is_answered_by_the_fitted_estimate_and_then_refined(
 
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
-        monkeypatch.setattr(sizing_screen, "refine", waits)
+        monkeypatch.setattr(sizing_workers, "refine", waits)
         await pilot.press("right")
         first = screen_of(pilot).sizing
         assert first is not None
@@ -159,7 +159,7 @@ async def test_a_refined_answer_that_was_overtaken_is_not_shown(
 async def test_a_refined_answer_does_not_hide_that_a_value_is_invalid(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizing_screen, "PAUSE_SECONDS", 0.3)
+    monkeypatch.setattr(sizing_workers, "PAUSE_SECONDS", 0.3)
     async with make_app().run_test(size=SIZE) as pilot:
         await type_into_without_waiting(pilot, "lora_r", "8")
         screen_of(pilot).query_one("#knob-lora_r", Input).value = "0"
@@ -461,7 +461,7 @@ async def test_why_there_is_no_advice_is_said(make_app: MakeApp, monkeypatch: py
     def refuse(*_: object) -> None:
         raise InputError("the effective batch cannot be had")
 
-    monkeypatch.setattr(sizing_screen.advice, "work_out", refuse)
+    monkeypatch.setattr(sizing_workers.advice, "work_out", refuse)
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
         assert "the effective batch cannot be had" in shown_text(pilot)
@@ -534,7 +534,7 @@ async def test_markup_and_control_characters_in_a_name_are_shown_not_obeyed(make
         text = str(screen_of(pilot).query_one("#error-model", Static).content)
         assert "[red]x[/red]" in text
         assert "\x1b" not in shown_text(pilot)
-        screen_of(pilot).form.show_picks(model=name, gpu=name)
+        screen_of(pilot).form.show_picks(model=name, gpu=name, data=name)
         await pilot.pause()
         assert "\x1b" not in screen_of(pilot).query_one("#pick-model", PickButton).value
 
@@ -577,14 +577,19 @@ async def test_the_command_palette_and_the_light_theme_work(make_app: MakeApp) -
         assert type(pilot.app.screen).__name__ == "CommandPalette"
         await pilot.press("escape", "escape", "question_mark")
         await pilot.pause()
-        assert pilot.app.screen.query("HelpPanel")
+        assert type(pilot.app.screen).__name__ == "Help"
 
 
 async def test_every_key_of_the_screens_has_an_id_and_a_tooltip() -> None:
     from launcher.tui.app import VramwiseApp
+    from launcher.tui.screens.compare_runs import CompareRuns
+    from launcher.tui.screens.data_picker import DataPicker
+    from launcher.tui.screens.needs import NeedsScreen
     from launcher.tui.screens.run import RunScreen
+    from launcher.tui.screens.runs import RunsScreen
 
-    for owner in (VramwiseApp, SizingScreen, RunScreen, Picker):
+    screens = (SizingScreen, RunScreen, RunsScreen, CompareRuns, NeedsScreen, Picker, DataPicker)
+    for owner in (VramwiseApp, *screens):
         for binding in owner.BINDINGS:
             assert binding.id, binding  # type: ignore[union-attr]
             if binding.show:  # type: ignore[union-attr]

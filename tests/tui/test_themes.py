@@ -16,12 +16,16 @@ from textual.theme import BUILTIN_THEMES, Theme
 from launcher.tui import run_follower, starting
 from launcher.tui.screens import run as run_screen
 from launcher.tui.screens.confirm import Confirm
+from launcher.tui.screens.data_picker import DataPicker
+from launcher.tui.screens.help import Help
+from launcher.tui.screens.needs import NeedsScreen
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.run import RunScreen
+from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.start_run import StartRun
 from launcher.tui.themes import DARK, LEAST_CONTRAST, LIGHT, Colours, colours, completed, contrast
-from launcher.tui.widgets.knob_form import KnobForm
+from launcher.tui.widgets.sizing.knob_form import KnobForm
 
 from . import synthetic
 from .conftest import MakeApp, settle
@@ -37,12 +41,14 @@ SIZING: dict[str, tuple[Pressed, Pressed]] = {
     "sizing": ((), ()),
     "a list of choices": (("up", "enter"), ("escape", "down")),
     "an invalid value": (("0", "down"), ("up", "backspace")),
-    "with help": (("question_mark",), ("question_mark",)),
 }
 """States of the sizing screen: the keys that lead to each, and back."""
 OVER_SIZING: dict[str, tuple[Pressed, str]] = {
     "cards": (("g",), Picker.__name__),
-    "runs": (("o",), Picker.__name__),
+    "data": (("d",), DataPicker.__name__),
+    "help": (("question_mark",), Help.__name__),
+    "needs": (("n",), NeedsScreen.__name__),
+    "runs": (("o",), RunsScreen.__name__),
     "start form": (("t",), StartRun.__name__),
     "command palette": (("ctrl+p",), "CommandPalette"),
     "models": (("m",), Picker.__name__),
