@@ -293,7 +293,7 @@ class VramwiseApp(App[None]):
         keys = [
             (one.key_display or one.key, one.tooltip)
             for one in known
-            if isinstance(one, Binding) and one.tooltip
+            if isinstance(one, Binding) and one.tooltip and one.action != "app.help"
         ]
         numbers = screen.explained() if isinstance(screen, SizingScreen) else ()
         self.push_screen(Help(keys, numbers))

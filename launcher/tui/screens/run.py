@@ -45,6 +45,8 @@ class RunScreen(Screen[None]):
 
     AUTO_FOCUS = ""
     BINDINGS: ClassVar[list[BindingType]] = [
+        # First, so that a narrow footer has it.
+        Binding("question_mark", "app.help", "Help", id="run.help", tooltip="Keys and sources of numbers"),
         Binding("s", "stop", "Stop", id="run.stop", tooltip="Stop the training after this step and save"),
         Binding("slash", "search", "Search", id="run.search", tooltip="Search the log"),
         Binding("w", "warnings", show=False, id="run.warnings", tooltip="Show or fold libraries' warnings"),
@@ -81,6 +83,7 @@ class RunScreen(Screen[None]):
         self._follower = RunFollower(folder)
         self._polling = False
         self._seen_alive = False
+        self._keys_of_over: bool | None = None
 
     def compose(self) -> ComposeResult:
         """Headline and stages, curves beside memory, log below; of a run that is over its result first."""
@@ -139,7 +142,10 @@ class RunScreen(Screen[None]):
         self.query_one(GpuPanel).snapshot = snapshot
         self.query_one(LogTail).show(snapshot)
         self._store_when_seen_to_end(snapshot)
-        self.refresh_bindings()
+        if self._keys_of_over != snapshot.over:
+            # Not at each snapshot: the footer is made anew, and is empty meanwhile.
+            self._keys_of_over = snapshot.over
+            self.refresh_bindings()
         if snapshot.behind:
             self.poll()
 

@@ -35,6 +35,8 @@ class RunsScreen(Screen[None]):
 
     AUTO_FOCUS = "#runs-table"
     BINDINGS: ClassVar[list[BindingType]] = [
+        # First, so that a narrow footer has it.
+        Binding("question_mark", "app.help", "Help", id="runs.help", tooltip="Keys and sources of numbers"),
         Binding("slash", "filter", "Filter", id="runs.filter", tooltip="Show runs that hold a text"),
         Binding("s", "sort(1)", "Sort", id="runs.sort", tooltip="Sort by the next column"),
         Binding("S", "turn", show=False, id="runs.turn", tooltip="Turn the order"),

@@ -46,6 +46,8 @@ class SizingScreen(SizingPicks):
     AUTO_FOCUS = "#knob-max_length"
 
     BINDINGS: ClassVar[list[BindingType]] = [
+        # First, so that a narrow footer has it.
+        Binding("question_mark", "app.help", "Help", id="sizing.help", tooltip="Keys and sources of numbers"),
         Binding("m", "pick_model", "Model", id="sizing.model", tooltip="Pick another model"),
         Binding("g", "pick_gpu", "GPU", id="sizing.gpu", tooltip="Pick another GPU"),
         Binding("d", "pick_data", "Data", id="sizing.data", tooltip="Pick the data to train on"),
