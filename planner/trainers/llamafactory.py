@@ -120,25 +120,7 @@ def write(setup: TrainingSetup, model: str, epochs: float, learning_rate: float)
         "do_train": True,
         "finetuning_type": "full" if setup.method == "full" else "lora",
     }
-    if setup.method == "full":
-        found["pure_bf16"] = True
-    if setup.uses_lora:
-        targets = setup.target_modules
-        found |= {
-            "lora_rank": setup.lora_r,
-            "lora_alpha": setup.alpha,
-            "lora_dropout": setup.lora_dropout,
-            "lora_target": "all" if isinstance(targets, str) else ",".join(targets),
-            "use_dora": setup.use_dora,
-            "use_rslora": setup.use_rslora,
-        }
-    if setup.method == "qlora":
-        found |= {
-            "quantization_bit": 4,
-            "quantization_method": "bnb",
-            "quantization_type": setup.bnb_4bit_quant_type,
-            "double_quantization": setup.bnb_4bit_use_double_quant,
-        }
+    found |= _what_is_trained(setup)
     found |= {
         "dataset_dir": ".",
         "dataset": "train",
@@ -165,6 +147,31 @@ def write(setup: TrainingSetup, model: str, epochs: float, learning_rate: float)
         found["flash_attn"] = words[setup.attn_implementation]
     if setup.train_sampling_strategy == "group_by_length":
         found["train_sampling_strategy"] = "group_by_length"
+    return found
+
+
+def _what_is_trained(setup: TrainingSetup) -> dict[str, Any]:
+    """Keys of the adapter and of the base's quantisation, or of full fine-tuning."""
+    found: dict[str, Any] = {}
+    if setup.method == "full":
+        found["pure_bf16"] = True
+    if setup.uses_lora:
+        targets = setup.target_modules
+        found |= {
+            "lora_rank": setup.lora_r,
+            "lora_alpha": setup.alpha,
+            "lora_dropout": setup.lora_dropout,
+            "lora_target": "all" if isinstance(targets, str) else ",".join(targets),
+            "use_dora": setup.use_dora,
+            "use_rslora": setup.use_rslora,
+        }
+    if setup.method == "qlora":
+        found |= {
+            "quantization_bit": 4,
+            "quantization_method": "bnb",
+            "quantization_type": setup.bnb_4bit_quant_type,
+            "double_quantization": setup.bnb_4bit_use_double_quant,
+        }
     return found
 
 
