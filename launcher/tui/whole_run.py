@@ -17,7 +17,6 @@ from planner.planning.choosing import effective_batch_size
 from planner.planning.schedule import make_duration, make_schedule, summarise_data
 from planner.search.evaluator import Candidate
 from planner.text.figures import dollars, duration
-from planner.text.speed import price_of
 from planner.throughput.roofline import forecast
 
 
@@ -63,8 +62,8 @@ def run_lines(sizing: Sizing, run: WholeRun) -> Iterator[tuple[str, str]]:
         return
     yield "steps", f"{found.steps:,} of {run.schedule.effective_batch_size:,} examples, {epochs}"
     yield "time", f"{duration(found.hours)}, {duration(found.hours_low)} to {duration(found.hours_high)}"
-    hourly = price_of(sizing.card.spec, sizing.wishes.usd_per_gpu_hour)
-    yield (
-        "price",
-        f"{hourly}; set one beside the card" if found.usd is None else (f"{dollars(found.usd)} at {hourly}"),
-    )
+    # Whose price it is, and of which day, stands beside the speed.
+    if found.usd is None:
+        yield "price", "not known: type one below the card"
+    else:
+        yield "price", f"{dollars(found.usd)} at ${found.usd_per_gpu_hour:g} a GPU-hour"

@@ -30,7 +30,7 @@ from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
 
 SIZE = (120, 40)
-STEPS = 200
+STEPS = 100
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 DEMO = PROFILES / "demo"
 _TEXT = re.compile(r"<text ([^>]*)>([^<]*)</text>")
@@ -86,7 +86,8 @@ async def _run(folder: Path) -> None:
     app = VramwiseApp(
         model=resolve_model(str(model), inspector=inspector),
         card=cards.card_from_text("16GB"),
-        setup=TrainingSetup(model=str(model), max_length=128, per_device_train_batch_size=8),
+        # Few processors without a GPU have bfloat16 units.
+        setup=TrainingSetup(model=str(model), max_length=128, per_device_train_batch_size=8, dtype="float32"),
         runs_root=folder / "runs",
         data=str(DEMO / "data" / "train.jsonl"),
     )
