@@ -1,5 +1,4 @@
-"""A model traced: one layer of each kind, and the norm after them, while the model itself runs around them.
-"""
+"""A model traced: one layer of each kind and the norm after them, while the model itself runs around them."""
 
 from __future__ import annotations
 
