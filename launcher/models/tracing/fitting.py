@@ -28,9 +28,11 @@ class Point(NamedTuple):
         return self.batch * self.length**2
 
 
-POINTS = (Point(1, 512), Point(2, 512), Point(1, 1536), Point(3, 1024))
+POINTS = (Point(2, 512), Point(4, 512), Point(2, 1536), Point(3, 1024))
 """The first two tell what a row costs from what is there once, the three lengths what of a row grows with its
-length and with the square of that."""
+length and what with the square of that. Lengths are whole chunks of the layers that work by chunks (of 64 to
+256 tokens). No batch is of one row, whose transposed tensors lie in order, so that less is copied.
+"""
 
 
 def joined(runs: Sequence[BlockRun]) -> TracedPass:
@@ -76,26 +78,36 @@ def _bytes(found: Sequence[int]) -> BufferBytes:
     """Coefficients of bytes at POINTS. What a row has whatever its length (a state, the padding of a
     convolution) is counted once, with the constant: a tape has no term for it.
     """
-    one, two, longer, middle = found
-    once = 2 * one - two
-    short, between, long = two - one, (middle - once) / POINTS[3].batch, longer - once
-    step = POINTS[3].length - POINTS[0].length
+    once, short, between, long = _rows(found)
+    first, step = POINTS[0].length, POINTS[3].length - POINTS[0].length
     per_score = (short - 2 * between + long) / (2 * step**2)
-    per_token = (between - short) / step - per_score * (POINTS[0].length + POINTS[3].length)
-    per_row = short - per_token * POINTS[0].length - per_score * POINTS[0].length ** 2
+    per_token = (between - short) / step - per_score * (first + POINTS[3].length)
+    per_row = short - per_token * first - per_score * first**2
     if min(once, per_score, per_token, per_row) < -TOLERANCE:
         return _line_above(found)
     return (max(0.0, once + per_row), max(0.0, per_token), max(0.0, per_score))
 
 
+def _rows(found: Sequence[int]) -> tuple[float, float, float, float]:
+    """Bytes that are there once, and those of a row of each length, the shortest first."""
+    few, many, longer, middle = found
+    short = (many - few) / (POINTS[1].batch - POINTS[0].batch)
+    once = few - short * POINTS[0].batch
+    return once, short, (middle - once) / POINTS[3].batch, (longer - once) / POINTS[2].batch
+
+
 def _line_above(found: Sequence[int]) -> BufferBytes:
     """A line that no point is above, for the most of several moments that grow apart: its slope is that at
     the greatest lengths.
+
+    Raises:
+        InputError: the bytes shrink where sequences are longer.
     """
-    slope = (found[2] - found[3] / POINTS[3].batch) / (POINTS[2].length - POINTS[3].length)
+    _, _, between, long = _rows(found)
+    slope = (long - between) / (POINTS[2].length - POINTS[3].length)
     if slope < 0:
         raise InputError(f"bytes of a buffer, {found}, do not grow with tokens or their squares")
-    above = max(bytes_ - slope * point.tokens for bytes_, point in zip(found, POINTS, strict=True))
+    above = max(size - slope * point.tokens for size, point in zip(found, POINTS, strict=True))
     return (max(0.0, above), slope, 0.0)
 
 

@@ -35,7 +35,7 @@ class _Cost:
 
 
 class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """A function as one operation; its buffers are made anew, so that they count as the block's own."""
+    """A function as one operation; its buffers are made anew, to be recorded as the block's own."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., list[Any]], recorder: Recorder, *inputs: Any) -> Any:
@@ -63,12 +63,14 @@ class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no
 
 def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...]) -> _Cost:
     """Run both passes by themselves."""
-    recorder, saved = Recorder(), set()
+    recorder = Recorder()
+    saved: set[int] = set()
     own = [one.detach().requires_grad_(one.is_floating_point()) for one in inputs]
-    recorder.know(own)
+    for one in own:
+        recorder.add(one)
 
     def pack(tensor: Any) -> Any:
-        saved.add(tensor.untyped_storage()._cdata)
+        saved.add(recorder.number(tensor))
         return tensor
 
     with torch.enable_grad(), recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
@@ -90,8 +92,8 @@ def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...]) -> _Cost:
         kept_bytes=kept,
         forward_bytes=max(0, highest - live),
         backward_bytes=most,
-        saved_inputs=tuple(i for i, one in enumerate(own) if one.untyped_storage()._cdata in saved),
-        saved_outputs=tuple(i for i, one in enumerate(outputs) if one.untyped_storage()._cdata in saved),
+        saved_inputs=tuple(i for i, one in enumerate(own) if recorder.number(one) in saved),
+        saved_outputs=tuple(i for i, one in enumerate(outputs) if recorder.number(one) in saved),
         outputs=[one.detach() for one in outputs],
     )
 
