@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),
     "models": Command("planner.commands.models", "the models of the catalog"),
+    "config": Command("planner.commands.config", "settings that are taken where nothing is told"),
     "accuracy": Command("planner.commands.accuracy", "how far the predictions are from measured runs"),
 }
 

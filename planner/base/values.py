@@ -2,8 +2,8 @@
 
 `dataclasses` writes, compiles and runs the source of seven methods for every class that it makes (0.6 ms),
 and a plan imports a hundred such classes. Here `dataclasses` reads the fields and makes the slots; `__init__`
-alone is compiled, and the other methods, which do the same in every class, are shared. A type checker sees
-`dataclasses.dataclass` itself.
+alone is compiled, once an object is made, and the others, which do the same in every class, are shared.
+A type checker sees `dataclasses.dataclass` itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _complete(made: type, *, kw_only: bool) -> type:
     compared = [field.name for field in fields if field.compare]
     values = _values_of(compared)
     methods: dict[str, Any] = {
-        "__init__": _init(made, fields, kw_only=kw_only),
+        "__init__": _first_init(made, fields, kw_only=kw_only),
         "__repr__": _repr,
         "__eq__": lambda self, other: (
             values(self) == values(other) if other.__class__ is self.__class__ else NotImplemented
@@ -64,13 +64,26 @@ def _values_of(names: list[str]) -> Callable[[Any], Any]:
     return attrgetter(*names) if names else lambda _: ()
 
 
+def _first_init(made: type, fields: tuple[dataclasses.Field[Any], ...], *, kw_only: bool) -> Any:
+    """A class's __init__ until it is called, which is when it is compiled: of the classes that are imported a
+    third is never made an object of.
+    """
+    for field in fields:
+        if field.default_factory is not dataclasses.MISSING:
+            raise TypeError(f"{made.__qualname__}.{field.name} has a default that is made by a function")
+
+    def init(self: Any, *values: Any, **named: Any) -> None:
+        compiled = made.__init__ = _init(made, fields, kw_only=kw_only)  # type: ignore[misc]
+        compiled(self, *values, **named)
+
+    return init
+
+
 def _init(made: type, fields: tuple[dataclasses.Field[Any], ...], *, kw_only: bool) -> Any:
     """A class's __init__, which puts each value into its slot, or into the object's dictionary."""
     known: dict[str, Any] = {}
     parameters, lines = [], []
     for number, field in enumerate(fields):
-        if field.default_factory is not dataclasses.MISSING:
-            raise TypeError(f"{made.__qualname__}.{field.name} has a default that is made by a function")
         parameters.append(field.name)
         if field.default is not dataclasses.MISSING:
             known[f"_default{number}"] = field.default

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.base.settings import card_asked_for
 from planner.base.values import dataclass
 from planner.commands.program import StoreOnce, say
 from planner.gpus.target import GpuTarget, resolve_gpu
@@ -47,7 +48,8 @@ class _Verdict:
 
 def run(args: argparse.Namespace) -> int:
     """Look at every file and print its verdict."""
-    target = resolve_gpu(args.gpu)
+    gpu, display, _ = card_asked_for(args.gpu, display=False, price_per_hour=None)
+    target = resolve_gpu(gpu, display=display)
     verdicts = [_verdict(path, target, args) for path in args.files]
     if args.json:
         from planner.base.json_codec import encode

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.base.settings import card_asked_for
 from planner.base.values import dataclass
 from planner.commands.program import StoreOnce, SwitchOnce
 from planner.gpus.target import resolve_gpu
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer line by line, in order; or a trainer's config."""
     if (args.setups is None) == (args.config is None):
         raise InputError("estimate needs either --setups or --config")
+    args.gpu, args.display, _ = card_asked_for(args.gpu, display=args.display, price_per_hour=None)
     if args.config is not None:
         return _answer_config(args)
     estimator = Estimator(

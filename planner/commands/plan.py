@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
+from planner.base.settings import card_asked_for
 from planner.commands.knobs import add_knobs, given_knobs
 from planner.commands.program import StoreOnce, real_number, say, whole_number
 from planner.setup.request import PlanRequest
@@ -124,11 +125,15 @@ def plan_from(args: argparse.Namespace) -> Plan:
     Raises:
         InputError: see planner.planning.make_plan.make_plan.
     """
-    from planner.data.files import on_this_machine
     from planner.planning.make_plan import make_plan, read_stats
 
     stats = None
+    args.gpu, args.display, args.price_per_hour = card_asked_for(
+        args.gpu, display=args.display, price_per_hour=args.price_per_hour
+    )
     if args.data is not None:
+        from planner.data.files import on_this_machine
+
         args.data = on_this_machine(args.data, allow_network=args.allow_download)
         stats = read_stats(args.data)
     request = _request_with_config(args)

@@ -215,31 +215,11 @@ def _from_config(
     if found is not None:
         return found
     if inspector is None:
-        refuse_unplanned(config, where=where)
         raise MissingExtraError(
             f"{shorten(where)} ({config['model_type']}) equals no catalog model; describing it",
             "torch and transformers",
         )
     return inspector(config, model_id=name, hub_id=where)
-
-
-def refuse_unplanned(config: Mapping[str, Any], *, where: str) -> None:
-    """Say at once, with nothing built or installed, that vramwise does not plan a config's kind of model.
-
-    Raises:
-        InputError: its language model is of no family that the layer recipes read.
-    """
-    text, wrapped = hub_config.text_part(config)
-    kind = text["model_type"]
-    if kind in hub_config.PLANNED_TYPES:
-        return
-    part = ", the language model of a multimodal one," if wrapped else ""
-    own = "; its own code (auto_map) is never run" if "auto_map" in config else ""
-    families = sorted({name.removesuffix("_text") for name in hub_config.PLANNED_TYPES})
-    raise InputError(
-        f"{shorten(where)}: model_type {shorten(kind)}{part} is not understood by vramwise, which plans "
-        f"{', '.join(families)}{own}{nearest_models(where)}"
-    )
 
 
 def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None) -> ModelSpec:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from planner.answers.plan import Alternative, FrontierPoint, Plan, PlannedModel, WayFigures
 from planner.data.lengths import DatasetStats
+from planner.gpus.spec import GpuSpec
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
@@ -27,6 +28,7 @@ from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
 from planner.setup.request import PlanRequest
 from planner.setup.run import Runs, TrainingRun
 from planner.setup.stack import TRL, Stack
+from planner.throughput.torch_attention import kernels_of
 
 SHOWN_ADVICE = 3
 """Advice to make a plan fit that the short page has room for."""
@@ -88,7 +90,7 @@ def _plan(asked: Asked) -> Plan:
     return Plan(
         request=request,
         gpu=target,
-        model=planned_model(run),
+        model=planned_model(run, target.spec),
         fits=chosen.fits,
         setup=setup,
         strategy=chosen.tried.strategy,
@@ -149,8 +151,8 @@ def read_stats(path: str) -> DatasetStats:
     return estimated_lengths(Path(path))
 
 
-def planned_model(run: TrainingRun) -> PlannedModel:
-    """What a plan says of the model of a run."""
+def planned_model(run: TrainingRun, gpu: GpuSpec) -> PlannedModel:
+    """What a plan says of the model of a run on a card."""
     model = run.model
     return PlannedModel(
         id=model.id,
@@ -162,6 +164,7 @@ def planned_model(run: TrainingRun) -> PlannedModel:
         max_position_embeddings=model.max_position_embeddings,
         attn_implementation=run.attention,
         source=model.source,
+        attention_kernels=tuple(kernel.name for kernel in kernels_of(run, gpu.compute_capability)),
     )
 
 

@@ -118,14 +118,20 @@ class Evaluator:
             NotModelledError: a knob whose memory is not modelled.
             InputError: the setup asks of the model what it does not have.
         """
-        memory = self._replayed(setup, whole=whole)
+        memory = self.replayed(setup, whole=whole)
         found = self._confirmed.get(setup)
         if found is None or found.memory is not memory:
             found = self._confirmed[setup] = replace(self.evaluate(setup), memory=memory)
         return found
 
-    def _replayed(self, setup: TrainingSetup, *, whole: bool = False) -> MemoryBreakdown:
-        """Memory by the allocator's replay, which is the same however examples are drawn."""
+    def replayed(self, setup: TrainingSetup, *, whole: bool = False) -> MemoryBreakdown:
+        """Memory by the allocator's replay, which is the same however examples are drawn; `whole` as in
+        `confirm`.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+            InputError: the setup asks of the model what it does not have.
+        """
         key = _ungrouped(setup)
         found = self._replays.get(key)
         if found is None or (whole and key not in self._ended and not found.fits(self.usable_bytes)):
@@ -145,6 +151,13 @@ class Evaluator:
         if found is None:
             found = self._memories[key] = self._memory(key, replay=False)
         return found
+
+    def try_fitted(self, setup: TrainingSetup) -> MemoryBreakdown | None:
+        """Memory by the fitted estimate; None where one of the setup's knobs is not modelled."""
+        try:
+            return self.fitted(setup)
+        except NotModelledError:
+            return None
 
     def _step(self, setup: TrainingSetup) -> StepEstimate | None:
         return forecast(self.run(setup), self.gpu)
@@ -187,8 +200,9 @@ class Evaluator:
         """Whether the upper end of every phase is within what the card leaves."""
         return candidate.memory.fits(self.usable_bytes)
 
-    def decide(self, setup: TrainingSetup) -> bool:
-        """Whether a setup fits: by the fitted estimate where that is clear, else by the allocator's replay.
+    def decide(self, setup: TrainingSetup, *, whole: bool = False) -> bool:
+        """Whether a setup fits: by the fitted estimate where that is clear, else by the allocator's replay,
+        `whole` as in `confirm`.
 
         Raises:
             NotModelledError: a knob whose memory is not modelled.
@@ -196,7 +210,7 @@ class Evaluator:
         """
         if self.fitted(setup).peak_lower_bytes > self.usable_bytes:
             return False
-        return self._replayed(setup).fits(self.usable_bytes)
+        return self.replayed(setup, whole=whole).fits(self.usable_bytes)
 
     def may_fit(self, candidate: Candidate) -> bool:
         """Whether the interval's lower end is within what the card leaves."""

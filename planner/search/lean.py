@@ -85,9 +85,11 @@ def longest_that_fits(
     guesses = [(by_fit(one) or 0, index) for index, one in enumerate(setups)]
 
     def order(guess: tuple[int, int]) -> tuple[int, int, int]:
-        """The longest first; of those at the model's limit the smallest: it is the likeliest to reach it."""
+        """The longest first; of those at the model's limit the one that `smallest_that_fits` begins with."""
         length, index = guess
-        peak = evaluator.fitted(setups[index]).peak_bytes if length == limit else 0
+        peak = 0
+        if length == limit:
+            peak = evaluator.fitted(setups[index].replace(max_length=limit)).peak_upper_bytes
         return -length, peak, -index
 
     guesses.sort(key=order)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
-from planner.base.errors import NotModelledError
 from planner.search.evaluator import Evaluator
 from planner.setup.defaults import LENGTH_STEP
 from planner.setup.training_setup import TrainingSetup
@@ -16,7 +16,7 @@ def longest_length(
 ) -> int | None:
     """The longest length from `start` to `limit` at which the base setup fits; None if `start` does not.
 
-    Lengths are multiples of 64, and the limit itself. Memory rises with the length, so halving finds it. With
+    Lengths are multiples of 64, and the limit itself. Memory rises with the length. With
     `confirm` the allocator's replay decides; the fitted estimate tells where to look.
     """
     start = min(start, limit)
@@ -25,51 +25,61 @@ def longest_length(
     def at(step: int) -> TrainingSetup:
         return base.replace(max_length=max(start, min(limit, step * LENGTH_STEP)))
 
-    def fits(step: int) -> bool:
-        try:
-            return evaluator.setup_fits(at(step))
-        except NotModelledError:
-            return False
-
-    if confirm:
-        found = _confirmed(evaluator, at, low, high)
-    elif fits(low):
-        found = _halve(fits, low, high)
-    else:
-        found = None
+    if evaluator.try_fitted(at(low)) is None:
+        return None
+    search = _confirmed if confirm else _by_fit
+    found = search(evaluator, at, low, high)
     return None if found is None else at(found).max_length
 
 
-def _halve(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The last step that fits, `low` being one that does and none beyond `high`."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
+def _by_fit(evaluator: Evaluator, at: Callable[[int], TrainingSetup], low: int, high: int) -> int | None:
+    over = partial(_over, evaluator, at, evaluator.usable_bytes)
+    return None if over(low) > 0 else last_within(over, low, high)
+
+
+def _over(evaluator: Evaluator, at: Callable[[int], TrainingSetup], room: int, step: int) -> float:
+    """By how many bytes the fitted estimate is above the room at a step; what is not modelled has none."""
+    fitted = evaluator.try_fitted(at(step))
+    return math.inf if fitted is None else fitted.peak_upper_bytes - room
+
+
+def last_within(over: Callable[[int], float], low: int, high: int) -> int:
+    """The last step up to `high` at which nothing is `over`, which rises; `low` where there is none.
+
+    Where it rises in a straight line three tries find it; every third one halves what is left.
+    """
+    last = over(high)
+    if last <= 0 or low == high:
+        return high
+    first, tries, amount = over(low), 0, 0.0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tries % 3 == 0 and first < last < math.inf:
+            middle = low + int((high - low) * -first / (last - first))
+        elif tries % 3 == 1:
+            middle = low + 1 if amount <= 0 else high - 1
+        middle = min(high - 1, max(low + 1, middle))
+        amount = over(middle)
+        if amount <= 0:
+            low, first = middle, amount
         else:
-            high = middle - 1
+            high, last = middle, amount
+        tries += 1
     return low
 
 
 def _confirmed(evaluator: Evaluator, at: Callable[[int], TrainingSetup], low: int, high: int) -> int | None:
     """The same by replay: each one says how far off the fitted estimate is, and so where to look next."""
-    if evaluator.try_evaluate(at(low)) is None:
-        return None
-
-    def within(step: int, room: int) -> bool:
-        return evaluator.fitted(at(step)).peak_upper_bytes <= room
-
     room = evaluator.usable_bytes
-    guess = _halve(lambda step: within(step, room), low, high)
     known, beyond = low - 1, high + 1
-    while True:
-        if evaluator.decide(at(guess)):
+    while beyond - known > 1:
+        last = last_within(partial(_over, evaluator, at, room), max(low, known), beyond - 1)
+        guess = min(beyond - 1, max(known + 1, last))
+        if evaluator.decide(at(guess), whole=True):
             known = guess
         else:
             beyond = guess
-        if beyond - known <= 1:
-            return None if known < low else known
-        replayed = evaluator.confirm(at(guess), whole=True).peak_upper_bytes
-        room = evaluator.usable_bytes - replayed + evaluator.fitted(at(guess)).peak_upper_bytes
-        again = partial(within, room=room)
-        guess = min(beyond - 1, max(known + 1, _halve(again, max(low, known), beyond - 1)))
+        if beyond - known > 1:
+            replayed = evaluator.replayed(at(guess), whole=True).peak_upper_bytes
+            room = evaluator.usable_bytes - replayed + evaluator.fitted(at(guess)).peak_upper_bytes
+    return None if known < low else known

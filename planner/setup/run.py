@@ -105,6 +105,7 @@ class TrainingRun:
             quantized=self.setup.method == "qlora",
             double_quant=self.setup.bnb_4bit_use_double_quant,
             width=DTYPE_WIDTH[self.setup.dtype],
+            experts=self.setup.experts == "4bit",
         )
 
     @cached_property

@@ -23,7 +23,8 @@ class Stack:
     all logits at once where both are null. It runs with torch's `allocator`, null for the one that suits the
     machine. Its activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
     `kept_attention` are the attention implementations whose outputs its selective checkpointing keeps,
-    `sharding` says what FSDP2 shares out.
+    `sharding` says what FSDP2 shares out. `autocast` says that it runs the model in torch's autocast, so that
+    products are in 16 bits whatever their weights are held in.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stack:
     kept_attention: tuple[str, ...]
     sharding: Sharding = LAUNCHED
     allocator: str | None = None
+    autocast: bool = True
 
     def __post_init__(self) -> None:
         validate.text("stack", self.name)
@@ -113,3 +115,7 @@ LLAMA_FACTORY = replace(
 unless upcast_layernorm or upcast_lmhead_output ask for it (model/model_utils/checkpointing.py:151, :180)."""
 
 STACKS = (TRL, TRL_SFT, AXOLOTL, LLAMA_FACTORY)
+
+PLAIN_LOOP = replace(TRL, name="plain loop", autocast=False)
+"""A loop of transformers' and PEFT's own without a trainer, as those that others publish runs of: the head
+that k-bit preparation turns into fp32 computes in fp32."""

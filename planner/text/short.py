@@ -37,10 +37,12 @@ def print_short(out: Console, plan: Plan, *, starts: bool = False) -> None:
     What `starts` needs no word on how to start it.
     """
     command = _train_command(plan) if plan.fits and not starts else None
-    # Every room has fewer lines than the one before.
-    room = bisect_left(
-        _ROOMS[:-1], True, key=lambda room: _lines(plan, command, out.width, *room) <= MOST_LINES
-    )
+
+    def has_room(room: tuple[int, int]) -> bool:
+        return _lines(plan, command, out.width, *room) <= MOST_LINES
+
+    # Every room has fewer lines than the one before; most plans are short enough for the first.
+    room = 0 if has_room(_ROOMS[0]) else 1 + bisect_left(_ROOMS[1:-1], True, key=has_room)
     _page(out, plan, command, *_ROOMS[room])
 
 
@@ -78,7 +80,7 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
             yield label, lines[label]
     yield "batch", f"{lines['length']}: {lines['batch']}"
     yield "training", f"{lines['optimizer']}, learning rate {lines['learning rate']}"
-    layers = [("checkpointing", lines["checkpointing"]), ("attention", lines["attention"])]
+    layers = [("checkpointing", lines["checkpointing"]), ("attention", plan.model.attn_implementation)]
     layers += knob_lines(plan.setup)
     yield "layers", ", ".join(f"{label} {value}" for label, value in layers)
     if plan.data is not None and (lacking := not_trained(plan.data)):

@@ -158,12 +158,13 @@ def step_work(run: TrainingRun) -> StepWork:
     python = _python_runs(setup, model, wrapped, made.liger_kernels)
     offloaded = made.kept.bytes_at(shape.tokens, shape.scores) if setup.activation_offloading else 0.0
     single = setup.dtype == "float32"
+    single_head = single or (setup.prepare_for_kbit_training and not run.stack.autocast)
     forward, backward = (
         ByKind.counted(
             "pass",
             layer_flop=0.0 if single else part.layers,
-            head_flop=0.0 if single else part.head,
-            single_flop=part.layers + part.head if single else 0.0,
+            head_flop=0.0 if single_head else part.head,
+            single_flop=(part.layers if single else 0.0) + (part.head if single_head else 0.0),
             adapter_flop=part.adapter,
             attention_flop=0.0 if run.attention == "eager" else part.attention,
             masked_attention_flop=part.masked_attention,

@@ -8,16 +8,11 @@ how much is mapped, which is the end of the highest block so far in whole pages.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from planner.memory.allocators.gapped_range import RANGE_UNITS, GappedRange
+from planner.memory.allocators.gapped_range import RANGE_UNITS, GappedRange, ends_of
 from planner.memory.allocators.native import ADDRESS, SHIFT, OutOfAddressesError
 from planner.memory.allocators.passes import Piece
-from planner.memory.allocators.repetition import Repetition, worth_recording
-
-MOST_KNOWN = 8
-"""Ways in which a pass came that are remembered: layers often fill the gaps of those before in turns, with
-offloading those that a handful of inputs leave on their way to the host."""
 
 
 class AddressRange:
@@ -38,9 +33,17 @@ class AddressRange:
         """Units that are mapped."""
         return self.mapped - self.start
 
-    def state(self) -> tuple[object, ...]:
+    def state(self) -> tuple[int, tuple[int, ...]]:
         """What decides where blocks come to lie."""
-        return self.top, self.holes.copy()
+        return self.top, tuple(self.holes)
+
+    @classmethod
+    def restored(cls, start: int, page: int, top: int, holes: Iterable[int]) -> AddressRange:
+        """A range in such a state; how much of it is mapped that does not say."""
+        other = cls(start, page)
+        other.top, other.holes = top, list(holes)
+        other.size_at, other.start_of = ends_of(other.holes)
+        return other
 
     def copy(self) -> AddressRange:
         """A range in the same state."""
@@ -104,32 +107,14 @@ class AddressRange:
         del self.size_at[start], self.start_of[end]
 
     def play(self, piece: Piece, slots: list[int]) -> None:
-        """Replay what a pass asks of this pool. Where what the last time rested on is there once more, the
-        same happens, and nothing has to be replayed.
+        """Replay what a pass asks of this pool: `take` and `give` for each event, in one loop over local
+        names: a plan replays some 50,000.
         """
-        if not isinstance(piece.known, list):
-            piece.known = []
-        known: list[Repetition] = piece.known
-        for number, one in enumerate(known):
-            if one.again(self, slots):
-                piece.missed = 0
-                known.insert(0, known.pop(number))
-                return
-        piece.missed += 1
-        if worth_recording(piece):
-            known.insert(0, Repetition(self, piece, slots))
-            del known[MOST_KNOWN:]
-        else:
-            self._run(piece.events, piece.sizes, slots)
-
-    def _run(self, events: Sequence[int], sizes: Sequence[int], slots: list[int]) -> None:
-        """`take` and `give` for each event, in one loop over local names: a plan replays some 100,000."""
         holes, size_at, start_of = self.holes, self.size_at, self.start_of
         top = highest = self.top
         limit = self.start + RANGE_UNITS
-        for event in events:
+        for event, size in piece.sized:
             if event >= 0:
-                size = sizes[event]
                 index = bisect_left(holes, size << SHIFT)
                 if index == len(holes):
                     slots[event] = top
@@ -151,7 +136,7 @@ class AddressRange:
                 else:
                     del start_of[address + found]
                 continue
-            address, size = slots[-1 - event], sizes[-1 - event]
+            address = slots[-1 - event]
             end = address + size
             if end == top:
                 top = start_of.pop(address, address)

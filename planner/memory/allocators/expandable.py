@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.memory.allocators.address_range import AddressRange
-from planner.memory.allocators.gapped_range import GappedRange
 from planner.memory.allocators.native import (
     LARGE_SEGMENT,
     MIN_BLOCK,
@@ -23,6 +22,7 @@ from planner.memory.allocators.native import (
     block_units,
 )
 from planner.memory.allocators.passes import Pass
+from planner.memory.allocators.pool import Pool
 from planner.setup.cuda_allocator import EXPANDABLE
 
 _SMALL_PAGE_UNITS = SMALL_SEGMENT // MIN_BLOCK
@@ -41,67 +41,77 @@ class ExpandableAllocator(CachingAllocator):
 
     def __init__(self) -> None:
         super().__init__()
-        self._small_range: AddressRange | GappedRange = AddressRange(_SMALL_RANGE, _SMALL_PAGE_UNITS)
-        self._large_range: AddressRange | GappedRange = AddressRange(0, _LARGE_PAGE_UNITS)
+        self._small_pool = Pool(AddressRange(_SMALL_RANGE, _SMALL_PAGE_UNITS))
+        self._large_pool = Pool(AddressRange(0, _LARGE_PAGE_UNITS))
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes of all pages that are mapped."""
-        return (self._small_range.reserved + self._large_range.reserved) * MIN_BLOCK
+        return (self._small_pool.reserved + self._large_pool.reserved) * MIN_BLOCK
 
     def state(self) -> object:
         """What decides where blocks come to lie: from equal states the same events do the same."""
-        return self._small_range.state(), self._large_range.state(), self._used.copy()
+        return self._small_pool.key, self._large_pool.key, self._used.copy()
 
     def copy(self) -> ExpandableAllocator:
         """An allocator in the same state."""
         other = ExpandableAllocator()
         other._allocated, other._peak, other._used = self._allocated, self._peak, self._used.copy()
-        other._small_range, other._large_range = self._small_range.copy(), self._large_range.copy()
+        other._small_pool, other._large_pool = self._small_pool.copy(), self._large_pool.copy()
         return other
 
     def allocate(self, size_bytes: int) -> int:
         """Serve a request; returns its address."""
         size = block_units(size_bytes)
-        address = (self._small_range if size <= SMALL_UNITS else self._large_range).take(size)
+        address = (self._small_pool if size <= SMALL_UNITS else self._large_pool).take(size)
         self._used[address] = size
         self._allocated += size
-        self._peak = max(self._peak, self._allocated)
+        if self._allocated > self._peak:
+            self._peak = self._allocated
         return address
 
     def free(self, address: int) -> None:
         """Give a block back to the cache, merging it with free neighbours."""
         size = self._used.pop(address)
         self._allocated -= size
-        (self._small_range if address >= _SMALL_RANGE else self._large_range).give(address, size)
+        (self._small_pool if size <= SMALL_UNITS else self._large_pool).give(address, size)
 
     def run(self, events: Sequence[int], units: Sequence[int], slots: list[int]) -> None:
-        """Replay events once: see `play`."""
-        self.play(Pass(events, units), slots)
+        """Replay events once, of which nothing is remembered: see `play`."""
+        small, large, used = self._small_pool.opened(), self._large_pool.opened(), self._used
+        allocated, peak = self._allocated, self._peak
+        for event in events:
+            if event >= 0:
+                size = units[event]
+                slots[event] = address = (small if size <= SMALL_UNITS else large).take(size)
+                used[address] = size
+                allocated += size
+                if allocated > peak:
+                    peak = allocated
+            else:
+                address = slots[-1 - event]
+                size = used.pop(address)
+                allocated -= size
+                (small if size <= SMALL_UNITS else large).give(address, size)
+        self._allocated, self._peak = allocated, peak
+        self._small_pool.close()
+        self._large_pool.close()
 
     def play(self, one: Pass, slots: list[int]) -> None:
         """Replay a pass: its block n has the address `slots[n]`, where it is there before or after it."""
         used = self._used
-        self._small_range, self._large_range = _simplest(self._small_range), _simplest(self._large_range)
-        small, large = one.pieces(slots, used, small_from=_SMALL_RANGE, small_units=SMALL_UNITS)
-        for piece in (small, large):
-            for block in piece.given:
-                del used[slots[block]]
-        self._small_range.play(small, slots)
-        self._large_range.play(large, slots)
-        for piece in (small, large):
-            for block in piece.left:
-                used[slots[block]] = piece.sizes[block]
-        self._peak = max(self._peak, self._allocated + one.most)
+        one.prepare([used.pop(slots[block]) for block in one.given], SMALL_UNITS)
+        if one.small.sized:
+            self._small_pool.play(one.small, slots)
+        if one.large.sized:
+            self._large_pool.play(one.large, slots)
+        for block, size in one.left:
+            used[slots[block]] = size
+        if self._allocated + one.most > self._peak:
+            self._peak = self._allocated + one.most
         self._allocated += one.change
 
     def empty_cache(self) -> None:
         """Unmap the pages that lie wholly in free blocks (torch.cuda.empty_cache)."""
-        self._small_range, self._large_range = self._small_range.emptied(), self._large_range.emptied()
-
-
-def _simplest(one: AddressRange | GappedRange) -> AddressRange | GappedRange:
-    """A range whose gaps have been filled is one without them again."""
-    if isinstance(one, GappedRange) and len(one.unmapped) == 1:
-        return AddressRange.of(one)
-    return one
+        self._small_pool.empty()
+        self._large_pool.empty()

@@ -7,9 +7,8 @@ if there is one; memory is mapped at the lowest address where the request fits w
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from planner.base.values import dataclass
 from planner.memory.allocators.native import ADDRESS, SHIFT, OutOfAddressesError
 from planner.memory.allocators.passes import Piece
 
@@ -17,18 +16,10 @@ RANGE_UNITS = 2**34
 """Length of a range: larger than any GPU's memory."""
 
 
-MOST_KNOWN = 16
-"""States that are remembered of a pass: offloading goes through as many as it holds tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class _After:
-    """The state that a pass left which mapped nothing."""
-
-    holes: list[int]
-    size_at: dict[int, int]
-    start_of: dict[int, int]
-    left: list[int]
+def ends_of(holes: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Of free blocks the sizes by their starts, and the starts by their ends."""
+    size_at = {hole & ADDRESS: hole >> SHIFT for hole in holes}
+    return size_at, {start + size: start for start, size in size_at.items()}
 
 
 class GappedRange:
@@ -45,9 +36,19 @@ class GappedRange:
         self.start_of: dict[int, int] = {}
         self.unmapped = {mapped: start + RANGE_UNITS - mapped}
 
-    def state(self) -> tuple[object, ...]:
+    def state(self) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
         """What decides where blocks come to lie."""
-        return self.unmapped.copy(), self.holes.copy()
+        return tuple(sorted(self.unmapped.items())), tuple(self.holes)
+
+    @classmethod
+    def restored(
+        cls, start: int, page: int, unmapped: Iterable[tuple[int, int]], holes: Iterable[int]
+    ) -> GappedRange:
+        """A range in such a state; how much of it is mapped that does not say."""
+        other = cls(start, page, mapped=start)
+        other.unmapped, other.holes = dict(unmapped), list(holes)
+        other.size_at, other.start_of = ends_of(other.holes)
+        return other
 
     def copy(self) -> GappedRange:
         """A range in the same state."""
@@ -58,32 +59,12 @@ class GappedRange:
         return other
 
     def play(self, piece: Piece, slots: list[int]) -> None:
-        """Replay what a pass asks of this pool; from a state that it once found it gets to what that left."""
-        if not piece.events:
-            return
-        if not isinstance(piece.known, dict):
-            piece.known = {}
-        given = tuple(slots[block] for block in piece.given)
-        state = (given, tuple(self.holes), tuple(self.unmapped.items()))
-        known: _After | None = piece.known.get(state)
-        if known is not None:
-            self.holes = known.holes.copy()
-            self.size_at, self.start_of = known.size_at.copy(), known.start_of.copy()
-            for block, address in zip(piece.left, known.left, strict=True):
-                slots[block] = address
-            return
-        reserved = self.reserved
-        self._run(piece.events, piece.sizes, slots)
-        if self.reserved == reserved and len(piece.known) < MOST_KNOWN:
-            left = [slots[block] for block in piece.left]
-            piece.known[state] = _After(self.holes.copy(), self.size_at.copy(), self.start_of.copy(), left)
-
-    def _run(self, events: Sequence[int], sizes: Sequence[int], slots: list[int]) -> None:
-        """`take` and `give` for each event, in one loop over local names unless memory has to be mapped."""
+        """Replay what a pass asks of this pool: `take` and `give` for each event, in one loop over local
+        names unless memory has to be mapped.
+        """
         holes, size_at, start_of, unmapped = self.holes, self.size_at, self.start_of, self.unmapped
-        for event in events:
+        for event, size in piece.sized:
             if event >= 0:
-                size = sizes[event]
                 index = bisect_left(holes, size << SHIFT)
                 entry = holes[index] if index < len(holes) else 0
                 found, address = entry >> SHIFT, entry & ADDRESS
@@ -104,7 +85,7 @@ class GappedRange:
                     del start_of[address + found]
                 continue
             address = slots[-1 - event]
-            end = address + sizes[-1 - event]
+            end = address + size
             after_size = size_at.pop(end, 0)
             if after_size:
                 del holes[bisect_left(holes, after_size << SHIFT | end)]

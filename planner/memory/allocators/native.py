@@ -10,7 +10,7 @@ tail counts as allocated; a freed block merges with its free neighbours.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from planner.base.units import MIB
 from planner.memory.allocators.passes import Pass
@@ -104,6 +104,27 @@ class CachingAllocator:
     def free(self, address: int) -> None:
         """Give a block back to the cache, merging it with free neighbours of its segment."""
         self.run((-1,), (0,), [address])
+
+    def allocate_all(self, sizes_bytes: Iterable[int]) -> list[int]:
+        """Serve requests one after the other; returns their addresses."""
+        units = [block_units(size) for size in sizes_bytes]
+        slots = [0] * len(units)
+        self.run(range(len(units)), units, slots)
+        return slots
+
+    def replace_all(self, addresses: list[int], sizes_bytes: Sequence[int]) -> list[int]:
+        """Serve requests one after the other, after each of them giving one block back; returns the addresses
+        of what was asked for.
+        """
+        count = len(addresses)
+        slots = addresses + [0] * count
+        events = [event for block in range(count) for event in (count + block, -1 - block)]
+        self.run(events, [0] * count + [block_units(size) for size in sizes_bytes], slots)
+        return slots[count:]
+
+    def free_all(self, addresses: list[int]) -> None:
+        """Give blocks back one after the other."""
+        self.run(range(-1, -1 - len(addresses), -1), (), addresses)
 
     def play(self, one: Pass, slots: list[int]) -> None:
         """Replay a pass (planner/memory/allocators/passes.py)."""

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 class Piece:
-    """What a pass asks of one of the two pools: its events with the sizes of all blocks, in units.
+    """What a pass asks of one of the two pools: its events, each with the size of its block in units.
 
     The blocks `given` are there when it starts and freed by it, the blocks `left` are there when it ends.
-    `known` is what a range of addresses remembers of the last time that it ran.
     """
 
-    __slots__ = ("events", "given", "known", "left", "missed", "sizes")
+    __slots__ = ("given", "left", "sized")
 
-    def __init__(
-        self, events: Sequence[int], sizes: Sequence[int], given: Sequence[int], left: Sequence[int]
-    ) -> None:
-        self.events, self.sizes, self.given, self.left = events, sizes, given, left
-        self.known: Any = None
-        self.missed = 0
+    def __init__(self, sized: Sequence[tuple[int, int]], given: Sequence[int], left: Sequence[int]) -> None:
+        self.sized, self.given, self.left = sized, given, left
 
 
 class Pass:
@@ -32,30 +26,24 @@ class Pass:
 
     def __init__(self, events: Sequence[int], units: Sequence[int]) -> None:
         self.events, self.units = events, units
-        self._given = _given(events)
-        self._prepared_for: list[tuple[bool, int]] | None = None
-        self._pieces = (Piece((), (), (), ()), Piece((), (), (), ()))
+        self.given = _given(events)
+        self._prepared_for: list[int] | None = None
+        self.small = self.large = Piece((), (), ())
+        self.left: list[tuple[int, int]] = []
         self.most = self.change = 0
 
     def __len__(self) -> int:
         return len(self.events)
 
-    def pieces(
-        self, slots: Sequence[int], used: Mapping[int, int], *, small_from: int, small_units: int
-    ) -> tuple[Piece, Piece]:
-        """What it asks of the small pool, whose addresses begin at `small_from` and whose blocks have up to
-        `small_units`, and of the large one.
+    def prepare(self, given: list[int], small_units: int) -> None:
+        """Make what it asks of the `small` pool, whose blocks have up to `small_units`, and of the `large`
+        one, and the blocks that it leaves, where those that it frees have the sizes `given`.
         """
-        given = [(slots[block] >= small_from, used[slots[block]]) for block in self._given]
-        if given != self._prepared_for:
-            self._prepare(given, small_units)
-        return self._pieces
-
-    def _prepare(self, given: list[tuple[bool, int]], small_units: int) -> None:
+        if given == self._prepared_for:
+            return
         sizes = list(self.units)
-        in_small = {block: size <= small_units for block, size in enumerate(sizes)}
-        for block, (is_small, size) in zip(self._given, given, strict=True):
-            sizes[block], in_small[block] = size, is_small
+        for block, size in zip(self.given, given, strict=True):
+            sizes[block] = size
         now, self.most = 0, 0
         left: set[int] = set()
         for event in self.events:
@@ -64,16 +52,17 @@ class Pass:
             self.most = max(self.most, now)
             (left.add if event >= 0 else left.discard)(block)
         self.change = now
-        small, large = (
+        self.left = [(block, sizes[block]) for block in sorted(left)]
+        is_small = [size <= small_units for size in sizes]
+        sized = [(event, sizes[_block(event)], is_small[_block(event)]) for event in self.events]
+        self.small, self.large = (
             Piece(
-                tuple(event for event in self.events if in_small[_block(event)] is pool),
-                sizes,
-                tuple(block for block in self._given if in_small[block] is pool),
-                tuple(block for block in sorted(left) if in_small[block] is pool),
+                [(event, size) for event, size, small in sized if small is pool],
+                [block for block in self.given if is_small[block] is pool],
+                [block for block in sorted(left) if is_small[block] is pool],
             )
             for pool in (True, False)
         )
-        self._pieces = small, large
         self._prepared_for = given
 
 

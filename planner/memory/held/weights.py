@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.allocators.expandable import empty_allocator
-from planner.memory.allocators.native import CachingAllocator
+from planner.memory.allocators.native import CachingAllocator, block_units
+from planner.memory.allocators.passes import Pass
+from planner.memory.tape.events import free
 from planner.models.spec import ModelSpec, Parameter
 from planner.models.storage import NESTED_BLOCK, QUANTIZATION_BLOCK, Storage
 from planner.setup.run import TrainingRun
@@ -70,20 +73,19 @@ def largest_quantized_bytes(model: ModelSpec, storage: Storage) -> int:
 def loaded_weights(model: ModelSpec, storage: Storage, allocator: str) -> LoadedWeights:
     """Loading a base model, replayed with one of torch's allocators; the caller copies it to go on."""
     state = empty_allocator(allocator)
-    blocks = []
+    blocks: list[tuple[int, int]] = []
     packed = constants = plain = largest = 0
-    for parameter in _in_module_order(model):
-        size = parameter.elements * storage.width
-        largest = max(largest, size)
-        if storage.quantizes(parameter):
-            temporary = state.allocate(size)
-            packed_bytes, constant_bytes = _quantize(state, parameter.elements, storage.double_quant)
-            state.free(temporary)
-            packed += packed_bytes
-            constants += constant_bytes
-        else:
-            blocks.append((state.allocate(size), parameter.elements))
-            plain += size
+    for part, count in _in_module_order(model):
+        loading = _Loading(part, storage)
+        one = Pass(loading.events, loading.units)
+        for _ in range(count):
+            slots = [0] * len(loading.units)
+            state.play(one, slots)
+            blocks += [(slots[block], elements) for block, elements in loading.plain]
+        packed += count * loading.packed_bytes
+        constants += count * loading.constants_bytes
+        plain += count * sum(elements for _, elements in loading.plain) * storage.width
+        largest = max(largest, *(parameter.elements * storage.width for parameter in part))
     memory = WeightMemory(
         quantized_bytes=packed,
         constants_bytes=constants,
@@ -91,37 +93,69 @@ def loaded_weights(model: ModelSpec, storage: Storage, allocator: str) -> Loaded
         allocated_bytes=state.allocated_bytes,
         largest_bytes=largest,
     )
-    return LoadedWeights(memory, state, tuple(blocks))
+    return LoadedWeights(memory, state.copy(), tuple(blocks))
 
 
-def _quantize(allocator: CachingAllocator, elements: int, double_quant: bool) -> tuple[int, int]:
-    """Replay bitsandbytes' quantize_4bit of one weight; returns packed and constant bytes."""
-    packed_bytes, blocks = (elements + 1) // 2, -(-elements // QUANTIZATION_BLOCK)
-    absmax = allocator.allocate(blocks * 4)
-    allocator.allocate(packed_bytes)
-    allocator.allocate(CODE_BYTES)
-    if not double_quant:
-        return packed_bytes, blocks * 4 + CODE_BYTES
-    allocator.allocate(OFFSET_BYTES)
-    shifted = allocator.allocate(blocks * 4)
-    allocator.allocate(NESTED_CODE_BYTES)
-    nested = -(-blocks // NESTED_BLOCK) * 4
-    allocator.allocate(nested)
-    allocator.allocate(blocks)
-    allocator.free(shifted)
-    allocator.free(absmax)
-    return packed_bytes, blocks + nested + CODE_BYTES + OFFSET_BYTES + NESTED_CODE_BYTES
+class _Loading:
+    """What loading a few parameters one after the other asks for, and what stays: packed weights and their
+    constants, and of each parameter that is not quantised the block and the elements.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], storage: Storage) -> None:
+        self.events: list[int] = []
+        self.units: list[int] = []
+        self.plain: list[tuple[int, int]] = []
+        self.packed_bytes = self.constants_bytes = 0
+        for parameter in parameters:
+            whole = self._take(parameter.elements * storage.width)
+            if storage.quantizes(parameter):
+                self._quantize(parameter.elements, storage.double_quant)
+                self.events.append(free(whole))
+            else:
+                self.plain.append((whole, parameter.elements))
+
+    def _take(self, size_bytes: int) -> int:
+        block = len(self.units)
+        self.units.append(block_units(size_bytes))
+        self.events.append(block)
+        return block
+
+    def _quantize(self, elements: int, double_quant: bool) -> None:
+        """bitsandbytes' quantize_4bit of one weight."""
+        packed_bytes, blocks = (elements + 1) // 2, -(-elements // QUANTIZATION_BLOCK)
+        absmax = self._take(blocks * 4)
+        self._take(packed_bytes)
+        self._take(CODE_BYTES)
+        self.packed_bytes += packed_bytes
+        if not double_quant:
+            self.constants_bytes += blocks * 4 + CODE_BYTES
+            return
+        self._take(OFFSET_BYTES)
+        shifted = self._take(blocks * 4)
+        self._take(NESTED_CODE_BYTES)
+        nested = -(-blocks // NESTED_BLOCK) * 4
+        self._take(nested)
+        self._take(blocks)
+        self.events += [free(shifted), free(absmax)]
+        self.constants_bytes += blocks + nested + CODE_BYTES + OFFSET_BYTES + NESTED_CODE_BYTES
 
 
-def _in_module_order(model: ModelSpec) -> Iterator[Parameter]:
-    """Parameters one tensor at a time, as the model's modules come: before, inside and after the layers."""
+def _in_module_order(model: ModelSpec) -> Iterator[tuple[Sequence[Parameter], int]]:
+    """Parameters as the model's modules come, before, inside and after the layers, and how many times they
+    come one after the other: layers in a row have the same.
+    """
     listed = [parameter for parameter in model.parameters if not parameter.tied]
     inside = [index for index, parameter in enumerate(listed) if parameter.in_decoder_layer]
-    first, last = (inside[0], inside[-1]) if inside else (len(listed), len(listed))
-    yield from listed[:first]
-    layer_parameters = [parameter for parameter in listed[first : last + 1] if parameter.in_decoder_layer]
-    for layer in range(model.num_hidden_layers):
-        for parameter in layer_parameters:
-            if layer < parameter.count:
-                yield parameter
-    yield from (parameter for parameter in listed[first:] if not parameter.in_decoder_layer)
+    first = inside[0] if inside else len(listed)
+    if listed[:first]:
+        yield listed[:first], 1
+    alike = (
+        tuple(listed[index] for index in inside if layer < listed[index].count)
+        for layer in range(model.num_hidden_layers)
+    )
+    for part, layers in groupby(alike):
+        if part:
+            yield part, len(list(layers))
+    last = [parameter for parameter in listed[first:] if not parameter.in_decoder_layer]
+    if last:
+        yield last, 1

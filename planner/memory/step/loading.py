@@ -55,9 +55,7 @@ def _loaded(
 
 def _upcast(allocator: CachingAllocator, plain: Sequence[tuple[int, int]]) -> None:
     """PEFT's k-bit preparation: whatever is not quantised is cast to fp32, one parameter after the other."""
-    for address, elements in plain:
-        allocator.allocate(elements * FP32)
-        allocator.free(address)
+    allocator.replace_all([address for address, _ in plain], [elements * FP32 for _, elements in plain])
 
 
 def _add_adapter(
@@ -76,14 +74,11 @@ def _add_adapter(
     tensors = list(in_module_order(trained, model.num_hidden_layers))
     # DoRA's magnitudes are fp32 from the start.
     own = [FP32 if tensor.element_width != trained.element_width else 0 for tensor in tensors]
-    blocks = [allocator.allocate(t.elements * (o or widths[0])) for t, o in zip(tensors, own, strict=True)]
+    blocks = allocator.allocate_all(t.elements * (o or widths[0]) for t, o in zip(tensors, own, strict=True))
+    cast = [block for block, fixed in zip(blocks, own, strict=True) if not fixed]
+    elements = [tensor.elements for tensor, fixed in zip(tensors, own, strict=True) if not fixed]
     for following in widths[1:]:
-        for index, tensor in enumerate(tensors):
-            if own[index]:
-                continue
-            cast = allocator.allocate(tensor.elements * following)
-            allocator.free(blocks[index])
-            blocks[index] = cast
+        cast = allocator.replace_all(cast, [count * following for count in elements])
 
 
 def in_module_order(trained: Trained, layers: int) -> Iterator[TrainedTensor]:

@@ -39,14 +39,10 @@ class OptimizerReplay:
             self._adafactor(allocator, first=first)
             return
         if first:
-            for sizes in self.states:
-                for size in sizes:
-                    allocator.allocate(size)
+            allocator.allocate_all([size for sizes in self.states for size in sizes])
         if self.optim == "adamw_torch":
             # Square roots of every second moment at once (torch optim/adam.py:791).
-            roots = [allocator.allocate(size) for size in self.sizes]
-            for block in roots:
-                allocator.free(block)
+            allocator.free_all(allocator.allocate_all(self.sizes))
 
     def _adafactor(self, allocator: CachingAllocator, *, first: bool) -> None:
         """Tensor by tensor; a name holds its tensor until it is given another (optimization.py:1257)."""

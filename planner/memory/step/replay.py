@@ -97,8 +97,9 @@ def replay_steps(
     if known is None:
         if len(_WHOLE) >= MAX_KNOWN:
             _WHOLE.clear()
-        known = StepReplay(run, sizes, allocator).play(limit_bytes)
-        if limit_bytes is None or known.step_reserved_bytes <= limit_bytes:
+        replay = StepReplay(run, sizes, allocator)
+        known = replay.play(limit_bytes)
+        if replay.whole:
             _WHOLE[run, sizes, allocator] = known
     return known
 
@@ -134,7 +135,7 @@ class StepReplay:
             tuning_bytes=sizes.tuning_bytes,
         )
         last = max(groups, key=lambda group: group.indices[-1])
-        norm = norm_program(last.layer, replace(last.knobs, stream_width=last.memory.output_width))
+        norm = norm_program(run.model.norm_layer, replace(last.knobs, stream_width=last.memory.output_width))
         self.norm = programs.of(norm)
         head = head_shape(run, final_norm.output_width)
         self.head: HeadReplay | LogitsReplay = LogitsReplay(head) if head.whole else HeadReplay(head)
@@ -142,6 +143,8 @@ class StepReplay:
         self.biased = run.model.has_biased_linear
         self.offload = self._offload(run, final_norm) if run.setup.activation_offloading else None
         self.gradients: list[int] = []
+        self.whole = True
+        """Whether all steps were replayed."""
 
     def _offload(self, run: TrainingRun, final_norm: LayerMemory) -> OffloadReplay:
         saved = int(at(final_norm.saved, self.tokens, self.scores))
@@ -177,6 +180,7 @@ class StepReplay:
                 self.buckets.begin_step(step)
             self.optimizer_step(first=step == 0, short=short and step == 0)
             if limit_bytes is not None and self._reserved_bytes > limit_bytes:
+                self.whole = step + 1 == steps
                 break
             if self.offload is not None and step + 1 < steps:
                 # TRL empties the cache after every step (activation_offloading.py:602).
@@ -208,16 +212,13 @@ class StepReplay:
 
         Two micro-steps stand for any number of them; a `short` step has one.
         """
-        inputs = [self._take(INT64 * self.tokens) for _ in range(3)]
+        inputs = self.allocator.allocate_all([INT64 * self.tokens] * 3)
         micro_steps = 1 if short else min(2, self.setup.gradient_accumulation_steps)
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
-        for block in inputs:
-            self.allocator.free(block)
+        self.allocator.free_all(inputs)
         self.optimizer.step(self.allocator, first=first)
-        for block in self.gradients:
-            self.allocator.free(block)
-        self.gradients = []
+        self.allocator.free_all(self._taken_gradients())
         if self.sharding is not None:
             self.sharding.zero_grad()
 
