@@ -14,6 +14,7 @@ from planner.trainers.config import Keys, TrainerConfig, alpha_of, kept_knobs, p
 VERSION = "0.21.0"
 INSTALL = f"uv venv --python 3.12 && uv pip install --no-build-isolation axolotl=={VERSION}"
 LACKING = (
+    "experts",
     "compile",
     "activation_memory_budget",
     "checkpointed_layers",

@@ -195,6 +195,7 @@ def kept_knobs(setup: TrainingSetup, trainer: str, lacking: Collection[str]) -> 
         InputError: the first such knob with another value than the plain one.
     """
     plain: Mapping[str, Any] = {
+        "experts": "16bit",
         "compile": "none",
         "activation_memory_budget": None,
         "checkpointed_layers": None,

@@ -14,6 +14,7 @@ from planner.trainers.config import Keys, TrainerConfig, alpha_of, by_ddp, kept_
 VERSION = "0.9.5"
 INSTALL = f"uv venv && uv pip install llamafactory=={VERSION} bitsandbytes"
 LACKING = (
+    "experts",
     "compile",
     "activation_memory_budget",
     "checkpointed_layers",

@@ -46,6 +46,8 @@ def plan_for(
 def _requests(trainer: Trainer, request: PlanRequest, count: int) -> list[PlanRequest]:
     fixed = request.fixed
     plain: dict[str, Any] = {"compile": "none"}
+    if fixed.get("method", "qlora") == "qlora":
+        plain["experts"] = "16bit"
     if count > 1 and "distributed" not in fixed:
         plain |= {"num_processes": count, "distributed": "ddp"}
     # Packed rows want attention that keeps examples apart, which is each trainer's own business.
@@ -107,5 +109,5 @@ def refuse_for(trainer: Trainer, request: PlanRequest) -> None:
     """
     for name in trainer.lacking:
         value = request.fixed.get(name)
-        if value not in (None, "none", False):
+        if value not in (None, "none", False, "16bit"):
             raise InputError(f"{trainer.title} has no {name}={value}")

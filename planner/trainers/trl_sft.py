@@ -16,6 +16,7 @@ from planner.trainers.config import Keys, TrainerConfig, alpha_of, by_ddp, kept_
 VERSION = "1.16.0"
 INSTALL = f"uv venv && uv pip install 'trl[peft,quantization]=={VERSION}'"
 LACKING = (
+    "experts",
     "compile",
     "activation_memory_budget",
     "checkpointed_layers",
