@@ -13,7 +13,7 @@ from planner.models.spec import ModelSpec
 from planner.planning.ways import processes
 from planner.search import TOKENS, SearchResult, Tried, finish_seconds, search
 from planner.search.evaluator import Evaluator
-from planner.search.longest import longest_length
+from planner.search.lean import longest_that_fits
 from planner.setup import defaults
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
 from planner.setup.trained import adapted
@@ -59,9 +59,14 @@ def choose(
     found = search_ranks(request.setup(**knobs, max_length=wished), request, evaluator)
     if not found.fits and shorter and stats is not None:
         # As much of the examples as fits.
-        smallest = _smallest(found.result, evaluator).candidate.setup
-        longest = longest_length(
-            evaluator, smallest, start=defaults.SHORTEST_LENGTH, limit=wished, confirm=True
+        base = request.setup(**knobs, max_length=wished)
+        longest = longest_that_fits(
+            base.replace(lora_r=ranks(base, request.fixed, evaluator.model)[-1]),
+            evaluator,
+            effective_batch_size=found.effective_batch_size,
+            fixed=request.fixed,
+            start_length=defaults.SHORTEST_LENGTH,
+            limit=wished,
         )
         shorter = [longest] if longest is not None else shorter[-1:]
     for length in shorter:

@@ -71,14 +71,15 @@ def longest_that_fits(
     effective_batch_size: int,
     fixed: Mapping[str, Any],
     start_length: int,
+    limit: int | None = None,
 ) -> int | None:
-    """The longest sequences, in steps of 64 up to the model's window, that anything the search tries fits at;
-    None where nothing fits at `start_length`.
+    """The longest sequences, in steps of 64 up to `limit` (None: the model's window), that anything the search
+    tries fits at; None where nothing fits at `start_length`.
 
     Raises:
         InputError: the fixed knobs cannot give the effective batch.
     """
-    limit = evaluator.model.max_position_embeddings
+    limit = evaluator.model.max_position_embeddings if limit is None else limit
     shortest = base.replace(max_length=min(start_length, limit))
     setups = list(leanest(shortest, evaluator, effective_batch_size=effective_batch_size, fixed=fixed))
     by_fit = partial(longest_length, evaluator, start=start_length, limit=limit)

@@ -12,7 +12,7 @@ import pytest
 
 from launcher.runs.job import JobWish, job_of
 from launcher.runs.training_job import SEED
-from launcher.tui.screens.start_run import read_wish
+from launcher.tui.screens.start_run import FIELDS, read_wish
 from planner.base.errors import FieldError, InputError
 from planner.data import files, remembered
 from planner.data.hub_data import HubName, hub_name
@@ -246,7 +246,8 @@ def test_the_training_process_is_given_the_name_in_full(cache: Path) -> None:
 
 
 def test_the_form_for_a_run_takes_the_name(cache: Path) -> None:
-    texts = {"data": "o/n:test", "model": "m", "runs": str(cache), "epochs": "1", "steps": ""}
+    texts = {name: "" for name, *_ in FIELDS}
+    texts |= {"data": "o/n:test", "model": "m", "runs": str(cache), "epochs": "1"}
     assert read_wish(texts).data == Path("o/n:test")
     with pytest.raises(FieldError, match="a file that exists, a folder, or a data set of the Hub"):
         read_wish({**texts, "data": "o/n.jsonl"})
