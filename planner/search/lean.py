@@ -73,8 +73,8 @@ def longest_that_fits(
     start_length: int,
     limit: int | None = None,
 ) -> int | None:
-    """The longest sequences, in steps of 64 up to `limit` (None: the model's window), that anything the search
-    tries fits at; None where nothing fits at `start_length`.
+    """The longest sequences, in steps of 64 up to `limit` (None: the model's window), that anything the
+    search tries fits at; None where nothing fits at `start_length`.
 
     Raises:
         InputError: the fixed knobs cannot give the effective batch.
