@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.setup.defaults import FASTER_OPTIM
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
@@ -18,6 +20,12 @@ def refuse_unmodelled(run: TrainingRun) -> None:
         NotModelledError: a knob of the contract, by name.
         FieldError: more checkpointed layers than the model has.
     """
+    _accept(run.kind)
+
+
+@lru_cache(maxsize=8192)
+def _accept(run: RunKind) -> None:
+    """Of sizes nothing is refused, and what was accepted is remembered."""
     setup, model, attention = run.setup, run.model, run.attention
     if setup.compile != "none":
         _refuse_compiled(run)
@@ -47,7 +55,7 @@ def _whole_checkpoints(setup: TrainingSetup) -> bool:
     return setup.gradient_checkpointing and not partly
 
 
-def _refuse_compiled(run: TrainingRun) -> None:
+def _refuse_compiled(run: RunKind) -> None:
     """Refuse what compiled layers have not been measured with, naming the knob beside compile."""
     setup = run.setup
     for name, measured in (
@@ -91,7 +99,7 @@ def unsharded_knob(setup: TrainingSetup) -> str | None:
     return next((knob for knob, conflicts in found.items() if conflicts), None)
 
 
-def _refuse_sharded(run: TrainingRun) -> None:
+def _refuse_sharded(run: RunKind) -> None:
     """Refuse what FSDP2 cannot train or what is not counted with it, naming the knob beside distributed.
 
     Raises:
