@@ -41,6 +41,7 @@ COMMANDS = {
     ),
     "runs": Command("launcher.commands.runs", "list runs; show, follow, stop, resume or delete one"),
     "calibrate": Command("launcher.commands.calibrate", "measure this GPU, and plan by what it shows"),
+    "doctor": Command("launcher.doctor.command", "what of this machine a training needs, and what to type"),
     "tui": Command("launcher.commands.tui", "size setups and watch runs in the terminal"),
 }
 COMMANDS["completion"] = Command(

@@ -20,8 +20,15 @@ COMMANDS = {
         "planner.commands.estimate", "memory and speed of given setups, one JSON line each", _INSPECTING
     ),
     "compare": Command("planner.commands.compare", "several models or GPUs in one table", _INSPECTING),
+    "check": Command(
+        "planner.commands.check", "figures that others state: possible, tight or beyond the card", _INSPECTING
+    ),
+    "check-setup": Command(
+        "planner.commands.check_setup", "whether configs and setups fit a card, for hooks and CI", _INSPECTING
+    ),
     "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),
     "models": Command("planner.commands.models", "the models of the catalog"),
+    "config": Command("planner.commands.config", "settings that are taken where nothing is told"),
     "accuracy": Command("planner.commands.accuracy", "how far the predictions are from measured runs"),
 }
 

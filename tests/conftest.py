@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
@@ -52,11 +53,18 @@ def _compiler() -> str:
     return f"torch-{torch}-{sys.implementation.cache_tag}-{zlib.crc32(flags):08x}"
 
 
+FITTED = ("docs", "memory_records", "throughput_fit")
+FORKED = (
+    *("faults/test_evaluation", "faults/test_file_systems", "faults/test_full_disk"),
+    *("faults/test_launcher_faults", "faults/test_out_of_memory", "faults/test_several_ranks"),
+    *("faults/test_torchrun", "stack/test_compiled_shards", "stack/test_several_gpus"),
+)
 TOGETHER = {
-    f"tests/unit/test_{name}.py": "tests/unit/test_accuracy.py"
-    for name in ("docs", "memory_records", "throughput_fit")
+    **{f"tests/unit/test_{name}.py": "tests/unit/test_accuracy.py" for name in FITTED},
+    **{f"tests/{name}.py": "tests/faults/test_resume.py" for name in FORKED},
 }
-"""Files that ask the same of the planner, which takes seconds and is then remembered by the process."""
+"""Files that ask the same of the planner, which takes seconds and is then remembered by the process, and
+files that fork trainers from one, which takes ten seconds to import the training stack."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -80,7 +88,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Tests that compute have imported torch by now."""
+    """Tests that compute have imported torch by now: what is imported stays, and the trainer's collections of
+    garbage, half a second each, need not look at it."""
+    gc.collect()
+    gc.freeze()
     if "torch" in sys.modules:
         multiply_in_float32_without_units()
 
@@ -109,3 +120,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
             f"{spent:.0f} s of CPU time where {CPU_SECONDS_OF_A_TEST:.0f} are allowed: mend or mark slow",
             pytrace=False,
         )
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The settings of whoever runs the tests say nothing here, and no test changes them."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "user-config"))

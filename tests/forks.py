@@ -14,20 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = (
-    "bitsandbytes",
-    "launcher.models.inspect",
-    "launcher.training.build",
-    "launcher.training.callbacks",
-    "launcher.training.dataset",
-    "launcher.training.train",
-    "peft.tuners.lora.model",
-    "transformers.models.llama.modeling_llama",
-    "transformers.trainer",
-    "trl.trainer.sft_trainer",
-)
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(list(PRELOADED))
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 _started: list[BaseProcess] = []
 

@@ -3,7 +3,8 @@
 `--check` tells whether it still holds; without pages it is all of them. docs/commands.md is the help of every
 command, docs/knobs.md the rows of KNOBS. In README.md, the block after `<!-- output: COMMAND -->` is what the
 command prints, or its first lines with `COMMAND | head -N`. docs/throughput.md has the table of
-benchmarks/external_runs.py, docs/several-gpus.md that of benchmarks/scaling_table.py. What
+benchmarks/external_runs.py, docs/several-gpus.md that of benchmarks/scaling_table.py,
+docs/claims.md that of benchmarks/guide_claims.py. What
 benchmarks/memory_tables.py computes is in docs/memory-model.md and README.md after `<!-- memory: NAME -->`.
 """
 
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import external_runs, memory_tables, scaling_table
+from benchmarks import external_runs, guide_claims, memory_tables, scaling_table
 from launcher import cli
 from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
@@ -38,11 +39,13 @@ KNOBS_PAGE = ROOT / "docs" / "knobs.md"
 THROUGHPUT = ROOT / "docs" / "throughput.md"
 MEMORY = ROOT / "docs" / "memory-model.md"
 SEVERAL_GPUS = ROOT / "docs" / "several-gpus.md"
+CLAIMS = ROOT / "docs" / "claims.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("planner", "launcher")
 _ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- end of rooms -->\n)", re.DOTALL)
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
 _SCALING = re.compile(r"(<!-- scaling -->\n).*?(<!-- end of scaling -->\n)", re.DOTALL)
+_CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end of claims -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
 _KNOBS_PREAMBLE = """# Knobs
@@ -179,6 +182,11 @@ def several_gpus(text: str) -> str:
     return _SCALING.sub(lambda match: match[1] + scaling_table.table() + match[2], text)
 
 
+def claims(text: str) -> str:
+    """docs/claims.md with the verdicts on what guides state as they are now."""
+    return _CLAIMS.sub(lambda match: match[1] + guide_claims.table() + match[2], text)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
     written: dict[Path, Callable[[str], str]] = {
@@ -187,6 +195,7 @@ def main(arguments: Sequence[str]) -> int:
         README: readme,
         THROUGHPUT: throughput,
         SEVERAL_GPUS: several_gpus,
+        CLAIMS: claims,
         ARCHITECTURE: architecture,
         MEMORY: memory_tables.written,
     }

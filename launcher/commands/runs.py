@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,8 @@ from pathlib import Path
 from launcher.commands import resume, runs_list
 from launcher.commands.runs_folder import add_runs_option, named_run, run_folders, runs_root
 from launcher.runs import supervisor
-from launcher.runs.folder import RunBusyError, RunFolder, hold_lock
-from launcher.runs.minding import stopping
+from launcher.runs.folder import RunFolder
+from launcher.runs.minding import removal, stopping
 from launcher.tui.text import plain
 from planner.base.errors import ExitCode, InputError
 from planner.commands.program import say
@@ -116,12 +115,10 @@ def _delete(folder: RunFolder, args: argparse.Namespace) -> int:
     """Remove a run that is not alive, at once for everybody who lists runs.
 
     Raises:
-        InputError: the run is alive, or nobody has said yes.
-        RunBusyError: it is just being started.
+        InputError: the run is alive or just being started, or nobody has said yes.
     """
+    removal.refuse_alive(folder)
     status = supervisor.status(folder.path)
-    if status.alive:
-        raise InputError(f"{folder.path}: this run goes on ({status.state}); stop it first")
     name = plain(folder.path.name, 100)
     if not args.yes:
         if not sys.stdin.isatty():
@@ -133,15 +130,7 @@ def _delete(folder: RunFolder, args: argparse.Namespace) -> int:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say("nothing was deleted")
             return ExitCode.OK
-    gone = folder.path.with_name(f".deleting-{folder.path.name}")
-    try:
-        with hold_lock(folder, "launcher"), hold_lock(folder, "keeper"), hold_lock(folder, "trainer"):
-            folder.path.rename(gone)
-        shutil.rmtree(gone)
-    except OSError as error:
-        raise InputError(f"{folder.path}: cannot be deleted ({error.strerror})") from error
-    except RunBusyError as error:
-        raise InputError(str(error)) from error
+    removal.remove(folder)
     say(f"{name} is deleted")
     return ExitCode.OK
 

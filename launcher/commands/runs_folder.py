@@ -17,11 +17,19 @@ _SHOWN = 10
 
 def add_runs_option(parser: argparse.ArgumentParser) -> None:
     """Declare --runs."""
-    parser.add_argument("--runs", type=Path, help="where run folders are (default: runs in your data folder)")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="where run folders are (default: the setting, else runs in your data folder)",
+    )
 
 
 def runs_root(asked: Path | None) -> Path:
-    """The folder that --runs names, else the person's own."""
+    """The folder that --runs names, else the person's own.
+
+    Raises:
+        InputError: the settings cannot be read.
+    """
     return default_root() if asked is None else asked.expanduser()
 
 

@@ -28,6 +28,7 @@ from launcher.runs import stack
 from launcher.runs.trackers import TRACKERS, checked, require
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError, MissingExtraError
+from planner.base.settings import card_asked_for
 from planner.commands.knobs import add_knobs
 from planner.commands.plan import add_request_arguments, request_from
 from planner.commands.program import StoreOnce, real_number, say, whole_number
@@ -135,6 +136,11 @@ def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> t
     """The plan, made here or saved before, shown; and what is asked beside it. With --wait it is that of the
     moment in which the GPU has room for it.
     """
+    if saved is None:
+        # Of the settings the price alone: what is trained on is this machine's.
+        _, _, args.price_per_hour = card_asked_for(
+            args.gpu, display=args.display, price_per_hour=args.price_per_hour
+        )
     if args.gpu is None and not on_gpu:
         args.gpu = CARD_WITHOUT_GPU
     request = request_from(args) if saved is None else saved.request

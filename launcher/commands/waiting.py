@@ -71,13 +71,23 @@ def see_that_a_run_can_go_on(folder: RunFolder, attempt: Attempt, *, wait: bool)
     Raises:
         GpuBusyError: another run trains on its GPU, and nobody wants to wait.
         GpuFullError: others hold so much of it that the run has no room, and nobody wants to wait.
+        GpuTooSmallError: shared otherwise than before, it would not fit on the empty GPU either.
     """
-    from launcher.runs.minding.gpu_room import refuse_full_gpu
+    from launcher.runs.attempts import first_attempt, read_attempts
+    from launcher.runs.kept.resumption import ways
+    from launcher.runs.minding.gpu_room import refuse_full_gpu, refuse_small_gpu
 
-    job = attempt.apply(folder.read_job())
+    job = folder.read_job()
+    last = (read_attempts(folder.attempts) or [first_attempt(job)])[-1]
+    job, need = attempt.apply(job), _need_of(folder, attempt)
     positions = range(job.gpu_index, job.gpu_index + job.local_processes)
+    if need is not None and attempt.setup != last.setup:
+        # Before the wait, which would be in vain. A setup that has trained is not asked again.
+        what = f"{folder.path.name}: with {ways(attempt.setup)} the run"
+        for position in positions:
+            refuse_small_gpu(position, need, what)
     busy = [_see_that_nobody_trains(position, wait=wait) for position in positions]
-    waited, need = any(busy), _need_of(folder, attempt)
+    waited = any(busy)
     for position in positions:
         if need is None:
             break

@@ -131,6 +131,7 @@ class MeasuredRun:
                 device=self._device,
                 attn_implementation=setup.attn_implementation,
                 quantization_config=build.quantization_config(setup),
+                quantizes_experts=setup.experts == "4bit",
             )
         self._wait()
         self.weights_bytes = torch.cuda.memory_allocated() if on_gpu else 0

@@ -26,16 +26,19 @@ def build_random_model(
     device: torch.device,
     attn_implementation: str | None,
     quantization_config: BitsAndBytesConfig | None,
+    quantizes_experts: bool = False,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Return the causal language model of `config` on `device`, its weights random.
 
     With `quantization_config` the linear layers that transformers would quantise hold NF4/FP4 weights; the
-    model is marked as transformers marks a model it loaded in 4 bits, so PEFT and TRL treat it alike.
+    model is marked as transformers marks a model it loaded in 4 bits, so PEFT and TRL treat it alike. With
+    `quantizes_experts` stacks of experts do too, as launcher/training/loading/by_layer.py has them.
     Peak memory while building is the finished model plus one 16-bit weight.
     """
     import torch
 
+    from launcher.training.loading.quantised_experts import is_stack, quantise
     from launcher.training.loading.skeleton import shaped_model
 
     model = shaped_model(
@@ -46,12 +49,15 @@ def build_random_model(
     )
     generator = torch.Generator(device=device).manual_seed(seed)
     filled: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
+    for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in filled:
                 module.register_parameter(name, filled[id(parameter)])
                 continue
             new = _random_parameter(module, name, parameter, dtype, device, generator)
+            if quantization_config is not None and quantizes_experts and is_stack(name, parameter):
+                quantise(module, name, new, quantization_config)
+                continue
             filled[id(parameter)] = new
             module.register_parameter(name, new)
     for module in model.modules():

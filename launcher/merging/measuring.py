@@ -124,6 +124,7 @@ class Measuring:
         from peft import PeftModel
 
         from launcher.training import build
+        from launcher.training.loading.quantised_experts import as_parameters
 
         setup = self.task.setup.replace(
             dtype=str(self._dtype_here(self.task.setup.dtype)).removeprefix("torch."),
@@ -138,7 +139,8 @@ class Measuring:
             names.append(adapter_name(index))
             options = {"adapter_name": names[-1], "torch_device": str(self.device)}
             if index == 0:
-                model = PeftModel.from_pretrained(model, str(folder.path), **options)
+                with as_parameters(model):
+                    model = PeftModel.from_pretrained(model, str(folder.path), **options)
             else:
                 model.load_adapter(str(folder.path), **options)
         model.base_model.set_adapter(names)

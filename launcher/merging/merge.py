@@ -122,6 +122,7 @@ class Merge:
             base=self.base,
             dtype=build.torch_dtype(setup),
             quantization=build.quantization_config(setup) if kind == DEQUANTISED else None,
+            quantizes_experts=setup.experts == "4bit",
             # Quantised where the run quantised it, as far as this machine has the device.
             device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
         )

@@ -20,6 +20,7 @@ from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from planner.base.data_files import user_data_dir, write_atomically
 from planner.base.errors import FieldError, InputError, VramwiseError
+from planner.base.settings import load_settings
 
 LONGEST_NAME_BYTES = 100
 ASKERS_SECONDS = 1
@@ -154,8 +155,14 @@ class RunFolder:
 
 
 def default_root() -> Path:
-    """Where run folders are made and looked for unless another place is named: in the person's own folder."""
-    return user_data_dir() / "runs"
+    """Where run folders are made and looked for unless another place is named: by the settings, else in the
+    person's own folder.
+
+    Raises:
+        InputError: the settings cannot be read.
+    """
+    kept = load_settings().runs
+    return user_data_dir() / "runs" if kept is None else Path(kept).expanduser()
 
 
 def check_name(name: str) -> str:

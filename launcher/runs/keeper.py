@@ -97,8 +97,9 @@ def _after_hang(folder: RunFolder, from_step: int) -> Attempt | None:
 @dataclass(slots=True)
 class Keeper:
     """Minds one run to its end. `start_trainer` and `start_sampler` start the processes; `ranks_here` says
-    how many ranks the present attempt has on this machine, 0 where the trainer is one process and not
-    torchrun's agent, `ranks_in_all` how many on all.
+    how many ranks the attempt that begins has on this machine, 0 where the trainer is one process and not
+    torchrun's agent, `ranks_in_all` how many on all. Both are asked once an attempt: an end can be told, and
+    no rank stays behind, whatever has become of the run's files meanwhile.
     """
 
     folder: RunFolder
@@ -112,6 +113,8 @@ class Keeper:
     _sampler: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _sampler_restarts: int = field(default=0, init=False)
     _signals: int = field(default=0, init=False)
+    _here: int = field(default=0, init=False)
+    _in_all: int = field(default=1, init=False)
 
     def keep(self) -> RunExit:
         """Start the trainer, again where that helps, until the run is over; returns the exit code."""
@@ -132,6 +135,7 @@ class Keeper:
             self.folder.heartbeat.unlink()
         offset, kills = _size(self.folder.events), self.count_kills()
         ranks.clear(self.folder)
+        self._here, self._in_all = self.ranks_here(), self.ranks_in_all()
         trainer = self.start_trainer()
         ender = stopping.Ender(functools.partial(self._send, trainer), self.patience_seconds)
         watch = HangWatch(self.folder.heartbeat, self.limits)
@@ -198,7 +202,7 @@ class Keeper:
 
     def _send(self, trainer: subprocess.Popen[bytes], number: int) -> None:
         """Send a signal to the trainer; of several ranks to each, since torchrun's agent would end them."""
-        pids = ranks.live_ranks(self.folder, self.ranks_here())
+        pids = ranks.live_ranks(self.folder, self._here)
         if pids:
             ranks.send(pids, number)
         if not pids or number == signal.SIGKILL:
@@ -206,12 +210,12 @@ class Keeper:
 
     def _end_rest(self) -> None:
         """Whatever has ended torchrun's agent: none of its ranks may stay behind."""
-        if self.ranks_here():
-            ranks.send(ranks.live_ranks(self.folder, self.ranks_here()), signal.SIGKILL)
+        if self._here:
+            ranks.send(ranks.live_ranks(self.folder, self._here), signal.SIGKILL)
 
     def _end_hanging(self, trainer: subprocess.Popen[bytes]) -> None:
         """Have the stacks written down, then SIGTERM, then SIGKILL."""
-        if self.ranks_here():
+        if self._here:
             self._write_stacks()
         for number, seconds in (
             (STACKS_SIGNAL, min(DUMP_SECONDS, self.patience_seconds)),
@@ -225,7 +229,7 @@ class Keeper:
 
     def _write_stacks(self) -> None:
         """The stacks of all ranks into the log; one that was stopped writes its own when it may go on."""
-        pids = ranks.live_ranks(self.folder, self.ranks_here())
+        pids = ranks.live_ranks(self.folder, self._here)
         ranks.send(pids, STACKS_SIGNAL)
         ranks.send(pids, signal.SIGCONT)
         time.sleep(min(DUMP_SECONDS, self.patience_seconds))
@@ -267,7 +271,7 @@ class Keeper:
     def _untold(self, code: int, kills: KillCounters) -> AttemptEnd:
         """The end of a trainer that wrote none, by its exit code."""
         step = self._last_step()
-        first = ranks.first_to_fail(self.folder, self.ranks_in_all()) if self.ranks_here() else None
+        first = ranks.first_to_fail(self.folder, self._in_all) if self._here else None
         if first is not None and not self._asked():
             return self._of_rank(first, step, kills)
         if code >= 0:

@@ -19,6 +19,7 @@ from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
 from planner.setup.training_setup import TrainingSetup
+from planner.throughput.torch_attention import repeats_keys
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +152,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    if setup.experts == "4bit":
+        return _load_by_layer(setup, source, device=device, allow_download=allow_download)
     chosen = {"attn_implementation": setup.attn_implementation} if setup.attn_implementation else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -165,6 +168,23 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+
+
+def _load_by_layer(
+    setup: TrainingSetup, source: str, *, device: torch.device, allow_download: bool
+) -> PreTrainedModel:
+    from launcher.training.loading.base_folder import find_base
+    from launcher.training.loading.by_layer import load_by_layer
+
+    quantization = quantization_config(setup)
+    assert quantization is not None
+    return load_by_layer(
+        find_base(source, allow_download=allow_download),
+        dtype=torch_dtype(setup),
+        quantization_config=quantization,
+        attn_implementation=setup.attn_implementation,
+        device=device,
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -195,10 +215,11 @@ def build_trainer(
 
     from launcher.training.callbacks import LaunchedTrainer, PartialCheckpointing, QuietHeap
     from launcher.training.evaluation import evaluation_callbacks
+    from launcher.training.loading.quantised_experts import as_parameters
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
-        allow_tf32()
+        _use_card(setup)
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
@@ -208,16 +229,17 @@ def build_trainer(
     if setup.distributed == "fsdp" and not on_gpu:
         let_cpus_shard()
     try:
-        trainer = LaunchedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            # A model that was sharded while it was loaded has its adapters already.
-            peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
-            callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
-        )
+        with as_parameters(model):
+            trainer = LaunchedTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                # A model that was sharded while it was loaded has its adapters already.
+                peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
+                callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
+            )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
@@ -230,6 +252,14 @@ def build_trainer(
         )
         trainer.add_callback(compiled)
     return trainer
+
+
+def _use_card(setup: TrainingSetup) -> None:
+    """What torch and transformers are told of the card that they run on."""
+    import torch
+
+    allow_tf32()
+    repeat_shared_keys(capability=torch.cuda.get_device_capability(), dtype=setup.dtype)
 
 
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
@@ -269,6 +299,19 @@ def allow_tf32() -> None:
 
     if torch.cuda.get_device_capability() >= TF32_CAPABILITY:
         torch.set_float32_matmul_precision("high")
+
+
+def repeat_shared_keys(*, capability: tuple[int, int], dtype: str) -> None:
+    """Have transformers repeat keys and values to all heads before sdpa, on cards where that is to be.
+
+    transformers has no switch for it: it hands shared keys to torch wherever there is no mask
+    (transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa). Below 8.0 no kernel of torch's takes them,
+    and it would write whole score matrices: memory with the square of the length.
+    """
+    from transformers.integrations import sdpa_attention
+
+    if repeats_keys(capability, dtype):
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
 
 
 def _hold_trainables_in_float32(model: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launcher.training.callbacks import decoder_layers
+from launcher.training.several.whole import is_sharded
 
 RECOMPILE_LIMIT = 64
 """Variants of a layer that may be compiled before torch silently runs it uncompiled (torch's default is 8).
@@ -48,7 +49,12 @@ def compile_decoder_layers(
     # product of the MLP too. Those are elementwise to recompute, and are 38% of what a Llama layer keeps.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for layer in decoder_layers(model):
-        layer.compile(backend=backend)
+        if is_sharded(layer):
+            # FSDP2's hooks gather and free what the layer computes with: outside of what is compiled. With
+            # them inside (layer.compile) torch's compiler leaves the layer as it is, without a word.
+            layer.forward = torch.compile(layer.forward, backend=backend)
+        else:
+            layer.compile(backend=backend)
     return RecomputeAll()
 
 

@@ -6,16 +6,15 @@ of it is kept: gradients, optimizer state, adapter, random numbers and counts ar
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from launcher.training.several.random_states import random_state, set_random_state
 from launcher.training.several.whole import local
 
 if TYPE_CHECKING:
@@ -138,18 +137,3 @@ def _nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
             # The steps then reserve what they would have, and their peaks are their own.
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-
-
-def random_state() -> tuple[Any, ...]:
-    """The state of every source of random numbers that training draws from."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Go back to a state of random_state()."""
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state(state[3])

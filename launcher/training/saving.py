@@ -20,7 +20,7 @@ from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from launcher.training.evaluation import BestCheckpoint, best_checkpoint, weight_files
 from launcher.training.patience import PatientWriter
-from launcher.training.rehearsal import random_state, set_random_state
+from launcher.training.several.random_states import random_state, set_random_state
 from launcher.training.several.ranks import ALONE, Ranks
 from launcher.training.several.whole import is_sharded, trained_weights
 

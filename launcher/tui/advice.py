@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from launcher.tui import knobs
 from launcher.tui.cards import Card
-from launcher.tui.command_line import request_of
-from launcher.tui.sizing import Sizing, ways
+from launcher.tui.command_line import asked_of, request_of
+from launcher.tui.sizing import NO_WISHES, Sizing, Wishes, evaluator_of, ways
 from launcher.tui.text import gib
 from planner.answers.plan import Advice, FrontierPoint
 from planner.base.errors import InputError
@@ -21,6 +21,7 @@ from planner.planning.asked import Asked
 from planner.search import TOKENS, SearchResult, fastest, search
 from planner.search.evaluator import Evaluator
 from planner.search.frontier import around_the_chosen, frontier
+from planner.setup import defaults
 from planner.setup.request import make_request
 from planner.setup.training_setup import TrainingSetup
 
@@ -58,19 +59,32 @@ def offers(sizing: Sizing) -> tuple[Advice, ...]:
     """What makes the setup fit or, when it fits, what uses the memory that is left: what `plan` advises where
     every knob is fixed.
     """
-    return advice(Asked(request_of(sizing), sizing.card.target, sizing.model))
+    data = sizing.wishes.data
+    stats = None if data is None else data.stats
+    return advice(Asked(request_of(sizing), sizing.card.target, sizing.model, stats))
 
 
 def points(sizing: Sizing) -> tuple[FrontierPoint, ...]:
     """The frontier of what the planner would try in place of the setup, around what it would choose."""
-    evaluator = Evaluator(sizing.model, sizing.card.spec, sizing.card.usable_bytes)
+    evaluator = evaluator_of(sizing.model, sizing.card, sizing.wishes)
     base = sizing.searched_from
-    result = search(base, evaluator, effective_batch_size=base.effective_batch_size, fixed={}, confirm=True)
+    tokens = _tokens(base, evaluator, sizing.wishes)
+    result = _search(base, evaluator, base.effective_batch_size, tokens)
     chosen = result.chosen or result.smallest
-    return around_the_chosen(frontier(result.tried, chosen, evaluator, tokens=TOKENS))
+    return around_the_chosen(frontier(result.tried, chosen, evaluator, tokens=tokens))
 
 
-def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str, str]) -> Choice:
+def _tokens(base: TrainingSetup, evaluator: Evaluator, wishes: Wishes) -> int:
+    """Tokens of the run that a search is for: those of the data, all passes over it."""
+    if evaluator.examples is None:
+        return TOKENS
+    passes = defaults.EPOCHS if wishes.num_train_epochs is None else wishes.num_train_epochs
+    return round(evaluator.examples.lengths(base.max_length).tokens * passes)
+
+
+def automatic_choice(
+    name: str, model: ModelSpec, card: Card, texts: Mapping[str, str], wishes: Wishes = NO_WISHES
+) -> Choice:
     """The fastest setup that fits, at the knobs' length, method, adapter and effective batch.
 
     The dtype is what the card computes in; the optimizer in `texts` is the one that was asked for.
@@ -79,15 +93,17 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
         InputError: a knob is not valid, or nothing fits.
     """
     base = knobs.to_setup(name, {**texts, "dtype": card.spec.dtype}, {})
-    evaluator = Evaluator(model, card.spec, card.usable_bytes)
+    tokens = _tokens(base, evaluator_of(model, card, wishes), wishes)
     results = []
     for way in ways(base, card):
+        evaluator = evaluator_of(model, card.shared_by(way.num_processes), wishes)
         try:
-            results.append(_search(way, evaluator, base.effective_batch_size * card.target.count))
+            effective = base.effective_batch_size * card.target.count
+            results.append(_search(way, evaluator, effective, tokens))
         except InputError:
             if card.target.count == 1:
                 raise
-    chosen = fastest([one.chosen for one in results if one.chosen is not None], TOKENS)
+    chosen = fastest([one.chosen for one in results if one.chosen is not None], tokens)
     if chosen is None:
         needed = min(result.smallest.candidate.peak_upper_bytes for result in results)
         raise InputError(
@@ -102,15 +118,16 @@ def automatic_choice(name: str, model: ModelSpec, card: Card, texts: Mapping[str
     )
 
 
-def _search(base: TrainingSetup, evaluator: Evaluator, effective: int) -> SearchResult:
-    return search(base, evaluator, effective_batch_size=effective, fixed={}, confirm=True)
+def _search(base: TrainingSetup, evaluator: Evaluator, effective: int, tokens: int) -> SearchResult:
+    return search(base, evaluator, effective_batch_size=effective, fixed={}, confirm=True, tokens=tokens)
 
 
-def opening_choice(name: str, model: ModelSpec, card: Card) -> TrainingSetup:
-    """The setup that `plan` chooses for a model and a card by itself: the smallest where nothing fits.
+def opening_choice(name: str, model: ModelSpec, card: Card, wishes: Wishes = NO_WISHES) -> TrainingSetup:
+    """The setup that `plan` chooses for a model, a card and data by itself: the smallest where nothing fits.
 
     Raises:
         InputError: the model's memory is not modelled.
     """
-    asked = Asked(make_request(name, gpu=card.argument), card.target, model)
-    return asked.chosen.tried.candidate.setup
+    stats = None if wishes.data is None else wishes.data.stats
+    request = make_request(name, **asked_of(card, wishes))
+    return Asked(request, card.target, model, stats).chosen.tried.candidate.setup

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,35 +14,40 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.theme import Theme
-from textual.widgets import HelpPanel
 
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import model_source
-from launcher.runs.minding.gpu_room import in_the_way
+from launcher.runs.report.facts import plan_or_none
+from launcher.runs.training_job import TrainingJob
 from launcher.tui import runs, starting
-from launcher.tui.cards import Card
+from launcher.tui.cards import Card, card_of
 from launcher.tui.screens.confirm import Confirm
-from launcher.tui.screens.picker import Picker, Remark, Row
+from launcher.tui.screens.help import Help
+from launcher.tui.screens.reading import Opening, Reading
 from launcher.tui.screens.run import RunScreen
+from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.start_run import RunWish, StartRun
 from launcher.tui.screens.waiting import Waiting
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from launcher.tui.themes import DARK, LIGHT, completed
-from planner.base.errors import VramwiseError
+from planner.answers.plan import Plan
+from planner.base.errors import ExitCode, InputError, UnknownNameError, VramwiseError
+from planner.base.settings import change_setting, settings_path
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
-
-_STATE_COLOURS = {"running": "primary", "finished": "success", "stopped": "warning"}
 
 
 class VramwiseApp(App[None]):
     """Sizing first, with a run over it when a run folder is given.
 
-    Sizing opens with `setup` and, if `automatic`, goes on to what `plan` chooses for the model and the card.
+    Sizing opens with `model` and `setup`, or with what `opening` reads while a screen says so; if
+    `automatic`, it goes on to what `plan` chooses for the model and the card.
     `runs_root` is where run folders are looked for and made, `data` what the form for a new run starts with.
-    With `allow_download` models and data that are not on this machine may be fetched from the Hub.
+    With `allow_download` models and data that are not on this machine may be fetched from the Hub. `price` is
+    the person's own for an hour of a GPU, `theme` the one to begin with, null for the usual one. With `keeps`
+    a theme that is picked is kept as a setting.
     """
 
     TITLE = "vramwise"
@@ -51,12 +58,13 @@ class VramwiseApp(App[None]):
         (118, "-wide"),
     ]
     VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
-        (0, "-short"),
+        (0, "-tiny"),
+        (16, "-short"),
         (30, "-tall"),
         (40, "-high"),
     ]
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("question_mark", "help", "Help", id="app.help", tooltip="Show or hide all keys"),
+        Binding("question_mark", "help", "Help", id="app.help", tooltip="Keys, and where numbers are from"),
         Binding("ctrl+q", "quit", "Quit", id="app.quit", priority=True, tooltip="Leave; runs go on"),
     ]
 
@@ -76,6 +84,21 @@ class VramwiseApp(App[None]):
             self.sizing = sizing
             self.wish = wish
 
+    class Kept(Message):
+        """Settings were kept, or could not be."""
+
+        def __init__(self, message: str, *, refused: bool = False) -> None:
+            super().__init__()
+            self.message = message
+            self.refused = refused
+
+    class NotResumed(Message):
+        """A run cannot go on."""
+
+        def __init__(self, message: str) -> None:
+            super().__init__()
+            self.message = message
+
     class GpuNotFree(Message):
         """A run can start once its GPU is free."""
 
@@ -88,21 +111,34 @@ class VramwiseApp(App[None]):
     def __init__(
         self,
         *,
-        model: ModelSpec,
+        model: ModelSpec | None = None,
         card: Card,
-        setup: TrainingSetup,
+        setup: TrainingSetup | None = None,
+        opening: Opening | None = None,
         automatic: bool = False,
         runs_root: Path,
         run: RunFolder | None = None,
         data: str = "",
         allow_download: bool = False,
+        price: float | None = None,
+        theme: str | None = None,
+        keeps: bool = False,
     ) -> None:
         super().__init__()
         self.register_theme(DARK)
         self.register_theme(LIGHT)
-        self.theme = DARK.name
-        self._first = SizingScreen(model, card, setup, automatic=automatic)
+        if theme is not None and theme not in self.available_themes:
+            raise UnknownNameError("theme", theme, list(self.available_themes), "(see config list)")
+        self.theme = DARK.name if theme is None else theme
+        self._sizing_of = partial(SizingScreen, card=card, automatic=automatic, data=data, price=price)
+        self._opening = opening
+        self.refusal = ""
+        if model is not None and setup is not None:
+            self._first: SizingScreen | None = self._sizing_of(model, setup=setup)
+        else:
+            self._first = None
         self._run = run
+        self._keeps = keeps
         self._runs_root = runs_root
         self._data = data
         self.allow_download = allow_download
@@ -117,10 +153,54 @@ class VramwiseApp(App[None]):
     def on_mount(self) -> None:
         """Show the first screen."""
         self.theme_changed_signal.subscribe(self, self._redraw)
+        if self._keeps:
+            self.theme_changed_signal.subscribe(self, lambda theme: self.keep_settings({"theme": theme.name}))
         self._handle_signals()
-        self.push_screen(self._first)
+        if self._first is not None:
+            self._open(self._first)
+        elif self._opening is not None:
+            self.push_screen(Reading(self._opening), self._opened)
+
+    def _opened(self, found: tuple[ModelSpec, TrainingSetup] | str | None) -> None:
+        """Go on with the model that was described; without one there is nothing to show."""
+        if found is None or isinstance(found, str):
+            self.refusal = found or ""
+            self.exit(return_code=ExitCode.BAD_INPUT)
+            return
+        model, setup = found
+        self._first = self._sizing_of(model, setup=setup)
+        self._open(self._first)
+
+    def _open(self, first: SizingScreen) -> None:
+        self.push_screen(first)
         if self._run is not None:
             self.push_screen(RunScreen(self._run))
+
+    @property
+    def model_name(self) -> str | None:
+        """The model that is sized; None where none could be read."""
+        return None if self._first is None else self._first.model_name
+
+    @work(thread=True, group="settings")
+    def keep_settings(self, values: Mapping[str, object], told: str = "") -> None:
+        """Keep settings, with None forget them, and say so; what cannot be kept is for this time."""
+        try:
+            for name, value in values.items():
+                change_setting(name, value)
+        except InputError as error:
+            self.post_message(self.Kept(str(error), refused=True))
+            return
+        if told:
+            self.post_message(self.Kept(f"{told}: kept in {settings_path()}"))
+
+    @on(Kept)
+    def _say_kept(self, event: Kept) -> None:
+        self.notify(
+            plain(event.message),
+            title="Settings",
+            severity="error" if event.refused else "information",
+            markup=False,
+        )
 
     def _redraw(self, _: Theme) -> None:
         """Draw anew what is drawn in the theme's colours: Textual keeps what a widget drew before."""
@@ -153,10 +233,12 @@ class VramwiseApp(App[None]):
         form = StartRun(
             title=f"Train {setup.model} with {setup.method} at {setup.max_length:,} tokens",
             model_source=model_source(setup.model, sizing.model),
-            data=self._data,
+            data=self._data if sizing.wishes.data is None else sizing.wishes.data.path,
+            epochs=sizing.wishes.num_train_epochs,
             runs=str(self._runs_root),
             wish=wish,
             refusal=refusal,
+            foresee=partial(starting.foresee, sizing),
         )
         self.push_screen(form, lambda wish: None if wish is None else self._start(sizing, wish))
 
@@ -180,7 +262,7 @@ class VramwiseApp(App[None]):
     @on(RunStarted)
     def _follow_started(self, event: RunStarted) -> None:
         self._started.append(event.started)
-        self._follow(event.started.folder)
+        self.follow(event.started.folder)
 
     @on(RunRefused)
     def _say_refused(self, event: RunRefused) -> None:
@@ -193,7 +275,7 @@ class VramwiseApp(App[None]):
         error, sizing, wish = event.error, event.sizing, event.wish
         self.clear_notifications()
         self.push_screen(
-            Waiting(str(error), lambda: in_the_way(error.position, error.need_bytes)),
+            Waiting(str(error), lambda: starting.first_in_the_way(error.positions, error.need_bytes)),
             lambda free: self._start(sizing, wish) if free else self._ask_wish(sizing, wish=wish),
         )
 
@@ -202,37 +284,26 @@ class VramwiseApp(App[None]):
         return tuple(one for one in self._followed.values() if runs.goes_on(one))
 
     def action_help(self) -> None:
-        """Show or hide the panel of keys."""
-        if self.screen.query(HelpPanel):
-            self.action_hide_help_panel()
-        else:
-            self.action_show_help_panel()
+        """Show the keys of the screen, and where its numbers come from."""
+        screen = self.screen
+        if isinstance(screen, Help):
+            screen.dismiss()
+            return
+        known = (*type(screen).BINDINGS, *self.BINDINGS)
+        keys = [
+            (one.key_display or one.key, one.tooltip)
+            for one in known
+            if isinstance(one, Binding) and one.tooltip and one.action != "app.help"
+        ]
+        numbers = screen.explained() if isinstance(screen, SizingScreen) else ()
+        self.push_screen(Help(keys, numbers))
 
     def action_open_run(self) -> None:
-        """Pick a run to follow."""
-        found = {str(folder.path): folder for folder in runs.list_runs(self._runs_root)}
-        rows = tuple(
-            Row(key=key, name=folder.path.name, detail=runs.age(folder)) for key, folder in found.items()
-        )
+        """Show the runs."""
+        self.push_screen(RunsScreen(self._runs_root))
 
-        def remark(row: Row) -> Remark:
-            state, words = runs.short_state(found[row.key])
-            return Remark(plain(f"{state} {words}", 40), _STATE_COLOURS.get(state, "error"))
-
-        self.push_screen(
-            Picker(
-                f"Runs in {plain(self._runs_root, 60)}",
-                rows,
-                current="",
-                prompt="type to filter, or the path of a run folder",
-                remark=remark,
-            ),
-            self._run_picked,
-        )
-
-    def _run_picked(self, path: str | None) -> None:
-        if path is None:
-            return
+    def follow_path(self, path: str) -> None:
+        """Show a run by the path of its folder."""
         folder = RunFolder(Path(path).expanduser().resolve())
         if not (folder.job.is_file() or folder.events.is_file()):
             self.notify(
@@ -242,9 +313,39 @@ class VramwiseApp(App[None]):
                 markup=False,
             )
             return
-        self._follow(folder)
+        self.follow(folder)
 
-    def _follow(self, folder: RunFolder) -> None:
+    def load_run(self, folder: RunFolder) -> None:
+        """Take a run's setup, data and card to sizing.
+
+        Raises:
+            InputError: the folder holds no job.
+        """
+        self.load_into_sizing(folder.read_job(), plan_or_none(folder))
+
+    def load_into_sizing(self, job: TrainingJob, plan: Plan | None) -> None:
+        """Take a job's setup and data, and the card that it was planned for, to sizing."""
+        card = None if plan is None else card_of(plan.gpu)
+        first = self._first
+        if first is None:
+            return
+        while self.screen is not first:
+            self.pop_screen()
+        first.load(job.setup, card=card, data=job.data_path, epochs=job.num_train_epochs)
+
+    @work(thread=True, group="start")
+    def resume_run(self, folder: RunFolder) -> None:
+        """Go on with a run, and follow it."""
+        try:
+            self.post_message(self.RunStarted(starting.resume(folder)))
+        except VramwiseError as error:
+            self.post_message(self.NotResumed(str(error)))
+
+    @on(NotResumed)
+    def _say_not_resumed(self, event: NotResumed) -> None:
+        self.notify(plain(event.message), title="It cannot go on", severity="error", markup=False)
+
+    def follow(self, folder: RunFolder) -> None:
         """Show a run; a run screen that is open gives way to it."""
         self._followed[folder.path] = folder
         if isinstance(self.screen, RunScreen):

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.tui.sizing import Sizing
+from launcher.tui.cards import Card
+from launcher.tui.sizing import Sizing, Wishes
 from planner.setup import defaults
 from planner.setup.options import option
 from planner.setup.request import PlanRequest, make_request
@@ -40,12 +41,25 @@ def request_of(sizing: Sizing, **wishes: Any) -> PlanRequest:
     if setup.packing:
         # Null is the model's own attention; with packing a plan would choose.
         fixed.setdefault("attn_implementation", sizing.model.default_attn_implementation)
-    return make_request(setup.model, knobs=fixed, gpu=sizing.card.argument, **wishes)
+    asked = asked_of(sizing.card, sizing.wishes)
+    return make_request(setup.model, knobs=fixed, **{**asked, **wishes})
+
+
+def asked_of(card: Card, wishes: Wishes) -> dict[str, Any]:
+    """What a request says beside model and knobs."""
+    return {
+        "gpu": card.argument,
+        "display": card.display,
+        "data": None if wishes.data is None else wishes.data.path,
+        "num_train_epochs": wishes.num_train_epochs,
+        "price_usd_per_hour": wishes.usd_per_gpu_hour,
+    }
 
 
 def plan_command(sizing: Sizing) -> str:
     """`plan` with the model, the card and every knob that differs from what `plan` takes by itself."""
-    return shlex.join(["vramwise", "plan", *flags(sizing)])
+    command = shlex.join(["vramwise", "plan", *flags(sizing)])
+    return f"{sizing.card.environment} {command}".lstrip()
 
 
 def flags(sizing: Sizing) -> Sequence[str]:
@@ -54,6 +68,16 @@ def flags(sizing: Sizing) -> Sequence[str]:
     words = ["--model", setup.model]
     if sizing.card.argument is not None:
         words += ["--gpu", sizing.card.argument]
+    if sizing.card.display:
+        words.append("--display")
+    wishes = sizing.wishes
+    for name, value in (
+        ("data", None if wishes.data is None else wishes.data.path),
+        ("epochs", wishes.num_train_epochs),
+        ("price_per_hour", wishes.usd_per_gpu_hour),
+    ):
+        if value is not None:
+            words += option(name, value)
     default = TrainingSetup(model=setup.model, max_length=setup.max_length, optim=defaults.OPTIM)
     for name, value in setup.to_dict().items():
         if name == "model" or (name in _SHARING and (value is None or sizing.card.target.count == 1)):

@@ -6,12 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.tui.cards import Card
+from launcher.tui.dataset import Dataset
+from launcher.tui.sizing import Wishes
+from planner.base import validate
+from planner.gpus.price import MAX_PRICE
+from planner.gpus.spec import GpuSpec
+from planner.setup import defaults
 from planner.setup.knob import METHODS, SECTIONS, Kind, Knob, KnobValue
 from planner.setup.knobs import KNOBS
 from planner.setup.training_setup import TrainingSetup
 
 ON, OFF = "on", "off"
 AUTO = "auto"
+MAX_EPOCHS = 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +49,70 @@ class Row:
     def applies(self, texts: Mapping[str, str]) -> bool:
         """Whether the other knobs leave this one a meaning."""
         return not any(texts[field] == text for field, text in self.unless)
+
+
+DISPLAY, PRICE, EPOCHS = "display", "price", "epochs"
+ASKED = (
+    Row(
+        field=DISPLAY,
+        kind="bool",
+        label="display",
+        help="a display is attached to the card and takes memory of it",
+        choices=(OFF, ON),
+    ),
+    Row(
+        field=PRICE,
+        kind="float",
+        label="$ a GPU-hour",
+        help="price of a GPU for an hour; empty for the catalog's",
+        steps=("", "0.1", "0.2", "0.5", "1", "2", "3", "5", "10"),
+    ),
+    Row(
+        field=EPOCHS,
+        kind="float",
+        label="epochs",
+        help="passes over the data",
+        steps=("0.5", "1", "2", "3", "5", "10"),
+    ),
+)
+"""What is asked beside model, card, data and knobs."""
+
+
+def asked_texts(card: Card, price: float | None = None) -> dict[str, str]:
+    """What those rows begin with."""
+    return {
+        DISPLAY: ON if card.display else OFF,
+        PRICE: "" if price is None else f"{price:g}",
+        EPOCHS: f"{defaults.EPOCHS:g}",
+    }
+
+
+def to_wishes(texts: Mapping[str, str], data: Dataset | None) -> Wishes:
+    """What the rows ask for.
+
+    Raises:
+        FieldError: a text is not a value that its row accepts.
+    """
+    price, epochs = texts[PRICE].strip(), texts[EPOCHS].strip()
+    passes = _number_in(EPOCHS, epochs or f"{defaults.EPOCHS:g}", minimum=1e-6, maximum=MAX_EPOCHS)
+    return Wishes(
+        data=data,
+        num_train_epochs=None if passes == defaults.EPOCHS else passes,
+        usd_per_gpu_hour=_number_in(PRICE, price, minimum=0.0, maximum=MAX_PRICE) if price else None,
+    )
+
+
+def _number_in(field: str, text: str, *, minimum: float, maximum: float) -> float:
+    try:
+        value: object = float(text.replace(",", ""))
+    except ValueError:
+        value = text
+    return validate.number(field, value, minimum=minimum, maximum=maximum)
+
+
+def on_card(texts: Mapping[str, str], old: GpuSpec, new: GpuSpec) -> dict[str, str]:
+    """The texts on another card: in its own 16-bit type where they were in the old one's."""
+    return {**texts, "dtype": new.dtype} if texts["dtype"] == old.dtype else dict(texts)
 
 
 def rows(knobs: tuple[Knob, ...] = KNOBS) -> tuple[Row, ...]:
@@ -112,12 +184,14 @@ def to_setup(model: str, texts: Mapping[str, str], others: Mapping[str, Any]) ->
 
 
 def other_fields(setup: TrainingSetup) -> dict[str, Any]:
-    """Fields of a setup that no knob shows and that differ from their defaults."""
+    """Fields of a setup that no knob shows and that differ from their defaults. How experts are held is none:
+    it follows from the model (launcher/tui/sizing.py).
+    """
     default = TrainingSetup(model=setup.model, max_length=setup.max_length)
     return {
         name: value
         for name, value in setup.to_dict().items()
-        if name not in FORM_FIELDS and name != "model" and value != getattr(default, name)
+        if name not in FORM_FIELDS and name not in ("model", "experts") and value != getattr(default, name)
     }
 
 

@@ -6,48 +6,30 @@ Made for a worker thread.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from launcher.runs.ends import END_STATES
-from launcher.runs.events import (
-    AttemptEvent,
-    CheckpointEvent,
-    EndEvent,
-    EvalEvent,
-    Event,
-    LogEvent,
-    MemoryEvent,
-    SampleEvent,
-    StageEvent,
-    StartEvent,
-    WarningEvent,
-    from_line,
-)
+from launcher.runs.events import CheckpointEvent, Event, LogEvent, MemoryEvent, SampleEvent, from_line
 from launcher.runs.folder import RunFolder
 from launcher.runs.locks import is_alive
 from launcher.runs.report.advice import Adviser
 from launcher.runs.report.facts import plan_or_none
-from launcher.runs.report.series import CoalescedSeries
 from launcher.runs.report.stages import STARTING, stage_text
 from launcher.runs.state import TRIED_AGAIN, was_started
 from launcher.runs.tail import LineTail, last_lines
 from launcher.runs.training_job import TrainingJob
+from launcher.tui.run_facts import Curves, Left, Points, RunFacts, StageSpan, is_number
 from planner.answers.plan import Plan
 from planner.base.errors import InputError, VramwiseError
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.catalog import resolve_model
 from planner.setup.run import TrainingRun
 
-LOG_LINES = 200
-RECENT_STEPS = 20
-WARNINGS = 50
-
-Points = tuple[tuple[float, float], ...]
+LOG_LINES = 2000
+LOG_BYTES = 2**18
+"""Of the trainer's output, what is read and searched."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +46,11 @@ class RunSnapshot:
     """A run as its files tell it at one moment.
 
     `state` is a supervisor state, or "stopping" once a stop was asked for, or "unknown" while the files are
-    still being read. `seconds_left` was right at `at`, a reading of the monotonic clock. `behind` says that
+    still being read. `left` was right at `at`, a reading of the monotonic clock. `behind` says that
     the files hold more than has been read. `stage` is what it does now, in words, and `stage_seconds` for
-    how long, at `at`; "" and null where it is over or nobody knows.
+    how long, at `at`; "" and null where it is over or nobody knows. `lines` is the run's own log, `log_lines`
+    the trainer's output; `seconds` is from the first event to the last. `tokens_per_second` is the median
+    rate from the third step on, `best_evaluation` the lowest loss and its step.
     """
 
     folder: RunFolder
@@ -77,22 +61,42 @@ class RunSnapshot:
     at: float
     step: int
     total_steps: int | None
-    seconds_left: float | None
+    left: Left | None
     stage: str
     stage_seconds: float | None
+    stages: tuple[StageSpan, ...]
+    seconds: float | None
     log: LogEvent | None
-    losses: Points
-    eval_losses: Points
+    first_loss: float | None
+    best_evaluation: tuple[float, int] | None
+    tokens_per_second: float | None
+    adapter_step: int | None
+    curves: Curves
     memory: tuple[MemoryEvent, ...]
     sample: SampleEvent | None
-    used_series: Points
     checkpoint: CheckpointEvent | None
     on_gpu: bool | None
     warnings: tuple[str, ...]
     warning_count: int
+    lines: tuple[str, ...]
     log_lines: tuple[str, ...]
     event_count: int
     behind: bool
+
+    @property
+    def losses(self) -> Points:
+        """The loss by step."""
+        return self.curves.losses
+
+    @property
+    def eval_losses(self) -> Points:
+        """The loss on evaluation data by step."""
+        return self.curves.eval_losses
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that remain at the pace of the recent steps."""
+        return None if self.left is None else self.left.seconds
 
     @property
     def over(self) -> bool:
@@ -111,13 +115,15 @@ class RunFollower:
     _job: TrainingJob | None = field(default=None, init=False)
     _prediction: Prediction | None = field(default=None, init=False)
     _asked_for_prediction: bool = field(default=False, init=False)
-    _facts: _Facts = field(init=False)
+    _facts: RunFacts = field(init=False)
     _adviser: Adviser = field(init=False)
+    _output_key: tuple[int, int, int] | None = field(default=None, init=False)
+    _output_lines: tuple[str, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         self._events = LineTail(self.folder.events)
         self._samples = LineTail(self.folder.samples)
-        self._facts = _Facts()
+        self._facts = RunFacts()
         self._adviser = Adviser(plan_or_none(self.folder))
 
     def poll(self) -> RunSnapshot:
@@ -127,7 +133,7 @@ class RunFollower:
         self._read_job()
         lines = self._events.read_new()
         if self._events.restarted:
-            self._facts, self._adviser = _Facts(), Adviser(self._adviser.plan)
+            self._facts, self._adviser = RunFacts(), Adviser(self._adviser.plan)
         now = self.clock()
         for line in lines:
             self._take(from_line(line), now)
@@ -149,23 +155,41 @@ class RunFollower:
             at=now,
             step=facts.step,
             total_steps=facts.total_steps,
-            seconds_left=facts.seconds_left(now) if state in ("running", "unknown") else None,
+            left=facts.left(now) if state in ("running", "unknown") else None,
             stage=stage,
             stage_seconds=since,
+            stages=facts.spans(),
+            seconds=facts.seconds,
             log=facts.log,
-            losses=facts.losses.points(),
-            eval_losses=facts.eval_losses.points(),
+            first_loss=facts.first_loss,
+            best_evaluation=facts.best_evaluation,
+            tokens_per_second=facts.all_rates.median(),
+            adapter_step=None if facts.adapter is None else facts.adapter.step,
+            curves=facts.curves,
             memory=tuple(facts.memory.values()),
             sample=facts.sample,
-            used_series=facts.used.points(),
             checkpoint=facts.checkpoint,
             on_gpu=facts.on_gpu,
             warnings=tuple(facts.warnings),
             warning_count=facts.warning_count,
-            log_lines=last_lines(self.folder.log("trainer"), LOG_LINES),
+            lines=facts.own_lines(),
+            log_lines=self._output(),
             event_count=facts.event_count,
             behind=behind,
         )
+
+    def _output(self) -> tuple[str, ...]:
+        """The end of the trainer's output, read again where it has changed."""
+        path = self.folder.log("trainer")
+        try:
+            found = path.stat()
+        except OSError:
+            return ()
+        key = found.st_ino, found.st_size, found.st_mtime_ns
+        if key != self._output_key:
+            self._output_key = key
+            self._output_lines = last_lines(path, LOG_LINES, limit_bytes=LOG_BYTES)
+        return self._output_lines
 
     def _take(self, event: Event, now: float) -> None:
         self._facts.take(event, now)
@@ -177,7 +201,7 @@ class RunFollower:
         if state not in ("starting", "running", "stopping"):
             return "", None
         event = self._facts.stage
-        if event is not None and _is_number(event.time):
+        if event is not None and is_number(event.time):
             return stage_text(event), max(0.0, time.time() - event.time)
         if self._facts.event_count:
             return "", None
@@ -210,104 +234,6 @@ class RunFollower:
         if self._events.behind:
             return "unknown", "still reading"
         return "killed", f"the trainer is gone without a word after step {facts.step:,}"
-
-
-@dataclass(slots=True)
-class _Facts:
-    """What the events said so far. Figures of a wrong type are left out: the file may come from anywhere."""
-
-    step: int = 0
-    total_steps: int | None = None
-    log: LogEvent | None = None
-    end: EndEvent | None = None
-    sample: SampleEvent | None = None
-    checkpoint: CheckpointEvent | None = None
-    stage: StageEvent | None = None
-    memory: dict[str, MemoryEvent] = field(default_factory=dict)
-    losses: CoalescedSeries = field(default_factory=CoalescedSeries)
-    eval_losses: CoalescedSeries = field(default_factory=CoalescedSeries)
-    used: CoalescedSeries = field(default_factory=lambda: CoalescedSeries(capacity=512))
-    warnings: deque[str] = field(default_factory=lambda: deque(maxlen=WARNINGS))
-    warning_count: int = 0
-    event_count: int = 0
-    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
-    logged_at: float = 0.0
-
-    def take(self, event: Event, now: float) -> None:
-        """Count an event in."""
-        self.event_count += not isinstance(event, SampleEvent)
-        match event:
-            case LogEvent():
-                self._take_log(event, now)
-            case SampleEvent():
-                self._take_sample(event)
-            case MemoryEvent():
-                if isinstance(event.phase, str) and len(self.memory) < 16:
-                    self.memory[event.phase] = event
-            case EvalEvent():
-                if _is_number(event.step) and _is_number(event.loss):
-                    self.eval_losses.add(event.step, event.loss)  # type: ignore[arg-type]
-            case AttemptEvent():
-                self._go_back_to(event)
-            case StartEvent():
-                self.total_steps = event.total_steps if _is_number(event.total_steps) else None
-                self.end = None
-            case CheckpointEvent():
-                self.checkpoint = event
-            case StageEvent():
-                self.stage = event
-            case WarningEvent():
-                self.warn(str(event.message))
-            case EndEvent():
-                self.end = event
-                self.step = event.step if _is_number(event.step) else self.step
-
-    def _go_back_to(self, attempt: AttemptEvent) -> None:
-        """Forget what this attempt does again."""
-        self.end = self.stage = None
-        if _is_number(attempt.from_step):
-            self.step = attempt.from_step
-            for series in (self.losses, self.eval_losses):
-                series.drop_after(attempt.from_step)
-
-    def warn(self, message: str) -> None:
-        """Count a warning in."""
-        self.warning_count += 1
-        self.warnings.append(message)
-
-    @property
-    def on_gpu(self) -> bool | None:
-        """Whether the trainer measures a GPU; None while it has said nothing."""
-        if not self.memory:
-            return None
-        return any(event.allocated_bytes is not None for event in self.memory.values())
-
-    def seconds_left(self, now: float) -> float | None:
-        """Steps that remain at the recent pace, less the time since the last log."""
-        if self.total_steps is None or not self.step_seconds or self.end is not None:
-            return None
-        # The median: one step that waited for a save says nothing about the rest.
-        pace = statistics.median(self.step_seconds)
-        return max(0.0, (self.total_steps - self.step) * pace - (now - self.logged_at))
-
-    def _take_log(self, event: LogEvent, now: float) -> None:
-        if not _is_number(event.step):
-            return
-        self.log, self.step, self.logged_at = event, event.step, now
-        if _is_number(event.loss):
-            self.losses.add(event.step, event.loss)  # type: ignore[arg-type]
-        if _is_number(event.step_seconds):
-            self.step_seconds.append(event.step_seconds)  # type: ignore[arg-type]
-
-    def _take_sample(self, event: SampleEvent) -> None:
-        self.sample = event
-        used = event.process_bytes if event.used_bytes is None else event.used_bytes
-        if _is_number(used) and _is_number(event.time):
-            self.used.add(event.time, used)  # type: ignore[arg-type]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _prediction(folder: RunFolder, job: TrainingJob) -> Prediction | None:

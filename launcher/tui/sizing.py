@@ -6,15 +6,19 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from launcher.tui.cards import Card
+from launcher.tui.dataset import Dataset
 from launcher.tui.text import gib
+from planner.answers.plan import DataSummary, Duration, Schedule
 from planner.base.errors import InputError
+from planner.data.lengths import Packing, Padding
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.breakdown import REPLAYED
 from planner.models.spec import ModelSpec
-from planner.setup.card_limits import refuse_on_card
+from planner.search.evaluator import Evaluator
+from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
+from planner.setup.methods import experts_held
 from planner.setup.parallelism import DDP, FSDP
-from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.text.ways import WAY_TITLES
 from planner.throughput import NoForecastError, StepEstimate, estimate_step
@@ -29,12 +33,40 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What is asked beside model, card and setup: data, passes over it, and a price of one's own; null stands
+    for none, the usual number, and the catalog's price.
+    """
+
+    data: Dataset | None = None
+    num_train_epochs: float | None = None
+    usd_per_gpu_hour: float | None = None
+
+
+NO_WISHES = Wishes()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WholeRun:
+    """What a run on the data comes to, as a plan for it says. `padding` and `packing` are what either
+    comes to, whichever of them the setup does. `duration` is null without a forecast.
+    """
+
+    data: DataSummary
+    schedule: Schedule
+    duration: Duration | None
+    padding: Padding
+    packing: Packing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sizing:
     """The answer to one question, by the fitted estimate or, once refined, by the allocator's replay.
 
     `step` is None where no time can be told; `no_step` then says why. `asked_optim` is the optimizer that a
     search starts from: the setup's, or the one that a search has put the setup's in the place of. `ways` are
-    the others to use several cards, in words.
+    the others to use several cards, in words. `run` is null until it is refined, without data, and where none
+    of the data can be trained, which `no_run` then says.
     """
 
     setup: TrainingSetup
@@ -45,6 +77,9 @@ class Sizing:
     asked_optim: str
     no_step: str = ""
     ways: tuple[str, ...] = ()
+    wishes: Wishes = NO_WISHES
+    run: WholeRun | None = None
+    no_run: str = ""
 
     @property
     def refined(self) -> bool:
@@ -74,7 +109,14 @@ def verdict(memory: MemoryBreakdown, usable_bytes: int) -> Verdict:
     return Verdict.TIGHT if memory.peak_bytes <= usable_bytes else Verdict.DOES_NOT_FIT
 
 
-def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: str | None = None) -> Sizing:
+def size_up(
+    setup: TrainingSetup,
+    model: ModelSpec,
+    card: Card,
+    *,
+    asked_optim: str | None = None,
+    wishes: Wishes = NO_WISHES,
+) -> Sizing:
     """Answer within milliseconds. Of several cards, the way to use them that is fastest of those that fit,
     else the one that needs least; `ways` then has what the others come to.
 
@@ -83,11 +125,13 @@ def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: 
     Raises:
         InputError: the setup is not possible for the model or on the card, or its memory is not modelled.
     """
-    refuse_on_card(setup.to_dict(), card.spec)
+    # As a plan takes it: the form has no row for it.
+    setup = setup.replace(experts=experts_held(setup, model))
+    refuse_on_card(setup.to_dict(), card.spec, (*CARD_LIMITS, BFLOAT16))
     answers, refused = [], None
     for way in ways(setup, card):
         try:
-            answers.append(_size_up(way, model, card, asked_optim))
+            answers.append(_size_up(way, model, card, asked_optim, wishes))
         except InputError as error:
             refused = refused or error
     if not answers:
@@ -98,8 +142,17 @@ def size_up(setup: TrainingSetup, model: ModelSpec, card: Card, *, asked_optim: 
     return replace(best, ways=tuple(way_of(one) for one in answers if one is not best))
 
 
-def _size_up(setup: TrainingSetup, model: ModelSpec, card: Card, asked_optim: str | None) -> Sizing:
-    run = TrainingRun(setup=setup, model=model)
+def evaluator_of(model: ModelSpec, card: Card, wishes: Wishes) -> Evaluator:
+    """What a plan for the card and the data evaluates setups by."""
+    examples = None if wishes.data is None else wishes.data.examples
+    return Evaluator(model, card.spec, card.usable_bytes, examples=examples)
+
+
+def _size_up(
+    setup: TrainingSetup, model: ModelSpec, card: Card, asked_optim: str | None, wishes: Wishes
+) -> Sizing:
+    card = card.shared_by(setup.num_processes)
+    run = evaluator_of(model, card, wishes).run(setup)
     memory = estimate_memory(run, gpu=card.spec)
     step, no_step = None, ""
     try:
@@ -115,6 +168,7 @@ def _size_up(setup: TrainingSetup, model: ModelSpec, card: Card, asked_optim: st
         # Sharing the weights out has an optimizer of its own.
         asked_optim=setup.optim if setup.distributed == FSDP else asked_optim or setup.optim,
         no_step=no_step,
+        wishes=wishes,
     )
 
 
@@ -140,7 +194,7 @@ def refine(sizing: Sizing) -> Sizing:
     Raises:
         InputError: as size_up.
     """
-    run = TrainingRun(setup=sizing.setup, model=sizing.model)
+    run = evaluator_of(sizing.model, sizing.card, sizing.wishes).run(sizing.setup)
     memory = estimate_memory(run, gpu=sizing.card.spec, replay=True)
     return replace(sizing, memory=memory)
 

@@ -24,6 +24,13 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes / 2**10:,.1f} KiB" if size_bytes else "0"
 
 
+def signed_size(difference_bytes: int) -> str:
+    """A difference in bytes with its sign, in the unit of `size`; "=" for none."""
+    if not difference_bytes:
+        return "="
+    return ("+" if difference_bytes > 0 else "-") + size(abs(difference_bytes))
+
+
 def duration(seconds: float) -> str:
     """Seconds in the two largest units that matter: "350 ms", "42s", "3m 20s", "5h 07m", "2d 03h"."""
     if not math.isfinite(seconds) or seconds < 0:

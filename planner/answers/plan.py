@@ -22,6 +22,8 @@ PLAN_VERSION = 1
 class PlannedModel:
     """The model of a plan. `trainable_parameters` are those that the setup trains, `source` says how the
     shapes were found, `max_position_embeddings` is the longest sequence that the model was made for.
+    `attention_kernels` are torch's that sdpa runs on the plan's card (throughput/torch_attention.py), none
+    where attention is not sdpa's.
     """
 
     id: str
@@ -33,6 +35,7 @@ class PlannedModel:
     max_position_embeddings: int
     attn_implementation: str
     source: str
+    attention_kernels: tuple[str, ...] = field(default=(), metadata=WHERE_SET)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

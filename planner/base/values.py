@@ -2,8 +2,8 @@
 
 `dataclasses` writes, compiles and runs the source of seven methods for every class that it makes (0.6 ms),
 and a plan imports a hundred such classes. Here `dataclasses` reads the fields and makes the slots; `__init__`
-alone is compiled, once an object is made, and the other methods, which do the same in every class, are
-shared. A type checker sees `dataclasses.dataclass` itself.
+alone is compiled, once an object is made, and the others, which do the same in every class, are shared.
+A type checker sees `dataclasses.dataclass` itself.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from planner.base.data_files import PROFILES
 from planner.base.errors import NotModelledError
 from planner.base.values import dataclass
 from planner.calibration.memory_fit import Residual, held_out_residuals
+from planner.calibration.published import PublishedRun, published_runs
 from planner.calibration.records import RunRecord, read_records
 from planner.calibration.speed_fit import (
     SpeedResidual,
@@ -19,6 +20,7 @@ from planner.calibration.speed_fit import (
     start_for,
     telling,
 )
+from planner.gpus.card_class import CARD_CLASSES, CardClass, card_class
 from planner.gpus.catalog import gpu_catalog
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.estimate import estimate_memory
@@ -120,6 +122,20 @@ class SeveralRun:
     record_id: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedSpeed:
+    """Errors of tokens a second on the runs that others published of one class of cards, none of which is
+    fitted: `gpus` they are of, how many `sources` have them, and how many are `covered` by their forecast's
+    interval.
+    """
+
+    card_class: CardClass
+    gpus: tuple[str, ...]
+    sources: int
+    summary: SpeedSummary
+    covered: int
+
+
 def shipped_records() -> tuple[RunRecord, ...]:
     """The committed records, a person's own left out."""
     return tuple(r for path in sorted((PROFILES / "runs").glob("*.jsonl")) for r in read_records(path))
@@ -200,6 +216,24 @@ def speed_accuracy(records: Sequence[RunRecord]) -> tuple[SpeedAccuracy, ...]:
     return tuple(_speed(gpu_id, by_gpu[gpu_id]) for gpu_id in sorted(by_gpu))
 
 
+def published_accuracy() -> tuple[PublishedSpeed, ...]:
+    """Errors on published runs by class of card, in CARD_CLASSES' order; classes without runs left out."""
+    by_class: dict[CardClass, list[PublishedRun]] = {}
+    for run in published_runs()[0]:
+        by_class.setdefault(card_class(run.gpu), []).append(run)
+    return tuple(_published(name, by_class[name]) for name in CARD_CLASSES if name in by_class)
+
+
+def _published(name: CardClass, runs: Sequence[PublishedRun]) -> PublishedSpeed:
+    return PublishedSpeed(
+        card_class=name,
+        gpus=tuple(sorted({run.gpu.id for run in runs})),
+        sources=len({run.source for run in runs}),
+        summary=_errors_summary([run.error for run in runs]),
+        covered=sum(run.covered for run in runs),
+    )
+
+
 def several_gpus(records: Sequence[RunRecord]) -> tuple[SeveralRun, ...]:
     """Errors of every run on several GPUs that is modelled: by the coefficients and rates of runs on one GPU,
     none of which is held out.
@@ -211,7 +245,14 @@ def several_gpus(records: Sequence[RunRecord]) -> tuple[SeveralRun, ...]:
     return tuple(found)
 
 
+LEFT_UNCOMPILED = frozenset({"20261201-5234c5f63ec3"})
+"""Runs on FSDP2 that asked for compiled layers before the launcher compiled within its hooks: they allocated
+what the same run uncompiled does, to the byte (20261201-fa917b3e8010), which is what they were."""
+
+
 def _on_several(record: RunRecord) -> bool:
+    if record.id in LEFT_UNCOMPILED:
+        return False
     return record.setup.num_processes > 1 and record.outcome == "ok" and record.phase("step") is not None
 
 
@@ -284,9 +325,10 @@ def _speed(gpu_id: str, records: Sequence[RunRecord]) -> SpeedAccuracy:
 
 
 def _speed_summary(residuals: Sequence[SpeedResidual]) -> SpeedSummary | None:
-    if not residuals:
-        return None
-    errors = [residual.error for residual in residuals]
+    return _errors_summary([residual.error for residual in residuals]) if residuals else None
+
+
+def _errors_summary(errors: Sequence[float]) -> SpeedSummary:
     sizes = sorted(abs(error) for error in errors)
     return SpeedSummary(
         runs=len(errors),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from planner.calibration.accuracy import Accuracy, SeveralRun, SpeedAccuracy
+    from planner.calibration.accuracy import Accuracy, PublishedSpeed, SeveralRun, SpeedAccuracy
 
 _ALLOCATORS = {
     EXPANDABLE: "expandable segments, as the launcher starts runs",
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Leave out each model in turn, and print the errors."""
     from planner.calibration.accuracy import (
         accuracy,
+        published_accuracy,
         several_gpus,
         several_records,
         shipped_records,
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     records = shipped_records()
     found, speed, several = accuracy(records), speed_accuracy(records), several_gpus(several_records())
+    published = published_accuracy()
     if args.json:
         from dataclasses import asdict
 
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             "version": 1,
             "gpus": [asdict(one) for one in found],
             "speed": [asdict(one) for one in speed],
+            "published": [asdict(one) for one in published],
         }
         if several:
             values["several_gpus"] = [asdict(one) for one in several]
@@ -60,7 +63,36 @@ def run(args: argparse.Namespace) -> int:
         _print_several(several)
     for one_speed in speed:
         _print_speed(one_speed)
+    _print_published(published)
     return ExitCode.OK
+
+
+def _print_published(found: Sequence[PublishedSpeed]) -> None:
+    from planner.text.figures import WIDE, columns, show
+
+    def tables(out: Console) -> None:
+        wide = out.width >= WIDE
+        out.print("\nTokens a second of runs that others published, none fitted, by class of card\n")
+        heads = [("class", "name"), ("median", "number"), ("90th", "number"), ("worst", "number")]
+        heads += [("covered", "number")]
+        if wide:
+            heads += [("bias", "number"), ("sources", "number"), ("cards", "text")]
+        rows = []
+        for one in found:
+            summary, covered = one.summary, f"{one.covered} of {one.summary.runs}"
+            rows.append(
+                [
+                    one.card_class,
+                    _tenths(summary.median),
+                    _tenths(summary.percentile_90),
+                    _signed(summary.worst),
+                ]
+            )
+            rows[-1] += [covered]
+            rows[-1] += [_signed(summary.bias), str(one.sources), ", ".join(one.gpus)] if wide else []
+        columns(out, heads, rows, indent=0)
+
+    show(tables)
 
 
 def _print_several(found: Sequence[SeveralRun]) -> None:

@@ -1,6 +1,7 @@
-"""Estimate the memory and speed of given training setups on a GPU, one setup a line.
+"""Estimate the memory and speed of given training setups, one a line, or of a trainer's config, on a GPU.
 
-Exit code 0 whether or not a setup fits, 2 when a line is not a setup; the other lines are still answered.
+Exit code 0 whether or not a setup fits (3 where a --config does not), 2 when a line is not a setup; the other
+lines are still answered.
 Up to 200 lines each get a replay of torch's allocator; longer files, and what comes after that on stdin, the
 fitted reserve, which is quicker and less exact. `basis` says which.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.base.settings import card_asked_for
 from planner.base.values import dataclass
 from planner.commands.program import StoreOnce, SwitchOnce
 from planner.gpus.target import resolve_gpu
@@ -34,10 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--setups",
-        required=True,
         action=StoreOnce,
         metavar="FILE.jsonl",
         help="training setups, one JSON object a line; - for stdin",
+    )
+    parser.add_argument(
+        "--config",
+        action=StoreOnce,
+        type=Path,
+        metavar="FILE",
+        help="a config of Axolotl, LLaMA-Factory or trl sft, as YAML: what it needs there (3: does not fit)",
+    )
+    parser.add_argument(
+        "--trainer", action=StoreOnce, help="whose config it is: axolotl, llamafactory, trl (default: seen)"
+    )
+    parser.add_argument(
+        "--accelerate", action=StoreOnce, type=Path, metavar="FILE", help="accelerate's file beside --config"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line for each setup")
     parser.add_argument(
@@ -55,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer line by line, in order."""
+    """Answer line by line, in order; or a trainer's config."""
+    if (args.setups is None) == (args.config is None):
+        raise InputError("estimate needs either --setups or --config")
+    args.gpu, args.display, _ = card_asked_for(args.gpu, display=args.display, price_per_hour=None)
+    if args.config is not None:
+        return _answer_config(args)
     estimator = Estimator(
         resolve_gpu(args.gpu, display=args.display),
         allow_network=args.allow_download,
@@ -73,6 +92,27 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(error, BrokenPipeError):
             raise
         raise InputError(f"--setups {shorten(args.setups)}: {error.strerror or error}") from error
+
+
+def _answer_config(args: argparse.Namespace) -> int:
+    from planner.trainers.answer import answer
+
+    found = answer(
+        args.config,
+        resolve_gpu(args.gpu, display=args.display),
+        trainer=args.trainer,
+        accelerate=args.accelerate,
+        allow_network=args.allow_download,
+        inspector=getattr(args, "inspector", None),
+    )
+    if args.json:
+        print(json.dumps(found.to_dict(), allow_nan=False, ensure_ascii=False))
+    else:
+        from planner.text.figures import show
+        from planner.text.trainers import print_config
+
+        show(lambda out: print_config(out, found))
+    return ExitCode.OK if found.estimate.fits else ExitCode.DOES_NOT_FIT
 
 
 @dataclass(frozen=True, slots=True)

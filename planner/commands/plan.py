@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
+from planner.base.settings import card_asked_for
 from planner.commands.knobs import add_knobs, given_knobs
-from planner.commands.program import StoreOnce, real_number, whole_number
+from planner.commands.program import StoreOnce, real_number, say, whole_number
 from planner.setup.request import PlanRequest
+from planner.trainers.names import TRAINER_NAMES
+
+if TYPE_CHECKING:
+    from planner.data.lengths import DatasetStats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=StoreOnce,
         type=Path,
         metavar="FILE",
-        help="save the plan, for train --plan: the JSON of --json",
+        help="save the plan, for train --plan: the JSON of --json; with --for a folder for the config",
+    )
+    parser.add_argument(
+        "--for",
+        dest="trainer",
+        action=StoreOnce,
+        choices=TRAINER_NAMES,
+        metavar="TRAINER",
+        help=f"plan for another trainer, and write its config into -o DIR: {', '.join(TRAINER_NAMES)}",
+    )
+    parser.add_argument(
+        "--from",
+        dest="config",
+        action=StoreOnce,
+        type=Path,
+        metavar="FILE",
+        help="plan what a config of such a trainer trains (YAML)",
     )
     parser.add_argument(
         "--longest", action="store_true", help="say how long sequences may be, and how fast they are then"
@@ -106,19 +128,73 @@ def plan_from(args: argparse.Namespace) -> Plan:
     from planner.planning.make_plan import make_plan, read_stats
 
     stats = None
+    args.gpu, args.display, args.price_per_hour = card_asked_for(
+        args.gpu, display=args.display, price_per_hour=args.price_per_hour
+    )
     if args.data is not None:
         from planner.data.files import on_this_machine
 
         args.data = on_this_machine(args.data, allow_network=args.allow_download)
         stats = read_stats(args.data)
+    request = _request_with_config(args)
+    if getattr(args, "trainer", None) is not None:
+        return _plan_for_trainer(args, request, stats)
     return make_plan(
-        request_from(args),
+        request,
         stats=stats,
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
         whole=args.full or args.explain or args.json or args.output is not None,
     )
+
+
+def _request_with_config(args: argparse.Namespace) -> PlanRequest:
+    """The request, with what a trainer's config asks for where one is given."""
+    path = getattr(args, "config", None)
+    if path is None:
+        return request_from(args)
+    from planner.gpus.target import resolve_gpu
+    from planner.trainers.files import read_config
+    from planner.trainers.planned import request_of
+
+    config = read_config(path, resolve_gpu(args.gpu, display=args.display))
+    args.model = args.model or config.setup.model
+    if config.unused:
+        say(f"settings of the config that were not used: {', '.join(config.unused)}")
+    return request_of(config, request_from(args))
+
+
+def _plan_for_trainer(args: argparse.Namespace, request: PlanRequest, stats: DatasetStats | None) -> Plan:
+    from planner.trainers.files import TRAINERS
+    from planner.trainers.planned import plan_for, refuse_for
+
+    trainer = TRAINERS[args.trainer]
+    if args.output is None:
+        raise InputError("plan --for writes a config: name the folder for it with -o DIR")
+    refuse_for(trainer, request)
+    return plan_for(
+        trainer,
+        request,
+        stats=stats,
+        allow_network=args.allow_download,
+        inspector=getattr(args, "inspector", None),
+    )
+
+
+def _write_for_trainer(plan: Plan, name: str, folder: Path) -> None:
+    """Write a trainer's files where the plan fits, and say how to start it."""
+    from planner.trainers.files import TRAINERS
+    from planner.trainers.written import start_of, write_files
+
+    if not plan.fits:
+        say("nothing was written: the plan does not fit")
+        return
+    trainer = TRAINERS[name]
+    for path in write_files(trainer, plan, folder):
+        say(f"written: {path}")
+    say(f"install {trainer.title}: {trainer.install}")
+    say(f"start it there: {start_of(trainer, plan.setup)}")
 
 
 def _as_json(plan: Plan) -> str:
@@ -146,7 +222,9 @@ def _save(plan: Plan, path: Path) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, save where that is asked for, and print."""
     plan = plan_from(args)
-    if args.output is not None:
+    if args.trainer is not None:
+        _write_for_trainer(plan, args.trainer, args.output.expanduser())
+    elif args.output is not None:
         _save(plan, args.output.expanduser())
     if args.json:
         print(_as_json(plan))

@@ -74,6 +74,11 @@ def named_on_hub(path: Path) -> HubName | None:
     return hub_name(str(path)) if _reader(path) is None else None
 
 
+def is_data_file(path: Path) -> bool:
+    """Whether a file's name is that of a kind of data that is read."""
+    return _reader(path) is not None
+
+
 def on_this_machine(text: str, *, allow_network: bool = False) -> str:
     """The name by which data is read: a path as it is; of a data set of the Hub the name with configuration
     and split, once it is in the cache, into which it is fetched where that is allowed.

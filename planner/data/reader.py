@@ -33,6 +33,7 @@ __all__ = [
     "check_rows",
     "estimate_file",
     "estimate_stats",
+    "mistakes",
     "read_training_data",
 ]
 
@@ -80,20 +81,72 @@ def estimate_stats(data: TrainingData) -> DatasetStats:
     return estimated_stats(((data.format, example) for example in data.examples), data.left_out, data.source)
 
 
+def mistakes(path: Path, *, most: int) -> tuple[str, ...]:
+    """The first mistakes of a data file, each in a line with its place; none of one that can be read.
+
+    What leaves no next row, such as a line that is no JSON, is the last of them.
+
+    Raises:
+        MissingExtraError: as read_training_data.
+    """
+    found: list[str] = []
+    check = _Check(str(path), {})
+    try:
+        for place, row in read_rows(path):
+            try:
+                check.take(place, row)
+            except InputError as error:
+                found.append(str(error))
+                if len(found) == most:
+                    return tuple(found)
+        if not found:
+            check.end()
+    except InputError as error:
+        found.append(str(error))
+    return tuple(found)
+
+
 def _checked(
     rows: Iterable[tuple[str, object]], source: str, left_out: dict[str, None]
 ) -> Iterator[tuple[str, Example]]:
     """Each row's format and example; all of one form, at least one."""
-    found: str | None = None
+    check = _Check(source, left_out)
     for place, row in rows:
-        where = f"{source}: {place}"
+        yield check.take(place, row)
+    check.end()
+
+
+class _Check:
+    """Turns rows into examples, all of the form of the first."""
+
+    def __init__(self, source: str, left_out: dict[str, None]) -> None:
+        self._source = source
+        self._left_out = left_out
+        self._form: str | None = None
+
+    def take(self, place: str, row: object) -> tuple[str, Example]:
+        """A row's format and example.
+
+        Raises:
+            InputError: it is none, or of another form than those before.
+        """
+        where = f"{self._source}: {place}"
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
         form = form_of(row, where)
-        if found is None:
-            found = form
-        elif form != found:
-            raise InputError(f"{where}: has {form}, but the examples before it have {found}; use one format")
-        yield format_of(form), example_of(row, form, where, left_out)
-    if found is None:
-        raise InputError(f"{source}: no examples in it")
+        if self._form is None:
+            self._form = form
+        elif form != self._form:
+            raise InputError(
+                f"{where}: has {form}, but the examples before it have {self._form}; use one format"
+            )
+        return format_of(form), example_of(row, form, where, self._left_out)
+
+    def end(self) -> None:
+        """See that there was a row.
+
+        Raises:
+            InputError: there was none.
+        """
+        if self._form is None:
+            raise InputError(f"{self._source}: no examples in it")

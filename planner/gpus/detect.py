@@ -82,6 +82,25 @@ def local_gpus() -> tuple[LocalGpu, ...]:
             raise NoGpuError(f"NVML: {error}") from error
 
 
+def driver_version() -> str:
+    """NVIDIA's driver and the newest CUDA that it runs: "580.95 (CUDA 13.0)".
+
+    Raises:
+        NoGpuError: no driver.
+    """
+    try:
+        import pynvml
+    except ImportError as error:
+        raise NoGpuError("the package nvidia-ml-py is not installed") from error
+    with _nvml_session(pynvml):
+        try:
+            version = _text(pynvml.nvmlSystemGetDriverVersion())
+            cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        except pynvml.NVMLError as error:
+            raise NoGpuError(f"NVML: {error}") from error
+    return f"{version} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuLoad:
     """What a GPU is doing; None where the driver does not say. `slowed_by` is "heat" or "power" where it has

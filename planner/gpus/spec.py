@@ -30,7 +30,9 @@ class GpuSpec:
     reports as the device's total, `usable_is_measured` whether that was seen on such a card or follows from
     `reserved_bytes_upper_bound`. `bandwidth_bytes_per_second` and `matrix_flops_per_second` (dense,
     16-bit inputs, fp32 accumulation; GeForce cards run this at half their advertised rate) are published
-    figures, `measured_matrix_flops_per_second` what a large matmul reached. `supports_bfloat16` is hardware
+    figures, `measured_matrix_flops_per_second` and `measured_bandwidth_bytes_per_second` what a large matmul
+    and reads or copies reached. `single_flops_per_second` is fp32 without tensor cores, where there is no
+    TF32 (null elsewhere). `power_watts` is the board's power limit. `supports_bfloat16` is hardware
     support: below compute capability 8.0 it is emulated. `l2_cache_bytes` is the level-2
     cache. `price_source` says who asked `price_usd_per_hour`, for what kind of use, and when. None stands
     for unknown.
@@ -48,6 +50,9 @@ class GpuSpec:
     bandwidth_bytes_per_second: float | None
     matrix_flops_per_second: float | None
     measured_matrix_flops_per_second: float | None = None
+    measured_bandwidth_bytes_per_second: float | None = None
+    single_flops_per_second: float | None = None
+    power_watts: float | None = None
     sm_count: int | None = None
     l2_cache_bytes: int | None = None
     price_usd_per_hour: float | None = None
@@ -66,6 +71,9 @@ class GpuSpec:
             "bandwidth_bytes_per_second",
             "matrix_flops_per_second",
             "measured_matrix_flops_per_second",
+            "measured_bandwidth_bytes_per_second",
+            "single_flops_per_second",
+            "power_watts",
         ):
             value = getattr(self, field)
             if value is not None and validate.number(field, value, minimum=0.0, maximum=1e18) == 0.0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field, replace
+from typing import TYPE_CHECKING
 
 from planner.base import validate
 from planner.base.errors import InputError
@@ -10,6 +12,9 @@ from planner.base.json_codec import WHERE_SET
 from planner.base.values import dataclass
 from planner.gpus.parse import parse_gpu
 from planner.gpus.spec import DISPLAY_BYTES, GpuSpec
+
+if TYPE_CHECKING:
+    from planner.gpus.detect import LocalGpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,8 @@ class GpuTarget:
         there = self.positions or (() if self.position is None else (self.position,))
         if count == 1 or not there:
             return self.position or 0
+        if count > len(there):
+            raise InputError(f"{count} GPUs are needed, and this machine shows {len(there)} x {self.spec.id}")
         for first in there:
             if set(range(first, first + count)) <= set(there):
                 return first
@@ -116,23 +123,41 @@ def local_target() -> GpuTarget:
     from planner.gpus.detect import local_gpus
 
     gpus = local_gpus()
-    gpu = max(gpus, key=lambda found: found.free_bytes)
+    return with_its_kind(gpus, max(range(len(gpus)), key=lambda at: gpus[at].free_bytes))
+
+
+def with_its_kind(gpus: Sequence[LocalGpu], position: int) -> GpuTarget:
+    """The visible GPU at a position, less what other processes hold, with all others of its kind; it is to be
+    the one of them that has most memory free.
+    """
+    gpu = gpus[position]
     alike = tuple(at for at, found in enumerate(gpus) if found.spec.id == gpu.spec.id)
     note = f"GPU {gpu.index} of this machine"
     if len(gpus) > 1:
         note += f", the one of {len(gpus)} with most memory free"
-    notes = [note]
+    one = alone(gpus, position)
+    return replace(
+        one,
+        count=len(alike),
+        notes=(note, *one.notes[1:]),
+        least_usable_bytes=min(gpus[at].free_bytes for at in alike) if len(alike) > 1 else None,
+        positions=alike if len(alike) > 1 else (),
+    )
+
+
+def alone(gpus: Sequence[LocalGpu], position: int) -> GpuTarget:
+    """The visible GPU at a position, less what other processes hold, whatever else there is."""
+    gpu = gpus[position]
+    notes = [f"GPU {gpu.index} of this machine"]
     if gpu.display_active:
         notes.append("a display is attached to it; what it holds now is counted")
     return GpuTarget(
         text=gpu.spec.id,
         spec=gpu.spec,
-        count=len(alike),
+        count=1,
         usable_bytes=gpu.free_bytes,
         held_bytes=gpu.spec.usable_bytes - gpu.free_bytes,
         index=gpu.index,
-        position=gpus.index(gpu),
+        position=position,
         notes=tuple(notes),
-        least_usable_bytes=min(gpus[at].free_bytes for at in alike) if len(alike) > 1 else None,
-        positions=alike if len(alike) > 1 else (),
     )

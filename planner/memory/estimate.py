@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from planner.base.values import dataclass
@@ -10,11 +11,12 @@ from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import OutOfAddressesError
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.decoder.groups import layer_groups
+from planner.memory.decoder.live_bytes import final_norm_saves_input
 from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_memory, head_shape
-from planner.memory.layers.norms import norm_saves_input
+from planner.memory.held.logits import logits_memory
 from planner.memory.measured.coefficients import Coefficients, ReserveTerms, basis_of, interval_kind
-from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory
+from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, offloading_context_bytes
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, phases
@@ -56,15 +58,17 @@ def estimate_memory(
     resident, timeline, step = live.resident, live.timeline, live.peak
     evaluation = timeline.forward_only()
     terms = _reserve_terms(resident, timeline)
-    nccl, context = _nccl(run, gpu), measured.context_of(run.setup)
+    nccl, loaded_context = _nccl(run, gpu), measured.context_on(gpu).expected_bytes
+    context = loaded_context + offloading_context_bytes(run.setup)
     limit = None if limit_bytes is None else limit_bytes - context - nccl.expected_bytes
     replayed = _replayed(run, gpu, allocator, limit) if replay else None
-    distance = measured.distance(run, gpu_name)
+    distance = measured.distance(run, gpu)
     parts = (measured, resident, step, evaluation, terms, replayed, distance)
     found = phases(
         *parts,
         kind=interval_kind(run.setup),
         context_bytes=context,
+        loaded_context_bytes=loaded_context,
         nccl=nccl,
         pools_bytes=timeline.pool_bytes,
     )
@@ -75,9 +79,11 @@ def estimate_memory(
         reserved_bytes=there.reserved_bytes,
         process_bytes=there.process_bytes,
         process_upper_bytes=there.process_upper_bytes,
-        components=components(run, measured, resident, step, there, nccl, replayed=replayed is not None),
+        components=components(
+            run, measured, resident, step, there, nccl, context_bytes=context, replayed=replayed is not None
+        ),
         phases=found,
-        basis=basis_of(measured, run.model, gpu_name, distance, replayed=replayed is not None),
+        basis=basis_of(measured, run.model, gpu, distance, replayed=replayed is not None),
     )
 
 
@@ -145,18 +151,19 @@ def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:
 def _timeline(run: TrainingRun) -> StepTimeline:
     groups, final_norm = layer_groups(run)
     shape, model = run.micro_step, run.model
+    head = head_shape(run, final_norm.output_width)
     embedding = model.vocab_size * model.hidden_size * run.storage.width if run.adapter is None else 0
     last = max(groups, key=lambda group: group.indices[-1])
     leaving = last.memory.output_width
     # Counted by the final norm where that saves them.
-    counted = norm_saves_input(last.knobs, leaving)
+    counted = final_norm_saves_input(model.norm_layer, replace(last.knobs, stream_width=leaving))
     parts: dict[str, Any] = {
         "groups": groups,
         "offloads": run.setup.activation_offloading,
         "stash": run.stack.offload_stash,
         "raw_embedding": run.keeps_raw_embedding,
         "final_norm": final_norm,
-        "head": head_memory(head_shape(run, final_norm.output_width)),
+        "head": logits_memory(head) if head.whole else head_memory(head),
         "trained": run.trained,
         "embedding_gradient_bytes": embedding,
         "embedding_scratch_bytes": embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),

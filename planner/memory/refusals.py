@@ -6,11 +6,34 @@ from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.setup.defaults import FASTER_OPTIM
+from planner.setup.knob import plain
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODELLED_EXPERTS = (None, "grouped_mm")
+LIGER_MODEL_TYPES = frozenset(
+    [
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "ministral",
+        "mistral",
+        "olmo2",
+        "olmo3",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    ]
+)
+"""Model types in whose layers Liger replaces norms, rotation and gated products, as the tape has it.
+
+liger-kernel 0.8.5, transformers/monkey_patch.py:3904 (MODEL_TYPE_TO_APPLY_LIGER_FN). Types that it does not
+know train unchanged, with one line in a log; nemotron's products are not gated.
+"""
 
 
 def refuse_unmodelled(run: TrainingRun) -> None:
@@ -18,6 +41,7 @@ def refuse_unmodelled(run: TrainingRun) -> None:
 
     Raises:
         NotModelledError: a knob of the contract, by name.
+        InputError: kernels that leave the model as it is.
         FieldError: more checkpointed layers than the model has.
     """
     _accept(run.kind)
@@ -41,12 +65,69 @@ def _accept(run: RunKind) -> None:
         raise NotModelledError("experts_implementation", model.default_experts_implementation)
     if any(layer.shared_expert_intermediate_size for layer in model.layers):
         raise NotModelledError("shared experts of model", model.id)
+    _refuse_on_experts(run)
+    if model.is_traced:
+        _refuse_traced(run)
+    if setup.kernels == "liger":
+        _refuse_liger(run)
     if setup.checkpointed_layers is not None and setup.checkpointed_layers > model.num_hidden_layers:
         raise FieldError(
             "checkpointed_layers",
             setup.checkpointed_layers,
             f"at most {model.num_hidden_layers}, the decoder layers",
         )
+
+
+def _refuse_liger(run: RunKind) -> None:
+    """Refuse Liger's kernels where they replace other things than the tape holds, or nothing at all."""
+    model = run.model
+    if any(layer.experts for layer in model.layers):
+        # Its fused experts (liger_kernel/transformers/swiglu.py, LigerExperts) are one function of its own.
+        raise NotModelledError("kernels=liger with experts of model", model.id)
+    if model.model_type not in LIGER_MODEL_TYPES:
+        known = ", ".join(sorted(LIGER_MODEL_TYPES))
+        raise InputError(
+            f"kernels liger is not known to change the layers of {model.id} (model_type {model.model_type}); "
+            f"use kernels none, or a model of type {known}"
+        )
+
+
+def _refuse_traced(run: RunKind) -> None:
+    """Refuse what a model's traces do not know of, by the knob."""
+    setup = run.setup
+    for name, traced in (
+        ("compile", "none"),
+        ("kernels", "none"),
+        # Both widen what flows between operations, which were recorded in one dtype.
+        ("prepare_for_kbit_training", False),
+        ("use_dora", False),
+    ):
+        if getattr(setup, name) != traced:
+            raise NotModelledError(f"{name} of a traced model", getattr(setup, name))
+
+
+def _refuse_on_experts(run: RunKind) -> None:
+    """Refuse what experts cannot be held or adapted with.
+
+    Raises:
+        FieldError: experts in 4 bits of a model that has none.
+        InputError: what PEFT refuses on adapted experts (0.21.2, tuners/lora/layer.py: ParamWrapper).
+        NotModelledError: offloading of what is kept of experts in 4 bits.
+    """
+    setup = run.setup
+    held = setup.experts == "4bit"
+    if held and not any(layer.experts for layer in run.model.layers):
+        raise FieldError("experts", setup.experts, f"16bit: {run.model.id} has no experts")
+    if held and setup.activation_offloading and not _whole_checkpoints(setup):
+        raise NotModelledError("experts=4bit, layers not checkpointed and activation_offloading", True)
+    if not run.trained.experts_rank:
+        return
+    for name in ("use_dora", "lora_dropout"):
+        if getattr(setup, name):
+            raise InputError(
+                f"{name} {plain(getattr(setup, name))} does not work with adapters on experts: PEFT 0.21.2 "
+                f"refuses it; name target_modules of attention alone, or leave {name} out"
+            )
 
 
 def _whole_checkpoints(setup: TrainingSetup) -> bool:
@@ -90,9 +171,6 @@ def unsharded_knob(setup: TrainingSetup) -> str | None:
         "dtype": setup.dtype == "float16",
         "lora_r": not setup.every_process_has_rows,
         "kernels": setup.kernels == "liger" and not setup.uses_lora,
-        # Two ranks allocated what they do uncompiled, to the byte (20261201-5234c5f63ec3,
-        # 20261201-fa917b3e8010): torch's compiler leaves such layers as they are, without a word.
-        "compile": setup.compile != "none",
         "prepare_for_kbit_training": setup.prepare_for_kbit_training,
         "activation_offloading": setup.activation_offloading,
     }

@@ -28,14 +28,15 @@ def phases(
     *,
     kind: str,
     context_bytes: int,
+    loaded_context_bytes: int,
     nccl: NcclMemory = NO_NCCL,
     pools_bytes: int = 0,
 ) -> tuple[PhaseMemory, ...]:
     """Peaks of load, step, evaluation and save; what the allocator has reserved by then it keeps.
 
     Load and step are those of the allocator's replay where there is one. `kind` is the interval's,
-    `context_bytes` the context once a step has run, `nccl` what it then holds, `pools_bytes` what other
-    streams' pools hold beside what is counted, which a replay has in it.
+    `context_bytes` the context once a step has run, `loaded_context_bytes` before one has, `nccl` what it
+    then holds, `pools_bytes` what other streams' pools hold beside what is counted, which a replay has in it.
     """
     outside = context_bytes + managed_process_bytes(resident.optimizer.managed_bytes) + nccl.expected_bytes
     if replayed is None:
@@ -56,7 +57,7 @@ def phases(
             "quantising the largest weight" if resident.largest_dequantized_bytes else "the last weight",
             load,
             load_reserved,
-            measured.context_bytes,
+            loaded_context_bytes,
         ),
         ("step", step.name, step_allocated, step_reserved, outside),
         ("evaluation", evaluation.name, evaluated, max(evaluated, step_reserved), outside),
@@ -143,6 +144,7 @@ def components(
     phase: PhaseMemory,
     nccl: NcclMemory = NO_NCCL,
     *,
+    context_bytes: int,
     replayed: bool,
 ) -> tuple[Component, ...]:
     """The parts of the step's process bytes.
@@ -165,7 +167,7 @@ def components(
         "head_and_loss": step.head_bytes,
         "workspace": step.workspace_bytes + resident.cublas_bytes,
         "allocator": weights.rounding_bytes + phase.reserved_bytes - counted,
-        "context": measured.context_of(run.setup),
+        "context": context_bytes,
     }
     texts = _component_texts(
         run.storage.width * 8,

@@ -26,7 +26,7 @@ from planner.models.spec import ModelSpec
 MODELS = data_files.PROFILES / "models"
 MAX_NAME = 4096
 # Organisations that publish unchanged copies under the original's name.
-_MIRRORS = ("unsloth/",)
+_MIRRORS = ("unsloth/", "nousresearch/")
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _HINT = "(a catalog name, a Hub id such as Qwen/Qwen2.5-14B, or a folder with config.json)"
 
@@ -170,6 +170,12 @@ def _from_catalog(name: str) -> ModelSpec | None:
     return None if model_id is None else load_shipped(model_id)
 
 
+def catalog_id(name: str) -> str | None:
+    """Id of the catalog model that goes by a name; None where none does. No spec is opened."""
+    names: Mapping[str, str] = _index()["names"]
+    return names.get(name_key(name))
+
+
 def user_spec_path(name: str) -> Path:
     """Where a model that the person inspected is kept."""
     return data_files.user_data_dir() / "models" / f"{name_key(name).replace('/', '--')}.json"
@@ -209,31 +215,11 @@ def _from_config(
     if found is not None:
         return found
     if inspector is None:
-        refuse_unplanned(config, where=where)
         raise MissingExtraError(
             f"{shorten(where)} ({config['model_type']}) equals no catalog model; describing it",
             "torch and transformers",
         )
     return inspector(config, model_id=name, hub_id=where)
-
-
-def refuse_unplanned(config: Mapping[str, Any], *, where: str) -> None:
-    """Say at once, with nothing built or installed, that vramwise does not plan a config's kind of model.
-
-    Raises:
-        InputError: its language model is of no family that the layer recipes read.
-    """
-    text, wrapped = hub_config.text_part(config)
-    kind = text["model_type"]
-    if kind in hub_config.PLANNED_TYPES:
-        return
-    part = ", the language model of a multimodal one," if wrapped else ""
-    own = "; its own code (auto_map) is never run" if "auto_map" in config else ""
-    families = sorted({name.removesuffix("_text") for name in hub_config.PLANNED_TYPES})
-    raise InputError(
-        f"{shorten(where)}: model_type {shorten(kind)}{part} is not understood by vramwise, which plans "
-        f"{', '.join(families)}{own}{nearest_models(where)}"
-    )
 
 
 def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None) -> ModelSpec:

@@ -50,7 +50,7 @@ PLANNED_TYPES = frozenset(
     {"gemma", "gemma2", "gemma3", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral"}
     | {"nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 )
-"""model_type of the families that launcher/models/layer_recipe.py reads."""
+"""model_type of the families that launcher/models/layer_recipe.py reads; all others are traced."""
 _NO_GGUF = "GGUF is not trained: name the model that it was made from"
 # Keys that steer how transformers runs a model rather than describe it; in a config.json they are foreign.
 _FOREIGN_KEYS = ("attn_implementation", "experts_implementation", "_attn_", "_flash_attn", "_experts_")

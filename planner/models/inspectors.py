@@ -24,11 +24,8 @@ def installed_inspector(config: Mapping[str, Any], *, model_id: str, hub_id: str
     # Slow to import, and needed for unknown models only.
     from importlib.metadata import entry_points
 
-    from planner.models.catalog import refuse_unplanned
-
     found = sorted(entry_points(group=GROUP), key=lambda one: one.name)
     if not found:
-        refuse_unplanned(config, where=hub_id)
         raise MissingExtraError(f"describing {shorten(hub_id)}", "torch and transformers")
     inspector: Inspector = found[0].load()
     return inspector(config, model_id=model_id, hub_id=hub_id)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field, fields, replace
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.base.lazy import cached_fact
 from planner.base.values import dataclass
+from planner.models.traced import TracedBlock
 
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")
@@ -87,7 +88,9 @@ class LayerSpec:
     split into heads. `experts` is 0 for a dense MLP. `activation` is transformers' hidden_act.
     `rotary_dim` is how much of each head the rotation turns (null: all of it); `rotary_concatenated` says
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
-    `attention_dropout` is the probability that the model's config sets.
+    `attention_dropout` is the probability that the model's config sets. `traced` is what was recorded of a
+    layer that no recipe describes: the fields on norms, projections, MLP and rotation say nothing then, and
+    heads are 0 where it has no attention.
     """
 
     indices: tuple[int, ...]
@@ -115,12 +118,15 @@ class LayerSpec:
     rotary_dim: int | None = None
     rotary_concatenated: bool = False
     attention_dropout: float = 0.0
+    traced: TracedBlock | None = None
 
     def __post_init__(self) -> None:
         if not self.indices:
             raise FieldError("layer indices", self.indices, "at least one")
-        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-            validate.integer(name, getattr(self, name), minimum=1, maximum=2**24)
+        validate.integer("hidden_size", self.hidden_size, minimum=1, maximum=2**24)
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            fewest = 1 if self.traced is None else 0
+            validate.integer(name, getattr(self, name), minimum=fewest, maximum=2**24)
         for name in (
             "intermediate_size",
             "experts",
@@ -134,10 +140,15 @@ class LayerSpec:
         validate.number("attention_dropout", self.attention_dropout, minimum=0.0, maximum=1.0)
         validate.choice("norm", self.norm, NORM_KINDS)
         validate.choice("qk_norm", self.qk_norm, QK_NORM_KINDS)
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise FieldError(
                 "num_key_value_heads", self.num_key_value_heads, f"a divisor of {self.num_attention_heads}"
             )
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention (a layer of a hybrid may have none)."""
+        return self.num_attention_heads > 0
 
     @property
     def count(self) -> int:
@@ -171,6 +182,7 @@ class ModelSpec:
     type). `default_experts_implementation` is how transformers runs the experts of an MoE layer by
     default ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size
     of the weights as published. `source` says how the spec was made (command and library versions).
+    `traced_norm` is what was recorded of the norm after the last layer, where that of the layers is `traced`.
     """
 
     id: str
@@ -193,6 +205,7 @@ class ModelSpec:
     rotary_tables: int = 1
     default_experts_implementation: str | None = None
     download_bytes: int | None = None
+    traced_norm: TracedBlock | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
@@ -237,9 +250,31 @@ class ModelSpec:
         """Whether the embeddings' output is scaled outside the embedding's own module."""
         return self.embedding_multiplier and not any("Scaled" in p.module_class for p in self.parameters)
 
+    @cached_fact
+    def is_traced(self) -> bool:
+        """Whether layers were recorded rather than read."""
+        return any(layer.traced is not None for layer in self.layers)
+
+    @cached_fact
+    def rotary_features(self) -> int:
+        """Features of a head that a row of a rotary table has values for; 0 without attention."""
+        layer = next((one for one in self.layers if one.attends), self.layers[0])
+        return layer.rotary_dim or layer.head_dim
+
+    @cached_fact
+    def norm_layer(self) -> LayerSpec:
+        """The layer whose norm is the one after the last layer."""
+        last = self.layers[-1]
+        return last if self.traced_norm is None else replace(last, traced=self.traced_norm)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
+        """JSON form; `traced` fields are left out where nothing was."""
+        values = asdict(self)
+        for part in (values, *values["layers"]):
+            for name in ("traced", "traced_norm"):
+                if name in part and part[name] is None:
+                    del part[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -249,16 +284,25 @@ class ModelSpec:
             InputError: the JSON does not describe a model.
         """
         try:
-            rest = {k: v for k, v in values.items() if k not in ("parameters", "layers", "aliases")}
+            own = ("parameters", "layers", "aliases", "traced_norm")
+            rest = {k: v for k, v in values.items() if k not in own}
             return cls(
                 parameters=tuple(
                     Parameter(**{**p, "shape": tuple(p["shape"])}) for p in values["parameters"]
                 ),
-                layers=tuple(
-                    LayerSpec(**{**layer, "indices": tuple(layer["indices"])}) for layer in values["layers"]
-                ),
+                layers=tuple(_layer(layer) for layer in values["layers"]),
                 aliases=tuple(values.get("aliases", ())),
+                traced_norm=_traced(values.get("traced_norm")),
                 **rest,
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"not a model spec: {error}") from error
+
+
+def _layer(values: Mapping[str, Any]) -> LayerSpec:
+    own = {"indices": tuple(values["indices"]), "traced": _traced(values.get("traced"))}
+    return LayerSpec(**{**values, **own})
+
+
+def _traced(values: Mapping[str, Any] | None) -> TracedBlock | None:
+    return None if values is None else TracedBlock.from_dict(values)

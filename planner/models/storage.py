@@ -7,6 +7,8 @@ from planner.models.spec import Parameter
 
 QUANTIZED_CLASSES = ("Linear", "Conv1D")
 """transformers replaces exactly these classes (integrations/bitsandbytes.py, replace_with_bnb_linear)."""
+EXPERT_NAMES = ("gate_up_proj", "down_proj")
+"""Stacks of experts, parameters of three dimensions (transformers models/mixtral, qwen3_moe)."""
 QUANTIZATION_BLOCK = 64
 """Elements a quantisation constant covers (bitsandbytes nn/modules.py, Params4bit)."""
 NESTED_BLOCK = 256
@@ -21,19 +23,27 @@ class Storage:
 
     `quantized` says that bitsandbytes holds what it can in 4 bits, with constants that `double_quant`
     quantises again; `width` is the bytes of an element that stays as it is, and of a dequantised one.
+    `experts` says that the launcher holds stacks of experts in 4 bits too
+    (launcher/training/loading/quantised_experts.py).
     """
 
     quantized: bool
     double_quant: bool
     width: int
+    experts: bool = False
 
     def quantizes(self, parameter: Parameter) -> bool:
         """Whether the parameter is held in 4 bits."""
-        return self.quantized and is_quantizable(parameter)
+        return self.quantized and (is_quantizable(parameter) or (self.experts and is_expert_stack(parameter)))
+
+
+def is_expert_stack(parameter: Parameter) -> bool:
+    """Whether the parameter is a stack of experts' weights."""
+    return parameter.kind in EXPERT_NAMES and len(parameter.shape) == 3
 
 
 def is_quantizable(parameter: Parameter) -> bool:
-    """Whether bitsandbytes can hold the parameter in 4 bits.
+    """Whether transformers has bitsandbytes hold the parameter in 4 bits.
 
     Kept in 16 bits: embeddings, norms, biases, routers, 3-D experts and the output head
     (transformers quantizers/base.py, get_keys_to_not_convert).

@@ -183,6 +183,8 @@ def other_knobs(asked: Asked, found: Chosen, told: Collection[str] = ()) -> tupl
     now, then = asked.chosen.tried.candidate.setup, found.tried.candidate.setup
     if now.effective_batch_size == then.effective_batch_size:
         told = {*told, "gradient_accumulation_steps"}
+    if (now.model, now.method) != (then.model, then.method):
+        told = {*told, "experts"}  # which another method, or a model without any, says nothing of
     return differences(now, then, told=told)
 
 

@@ -16,7 +16,7 @@ from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
-from planner.planning.choosing import Chosen, choose, effective_batch_size, policy_lengths
+from planner.planning.choosing import Chosen, choose, effective_batch_size, policy_lengths, ranks
 from planner.planning.ways import processes, ways
 from planner.search import SPEED_TIE, finish_seconds
 from planner.search.evaluator import Evaluator
@@ -103,8 +103,11 @@ class Asked:
 
     @property
     def base(self) -> TrainingSetup:
-        """The setup from which a search for it starts, at the shortest of its lengths."""
-        return self.request.setup(**self.knobs, max_length=min(self.lengths))
+        """The setup from which a search for it starts, at the shortest of its lengths and the lowest of its
+        ranks.
+        """
+        found = self.request.setup(**self.knobs, max_length=min(self.lengths))
+        return found.replace(lora_r=ranks(found, self.request.fixed, self.model)[-1])
 
     @property
     def knobs(self) -> dict[str, Any]:
@@ -162,7 +165,9 @@ class Asked:
     def of_model(self, name: str) -> Asked:
         """The same of another model of the catalog."""
         request = dataclasses.replace(self.request, model=name)
-        return Asked(request, self.target, resolve_model(name), self.stats)
+        model = resolve_model(name)
+        runs = Runs(model, self.evaluator.runs.stack)
+        return Asked(request, self.target, model, self.stats, runs=runs)
 
     def on_card(self, name: str) -> Asked:
         """The same of another card of the catalog.

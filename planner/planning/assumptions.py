@@ -75,6 +75,8 @@ def _length(setup: TrainingSetup, data: DataSummary | None) -> str:
 
 def _rank(setup: TrainingSetup, chosen: Chosen, data: DataSummary | None) -> str:
     rank = f"rank {setup.lora_r}"
+    if setup.lora_r < DEFAULT_RANK:
+        return f"{rank}: adapters on all experts at rank {DEFAULT_RANK}, the usual start, do not fit"
     if data is None:
         return f"{rank}, the usual start"
     if chosen.wished_rank > setup.lora_r:

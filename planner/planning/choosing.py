@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,12 @@ from planner.search.evaluator import Evaluator
 from planner.search.longest import longest_length
 from planner.setup import defaults
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
+from planner.setup.trained import adapted
 from planner.setup.training_setup import TrainingSetup
 
+EXPERT_RANKS = (8, 4)
+"""Tried where experts are adapted and nothing fits at the usual rank: rank 16 on all experts of Qwen3-30B-A3B
+is 1.0 billion trained parameters, which take 5.6 GiB."""
 RANK_MAY_COST = 1.02
 """A higher rank is taken where the run takes at most so many times as long with it."""
 
@@ -51,7 +56,7 @@ def choose(
         "num_processes": processes(request, target),
     }
     wished, *shorter = policy_lengths(request, evaluator.model, stats)
-    found = search_at(request.setup(**knobs, max_length=wished), request, evaluator)
+    found = search_ranks(request.setup(**knobs, max_length=wished), request, evaluator)
     if not found.fits and shorter and stats is not None:
         # As much of the examples as fits.
         smallest = _smallest(found.result, evaluator).candidate.setup
@@ -62,11 +67,34 @@ def choose(
     for length in shorter:
         if found.fits:
             break
-        found = search_at(request.setup(**knobs, max_length=length), request, evaluator)
+        found = search_ranks(request.setup(**knobs, max_length=length), request, evaluator)
     if found.fits:
         return _raise_rank(found, request, evaluator, stats)
     smallest_tried = _smallest(found.result, evaluator)
     return replace(found, tried=smallest_tried, fits=smallest_tried.fits)
+
+
+def ranks(base: TrainingSetup, fixed: Mapping[str, Any], model: ModelSpec) -> tuple[int, ...]:
+    """The ranks at which something may fit, the usual one first: lower ones where experts are adapted, whose
+    adapters, of all experts together, may be larger than what else a step needs.
+
+    Raises:
+        FieldError: target_modules names a module that the model does not have.
+    """
+    usual = (base.lora_r,)
+    if "lora_r" in fixed or not base.uses_lora:
+        return usual
+    experts = adapted(model, base.target_modules).experts
+    return usual + tuple(rank for rank in EXPERT_RANKS if rank < base.lora_r) if experts else usual
+
+
+def search_ranks(base: TrainingSetup, request: PlanRequest, evaluator: Evaluator) -> Chosen:
+    """The search at the highest of the ranks at which something fits; at the lowest where nothing does."""
+    for rank in ranks(base, request.fixed, evaluator.model):
+        found = search_at(base.replace(lora_r=rank), request, evaluator)
+        if found.fits:
+            break
+    return replace(found, wished_rank=base.lora_r)
 
 
 def search_at(base: TrainingSetup, request: PlanRequest, evaluator: Evaluator) -> Chosen:
@@ -101,7 +129,7 @@ def _raise_rank(
 ) -> Chosen:
     """The same with the highest rank that the data asks for and that costs hardly any time."""
     setup = found.tried.candidate.setup
-    if stats is None or not setup.uses_lora or "lora_r" in request.fixed:
+    if stats is None or not setup.uses_lora or "lora_r" in request.fixed or setup.lora_r < found.wished_rank:
         return found
     ranks = defaults.ranks(stats.loss_tokens, evaluator.run(setup).trained.elements, DEFAULT_RANK)
     now = finish_seconds(found.tried.candidate, found.tokens)

@@ -11,6 +11,7 @@ from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import list_models, resolve_model
 from planner.models.spec import ModelSpec
+from planner.planning.choosing import ranks
 from planner.search.cards import (
     DESKTOP,
     RENTED,
@@ -114,7 +115,7 @@ def smallest_cards(
     found = []
     for method in methods:
         for length in defaults.lengths(model, given_length, None):
-            setup = with_method(base, method).replace(max_length=length)
+            setup = _leanest_rank(with_method(base, method).replace(max_length=length), fixed, model)
             cards = smallest_gpus(setup, evaluator, fixed, effective, held_bytes=held_bytes)
             least, names = smallest_first(cards), {one.kind: one.gpu.id for one in cards}
             found.append(
@@ -133,6 +134,11 @@ def smallest_cards(
                 )
             )
     return tuple(found)
+
+
+def _leanest_rank(setup: TrainingSetup, fixed: Mapping[str, Any], model: ModelSpec) -> TrainingSetup:
+    """The setup at the lowest rank that a plan tries."""
+    return setup.replace(lora_r=ranks(setup, fixed, model)[-1])
 
 
 def longest_lengths(
@@ -175,7 +181,7 @@ def _longest(
 ) -> LongestLength | None:
     model = resolve_model(name)
     evaluator = Evaluator(model, target.spec, target.usable_bytes)
-    base = base.replace(model=name)
+    base = _leanest_rank(base.replace(model=name), fixed, model)
     limit = model.max_position_embeddings
     effective = base.effective_batch_size
     start = min(DEFAULT_LENGTHS[-1], limit)

@@ -14,6 +14,7 @@ from planner.models.spec import ModelSpec
 from planner.setup.card_limits import LIMITED_KNOBS, refuse_on_card
 from planner.setup.cuda_allocator import planned_allocator
 from planner.setup.run import TrainingRun
+from planner.setup.stack import TRL, Stack
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
 from planner.throughput.roofline import forecast
@@ -52,16 +53,22 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates setups of any models on one GPU; each model is looked up once.
+    """Estimates setups of any models on one GPU, trained with one stack; each model is looked up once.
 
     `inspector` and `allow_network` are those of planner.models.catalog.resolve_model.
     """
 
     def __init__(
-        self, target: GpuTarget, *, allow_network: bool = False, inspector: Inspector | None = None
+        self,
+        target: GpuTarget,
+        *,
+        allow_network: bool = False,
+        inspector: Inspector | None = None,
+        stack: Stack = TRL,
     ) -> None:
         self.target = target
-        self._allocator = planned_allocator()
+        self.stack = stack
+        self._allocator = stack.allocator or planned_allocator()
         self._allow_network = allow_network
         self._inspector = inspector
         self._models: dict[str, ModelSpec] = {}
@@ -76,7 +83,7 @@ class Estimator:
         """
         refuse_on_card({name: getattr(setup, name) for name in LIMITED_KNOBS}, self.target.spec)
         model = self._model(setup.model)
-        run = TrainingRun(setup=setup, model=model)
+        run = TrainingRun(setup=setup, model=model, stack=self.stack)
         memory = estimate_memory(run, gpu=self.target.spec, replay=replay, allocator=self._allocator)
         target = self.target if run.parallelism.is_single else self.target.of_all()
         return Estimate(

@@ -6,7 +6,7 @@ from typing import Any
 
 from planner.answers.plan import Longest
 from planner.gpus.target import GpuTarget
-from planner.planning.choosing import effective_batch_size, search_at
+from planner.planning.choosing import effective_batch_size, ranks, search_ranks
 from planner.planning.ways import processes, ways
 from planner.search.evaluator import Evaluator
 from planner.search.lean import longest_that_fits
@@ -39,8 +39,10 @@ def _longest(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> L
     shortest = min(defaults.SHORTEST_LENGTH, limit)
     fixed = {name: value for name, value in request.fixed.items() if name != "max_length"}
     open_ended = request.without("max_length")
+    base = open_ended.setup(**knobs, max_length=shortest)
+    lowest = ranks(base, open_ended.fixed, evaluator.model)[-1]
     length = longest_that_fits(
-        open_ended.setup(**knobs, max_length=shortest),
+        base.replace(lora_r=lowest),
         full,
         effective_batch_size=effective_batch_size(request, num_processes),
         fixed=fixed,
@@ -48,7 +50,7 @@ def _longest(request: PlanRequest, target: GpuTarget, evaluator: Evaluator) -> L
     )
     if length is None:
         return None
-    found = search_at(open_ended.setup(**knobs, max_length=length), open_ended, full).tried.candidate
+    found = search_ranks(base.replace(max_length=length), open_ended, full).tried.candidate
     return Longest(
         max_length=length,
         peak_upper_bytes=found.peak_upper_bytes,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from planner.answers.plan import Alternative, FrontierPoint, Plan, PlannedModel, WayFigures
 from planner.data.lengths import DatasetStats
+from planner.gpus.spec import GpuSpec
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
@@ -25,7 +26,9 @@ from planner.search.evaluator import Candidate
 from planner.search.frontier import around_the_chosen, frontier, runners_up, settled
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
 from planner.setup.request import PlanRequest
-from planner.setup.run import TrainingRun
+from planner.setup.run import Runs, TrainingRun
+from planner.setup.stack import TRL, Stack
+from planner.throughput.torch_attention import kernels_of
 
 SHOWN_ADVICE = 3
 """Advice to make a plan fit that the short page has room for."""
@@ -41,6 +44,7 @@ def make_plan(
     model: ModelSpec | None = None,
     longest: bool = False,
     whole: bool = True,
+    stack: Stack = TRL,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
@@ -51,7 +55,7 @@ def make_plan(
     up already: describing one takes seconds. `target` stands in for the request's GPU: a card of which less
     is to be used than it has, or one that is known already. With `longest` the plan says how long sequences
     may be, which takes as long as choosing does. Not `whole`, it has what the short page shows: what is said
-    of other methods, ranks and cards takes a search each.
+    of other methods, ranks and cards takes a search each. `stack` is the trainer that memory is counted for.
 
     Raises:
         InputError: model, GPU, data or knobs are not usable.
@@ -63,7 +67,7 @@ def make_plan(
         model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
-    asked = Asked(request, with_processes(request, target), model, stats)
+    asked = Asked(request, with_processes(request, target), model, stats, runs=Runs(model, stack))
     plan = _plan(asked)
     if whole:
         plan = _with_all_around(asked, plan)
@@ -86,7 +90,7 @@ def _plan(asked: Asked) -> Plan:
     return Plan(
         request=request,
         gpu=target,
-        model=planned_model(run),
+        model=planned_model(run, target.spec),
         fits=chosen.fits,
         setup=setup,
         strategy=chosen.tried.strategy,
@@ -147,8 +151,8 @@ def read_stats(path: str) -> DatasetStats:
     return estimated_lengths(Path(path))
 
 
-def planned_model(run: TrainingRun) -> PlannedModel:
-    """What a plan says of the model of a run."""
+def planned_model(run: TrainingRun, gpu: GpuSpec) -> PlannedModel:
+    """What a plan says of the model of a run on a card."""
     model = run.model
     return PlannedModel(
         id=model.id,
@@ -160,6 +164,7 @@ def planned_model(run: TrainingRun) -> PlannedModel:
         max_position_embeddings=model.max_position_embeddings,
         attn_implementation=run.attention,
         source=model.source,
+        attention_kernels=tuple(kernel.name for kernel in kernels_of(run, gpu.compute_capability)),
     )
 
 

@@ -110,7 +110,14 @@ def _unquantized_notes(model: ModelSpec, setup: TrainingSetup) -> list[Note]:
         for p in model.parameters
         if len(p.shape) == 3 and p.in_decoder_layer and not p.tied
     )
-    if experts:
+    if experts and setup.experts == "4bit":
+        notes.append(
+            Note(
+                text="experts are held in 4 bits by vramwise itself: where bitsandbytes loads a model it "
+                "replaces nn.Linear only and leaves them in 16"
+            )
+        )
+    elif experts:
         notes.append(
             Note(
                 text="the experts' weights, {size}, are not quantised: bitsandbytes replaces nn.Linear only, "

@@ -35,7 +35,7 @@ def recheck(plan: Plan, *, model: ModelSpec, target: GpuTarget, data: str, examp
         plan,
         request=dataclasses.replace(plan.request, data=data),
         gpu=target,
-        model=planned_model(run),
+        model=planned_model(run, target.spec),
         fits=evaluator.fits(found),
         memory=found.memory,
         speed=found.speed,

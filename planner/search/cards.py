@@ -10,9 +10,11 @@ from planner.base.errors import InputError
 from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
+from planner.memory.refusals import unsharded_knob
 from planner.search.evaluator import Evaluator
 from planner.search.lean import leanest, smallest_that_fits
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
+from planner.setup.parallelism import FSDP
 from planner.setup.training_setup import TrainingSetup
 
 DESKTOP, RENTED = "desktop", "rented"
@@ -125,10 +127,11 @@ def _first(
 
 def native(setup: TrainingSetup, gpu: GpuSpec, fixed: Mapping[str, Any]) -> TrainingSetup | None:
     """The setup as a plan for the card starts from it, in the card's own 16-bit type unless one is fixed;
-    None where the card cannot run a fixed knob.
+    None where the card cannot run a fixed knob, or its type cannot be sharded as was fixed.
     """
     try:
         refuse_on_card(fixed, gpu, (*CARD_LIMITS, BFLOAT16))
     except InputError:
         return None
-    return setup if "dtype" in fixed else setup.replace(dtype=gpu.dtype)
+    own = setup if "dtype" in fixed else setup.replace(dtype=gpu.dtype)
+    return None if own.distributed == FSDP and unsharded_knob(own) == "dtype" else own

@@ -172,6 +172,7 @@ class Evaluator:
             self.runs.of(self._as_batched(setup), padded=self._padded(setup)),
             gpu=self.gpu,
             replay=replay,
+            allocator=self.runs.stack.allocator,
             limit_bytes=None if whole else self.usable_bytes,
         )
 

@@ -8,6 +8,8 @@ from typing import Any
 from planner.base.values import dataclass
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
+from planner.setup.methods import experts_held
+from planner.setup.parallelism import FSDP
 from planner.setup.training_setup import TrainingSetup
 
 FLEX_CAPABILITY = (8, 0)
@@ -65,7 +67,7 @@ def chooses_batches(evaluator: Evaluator) -> bool:
 
 def start(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> TrainingSetup:
     """The base without what is to be chosen."""
-    plain: dict[str, Any] = {}
+    plain: dict[str, Any] = {"experts": experts_held(base, evaluator.model)}
     if not layers_decided(fixed):
         plain |= PLAIN
     if chooses_batches(evaluator):
@@ -126,9 +128,10 @@ def choices(
 def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> tuple[Mode, ...]:
     """Ways to execute layers that the fixed knobs leave open and that this card and data allow.
 
-    Compiled layers want batches of one shape.
+    Compiled layers want batches of one shape. Under FSDP2 they are compiled where that is asked for alone:
+    two ranks on CPUs do (tests/stack/test_compiled_shards.py), nobody has timed them on GPUs.
     """
-    if "compile" in fixed:
+    if "compile" in fixed or base.distributed == FSDP:
         return (EAGER,)
     one_shape = base.packing or not evaluator.padded
     return (EAGER, COMPILED) if one_shape and evaluator.compiles else (EAGER,)

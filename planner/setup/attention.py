@@ -33,7 +33,7 @@ def mask_windows(
     """Masks of a micro-step by their sliding window (null for none): one for each kind of layer that needs
     one. Eager attention adds one to the scores whatever the batch.
     """
-    kinds = {layer.sliding_window for layer in layers}
+    kinds = {layer.sliding_window for layer in layers if layer.attends}
     windows = tuple(sorted(kinds, key=lambda window: (window is not None, window)))
     if implementation == "eager":
         return windows

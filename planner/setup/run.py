@@ -93,6 +93,7 @@ class RunKind:
             quantized=self.setup.method == "qlora",
             double_quant=self.setup.bnb_4bit_use_double_quant,
             width=DTYPE_WIDTH[self.setup.dtype],
+            experts=self.setup.experts == "4bit",
         )
 
     @cached_fact
@@ -227,16 +228,17 @@ class TrainingRun:
 
 
 class Runs:
-    """A model's runs, each made once, so that what follows from a setup is worked out once."""
+    """A model's runs with a stack, each made once, so that what follows from a setup is worked out once."""
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, model: ModelSpec, stack: Stack = TRL) -> None:
         self.model = model
+        self.stack = stack
         self._known: dict[tuple[TrainingSetup, bool], TrainingRun] = {}
 
     def of(self, setup: TrainingSetup, *, padded: bool = False) -> TrainingRun:
         """A setup's run."""
         found = self._known.get((setup, padded))
         if found is None:
-            found = TrainingRun(setup=setup, model=self.model, padded=padded)
+            found = TrainingRun(setup=setup, model=self.model, padded=padded, stack=self.stack)
             self._known[setup, padded] = found
         return found

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from planner.base import validate
 from planner.base.errors import FieldError
 from planner.base.units import DTYPE_WIDTH
 from planner.base.values import dataclass
-from planner.setup.parallelism import LAUNCHED, Sharding
+from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
+from planner.setup.parallelism import BY_ACCELERATE, LAUNCHED, Sharding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,29 +19,39 @@ class Stack:
 
     `packages` are those whose releases change memory or speed: records and coefficients carry their versions.
     `adapter_dtype` is what it casts adapters on a quantised base to. Its output head, `head_words` for
-    people, works on tiles of `head_tokens` tokens by `head_vocabulary` entries of the vocabulary. Its
-    activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
+    people, works on tiles of `head_tokens` tokens by `head_vocabulary` entries of the vocabulary, or makes
+    all logits at once where both are null. It runs with torch's `allocator`, null for the one that suits the
+    machine. Its activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
     `kept_attention` are the attention implementations whose outputs its selective checkpointing keeps,
-    `sharding` says what FSDP2 shares out.
+    `sharding` says what FSDP2 shares out. `autocast` says that it runs the model in torch's autocast, so that
+    products are in 16 bits whatever their weights are held in.
     """
 
     name: str
     packages: tuple[str, ...]
     adapter_dtype: str
     head_words: str
-    head_tokens: int
-    head_vocabulary: int
+    head_tokens: int | None
+    head_vocabulary: int | None
     offload_stash: int
     kept_attention: tuple[str, ...]
     sharding: Sharding = LAUNCHED
+    allocator: str | None = None
+    autocast: bool = True
 
     def __post_init__(self) -> None:
         validate.text("stack", self.name)
         if not self.packages:
             raise FieldError("packages", self.packages, "at least one package")
         validate.choice("adapter_dtype", self.adapter_dtype, DTYPE_WIDTH)
+        if (self.head_tokens is None) != (self.head_vocabulary is None):
+            raise FieldError("head_vocabulary", self.head_vocabulary, "null, as head_tokens, or both a size")
         for field in ("head_tokens", "head_vocabulary", "offload_stash"):
-            validate.integer(field, getattr(self, field), minimum=1, maximum=2**24)
+            size = getattr(self, field)
+            if size is not None or field == "offload_stash":
+                validate.integer(field, size, minimum=1, maximum=2**24)
+        if self.allocator is not None:
+            validate.choice("allocator", self.allocator, ALLOCATORS)
 
     @property
     def adapter_width(self) -> int:
@@ -61,3 +75,47 @@ TRL = Stack(
     kept_attention=("sdpa", "flash_attention_2"),
 )
 """SFTTrainer of TRL 1.16, the one stack that runs are launched with."""
+
+_WHOLE_LOGITS: dict[str, Any] = {
+    "head_words": "transformers' loss over all logits",
+    "head_tokens": None,
+    "head_vocabulary": None,
+}
+
+TRL_SFT = replace(TRL, name="trl sft", allocator=NATIVE, sharding=BY_ACCELERATE)
+"""TRL's own command line, `trl sft` of TRL 1.16: the same trainer, with torch's default allocator."""
+
+AXOLOTL = replace(
+    TRL,
+    name="axolotl",
+    packages=(*TRL.packages, "axolotl"),
+    # PEFT's autocast_adapter_dtype, which is left at its default (loaders/adapter.py:451).
+    adapter_dtype="float32",
+    # core/trainers/base.py, compute_loss: transformers' own.
+    **_WHOLE_LOGITS,
+    # utils/__init__.py, set_pytorch_cuda_alloc_conf
+    allocator=EXPANDABLE,
+    sharding=BY_ACCELERATE,
+)
+"""Axolotl 0.21.0 without its plugins. With an adapter it takes embeddings, head and norms back to 16 bits
+after PEFT's preparation (loaders/model.py:174-196), so that nothing stays upcast."""
+
+LLAMA_FACTORY = replace(
+    TRL,
+    name="llamafactory",
+    packages=(*TRL.packages, "llamafactory"),
+    # model/adapter.py:313-325: trainable parameters are cast to float32 unless pure_bf16.
+    adapter_dtype="float32",
+    # train/sft/trainer.py:162: transformers' own.
+    **_WHOLE_LOGITS,
+    # launcher.py:82 asks for the other one where torchrun starts several processes.
+    allocator=NATIVE,
+)
+"""LLaMA-Factory 0.9.5 on one GPU. It prepares nothing for k-bit training; norms and head stay in 16 bits
+unless upcast_layernorm or upcast_lmhead_output ask for it (model/model_utils/checkpointing.py:151, :180)."""
+
+STACKS = (TRL, TRL_SFT, AXOLOTL, LLAMA_FACTORY)
+
+PLAIN_LOOP = replace(TRL, name="plain loop", autocast=False)
+"""A loop of transformers' and PEFT's own without a trainer, as those that others publish runs of: the head
+that k-bit preparation turns into fp32 computes in fp32."""

@@ -9,10 +9,10 @@ from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.models.spec import ModelSpec, Parameter
+from planner.models.storage import is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.training_setup import ALL_LINEAR
 
-EXPERT_NAMES = ("gate_up_proj", "down_proj")
 FUSED_EXPERT_NAMES = ("gate_proj", "up_proj")
 """What PEFT maps onto a fused expert tensor, doubling its rank (utils/transformers_weight_conversion.py)."""
 
@@ -116,7 +116,7 @@ def adapted(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Adapted:
         for p in model.parameters
         if p.module_class == "Linear" and p.kind == "weight" and not p.is_output_head
     ]
-    experts = [p for p in model.parameters if p.kind in EXPERT_NAMES and len(p.shape) == 3]
+    experts = [p for p in model.parameters if is_expert_stack(p)]
     routers = [p for p in model.parameters if p.module_class.endswith("Router") and p.kind == "weight"]
     if target_modules == ALL_LINEAR:
         return Adapted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
-from planner.setup.knob import METHODS, WHERE_SET, Counted, Form, Knob
+from planner.setup.knob import METHODS, WHERE_SET, Counted, Form, Knob, Line, Need
 
 OPTIMIZERS = (
     "adamw_torch",
@@ -111,6 +111,38 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         kept=True,
         unset="{default}",
         counted=Counted(),
+    ),
+    Knob(
+        name="experts",
+        kind="choice",
+        section="training",
+        help="how a mixture's experts are held",
+        default="16bit",
+        choices=("4bit", "16bit"),
+        methods=("qlora",),
+        needs=(
+            Need(
+                other="prepare_for_kbit_training",
+                other_than=True,
+                told="prepare_for_kbit_training false",
+                subject="experts {value}",
+            ),
+            Need(
+                other="distributed",
+                other_than="fsdp",
+                told="one GPU or distributed ddp",
+                subject="experts {value}",
+            ),
+            Need(
+                other="kernels",
+                other_than="liger",
+                told="kernels none",
+                subject="experts {value}",
+            ),
+        ),
+        unset="4bit where the model has experts",
+        counted=Counted(default=False, together=True),
+        line=Line(place=0, label="experts"),
     ),
     Knob(
         name="lora_r",

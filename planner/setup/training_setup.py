@@ -47,6 +47,7 @@ class TrainingSetup:
     dtype: str = _DEFAULTS["dtype"]
     bnb_4bit_use_double_quant: bool = _DEFAULTS["bnb_4bit_use_double_quant"]
     bnb_4bit_quant_type: str = _DEFAULTS["bnb_4bit_quant_type"]
+    experts: str = _DEFAULTS["experts"]
     lora_r: int = _DEFAULTS["lora_r"]
     lora_alpha: int | None = _DEFAULTS["lora_alpha"]
     lora_dropout: float = _DEFAULTS["lora_dropout"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from planner.answers.plan import Plan
+from planner.answers.plan import Plan, PlannedModel
 from planner.setup.card_limits import torch_build
 from planner.setup.defaults import KEPT_CHECKPOINTS, SAVE_MINUTES
 from planner.setup.knob import Knob, plain
@@ -25,6 +25,7 @@ from planner.text.memory import print_memory
 from planner.text.speed import print_other_cards, print_speed
 from planner.text.verdict import print_verdict
 from planner.text.ways import print_ways
+from planner.throughput.torch_attention import TORCH_KERNELS
 
 
 def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
@@ -86,8 +87,14 @@ def setup_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{schedule.learning_rate:g}, {schedule.lr_scheduler_type}, warm-up {schedule.warmup_ratio:g}",
     )
     yield "checkpointing", _checkpointing(plan)
-    yield "attention", model.attn_implementation
+    yield "attention", _attention(model)
     yield from knob_lines(setup)
+
+
+def _attention(model: PlannedModel) -> str:
+    """The implementation, and which of torch's kernels it runs."""
+    words = [kernel.words for kernel in TORCH_KERNELS if kernel.name in model.attention_kernels]
+    return model.attn_implementation + (f": torch's {' and '.join(words)}" if words else "")
 
 
 def knob_lines(setup: TrainingSetup, knobs: tuple[Knob, ...] = KNOBS) -> Iterator[tuple[str, str]]:

@@ -80,7 +80,7 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
             yield label, lines[label]
     yield "batch", f"{lines['length']}: {lines['batch']}"
     yield "training", f"{lines['optimizer']}, learning rate {lines['learning rate']}"
-    layers = [("checkpointing", lines["checkpointing"]), ("attention", lines["attention"])]
+    layers = [("checkpointing", lines["checkpointing"]), ("attention", plan.model.attn_implementation)]
     layers += knob_lines(plan.setup)
     yield "layers", ", ".join(f"{label} {value}" for label, value in layers)
     if plan.data is not None and (lacking := not_trained(plan.data)):

@@ -92,12 +92,13 @@ def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
 
 def hourly_price(plan: Plan) -> str:
     """The price of a GPU that a plan counts with and whose it is, or that none is known."""
-    asked = plan.request.price_usd_per_hour
-    return price_of(plan.gpu.spec) if asked is None else f"${asked:g} a GPU-hour"
+    return price_of(plan.gpu.spec, plan.request.price_usd_per_hour)
 
 
-def price_of(gpu: GpuSpec) -> str:
-    """The catalog's price of a card with who asked it and when, or that none is known."""
+def price_of(gpu: GpuSpec, asked: float | None = None) -> str:
+    """The price that was asked for; else the catalog's with who asked it and when, or that none is known."""
+    if asked is not None:
+        return f"${asked:g} a GPU-hour"
     if gpu.price_usd_per_hour is None:
         return f"not known for {gpu.id}"
     text = f"${gpu.price_usd_per_hour:g} a GPU-hour"

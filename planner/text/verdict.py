@@ -35,7 +35,10 @@ def _verdict(plan: Plan) -> Text:
     method = METHOD_TITLES[plan.setup.method]
     length = f"{plan.setup.max_length:,} tokens"
     one = "one of " if plan.gpu.count > plan.setup.num_processes else ""
-    return Text.assemble(word, f": {_model(plan)} with {method} at {length} on {one}{card_title(plan)}")
+    experts = ", experts in 4 bits," if plan.setup.experts == "4bit" else ""
+    return Text.assemble(
+        word, f": {_model(plan)} with {method}{experts} at {length} on {one}{card_title(plan)}"
+    )
 
 
 def _model(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from planner.base.values import dataclass
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.storage import is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.attention import SKIPS_MASKED
 from planner.setup.run import RunKind, TrainingRun
@@ -33,14 +34,16 @@ class LinearWork:
     """Sums over a model's decoder layers that fix its matrix work, for one choice of LoRA targets.
 
     `active_weights` are weight elements that multiply each token; `linear_weights` those in nn.Linear, which
-    QLoRA holds in 4 bits; `wrapped_*` are sums over the layers that an adapter wraps: input and output
-    widths, weight elements, and how many there are. `folded_weights` are elements of experts that adapters
-    are folded into, those of fused tensors, whose rank is doubled, twice; `folded_router_weights` those of
-    routers; `folded_active_weights` those of both that multiply each token.
+    QLoRA holds in 4 bits, `expert_weights` those of stacked experts, which it may; `wrapped_*` are sums over
+    the layers that an adapter wraps: input and output widths, weight elements, and how many there are.
+    `folded_weights` are elements of experts that adapters are folded into, those of fused tensors, whose rank
+    is doubled, twice; `folded_router_weights` those of routers; `folded_active_weights` those of both that
+    multiply each token.
     """
 
     active_weights: int
     linear_weights: int
+    expert_weights: int
     wrapped_inputs: int
     wrapped_outputs: int
     wrapped_weights: int
@@ -134,8 +137,10 @@ def _adapter_flops(run: TrainingRun, adapter: Adapter) -> AdapterFlops:
     Experts and routers are parameters, which PEFT adapts by folding BA into the weight, of all experts, in
     each forward (peft/tuners/lora/layer.py: ParamWrapper). Of experts it does so twice: torch evaluates a
     parametrisation when it is registered, and again where the weight is used
-    (torch/nn/utils/parametrize.py: ParametrizationList); of routers BA is computed once, before. The backward
-    pass computes the folded weight's gradient, as of a trained one, and from it those of A and of B.
+    (torch/nn/utils/parametrize.py: ParametrizationList), but for those in 4 bits, which the launcher has
+    evaluated once (launcher/training/loading/quantised_experts.py); of routers BA is computed once, before.
+    The backward pass computes the folded weight's gradient, as of a trained one, and from it those of A and
+    of B.
     """
     work = linear_work(run.model, adapter.target_modules)
     tokens, rank = run.micro_step.tokens, adapter.rank
@@ -144,7 +149,7 @@ def _adapter_flops(run: TrainingRun, adapter: Adapter) -> AdapterFlops:
     experts, routers = 2.0 * rank * work.folded_weights, 2.0 * rank * work.folded_router_weights
     return AdapterFlops(
         products=2.0 * rank * (work.wrapped_inputs + work.wrapped_outputs) * tokens,
-        forward=norm + 2 * experts + routers,
+        forward=norm + (1 if run.storage.experts else 2) * experts + routers,
         backward=2 * (experts + routers),
         folded_gradients=2.0 * work.folded_active_weights * tokens,
     )
@@ -210,6 +215,7 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
     return LinearWork(
         active_weights=_active(weights, model),
         linear_weights=sum(p.elements * p.count for p in linears),
+        expert_weights=sum(p.elements * p.count for p in weights if is_expert_stack(p)),
         wrapped_inputs=sum(p.shape[1] * p.count for p in found.linears),
         wrapped_outputs=sum(p.shape[0] * p.count for p in found.linears),
         wrapped_weights=sum(p.elements * p.count for p in found.linears),

@@ -119,6 +119,7 @@ class Slowdown:
     matrix: float | None
     adapter: float | None
     attention: float | None
+    masked_attention: float | None
     single: float | None
     elementwise: float | None
     dequantized: float | None
@@ -133,6 +134,8 @@ def slowdown(gpu: Microbenchmarks, reference: Microbenchmarks) -> Slowdown:
         matrix=_by_shape(gpu.matrix, reference.matrix),
         adapter=_by_shape(gpu.adapter, reference.adapter),
         attention=_by_shape(gpu.attention, reference.attention),
+        # Attention with a mask is not timed.
+        masked_attention=_by_shape(gpu.attention, reference.attention),
         single=_ratio(reference.tf32_flops_per_second, gpu.tf32_flops_per_second),
         elementwise=_ratio(reference.elementwise_bytes_per_second, gpu.elementwise_bytes_per_second),
         dequantized=_ratio(reference.dequantized_bytes_per_second, gpu.dequantized_bytes_per_second),

@@ -16,7 +16,13 @@ from planner.base.errors import InputError
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.throughput.by_kind import ByKind
-from planner.throughput.microbenchmarks import Microbenchmarks, Slowdown, microbenchmarks_of, slowdown
+from planner.throughput.microbenchmarks import (
+    Microbenchmarks,
+    Slowdown,
+    microbenchmarks_of,
+    slowdown,
+)
+from planner.throughput.scaling import published_slowdown
 from planner.throughput.work import StepWork
 from planner.throughput.work_kinds import SCALES, WORK_KINDS, Scale, Side, WorkKind
 
@@ -233,16 +239,12 @@ def rates_for(gpu: GpuSpec) -> Rates | None:
     return next((rates for rates in known_rates() if rates.gpu == gpu.id), None)
 
 
-_NOTHING_MEASURED = Slowdown(**dict.fromkeys((field.name for field in fields(Slowdown)), None))
-
-
 def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None:
     """Rates of a GPU whose training nobody has measured: the reference's efficiencies at this one's rates.
 
-    Each kind of work scales with what microbenchmarks of both GPUs reached. Where one has none, matrix work
-    scales with the rate of a large matmul if that was measured on both (0.61 to 1.13 of the published rate
-    over the cards of profiles/gpus.toml), else with the published rate; traffic with the published bandwidth;
-    the host is taken to be alike. None where a rate is unknown.
+    Each kind of work scales with what microbenchmarks of both GPUs reached; where one has none, as
+    planner/throughput/scaling.py has it of published figures, the host taken to be alike. None where a rate
+    is unknown.
     """
     factors = _scale_factors(gpu, reference, rates)
     if factors is None:
@@ -260,9 +262,9 @@ def scaled_rates(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> Rates | None
 
 def _scale_factors(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> dict[Scale, float] | None:
     """How many times as long as on the reference each kind of work takes; None where that is unknown."""
-    found = measured_slowdown(gpu, reference) or _NOTHING_MEASURED
-    matrix = found.matrix or _published_matrix(gpu, reference)
-    traffic = found.elementwise or _published_traffic(gpu, reference)
+    published = published_slowdown(gpu, reference)
+    found = measured_slowdown(gpu, reference) or published
+    matrix, traffic = found.matrix or published.matrix, found.elementwise or published.elementwise
     if matrix is None or traffic is None:
         return None
     launch = host_slower(microbenchmarks_of(gpu.id), rates) or found.launch or 1.0
@@ -270,6 +272,7 @@ def _scale_factors(gpu: GpuSpec, reference: GpuSpec, rates: Rates) -> dict[Scale
         "matrix": matrix,
         "single": found.single or matrix,
         "attention": found.attention or matrix,
+        "masked_attention": found.masked_attention or matrix,
         "adapter": found.adapter or matrix,
         "elementwise": traffic,
         "dequantized": found.dequantized or traffic,
@@ -292,15 +295,3 @@ def measured_slowdown(gpu: GpuSpec, reference: GpuSpec) -> Slowdown | None:
     """What microbenchmarks say of two GPUs; None where one has none."""
     mine, theirs = microbenchmarks_of(gpu.id), microbenchmarks_of(reference.id)
     return None if mine is None or theirs is None else slowdown(mine, theirs)
-
-
-def _published_matrix(gpu: GpuSpec, reference: GpuSpec) -> float | None:
-    peaks = (gpu.measured_matrix_flops_per_second, reference.measured_matrix_flops_per_second)
-    if None in peaks:
-        peaks = (gpu.matrix_flops_per_second, reference.matrix_flops_per_second)
-    return None if peaks[0] is None or peaks[1] is None else peaks[1] / peaks[0]
-
-
-def _published_traffic(gpu: GpuSpec, reference: GpuSpec) -> float | None:
-    rates = (gpu.bandwidth_bytes_per_second, reference.bandwidth_bytes_per_second)
-    return None if rates[0] is None or rates[1] is None else rates[1] / rates[0]

@@ -11,6 +11,7 @@ from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.setup.run import TrainingRun
+from planner.throughput.intervals import published_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
     UNCALIBRATED,
@@ -93,7 +94,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     tokens = run.micro_step.tokens * run.parallelism.num_processes
     roofline = tokens / max(work.total_flops / peak, weight_bytes(run) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
-    low, high = rates.interval(time.bound_by) if calibrated else UNCALIBRATED
+    low, high = known.interval(gpu, time.bound_by)
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
     return StepEstimate(
@@ -121,6 +122,12 @@ class KnownRates:
     rates: Rates
     source: str
     reference: str
+
+    def interval(self, gpu: GpuSpec, bound_by: str) -> tuple[float, float]:
+        """Factors on the forecast of a step that waits for "compute", "bandwidth" or "launches"."""
+        if self.source == "runs":
+            return self.rates.interval(bound_by)
+        return UNCALIBRATED if self.source == "microbenchmarks" else published_interval(gpu, bound_by)
 
 
 @lru_cache(maxsize=256)

@@ -52,6 +52,9 @@ def weight_bytes(run: TrainingRun) -> float:
     if setup.method == "qlora":
         wide = 2.2 if setup.dtype == "float32" else 1.0
         total += work.linear_weights * DEQUANTISE * wide * (forwards + 1)
+        if setup.experts == "4bit":
+            # Backward has what the (last) forward pass made of them.
+            total += work.expert_weights * DEQUANTISE * wide * forwards
     elif setup.dtype == "float32":
         total += work.active_weights * AUTOCAST_WEIGHT * forwards
     if setup.use_dora:

@@ -154,13 +154,14 @@ def step_work(run: TrainingRun) -> StepWork:
     flops = pass_flops(run)
     offloaded = made.kept.bytes_at(shape.tokens, shape.scores) if setup.activation_offloading else 0.0
     single, eager = setup.dtype == "float32", run.attention == "eager"
+    single_head = single or (setup.prepare_for_kbit_training and not run.stack.autocast)
     forward, backward = (
         sizeless.with_amounts(
             _GROWING,
             (
                 0.0 if single else part.layers,
-                0.0 if single else part.head,
-                part.layers + part.head if single else 0.0,
+                0.0 if single_head else part.head,
+                (part.layers if single else 0.0) + (part.head if single_head else 0.0),
                 part.adapter,
                 0.0 if eager else part.attention,
                 part.masked_attention,

@@ -22,7 +22,13 @@ DEMO = PROFILES / "demo"
 
 def make_run(root: Path, **changes: Any) -> RunFolder:
     # Processors without bfloat16 units take seventy times as long for it.
-    setup = TrainingSetup(model="demo", max_length=128, per_device_train_batch_size=8, dtype="float32")
+    setup = TrainingSetup(
+        model="demo",
+        max_length=128,
+        per_device_train_batch_size=2,
+        dtype="float32",
+        gradient_checkpointing=False,
+    )
     values: dict[str, Any] = {
         "setup": setup,
         "model_source": str(DEMO / "model"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -20,19 +21,19 @@ def shared(setup: TrainingSetup, way: str, count: int = 2) -> TrainingSetup:
     )
 
 
-def start(run: RunFolder, count: int = 2) -> list[BaseProcess]:
-    """Start the ranks of a run."""
+def start(run: RunFolder, count: int = 2, prepare: Callable[[], None] | None = None) -> list[BaseProcess]:
+    """Start the ranks of a run, each after what a test has prepared in it."""
     variables = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def environment(rank: int) -> dict[str, str]:
         return {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
 
-    return [small_runs.start(run, environment=environment(rank)) for rank in range(count)]
+    return [small_runs.start(run, prepare, environment=environment(rank)) for rank in range(count)]
 
 
-def trained(run: RunFolder, count: int = 2) -> list[int | None]:
+def trained(run: RunFolder, count: int = 2, prepare: Callable[[], None] | None = None) -> list[int | None]:
     """Train to the end; the exit codes."""
-    return [small_runs.code_of(rank) for rank in start(run, count)]
+    return [small_runs.code_of(rank) for rank in start(run, count, prepare)]
 
 
 def free_port() -> int:

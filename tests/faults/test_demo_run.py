@@ -53,9 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """
     folder = tmp_path_factory.mktemp("demo")
     (folder / "torch.py").write_text("raise SystemExit('shadowed')")
-    run = make_run(
-        folder, num_train_epochs=2.0, save_steps=40, eval_data_path=str(DEMO / "data" / "eval.jsonl")
-    )
+    run = make_run(folder, max_steps=80, save_steps=40, eval_data_path=str(DEMO / "data" / "eval.jsonl"))
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         for name, value in SECRETS.items():
             patch.setenv(name, value)

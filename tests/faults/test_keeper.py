@@ -116,6 +116,18 @@ def test_the_signal_that_ended_the_trainer_is_named(tmp_path: Path, number: sign
     wait_until(lambda: nobody_left(folder))
 
 
+def test_an_end_is_told_though_the_job_is_gone_by_then(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    handle = start(folder)
+    folder.job.unlink()
+    trainer = live_pid(folder, "trainer")
+    assert trainer is not None
+    os.kill(trainer, signal.SIGKILL)
+    assert handle.keeper.wait(60) == RunExit.KILLED
+    assert the_end(folder).state == "killed"
+    wait_until(lambda: nobody_left(folder))
+
+
 def test_a_sampler_that_dies_is_started_again_and_given_up_at_last(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     handle = start(folder)

@@ -1,7 +1,8 @@
 """The run's processes under faults: real processes on the demo model, on the CPU.
 
-What the launcher starts is started by it once to its end (test_demo_run.py), once to be stopped and once to
-be killed while it loads; what the training process does by itself is seen in forks (tests/forks.py).
+What the launcher starts is started by it once to its end (test_demo_run.py), once to be stopped
+(test_cli_train.py) and once to be killed while it loads; what the training process does by itself is seen in
+forks (tests/forks.py).
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def exit_code(trainer: BaseProcess) -> int | None:
 
 def test_a_stop_file_ends_the_run_after_the_step_with_the_adapter_saved(tmp_path: Path) -> None:
     run = make_run(tmp_path, max_steps=LONG, save_steps=LONG)
-    handle = supervisor.start(run.path)
+    trainer = start(run)
     wait_until(lambda: steps_seen(run) >= 2)
     supervisor.request_stop(run.path)
-    status = handle.wait(600)
+    assert exit_code(trainer) == RunExit.STOPPED_SAVED
+    status = supervisor.status(run.path)
     assert status.state == "stopped"
-    assert handle.keeper.wait(60) == RunExit.STOPPED_SAVED
     assert (run.adapter / "adapter_model.safetensors").exists()
     checkpoint = run.checkpoints / f"checkpoint-{status.step}"
     assert (checkpoint / "adapter_model.safetensors").exists()

@@ -16,7 +16,6 @@ from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
 from launcher.runs.minding import smaller
 from planner.models.catalog import resolve_model
-from planner.models.inspectors import installed_inspector
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
 from planner.setup.request import PlanRequest
@@ -30,7 +29,10 @@ LARGEST = 4
 
 @functools.cache
 def demo() -> ModelSpec:
-    return resolve_model(str(small_runs.DEMO / "model"), inspector=installed_inspector)
+    """The model, described in this process: the keeper's asks for one that describes it."""
+    from launcher.models.inspect import inspect_config
+
+    return resolve_model(str(small_runs.DEMO / "model"), inspector=inspect_config)
 
 
 def planned_run(root: Path) -> RunFolder:

@@ -39,15 +39,16 @@ from tests.faults.small_runs import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DROPOUT = SETUP.replace(lora_dropout=0.1)
-EVAL_DATA = str(PROFILES / "demo" / "data" / "eval.jsonl")
+EVALUATED = 3
+"""Examples that are evaluated on: a batch and a half."""
 EXAMPLES = 5
 """Three steps an epoch of two examples, the last with one."""
 
 KINDS: dict[str, dict[str, Any]] = {
-    "dropout, evaluated at each epoch's end": {"setup": DROPOUT, "eval_data_path": EVAL_DATA},
+    "dropout, evaluated at each epoch's end": {"setup": DROPOUT, "evaluates": True},
     "packed, evaluated every other step": {
         "setup": DROPOUT.replace(packing=True, attn_implementation="sdpa"),
-        "eval_data_path": EVAL_DATA,
+        "evaluates": True,
         "eval_steps": 2,
         "examples": 12,
     },
@@ -68,6 +69,10 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path: Path, kind: str) -> None:
     """Killed in the midst of the second epoch and at the end of the first, after saves at every step."""
     values = {"examples": EXAMPLES, "save_steps": 1, "keep_checkpoints": 100, **KINDS[kind]}
+    if values.pop("evaluates", False):
+        lines = (PROFILES / "demo" / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "eval.jsonl").write_text("".join(lines[:EVALUATED]))
+        values["eval_data_path"] = str(tmp_path / "eval.jsonl")
     whole = make_run(tmp_path, name="whole", **values)
     assert trained(whole) == RunExit.FINISHED
     all_steps = checkpoints.steps(whole.checkpoints)

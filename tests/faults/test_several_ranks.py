@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 
 from launcher.runs.events import AdapterEvent, CheckpointEvent
 from launcher.runs.folder import RunFolder
+from launcher.runs.kept import checkpoints
 from launcher.runs.kept.resumption import shared_by
-from tests.faults import ranks, small_runs
+from tests import forks
+from tests.faults import ranks, small_runs, told_logits
 from tests.faults.small_runs import DEMO, SETUP, events_of, go_on, make_run
 
 pytestmark = pytest.mark.slow
@@ -28,14 +32,17 @@ BFLOAT16 = 2e-2
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose head is not its embedding, in two files, beside the demo's tokenizer."""
+    return small_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+def small_model(folder: Path, *, tied: bool) -> Path:
+    """A model whose head is its embedding or is not, in two files, beside the demo's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    folder = tmp_path_factory.mktemp("untied")
     shutil.copytree(DEMO / "model", folder, dirs_exist_ok=True)
     (folder / "model.safetensors").unlink()
     config = AutoConfig.from_pretrained(DEMO / "model")
-    config.update({"tie_word_embeddings": False, "hidden_size": 64, "intermediate_size": 192})
+    config.update({"tie_word_embeddings": tied, "hidden_size": 64, "intermediate_size": 192})
     config.update({"num_hidden_layers": 2, "head_dim": 16})
     set_seed(1)
     model = AutoModelForCausalLM.from_config(config)
@@ -92,11 +99,33 @@ def close_files(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_of_shards_answers_in_one_process_as_it_did(
+    tmp_path: Path, untied: Path, method: str
+) -> None:
+    setup = ranks.shared(SETUP.replace(method=method), "fsdp")
+    rate: dict[str, Any] = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    run = make_run(tmp_path, setup=setup, model_source=str(untied), max_steps=3, **rate)
+    sharded, alone = tmp_path / "sharded.safetensors", tmp_path / "alone.safetensors"
+    tell = functools.partial(told_logits.tell_at_the_end, sharded)
+    assert ranks.trained(run, prepare=tell) == [0, 0], run.log("trainer").read_text()[-3000:]
+    loaded = forks.start(told_logits.loaded_alone, run.path, alone, output=tmp_path / "log")
+    assert small_runs.code_of(loaded) == 0, (tmp_path / "log").read_text()[-3000:]
+    import torch
+    from safetensors.torch import load_file
+
+    mine, its = (load_file(path)["logits"] for path in (sharded, alone))
+    torch.testing.assert_close(its, mine, rtol=1e-5, atol=1e-6)
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(untied)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_whole_model_learns_sharded_what_it_learns_on_one_process(
     tmp_path: Path, untied: Path, tied: bool
 ) -> None:
-    one = run_of(tmp_path, "one", DEMO / "model" if tied else untied, method="full")
+    model = small_model(tmp_path / "tied", tied=True) if tied else untied
+    one = run_of(tmp_path, "one", model, method="full")
     assert small_runs.trained(one) == 0
     alike(one, on_two(one, "fsdp", "fsdp"), ROUNDING)
 
@@ -108,6 +137,24 @@ def test_a_4_bit_base_and_its_constants_are_the_same_when_sharded(tmp_path: Path
     # Adapters begin with no effect: the first loss is the quantised base's alone.
     assert ranks.figures(run, "loss")[0] == pytest.approx(ranks.figures(one, "loss")[0], rel=ROUNDING)
     alike(one, run, BFLOAT16)
+
+
+def test_each_rank_goes_on_with_its_own_dropout(tmp_path: Path) -> None:
+    """Rows of unlike lengths have ranks draw unlike numbers of numbers: after a step their states differ."""
+    setup = ranks.shared(SETUP.replace(lora_dropout=0.1), "ddp")
+    whole = make_run(tmp_path, name="whole", setup=setup, max_steps=6, save_steps=3)
+    assert ranks.trained(whole) == [0, 0]
+    cut = RunFolder(tmp_path / "cut")
+    shutil.copytree(whole.path, cut.path)
+    shutil.rmtree(checkpoints.path_of(cut.checkpoints, 6))
+    shutil.rmtree(cut.adapter)
+    kept = checkpoints.path_of(cut.checkpoints, 3)
+    one, other = ((kept / f"rng_state_{rank}.pth").read_bytes() for rank in range(2))
+    assert one != other
+    assert go_on(cut).from_step == 3
+    assert ranks.trained(cut) == [0, 0]
+    assert small_runs.differences(whole.adapter, cut.adapter) == []
+    assert small_runs.differences(*(checkpoints.path_of(run.checkpoints, 6) for run in (whole, cut))) == []
 
 
 @pytest.mark.parametrize("count", [1, 2])

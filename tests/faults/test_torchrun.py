@@ -17,11 +17,13 @@ import pytest
 
 from launcher.runs import keeper, supervisor
 from launcher.runs.ends import RunExit
-from launcher.runs.events import AdapterEvent, CheckpointEvent, EndEvent, LogEvent
+from launcher.runs.events import AdapterEvent, CheckpointEvent, EndEvent, LogEvent, StageEvent
 from launcher.runs.folder import RunFolder
 from launcher.runs.minding import ranks as minded
 from launcher.runs.minding.hang import HangLimits
-from tests.faults import ranks
+from launcher.training.several.ranks import AGENT as AGENT_VARIABLE
+from tests import forks
+from tests.faults import ranks, small_runs
 from tests.faults.small_runs import SETUP, events_of, make_run
 
 pytestmark = pytest.mark.slow
@@ -76,6 +78,71 @@ def test_two_hosts_train_together_and_stop_when_one_of_them_is_asked(tmp_path: P
     wait_until(lambda: all(map(nothing_is_left, hosts)), 60)
 
 
+def host(root: Path, node_rank: int, endpoint: str) -> RunFolder:
+    return long_run(root, f"host-{node_rank}", nnodes=2, node_rank=node_rank, rdzv_endpoint=endpoint)
+
+
+def test_a_host_that_does_not_exist_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    run = host(tmp_path, 1, "no-such-host.invalid:29500")
+    handle = supervisor.start(run.path)
+    assert handle.wait(200).state == "refused"
+    assert handle.keeper.wait() == RunExit.BAD_INPUT
+    assert end_of(run).message.startswith("--rdzv-endpoint no-such-host.invalid:29500: no such host or port")
+    assert "\n" not in end_of(run).message
+
+
+def agent_that_waits(run: Path, seconds: int) -> int:
+    from launcher.training.several import agent, meeting
+
+    meeting.MEETING_SECONDS = seconds
+    return agent.main([str(run)])
+
+
+@pytest.mark.parametrize(
+    ("node_rank", "said"),
+    [(0, "1/2 clients joined): all are to be started"), (1, "is the run with --node-rank 0 started")],
+)
+def test_a_machine_that_is_left_alone_says_so_in_one_line(tmp_path: Path, node_rank: int, said: str) -> None:
+    endpoint = f"127.0.0.1:{ranks.free_port()}"
+    run = host(tmp_path, node_rank, endpoint)
+    process = forks.start(agent_that_waits, run.path, 1, output=run.log("trainer"))
+    process.join(200)
+    assert process.exitcode == RunExit.BAD_INPUT
+    last = run.log("trainer").read_text().splitlines()[-1]
+    assert last.startswith(f"the machines did not meet at {endpoint} (")
+    assert said in last
+
+
+def test_a_request_to_end_leaves_the_wait_for_other_machines(tmp_path: Path) -> None:
+    run = host(tmp_path, 0, f"127.0.0.1:{ranks.free_port()}")
+    agent = forks.start(agent_that_waits, run.path, 600, output=run.log("trainer"))
+    wait_until(lambda: events_of(run, StageEvent))
+    assert events_of(run, StageEvent)[0].message.startswith("waiting for another machine at 127.0.0.1:")
+    supervisor.request_stop(run.path)
+    agent.join(60)
+    assert agent.exitcode == RunExit.STOPPED_SAVED
+    assert run.log("trainer").read_text().splitlines()[-1].startswith("stopped while waiting")
+
+
+def agent_that_runs_timeit(run: Path) -> int:
+    """The agent of a run, whose ranks run a module of the standard library in place of the trainer."""
+    from launcher.training.several import agent
+
+    os.chdir(run)
+    asked = agent.torchrun_arguments
+    agent.torchrun_arguments = lambda job, folder: [*asked(job, folder)[:-2], "timeit", "-n1", "-r1", "pass"]
+    return agent.main([str(run)])
+
+
+def test_a_file_beside_the_user_s_data_shadows_no_library_of_a_rank(tmp_path: Path) -> None:
+    """torchrun starts `python -m`, which looks in the folder that it was started in first."""
+    run = long_run(tmp_path, "run")
+    (run.path / "timeit.py").write_text("raise SystemExit(7)\n")
+    process = forks.start(agent_that_runs_timeit, run.path, output=run.log("trainer"))
+    process.join(200)
+    assert process.exitcode == 0, run.log("trainer").read_text()
+
+
 def test_a_killed_rank_ends_the_run_and_is_told_by_its_number_and_signal(tmp_path: Path) -> None:
     run = long_run(tmp_path, "run")
     handle = supervisor.start(run.path)
@@ -87,6 +154,16 @@ def test_a_killed_rank_ends_the_run_and_is_told_by_its_number_and_signal(tmp_pat
     assert f"rank 1 of 2 (process {victim}) was ended by SIGKILL after step" in end.message
     assert handle.keeper.wait() == RunExit.KILLED
     wait_until(lambda: nothing_is_left(run), 60)
+
+
+def test_a_rank_whose_agent_died_before_it_began_is_no_orphan(tmp_path: Path) -> None:
+    """As when the agent is killed while its ranks are still starting Python: nothing would end them."""
+    run = long_run(tmp_path, "run")
+    gone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", AGENT_VARIABLE: str(2**22 + 1)}
+    rank = small_runs.start(run, environment=gone)
+    assert small_runs.code_of(rank) == RunExit.KILLED
+    assert minded.live_ranks(run, 2) == {}
+    assert not run.events.exists()
 
 
 AGENT = """

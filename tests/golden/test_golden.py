@@ -25,7 +25,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "plan-data": (*("plan", "--model", "llama-3.2-1b", "--gpu", "rtx-4090"), *("--data", DATA)),
     "plan-does-not-fit": ("plan", "--model", "llama-3.1-70b", "--gpu", "24GB"),
     "plan-experts": ("plan", "--model", "qwen3-30b-a3b", "--gpu", "80GB"),
-    "plan-experts-too-large": ("plan", "--model", "qwen3-30b-a3b", "--gpu", "24GB"),
+    "plan-experts-too-large": ("plan", "--model", "qwen3-30b-a3b", "--gpu", "16GB"),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
     "help": ("--help",),

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.models.inspect import inspect_config
 from launcher.training import build
+from launcher.training.loading.quantised_experts import quantise_all
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
 
@@ -86,6 +87,8 @@ def load_model(family: str, setup: TrainingSetup) -> Any:
             # bitsandbytes copies the state of a weight and that of its module, which are one, apart.
             module.quant_state = module.weight.quant_state
             module.weight.module = module
+    if setup.experts == "4bit":
+        quantise_all(model, build.quantization_config(setup))
     return model
 
 

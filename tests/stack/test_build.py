@@ -243,7 +243,6 @@ SHARDED = {"num_processes": 2, "distributed": "fsdp", "optim": "adamw_torch_fuse
         ({**SHARDED, "use_dora": True}, True, "use_dora=true with distributed=fsdp"),
         ({**SHARDED, "prepare_for_kbit_training": True}, True, "prepare_for_kbit_training=true with"),
         ({**SHARDED, "activation_offloading": True}, True, "activation_offloading=true with distributed"),
-        ({**SHARDED, "compile": "regional"}, True, "compile=regional with distributed=fsdp"),
         ({**SHARDED, "dtype": "float16"}, True, "dtype=float16 with distributed=fsdp"),
         ({**SHARDED, "lora_r": 1}, True, "lora_r=1 with num_processes=2"),
         ({"dtype": "float16", "method": "full"}, True, "float16"),

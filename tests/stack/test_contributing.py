@@ -1,7 +1,8 @@
 """What CONTRIBUTING.md says of a model and of a family, with transformers' own classes.
 
-A made-up model is described and written to a catalog, found there and estimated. A made-up family is refused
-by the name of each class that is not listed, and planned once all are.
+A made-up model is described and written to a catalog, found there and estimated. A made-up family is traced;
+read as a recipe it is refused by the name of each class that is not listed, and planned in the same bytes
+once all are.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def test_a_made_up_model_of_another_size_than_published_is_not_written(
     assert not made_up_catalog.exists()
 
 
-def test_a_made_up_family_is_refused_by_name_until_each_class_is_listed(
+def test_a_made_up_family_is_traced_and_its_recipe_refused_by_name_until_each_class_is_listed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     AutoConfig.register("orbit", OrbitConfig, exist_ok=True)
@@ -140,10 +141,11 @@ def test_a_made_up_family_is_refused_by_name_until_each_class_is_listed(
     config = {"model_type": "orbit", **SHAPES}
 
     def refused(what: str) -> None:
-        with pytest.raises(InputError, match=f"{what} is not understood( by vramwise|$)"):
+        with pytest.raises(InputError, match=f"{what} is not understood$"):
             inspect_config(config, model_id="mine", hub_id="mine")
 
-    refused("mine: OrbitForCausalLM")
+    traced = inspect_config(config, model_id="mine", hub_id="mine")
+    assert traced.is_traced
     monkeypatch.setattr(inspect, "_MODELS", inspect._MODELS | {"OrbitForCausalLM"})
     refused("decoder layer OrbitDecoderLayer")
     norms = layer_recipe.DECODER_LAYERS["LlamaDecoderLayer"]
@@ -160,7 +162,7 @@ def test_a_made_up_family_is_refused_by_name_until_each_class_is_listed(
     assert (spec.architecture, spec.model_type) == ("OrbitForCausalLM", "orbit")
     named = replace(spec, architecture=twin.architecture, model_type="llama", parameters=twin.parameters)
     assert named == twin
-    assert peak_bytes(spec) == peak_bytes(twin)
+    assert peak_bytes(spec) == peak_bytes(twin) == peak_bytes(traced)
 
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     plan = make_plan(make_request(str(tmp_path), gpu="16GB"), inspector=inspect_config)

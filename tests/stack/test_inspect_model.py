@@ -162,7 +162,10 @@ def test_resolving_a_changed_llama_describes_it_in_a_child_without_its_code(tmp_
 
 
 REFUSED = {
-    "parallel attention and MLP": ({"model_type": "phi"}, "PhiForCausalLM is not understood"),
+    "experts without a recipe": (
+        {"model_type": "gpt_oss", "num_hidden_layers": 2},
+        "GptOssForCausalLM has no recipe, and cannot be traced: GptOssExperts has experts",
+    ),
     "no language model": ({"model_type": "siglip_vision_model"}, "no causal language model"),
     "unknown": ({"model_type": "what"}, "not known to the installed transformers"),
     "its own code": ({"model_type": "what", "auto_map": {"AutoConfig": "c.C"}}, "never run"),

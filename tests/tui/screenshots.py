@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.util
+import json
 import os
+import random
 import re
 import sys
 import tempfile
@@ -28,7 +30,7 @@ from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
 
 SIZE = (120, 40)
-STEPS = 200
+STEPS = 100
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 DEMO = PROFILES / "demo"
 _TEXT = re.compile(r"<text ([^>]*)>([^<]*)</text>")
@@ -36,16 +38,28 @@ _CELL = 12.2
 
 
 async def main() -> None:
-    """Write both pictures."""
+    """Write all pictures."""
     # Warnings of the training stack name this machine's folders.
     os.environ["PYTHONWARNINGS"] = "ignore"
     IMAGES.mkdir(parents=True, exist_ok=True)
-    await _sizing()
     with tempfile.TemporaryDirectory() as folder:
+        await _sizing(_chats(Path(folder)))
         await _run(Path(folder))
 
 
-async def _sizing() -> None:
+def _chats(folder: Path) -> Path:
+    """Five thousand chats whose lengths are spread as people's are."""
+    draw, path = random.Random(3), folder / "chats.jsonl"
+    with path.open("w") as file:
+        for _ in range(5000):
+            letters = max(20, int(draw.lognormvariate(7.3, 0.9)))
+            turns = (("user", "q" * (letters // 3)), ("assistant", "a" * letters))
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+async def _sizing(data: Path) -> None:
     app = VramwiseApp(
         model=resolve_model("qwen2.5-14b"),
         card=cards.card_from_text("16GB"),
@@ -54,10 +68,17 @@ async def _sizing() -> None:
         ),
         automatic=True,
         runs_root=Path("runs"),
+        data=str(data),
     )
     async with app.run_test(size=SIZE) as pilot:
         await _settle(pilot)
+        await _settle(pilot)
         _save(app, "sizing")
+        await pilot.press("n")
+        await _settle(pilot)
+        await pilot.press("h", "8", "enter")
+        await _settle(pilot)
+        _save(app, "needs")
 
 
 async def _run(folder: Path) -> None:
@@ -65,7 +86,8 @@ async def _run(folder: Path) -> None:
     app = VramwiseApp(
         model=resolve_model(str(model), inspector=inspector),
         card=cards.card_from_text("16GB"),
-        setup=TrainingSetup(model=str(model), max_length=128, per_device_train_batch_size=8),
+        # Few processors without a GPU have bfloat16 units.
+        setup=TrainingSetup(model=str(model), max_length=128, per_device_train_batch_size=8, dtype="float32"),
         runs_root=folder / "runs",
         data=str(DEMO / "data" / "train.jsonl"),
     )
@@ -78,7 +100,7 @@ async def _run(folder: Path) -> None:
         await _settle(pilot)
         screen = app.screen
         assert isinstance(screen, RunScreen)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while screen.snapshot is None or screen.snapshot.step < STEPS * 0.7:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.2)
@@ -88,6 +110,10 @@ async def _run(folder: Path) -> None:
         while not screen.snapshot.over:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.2)
+        await _settle(pilot)
+        app.clear_notifications()
+        await pilot.pause()
+        _save(app, "result")
 
 
 async def _settle(pilot: Pilot[None]) -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.style import Style
 from textual.widgets import Select
 
-from launcher.tui.widgets.legend import Legend
-from launcher.tui.widgets.memory_bar import BarData, BarPart, MemoryBar, bar_row
-from launcher.tui.widgets.phase_table import PhaseTable
+from launcher.tui.widgets.sizing.legend import Legend
+from launcher.tui.widgets.sizing.memory_bar import BarData, BarPart, MemoryBar, bar_row
+from launcher.tui.widgets.sizing.phase_table import PhaseTable
 
 from .conftest import MakeApp, settle
 

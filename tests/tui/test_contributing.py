@@ -12,6 +12,7 @@ from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from launcher.tui.app import VramwiseApp
+from launcher.tui.screens.help import Help
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.text import plain
 
@@ -55,8 +56,9 @@ async def test_a_made_up_screen_is_opened_by_a_key_and_left_again(
         assert "\x1b" not in shown
         await pilot.press("question_mark")
         await settle(pilot)
-        assert app.screen.query("HelpPanel")
-        await pilot.press("escape")
+        assert isinstance(app.screen, Help)
+        assert "Back to sizing" in str(app.screen.query_one("#help-keys", Static).content)
+        await pilot.press("escape", "escape")
         await settle(pilot)
         assert app.screen is before
         assert before.sizing == sizing

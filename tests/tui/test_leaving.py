@@ -10,7 +10,7 @@ import pytest
 from launcher.commands import tui
 from launcher.tui import pauses, run_follower, runs
 from launcher.tui.app import VramwiseApp
-from launcher.tui.widgets.line_plot import PlotData, draw
+from launcher.tui.widgets.run.line_plot import PlotData, draw
 from planner.base.errors import InputError
 
 from . import synthetic
@@ -67,12 +67,12 @@ async def test_a_run_that_is_over_says_where_its_adapter_is_and_offers_no_stop(
         await see(pilot)
         await settle(pilot)
         assert "Stop" in shown_text(pilot).splitlines()[-1]
-        assert "saved in" not in shown_text(pilot)
+        assert "saved     " not in shown_text(pilot)
         folder.adapter.mkdir()
         synthetic.append(folder.events, synthetic.end("finished", 240))
         await see(pilot)
         await settle(pilot)
-        assert f"saved in {folder.adapter}" in shown_text(pilot)
+        assert f"saved     {folder.adapter}" in shown_text(pilot)
         assert "Stop" not in shown_text(pilot).splitlines()[-1]
         await pilot.press("s")
         await settle(pilot)

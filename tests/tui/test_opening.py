@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from textual.widgets import Input
 
 from launcher.tui import advice
-from launcher.tui.cards import Card
+from launcher.tui.app import VramwiseApp
+from launcher.tui.cards import Card, card_from_text
+from launcher.tui.screens.reading import Opening
+from launcher.tui.sizing import Wishes
 from planner.base.errors import InputError
+from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
@@ -27,9 +32,9 @@ def let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Holds the search until it is set."""
     held, search = threading.Event(), advice.opening_choice
 
-    def waits(name: str, model: ModelSpec, card: Card) -> TrainingSetup:
+    def waits(name: str, model: ModelSpec, card: Card, wishes: Wishes) -> TrainingSetup:
         held.wait(300)
-        return search(name, model, card)
+        return search(name, model, card, wishes)
 
     monkeypatch.setattr(advice, "opening_choice", waits)
     yield held
@@ -132,3 +137,27 @@ async def test_what_was_applied_is_taken_back_step_by_step(make_app: MakeApp) ->
         await pilot.press("u")
         await settle(pilot)
         assert "nothing was applied" in shown_text(pilot)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_model_that_takes_long_to_read_is_named_meanwhile(tmp_path: Path, refused: bool) -> None:
+    let_go = threading.Event()
+
+    def read() -> tuple[ModelSpec, TrainingSetup]:
+        let_go.wait(300)
+        if refused:
+            raise InputError("/models/mine: no config.json")
+        return resolve_model("qwen2.5-0.5b"), TrainingSetup(model="qwen2.5-0.5b", max_length=512)
+
+    opening = Opening(name="/models/[b]mine[/b]", read=read)
+    app = VramwiseApp(opening=opening, card=card_from_text("12GB"), runs_root=tmp_path / "runs")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        assert "reading the model /models/[b]mine[/b], 0 s" in shown_text(pilot)
+        let_go.set()
+        await settle(pilot)
+        if not refused:
+            assert "FITS" in shown_text(pilot)
+            assert app.model_name == "qwen2.5-0.5b"
+    assert app.refusal == ("/models/mine: no config.json" if refused else "")
+    assert app.return_code == (2 if refused else None)

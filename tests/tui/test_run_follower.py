@@ -8,7 +8,7 @@ import pytest
 from launcher.runs.events import WarningEvent, to_line
 from launcher.runs.report.series import CoalescedSeries
 from launcher.runs.tail import MAX_LINE_BYTES, LineTail, last_lines
-from launcher.tui import run_follower
+from launcher.tui import run_facts, run_follower
 from launcher.tui.run_follower import RunFollower
 
 from . import synthetic
@@ -149,7 +149,7 @@ def test_warnings_are_counted_and_the_last_are_kept(tmp_path: Path) -> None:
     synthetic.append(folder.events, *(WarningEvent(time=1.0, message=f"w{i}") for i in range(1000)))
     snapshot = RunFollower(folder).poll()
     assert snapshot.warning_count == 1000
-    assert len(snapshot.warnings) == run_follower.WARNINGS
+    assert len(snapshot.warnings) == run_facts.WARNINGS
     assert snapshot.warnings[-1] == "w999"
 
 

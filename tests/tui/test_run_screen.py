@@ -13,8 +13,9 @@ from launcher.runs.events import StageEvent, WarningEvent
 from launcher.tui import run_follower
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.run import RunScreen, planned
+from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.screens.sizing import SizingScreen
-from launcher.tui.widgets.phase_comparison import compare
+from launcher.tui.widgets.run.phase_comparison import compare
 from planner.base.data_files import PROFILES
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
@@ -80,7 +81,9 @@ async def test_what_is_done_before_the_first_step_is_shown_with_its_seconds(
         synthetic.append(folder.events, synthetic.start(10), StageEvent(time=time.time(), stage="training"))
         synthetic.append(folder.events, synthetic.log(1))
         await see(pilot)
-        assert "loading" not in shown_text(pilot)
+        assert re.search(
+            r"✔ loading the \[b\]weights\[/b\] 2 min \d\d s   ▸ training \d s", shown_text(pilot)
+        )
 
 
 async def test_a_dead_run_is_shown(make_app: MakeApp, tmp_path: Path) -> None:
@@ -150,19 +153,21 @@ async def test_another_run_is_opened_from_the_list(make_app: MakeApp, tmp_path: 
     other = synthetic.make_folder(tmp_path / "runs" / "other-run")
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
-        await pilot.press("o", *"other", "enter")
+        await pilot.press("o")
+        await settle(pilot)
+        await pilot.press("slash", *"other", "enter")
         screen = await see(pilot)
         assert screen.folder.shown == other.path.resolve()
-        await pilot.press("escape")
+        await pilot.press("escape", "escape", "escape")
         await pilot.pause()
         assert isinstance(pilot.app.screen, SizingScreen)
 
 
 async def test_a_path_that_is_no_run_is_refused(make_app: MakeApp, tmp_path: Path) -> None:
     async with make_app().run_test(size=SIZE, notifications=True) as pilot:
-        await pilot.press("o", *str(tmp_path / "nowhere"), "enter")
+        await pilot.press("o", "slash", *str(tmp_path / "nowhere"), "enter")
         await settle(pilot)
-        assert isinstance(pilot.app.screen, SizingScreen)
+        assert isinstance(pilot.app.screen, RunsScreen)
         assert "No run folder" in shown_text(pilot)
 
 

@@ -12,14 +12,14 @@ from textual.widgets import Input, OptionList, Static
 from launcher.tui import starting
 from launcher.tui.advice import work_out
 from launcher.tui.command_line import request_of
-from launcher.tui.screens import sizing as sizing_screen
+from launcher.tui.screens import sizing_workers
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.sizing_messages import Refined
 from launcher.tui.sizing import Sizing, Verdict, refine
-from launcher.tui.widgets.choice_knob import ChoiceKnob
-from launcher.tui.widgets.pick_button import PickButton
-from launcher.tui.widgets.verdict_line import VerdictLine
+from launcher.tui.widgets.sizing.choice_knob import ChoiceKnob
+from launcher.tui.widgets.sizing.pick_button import PickButton
+from launcher.tui.widgets.sizing.verdict_line import VerdictLine
 from planner.base.errors import InputError, MissingExtraError
 from planner.commands import plan
 from planner.commands.program import Parser
@@ -70,6 +70,12 @@ async def type_into_without_waiting(pilot: Pilot[None], field: str, text: str) -
     await pilot.press(*text)
 
 
+async def filter_by(pilot: Pilot[None], text: str) -> None:
+    """As pasted into a picker's filter: at every key that is typed all models are listed anew."""
+    pilot.app.screen.query_one(Input).value = text
+    await settle(pilot)
+
+
 async def test_the_figures_are_those_of_plan_once_they_are_refined(make_app: MakeApp) -> None:
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
@@ -116,7 +122,7 @@ async def test_a_change_is_answered_by_the_fitted_estimate_and_then_refined(
 
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
-        monkeypatch.setattr(sizing_screen, "refine", waits)
+        monkeypatch.setattr(sizing_workers, "refine", waits)
         await pilot.press("right")
         first = screen_of(pilot).sizing
         assert first is not None
@@ -153,7 +159,7 @@ async def test_a_refined_answer_that_was_overtaken_is_not_shown(
 async def test_a_refined_answer_does_not_hide_that_a_value_is_invalid(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizing_screen, "PAUSE_SECONDS", 0.3)
+    monkeypatch.setattr(sizing_workers, "PAUSE_SECONDS", 0.3)
     async with make_app().run_test(size=SIZE) as pilot:
         await type_into_without_waiting(pilot, "lora_r", "8")
         screen_of(pilot).query_one("#knob-lora_r", Input).value = "0"
@@ -161,27 +167,29 @@ async def test_a_refined_answer_does_not_hide_that_a_value_is_invalid(
         assert screen_of(pilot).query_one(VerdictLine).stale
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("compile", "regional", "regional"),
-        ("kernels", "liger", "liger"),
-        ("attn_implementation", "eager", "eager"),
-        ("attn_implementation", "auto", None),
-        ("selective_checkpointing", "on", True),
-        ("train_sampling_strategy", "group_by_length", "group_by_length"),
-    ],
+HOW_IT_RUNS = (
+    ("compile", "regional", "regional"),
+    ("kernels", "liger", "liger"),
+    ("attn_implementation", "eager", "eager"),
+    ("attn_implementation", "auto", None),
+    ("selective_checkpointing", "on", True),
+    ("train_sampling_strategy", "group_by_length", "group_by_length"),
 )
-async def test_what_changes_how_layers_and_batches_run_has_a_knob(
-    make_app: MakeApp, field: str, value: str, expected: object
-) -> None:
+
+
+async def test_what_changes_how_layers_and_batches_run_has_a_knob(make_app: MakeApp) -> None:
     async with make_app().run_test(size=SIZE) as pilot:
-        screen_of(pilot).query_one(f"#knob-{field}", ChoiceKnob).value = value
         await settle(pilot)
-        sizing = screen_of(pilot).sizing
-        assert sizing is not None
-        assert not screen_of(pilot).query(".knob-error.shown")
-        assert getattr(sizing.setup, field) == expected
+        for field, value, expected in HOW_IT_RUNS:
+            knob = screen_of(pilot).query_one(f"#knob-{field}", ChoiceKnob)
+            before, knob.value = knob.value, value
+            await settle(pilot)
+            sizing = screen_of(pilot).sizing
+            assert sizing is not None
+            assert not screen_of(pilot).query(".knob-error.shown"), field
+            assert getattr(sizing.setup, field) == expected, field
+            knob.value = before
+            await settle(pilot)
 
 
 async def test_a_knob_that_the_others_leave_no_meaning_is_disabled_and_comes_back(make_app: MakeApp) -> None:
@@ -232,32 +240,34 @@ async def test_a_point_of_the_frontier_is_taken_with_enter(make_app: MakeApp) ->
         assert sizing.memory == plan.memory
 
 
-@pytest.mark.parametrize(
-    ("field", "text", "says"),
-    [
-        ("max_length", "0", "a whole number from 1 to"),
-        ("max_length", "99999999999", "a whole number from 1 to"),
-        ("per_device_train_batch_size", "1.5", "a whole number from 1 to"),
-        ("lora_r", "0", "a whole number from 1 to"),
-        ("lora_dropout", "2", "a number from 0 to 0.99"),
-        ("target_modules", "nosuch", "nosuch"),
-    ],
+INVALID = (
+    ("max_length", "0", "a whole number from 1 to"),
+    ("max_length", "99999999999", "a whole number from 1 to"),
+    ("per_device_train_batch_size", "1.5", "a whole number from 1 to"),
+    ("lora_r", "0", "a whole number from 1 to"),
+    ("lora_dropout", "2", "a number from 0 to 0.99"),
+    ("target_modules", "nosuch", "nosuch"),
 )
-async def test_an_invalid_value_says_so_under_its_knob_and_keeps_the_answer(
-    make_app: MakeApp, field: str, text: str, says: str
-) -> None:
+
+
+async def test_an_invalid_value_says_so_under_its_knob_and_keeps_the_answer(make_app: MakeApp) -> None:
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
-        before = screen_of(pilot).sizing
-        screen_of(pilot).query_one(f"#knob-{field}", Input).value = text
-        await settle(pilot)
-        message = screen_of(pilot).query_one(f"#error-{field}", Static)
-        assert message.display
-        assert field in str(message.content)
-        assert says in str(message.content)
-        assert screen_of(pilot).sizing is before
-        assert screen_of(pilot).query_one(VerdictLine).stale
-        assert screen_of(pilot).query_one(f"#knob-{field}", Input).value == text
+        screen = screen_of(pilot)
+        for field, text, says in INVALID:
+            before, knob = screen.sizing, screen.query_one(f"#knob-{field}", Input)
+            valid, knob.value = knob.value, text
+            await settle(pilot)
+            message = screen.query_one(f"#error-{field}", Static)
+            assert message.display, (field, text)
+            assert field in str(message.content)
+            assert says in str(message.content)
+            assert screen.sizing is before
+            assert screen.query_one(VerdictLine).stale, (field, text)
+            assert knob.value == text
+            knob.value = valid
+            await settle(pilot)
+            assert not screen.query_one(VerdictLine).stale, (field, text)
 
 
 async def test_a_valid_value_takes_the_message_away(make_app: MakeApp) -> None:
@@ -285,8 +295,7 @@ async def test_filtering_picks_a_model(make_app: MakeApp) -> None:
     async with make_app().run_test(size=SIZE) as pilot:
         await pilot.press("m")
         assert isinstance(pilot.app.screen, Picker)
-        await pilot.press(*"llama 3.1 8b")
-        await settle(pilot)
+        await filter_by(pilot, "llama 3.1 8b")
         rows = pilot.app.screen.query_one(OptionList)
         assert 1 <= rows.option_count < 10
         await pilot.press("enter")
@@ -306,20 +315,24 @@ async def test_a_picker_shows_which_models_fit(make_app: MakeApp) -> None:
 
 async def test_an_unknown_model_says_so_and_changes_nothing(make_app: MakeApp) -> None:
     async with make_app().run_test(size=SIZE) as pilot:
-        await pilot.press("m", *"qwen9.5", "enter")
+        await pilot.press("m")
+        await filter_by(pilot, "qwen9.5")
+        await pilot.press("enter")
         await settle(pilot)
         assert "unknown model" in str(screen_of(pilot).query_one("#error-model", Static).content)
         assert screen_of(pilot).sizing.model.id == "qwen2.5-14b"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("typed", "usable"), [("rtx-4090", 24), ("80GB", 80)])
-async def test_filtering_picks_a_card(make_app: MakeApp, typed: str, usable: int) -> None:
+async def test_filtering_picks_a_card(make_app: MakeApp) -> None:
     async with make_app().run_test(size=SIZE) as pilot:
-        await pilot.press("g", *typed, "enter")
-        await settle(pilot)
-        sizing = screen_of(pilot).sizing
-        assert sizing is not None
-        assert (usable - 2) * 2**30 < sizing.card.usable_bytes < usable * 2**30
+        for typed, usable in (("rtx-4090", 24), ("80GB", 80)):
+            await pilot.press("g")
+            await filter_by(pilot, typed)
+            await pilot.press("enter")
+            await settle(pilot)
+            sizing = screen_of(pilot).sizing
+            assert sizing is not None
+            assert (usable - 2) * 2**30 < sizing.card.usable_bytes < usable * 2**30, typed
 
 
 async def test_detected_cards_come_first(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +461,7 @@ async def test_why_there_is_no_advice_is_said(make_app: MakeApp, monkeypatch: py
     def refuse(*_: object) -> None:
         raise InputError("the effective batch cannot be had")
 
-    monkeypatch.setattr(sizing_screen.advice, "work_out", refuse)
+    monkeypatch.setattr(sizing_workers.advice, "work_out", refuse)
     async with make_app().run_test(size=SIZE) as pilot:
         await settle(pilot)
         assert "the effective batch cannot be had" in shown_text(pilot)
@@ -521,7 +534,7 @@ async def test_markup_and_control_characters_in_a_name_are_shown_not_obeyed(make
         text = str(screen_of(pilot).query_one("#error-model", Static).content)
         assert "[red]x[/red]" in text
         assert "\x1b" not in shown_text(pilot)
-        screen_of(pilot).form.show_picks(model=name, gpu=name)
+        screen_of(pilot).form.show_picks(model=name, gpu=name, data=name)
         await pilot.pause()
         assert "\x1b" not in screen_of(pilot).query_one("#pick-model", PickButton).value
 
@@ -541,18 +554,19 @@ async def test_every_change_answers_at_once(make_app: MakeApp) -> None:
         assert len(set(shown)) == len(shown)
 
 
-@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40), (160, 50)])
-async def test_the_verdict_and_the_focused_knob_are_in_sight_at_every_size(
-    make_app: MakeApp, size: tuple[int, int]
-) -> None:
-    async with make_app().run_test(size=size) as pilot:
+async def test_the_verdict_and_the_focused_knob_are_in_sight_at_every_size(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=(60, 20)) as pilot:
         await settle(pilot)
-        text = shown_text(pilot)
-        assert "FITS" in text
-        assert "max length" in text
-        screen_of(pilot).query_one("#knob-train_sampling_strategy").focus()
-        await settle(pilot)
-        assert "random" in shown_text(pilot)
+        for size in ((60, 20), (80, 24), (120, 40), (160, 50)):
+            screen_of(pilot).query_one("#knob-max_length").focus()
+            await pilot.resize_terminal(*size)
+            await settle(pilot)
+            text = shown_text(pilot)
+            assert "FITS" in text, size
+            assert "max length" in text, size
+            screen_of(pilot).query_one("#knob-train_sampling_strategy").focus()
+            await settle(pilot)
+            assert "random" in shown_text(pilot), size
 
 
 async def test_the_command_palette_and_the_light_theme_work(make_app: MakeApp) -> None:
@@ -563,42 +577,47 @@ async def test_the_command_palette_and_the_light_theme_work(make_app: MakeApp) -
         assert type(pilot.app.screen).__name__ == "CommandPalette"
         await pilot.press("escape", "escape", "question_mark")
         await pilot.pause()
-        assert pilot.app.screen.query("HelpPanel")
+        assert type(pilot.app.screen).__name__ == "Help"
 
 
 async def test_every_key_of_the_screens_has_an_id_and_a_tooltip() -> None:
     from launcher.tui.app import VramwiseApp
+    from launcher.tui.screens.compare_runs import CompareRuns
+    from launcher.tui.screens.data_picker import DataPicker
+    from launcher.tui.screens.needs import NeedsScreen
     from launcher.tui.screens.run import RunScreen
+    from launcher.tui.screens.runs import RunsScreen
 
-    for owner in (VramwiseApp, SizingScreen, RunScreen, Picker):
+    screens = (SizingScreen, RunScreen, RunsScreen, CompareRuns, NeedsScreen, Picker, DataPicker)
+    for owner in (VramwiseApp, *screens):
         for binding in owner.BINDINGS:
             assert binding.id, binding  # type: ignore[union-attr]
             if binding.show:  # type: ignore[union-attr]
                 assert binding.tooltip, binding  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    ("size", "fits", "does_not"), [((120, 40), "✔ fits", "✘ too big"), ((80, 24), "✔", "✘")]
-)
 @pytest.mark.parametrize("name", ["advice", "frontier"])
 async def test_lines_of_setups_tell_by_sign_whether_they_fit_and_by_word_where_there_is_room(
-    make_app: MakeApp, name: str, size: tuple[int, int], fits: str, does_not: str
+    make_app: MakeApp, name: str
 ) -> None:
     length = 16384 if name == "advice" else 4096
-    async with make_app(max_length=length).run_test(size=size) as pilot:
+    async with make_app(max_length=length).run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         sizing = screen_of(pilot).sizing
         assert sizing is not None
         found = work_out(sizing)
         items = found.offers if name == "advice" else found.points
-        listed = screen_of(pilot).query_one(f"#{name}-list", OptionList)
-        lines = [str(listed.get_option_at_index(index).prompt) for index in range(listed.option_count)]
-        assert ["✔" in line for line in lines] == [item.fits for item in items]
-        assert ["✘" in line for line in lines] == [not item.fits for item in items]
-        # A long title, which says what else a change brings, keeps the room that the word would take.
-        assert name == "advice" or all(fits in line or does_not in line for line in lines)
-        assert all(len(line) <= listed.content_size.width for line in lines)
         assert any(item.fits for item in items)
+        for size, fits, does_not in (((120, 40), "✔ fits", "✘ too big"), ((80, 24), "✔", "✘")):
+            await pilot.resize_terminal(*size)
+            await settle(pilot)
+            listed = screen_of(pilot).query_one(f"#{name}-list", OptionList)
+            lines = [str(listed.get_option_at_index(index).prompt) for index in range(listed.option_count)]
+            assert ["✔" in line for line in lines] == [item.fits for item in items]
+            assert ["✘" in line for line in lines] == [not item.fits for item in items]
+            # A long title, which says what else a change brings, keeps the room that the word would take.
+            assert name == "advice" or all(fits in line or does_not in line for line in lines)
+            assert all(len(line) <= listed.content_size.width for line in lines)
 
 
 async def test_pickers_tell_by_sign_and_word_what_fits(make_app: MakeApp) -> None:

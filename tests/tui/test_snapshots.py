@@ -198,6 +198,13 @@ def test_run(snap_compare: Any, make_app: MakeApp, tmp_path: Path, size: tuple[i
     assert snap_compare(app, terminal_size=size, run_before=then())
 
 
+def test_runs(snap_compare: Any, make_app: MakeApp, tmp_path: Path) -> None:
+    synthetic.half_way(tmp_path / "runs" / "first")
+    synthetic.make_folder(tmp_path / "runs" / "second", model="qwen2.5-0.5b")
+    app = relative_runs(make_app())
+    assert snap_compare(app, terminal_size=(60, 20), run_before=then("o"))
+
+
 def test_stop_question(snap_compare: Any, make_app: MakeApp, tmp_path: Path) -> None:
     app = make_app(run=synthetic.half_way(tmp_path / "run"))
     assert snap_compare(app, terminal_size=(80, 24), run_before=then("s"))

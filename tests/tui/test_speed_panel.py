@@ -8,7 +8,7 @@ import pytest
 
 from launcher.tui.cards import card_from_text
 from launcher.tui.sizing import size_up
-from launcher.tui.widgets.speed_panel import _wrapping, speed
+from launcher.tui.widgets.sizing.speed_panel import _wrapping, speed
 from planner.models.catalog import resolve_model
 from planner.setup.training_setup import TrainingSetup
 

@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from rich.segment import Segment
-from textual.color import Color
+from textual.color import Color, ColorParseError
 from textual.pilot import Pilot
 from textual.screen import Screen
-from textual.theme import BUILTIN_THEMES
+from textual.theme import BUILTIN_THEMES, Theme
 
 from launcher.tui import run_follower, starting
 from launcher.tui.screens import run as run_screen
 from launcher.tui.screens.confirm import Confirm
+from launcher.tui.screens.data_picker import DataPicker
+from launcher.tui.screens.help import Help
+from launcher.tui.screens.needs import NeedsScreen
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.run import RunScreen
+from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.start_run import StartRun
-from launcher.tui.themes import DARK, LEAST_CONTRAST, LIGHT, colours, completed, contrast
-from launcher.tui.widgets.knob_form import KnobForm
+from launcher.tui.themes import DARK, LEAST_CONTRAST, LIGHT, Colours, colours, completed, contrast
+from launcher.tui.widgets.sizing.knob_form import KnobForm
 
 from . import synthetic
 from .conftest import MakeApp, settle
 
-THEMES = (*BUILTIN_THEMES, DARK.name, LIGHT.name)
+THEMES = {**BUILTIN_THEMES, DARK.name: DARK, LIGHT.name: LIGHT}
+KINDS = {(theme.ansi, theme.dark): name for name, theme in THEMES.items()}
+"""A theme of each kind: of the terminal's colours or of its own, dark or light. Those of one kind differ in
+nothing but which colours they have."""
 SIZE = (80, 24)
-Open = Callable[[Pilot[None]], Awaitable[None]]
+Pressed = Sequence[str]
 
-
-def pressing(*keys: str) -> Open:
-    async def opened(pilot: Pilot[None]) -> None:
-        await pilot.press(*keys)
-        await settle(pilot)
-
-    return opened
-
-
-async def an_invalid_value(pilot: Pilot[None]) -> None:
-    await pilot.press("0", "down")
-    await settle(pilot)
-
-
-SCREENS: dict[str, tuple[Open, str]] = {
-    "sizing": (pressing(), SizingScreen.__name__),
-    "sizing, an invalid value": (an_invalid_value, SizingScreen.__name__),
-    "sizing, with help": (pressing("question_mark"), SizingScreen.__name__),
-    "models": (pressing("m"), Picker.__name__),
-    "cards": (pressing("g"), Picker.__name__),
-    "runs": (pressing("o"), Picker.__name__),
-    "start form": (pressing("t"), StartRun.__name__),
-    "command palette": (pressing("ctrl+p"), "CommandPalette"),
-    "a list of choices": (pressing("up", "enter"), SizingScreen.__name__),
+SIZING: dict[str, tuple[Pressed, Pressed]] = {
+    "sizing": ((), ()),
+    "a list of choices": (("up", "enter"), ("escape", "down")),
+    "an invalid value": (("0", "down"), ("up", "backspace")),
 }
+"""States of the sizing screen: the keys that lead to each, and back."""
+OVER_SIZING: dict[str, tuple[Pressed, str]] = {
+    "cards": (("g",), Picker.__name__),
+    "data": (("d",), DataPicker.__name__),
+    "help": (("question_mark",), Help.__name__),
+    "needs": (("n",), NeedsScreen.__name__),
+    "runs": (("o",), RunsScreen.__name__),
+    "start form": (("t",), StartRun.__name__),
+    "command palette": (("ctrl+p",), "CommandPalette"),
+    "models": (("m",), Picker.__name__),
+}
+"""What opens over it: the key, and the screen."""
 
 
 def segments(screen: Screen[object]) -> list[Segment]:
     """All that a screen shows."""
     return [segment for strip in screen._compositor.render_strips() for segment in strip]
+
+
+def text_of(screen: Screen[object]) -> str:
+    return "".join(segment.text for segment in segments(screen))
 
 
 def used(pilot: Pilot[None]) -> set[str]:
@@ -67,51 +71,102 @@ def used(pilot: Pilot[None]) -> set[str]:
     return {style.color.triplet.hex for style in styles if style.color is not None and style.color.triplet}
 
 
-async def goes_through_all_themes(pilot: Pilot[None]) -> None:
-    """Shows every theme; nothing stays in the muted colour of the one before."""
-    before = ""
-    assert set(pilot.app.available_themes) == set(THEMES)
-    for theme in THEMES:
+async def press(pilot: Pilot[None], keys: Pressed) -> None:
+    await pilot.press(*keys)
+    await settle(pilot)
+
+
+async def goes_through(pilot: Pilot[None], themes: Iterable[str], place: str) -> None:
+    """Shows themes one after the other; nothing stays in the muted colour of the one before."""
+    before = colours(pilot.app).muted.lower()
+    for theme in themes:
         pilot.app.theme = theme
         await pilot.pause()
-        assert "".join(segment.text for segment in segments(pilot.app.screen)).strip(), theme
+        assert text_of(pilot.app.screen).strip(), (place, theme)
         muted = colours(pilot.app).muted.lower()
         if before not in {value.lower() for value in pilot.app.theme_variables.values()}:
-            assert before not in used(pilot), theme
+            assert before not in used(pilot), (place, theme)
         before = muted
 
 
+def the_verdict_can_be_read(pilot: Pilot[None]) -> None:
+    shown = colours(pilot.app)
+    assert shown.background != "default"
+    badge = next(segment for segment in segments(pilot.app.screen) if "FITS" in segment.text)
+    assert badge.style is not None
+    assert badge.style.color != badge.style.bgcolor, pilot.app.theme
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCREENS)
-async def test_every_theme_is_shown_over_sizing(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(starting, "refuse_what_cannot_start", lambda answer: None)
-    opens, screen = SCREENS[name]
+async def test_a_theme_of_each_kind_is_shown_in_every_state_of_the_sizing_screen(make_app: MakeApp) -> None:
     async with make_app(model="qwen2.5-0.5b").run_test(size=SIZE) as pilot:
         await settle(pilot)
-        await opens(pilot)
-        assert type(pilot.app.screen).__name__ == screen
-        # Half of what lies beneath would be restyled in vain: it is a case of its own.
-        for beneath in pilot.app.screen_stack[:-1]:
-            await beneath.query(KnobForm).remove()
-        await goes_through_all_themes(pilot)
+        texts = []
+        for state, (there, back) in SIZING.items():
+            await press(pilot, there)
+            texts.append(text_of(pilot.app.screen))
+            for theme in KINDS.values():
+                await goes_through(pilot, [theme], state)
+                if state == "sizing":
+                    the_verdict_can_be_read(pilot)
+            assert type(pilot.app.screen).__name__ == SizingScreen.__name__
+            await press(pilot, back)
+        assert len(set(texts)) == len(SIZING)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [(), ("s",)], ids=["run", "stop question"])
-async def test_every_theme_is_shown_over_a_run(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: tuple[str, ...]
+async def test_every_theme_is_shown_and_one_of_each_kind_on_all_that_opens(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "refuse_what_cannot_start", lambda answer: None)
+    async with make_app(model="qwen2.5-0.5b").run_test(size=SIZE) as pilot:
+        await settle(pilot)
+        assert set(pilot.app.available_themes) == set(THEMES)
+        *_, last = OVER_SIZING
+        for opened, (keys, screen) in OVER_SIZING.items():
+            await press(pilot, keys)
+            assert type(pilot.app.screen).__name__ == screen, opened
+            await goes_through(pilot, KINDS.values(), opened)
+            if opened != last:
+                await press(pilot, ("escape",))
+        # Most of what lies beneath would be restyled in vain.
+        for beneath in pilot.app.screen_stack[:-1]:
+            await beneath.query(KnobForm).remove()
+        await goes_through(pilot, THEMES, last)
+
+
+@pytest.mark.slow
+async def test_a_theme_of_each_kind_is_shown_over_a_run(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(run_follower, "is_alive", lambda folder: True)
     monkeypatch.setattr(run_screen, "POLL_SECONDS", 3600.0)
     app = make_app(run=synthetic.half_way(tmp_path / "run"))
     async with app.run_test(size=SIZE) as pilot:
         await settle(pilot)
-        await pilot.press(*keys)
-        await settle(pilot)
-        assert isinstance(app.screen, Confirm if keys else RunScreen)
-        await goes_through_all_themes(pilot)
+        assert isinstance(app.screen, RunScreen)
+        await goes_through(pilot, KINDS.values(), "run")
+        await press(pilot, ("s",))
+        assert isinstance(app.screen, Confirm)
+        await goes_through(pilot, KINDS.values(), "stop question")
+
+
+@pytest.mark.parametrize("theme", THEMES.values(), ids=THEMES)
+def test_a_theme_has_the_colours_that_its_kind_has(theme: Theme) -> None:
+    """So that what one of each kind shows, all can."""
+
+    def found(theme: Theme) -> dict[str, str]:
+        return {**completed(theme, theme.to_color_system().generate()), **theme.variables}
+
+    def kind(value: str) -> str:
+        try:
+            return "terminal" if Color.parse(value).ansi is not None else "colour"
+        except ColorParseError:
+            return "no colour"
+
+    mine, others = found(theme), found(THEMES[KINDS[theme.ansi, theme.dark]])
+    for field in fields(Colours):
+        assert kind(mine[field.name]) == kind(others[field.name]) != "no colour", field.name
 
 
 @pytest.mark.parametrize("name", [name for name in BUILTIN_THEMES if not BUILTIN_THEMES[name].ansi])
@@ -128,16 +183,3 @@ def test_contrast_is_that_of_the_guidelines() -> None:
     assert contrast(black, white) == pytest.approx(21)
     # 4.48: the grey that just misses the bar for text on white.
     assert contrast(grey, white) == pytest.approx(4.478, abs=0.001)
-
-
-@pytest.mark.parametrize("name", ["vramwise-dark", "nord", "ansi-dark"])
-async def test_the_verdict_can_be_read_on_its_badge(make_app: MakeApp, name: str) -> None:
-    async with make_app(model="qwen2.5-0.5b").run_test(size=SIZE) as pilot:
-        await settle(pilot)
-        pilot.app.theme = name
-        await pilot.pause()
-        shown = colours(pilot.app)
-        assert shown.background != "default"
-        badge = next(segment for segment in segments(pilot.app.screen) if "FITS" in segment.text)
-        assert badge.style is not None
-        assert badge.style.color != badge.style.bgcolor

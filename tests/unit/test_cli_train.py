@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.commands.train import _for_the_cpu
+from launcher.models import inspect
+from launcher.models.inspect import inspect_in_child
 from launcher.runs.events import EndEvent, LogEvent, read_events
 from launcher.runs.folder import RunFolder
 from planner.answers.plan import Plan
 from planner.base.data_files import PROFILES
 from planner.models.catalog import resolve_model
+from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
 
@@ -31,7 +35,8 @@ DEMO = (
     *("--dtype", "float32"),
 )
 
-
+# Steps of a tenth of a second.
+SHORT = (*("--max-length", "64", "--per-device-train-batch-size", "2"), "--gradient-accumulation-steps", "1")
 # Little is left to search for.
 SETTLED = (
     *("--gpu", "16GB", "--max-length", "128", "--lora-r", "4", "--no-gradient-checkpointing"),
@@ -63,11 +68,28 @@ def start(tmp_path: Path, *extra: str) -> subprocess.Popen[str]:
     )
 
 
-def test_the_planned_run_is_what_runs(tmp_path: Path) -> None:
-    child = start(tmp_path, "--max-steps", "4", "--gpu", "16GB", "--lora-r", "4")
-    out, talk = child.communicate(timeout=600)
-    assert child.returncode == 0, talk
-    assert "Traceback" not in talk
+@functools.cache
+def described(config: str, model_id: str, hub_id: str) -> ModelSpec:
+    return inspect_in_child(json.loads(config), model_id=model_id, hub_id=hub_id)
+
+
+@pytest.fixture(autouse=True)
+def _described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: a child that describes the demo imports torch for it."""
+
+    def once(config: Mapping[str, Any], *, model_id: str, hub_id: str) -> ModelSpec:
+        return described(json.dumps(config), model_id, hub_id)
+
+    monkeypatch.setattr(inspect, "inspect_in_child", once)
+
+
+def test_the_planned_run_is_what_runs(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    asked = ("--max-steps", "4", "--gpu", "16GB", "--lora-r", "4", "--runs", tmp_path, "--name", "run")
+    finished = cli("train", *DEMO, *SHORT, *asked)
+    out = finished.out
+    assert finished.code == 0, finished.err
+    assert "Traceback" not in finished.err
     assert out.startswith("FITS")
     assert out.index("Finished after 4 steps") < out.index("Predicted beside measured")
     folder = RunFolder(tmp_path / "run")
@@ -81,7 +103,7 @@ def test_the_planned_run_is_what_runs(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_after_the_step_and_saves(tmp_path: Path) -> None:
-    child = start(tmp_path, "--epochs", "500")
+    child = start(tmp_path, *SHORT, "--epochs", "500")
     assert child.stderr is not None
     for line in child.stderr:
         if "loss" in line:

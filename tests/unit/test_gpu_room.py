@@ -194,6 +194,35 @@ def test_an_attempt_that_was_made_smaller_needs_what_it_needs(
     assert not resume.see_that_a_run_can_go_on(run, smaller, wait=False)
 
 
+def test_a_resumption_on_fewer_gpus_that_can_never_fit_is_refused_before_any_wait(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A 70B on four GPUs of 80 GB goes on with two, and not with one, whatever else is on it."""
+    monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path / "own"))
+    knobs = {"max_length": 512, "method": "lora", "distributed": "fsdp"}
+    sharded = make_plan(make_request("llama-3.1-70b", gpu="4xh100-80gb", knobs=knobs))
+    assert sharded.setup.num_processes == 4
+    wish = JobWish(model_source="m", data=tmp_path / "d.jsonl")
+    run = create_planned_run(tmp_path / "runs", sharded, wish, name="large")
+
+    def prepare(folder: RunFolder, wish: resumption.ResumeWish) -> resumption.Resumption:
+        plan = prepared(folder)
+        setup = resumption.shared_by(plan.attempt.setup, wish.num_processes, wish.distributed)
+        return dataclasses.replace(plan, attempt=dataclasses.replace(plan.attempt, setup=setup))
+
+    monkeypatch.setattr(stack, "require", lambda what: None)
+    monkeypatch.setattr(resumption, "prepare", prepare)
+    # Full too: a wait for that would never end.
+    machine = Machine(monkeypatch, used=80000, processes=[(42, 80000)])
+    done = cli("runs", "resume", "large", "--runs", run.path.parent, "--num-processes", "1", "--wait")
+    assert done.code == ExitCode.DOES_NOT_FIT
+    assert done.err.count("\n") == 1
+    assert "large: with 1 process the run needs" in done.err
+    assert "GPU 0 (NVIDIA H100 80GB HBM3) has 79.18 GiB when nothing else is on it" in done.err
+    assert machine.slept == 0
+    assert not run.attempts.exists()
+
+
 WAITS = """
 import sys
 from pathlib import Path

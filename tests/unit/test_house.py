@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from tests.conftest import TOGETHER
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("planner", "launcher")
 MOST_MODULES, MOST_AT_THE_DOOR = 20, 12
@@ -68,3 +70,22 @@ def test_no_imports_go_in_a_circle() -> None:
     }
     order = tuple(TopologicalSorter(graph).static_order())
     assert set(graph) <= set(order)
+
+
+def test_files_that_fork_trainers_are_given_to_one_worker() -> None:
+    """A worker that forks one imports the training stack a second time for it."""
+    assert [name for name in (*TOGETHER, *TOGETHER.values()) if not (ROOT / name).is_file()] == []
+    forking = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        if any(name.startswith(("tests.forks", "tests.faults.small_runs")) for name in names):
+            forking.add(str(path.relative_to(ROOT)))
+    assert forking
+    together = "tests/faults/test_resume.py"
+    assert {TOGETHER.get(name, name) for name in forking} == {together}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from planner.base.errors import InputError, NotModelledError
 from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.decoder import groups
+from planner.memory.refusals import refuse_unmodelled
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE
 from planner.setup.run import TrainingRun
@@ -231,6 +233,16 @@ def test_a_compiled_combination_that_was_not_measured_is_refused_by_name(
         allocated("llama-3.2-1b", compile="regional", **knobs)
     assert caught.value.field == field
     assert allocated("llama-3.2-1b", **knobs) > 0
+
+
+def test_liger_is_refused_where_its_kernels_are_others_or_none() -> None:
+    with pytest.raises(NotModelledError, match="kernels=liger with experts of model"):
+        allocated("mixtral-8x7b", kernels="liger")
+    unknown = replace(load_shipped("llama-3.2-1b"), model_type="arcee")
+    setup = make_setup("llama-3.2-1b", kernels="liger")
+    with pytest.raises(InputError, match=r"model_type arcee\); use kernels none"):
+        refuse_unmodelled(TrainingRun(setup=setup, model=unknown))
+    refuse_unmodelled(TrainingRun(setup=setup.replace(kernels="none"), model=unknown))
 
 
 def test_kbit_preparation_without_quantisation_is_refused() -> None:

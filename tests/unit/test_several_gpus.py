@@ -25,6 +25,8 @@ from planner.memory.measured.files import coefficients_for
 from planner.models.catalog import load_shipped
 from planner.planning.make_plan import make_plan
 from planner.planning.ways import with_processes
+from planner.search.evaluator import Evaluator
+from planner.search.strategies import modes
 from planner.setup.cuda_allocator import EXPANDABLE
 from planner.setup.parallelism import BY_ACCELERATE
 from planner.setup.request import make_request
@@ -101,7 +103,17 @@ def test_two_h200s_reserved_what_is_replayed_with_ddp(knobs: dict[str, Any], res
     assert found.reserved_bytes / GIB == pytest.approx(reserved, rel=0.01)
 
 
-@pytest.mark.parametrize("knobs", [DDP, FSDP, {**FSDP, **LORA}, {**FSDP, "gradient_accumulation_steps": 4}])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        DDP,
+        FSDP,
+        {**FSDP, **LORA},
+        {**FSDP, "gradient_accumulation_steps": 4},
+        {**FSDP, "compile": "regional"},
+        {**FSDP, **LORA, "compile": "regional", "gradient_checkpointing": False},
+    ],
+)
 def test_a_replay_comes_to_what_is_counted(knobs: dict[str, Any]) -> None:
     counted, replayed = (
         estimate_memory(run_of(**knobs), gpu=H200, replay=replay) for replay in (False, True)
@@ -245,8 +257,8 @@ def test_a_run_takes_gpus_that_are_alike_and_side_by_side() -> None:
     assert (second.first_position(1), second.first_position(2)) == (1, 0)
     assert dataclasses.replace(card, count=3, position=3, positions=(0, 2, 3)).first_position(2) == 2
     assert card.first_position(2) == 0
-    for places in ((0, 2), (1,), ()):
-        with pytest.raises(InputError, match="side by side"):
+    for places, why in (((0, 2), "side by side"), ((1,), "shows 1 x rtx-4090"), ((), "2 GPUs are needed")):
+        with pytest.raises(InputError, match=why):
             dataclasses.replace(card, position=0, positions=places).first_position(2)
 
 
@@ -359,9 +371,20 @@ def test_what_two_ranks_allocated_and_reserved_is_what_is_said() -> None:
     assert sorted(abs(one.allocated or 0.0) for one in found)[len(found) // 2] < 0.0005
 
 
-def test_compiling_is_not_planned_with_fsdp_which_leaves_layers_uncompiled() -> None:
-    with pytest.raises(NotModelledError, match="distributed=fsdp with compile"):
-        estimate(**FSDP, compile="regional")
+def test_layers_are_compiled_with_fsdp_where_that_is_asked_for_and_not_by_choice() -> None:
+    asked = estimate(**FSDP, compile="regional", gradient_checkpointing=False)
+    assert asked.allocated_bytes < estimate(**FSDP, gradient_checkpointing=False).allocated_bytes
+    run = run_of(**FSDP)
+    evaluator = Evaluator(run.model, H200, H200.usable_bytes)
+    assert [mode.knobs for mode in modes(run.setup, evaluator, {})] == [()]
+    ddp = run_of(**DDP).setup
+    assert [mode.knobs for mode in modes(ddp, evaluator, {})] == [(), (("compile", "regional"),)]
+
+
+def test_compiled_sharded_layers_are_forecast_as_compiled_ones_are() -> None:
+    """What compiling saves is one GPU's; what GPUs send each other is the same."""
+    eager, compiled = (step(**FSDP, compile=how) for how in ("none", "regional"))
+    assert compiled.tokens_per_second > eager.tokens_per_second
 
 
 @pytest.mark.parametrize("knobs", [DDP, FSDP])

@@ -113,6 +113,51 @@ def test_train_on_a_gpu_that_others_hold_says_what_is_missing_or_waits_and_plans
     assert plan.gpu.usable_bytes == (24564 - 500 - 1000) * 2**20
 
 
+BETTER_ON_TWO = (
+    *("--optim", "adamw_torch", "--no-packing"),
+    *("--per-device-train-batch-size", "1", "--effective-batch-size", "64"),
+)
+TWO = (FULL | {"used": 0, "processes": []}, FULL | {"uuid": "GPU-b", "used": 0, "processes": []})
+
+
+def test_a_second_gpu_that_is_busy_is_told_where_the_plan_has_chosen_two(
+    cli: Cli, described: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before the plan nobody knows how many GPUs it takes: the first one alone is looked at."""
+    monkeypatch.setenv("VRAMWISE_DATA_DIR", str(tmp_path / "own"))
+    use(monkeypatch, FakeNvml(*TWO))
+    runs = tmp_path / "runs"
+    command = ("train", "--model", MODEL, "--data", DATA, "--runs", runs, *BETTER_ON_TWO)
+    held = take_gpu("GPU-b", RunFolder(tmp_path / "other"))
+    done = cli(*command)
+    os.close(held)
+    assert done.code == ExitCode.BAD_INPUT
+    (line,) = (line for line in done.err.splitlines() if "GPU-b" in line)
+    assert f"the run {tmp_path / 'other'} trains on GPU GPU-b" in line
+    assert "--wait waits" in line
+    assert not runs.exists()
+    done = cli(*command)
+    assert NOT_HERE in done.err, done.err
+    assert job_in(runs).setup.num_processes == 2
+
+
+@pytest.mark.parametrize("fixed", [(), ("--num-processes", "2")], ids=["chosen by itself", "asked for"])
+def test_a_saved_plan_for_more_gpus_than_there_are_is_refused_in_one_line(
+    cli: Cli, described: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fixed: tuple[str, ...]
+) -> None:
+    use(monkeypatch, FakeNvml(*TWO))
+    path = tmp_path / "plan.json"
+    asked = cli("plan", "--model", MODEL, "--data", DATA, "-o", path, *BETTER_ON_TWO, *fixed)
+    assert asked.code == 0, asked.err
+    use(monkeypatch, FakeNvml(TWO[0]))
+    done = cli("train", "--plan", path, "--data", DATA, "--runs", tmp_path / "runs")
+    assert done.code == ExitCode.BAD_INPUT
+    (line,) = done.err.splitlines()
+    assert "2 GPUs" in line
+    assert "1 " in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_plan_for_a_named_card_looks_at_what_is_free_on_this_one(
     cli: Cli, described: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -126,7 +126,7 @@ def _attempt(
     changes = [one.text for one in accepted]
     setup = shared_by(last.setup, wish.num_processes, wish.distributed)
     if setup != last.setup:
-        changes.append(f"{_ways(last.setup)} before, {_ways(setup)} now")
+        changes.append(f"{ways(last.setup)} before, {ways(setup)} now")
     if epochs != last.num_train_epochs:
         changes.append(f"epochs {last.num_train_epochs:g} before, {epochs:g} now")
     if steps != last.max_steps:
@@ -173,7 +173,8 @@ def shared_by(setup: TrainingSetup, num_processes: int | None, distributed: str 
     return found
 
 
-def _ways(setup: TrainingSetup) -> str:
+def ways(setup: TrainingSetup) -> str:
+    """How many processes share the work, and how, in words."""
     if setup.num_processes == 1:
         return "1 process"
     return f"{setup.num_processes} processes ({setup.distributed})"

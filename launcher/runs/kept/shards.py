@@ -11,8 +11,6 @@ _REASONS = {
     "prepare_for_kbit_training": "it casts to float32 what is sharded in 16 bits; use distributed=ddp",
     "activation_offloading": "it has not been tried together; use distributed=ddp",
     "dtype": "its gradient scaler does not know shards",
-    "compile": "FSDP2's hooks keep layers from being compiled (measured: not a byte differs from uncompiled);"
-    " use compile=none or distributed=ddp",
 }
 
 

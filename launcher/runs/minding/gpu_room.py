@@ -34,6 +34,12 @@ class GpuFullError(VramwiseError):
         super().__init__(message)
 
 
+class GpuTooSmallError(VramwiseError):
+    """A run needs more than the GPU has when nothing else is on it."""
+
+    exit_code = ExitCode.DOES_NOT_FIT
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shortage:
     """What a GPU (`index` is NVML's) lacks for a run because other processes hold it."""
@@ -102,6 +108,20 @@ def refuse_full_gpu(position: int, need_bytes: int) -> None:
     lacking = lasting_shortage(position, need_bytes)
     if lacking is not None:
         raise GpuFullError(f"{lacking}; --wait waits until it is free", need_bytes)
+
+
+def refuse_small_gpu(position: int, need_bytes: int, what: str) -> None:
+    """See that a GPU would have room for a run if nothing else were on it; `what` names the run.
+
+    Raises:
+        GpuTooSmallError: it would not.
+    """
+    gpu = _at(position)
+    if gpu is not None and need_bytes > gpu.spec.usable_bytes:
+        raise GpuTooSmallError(
+            f"{what} needs {gib(need_bytes)} on each GPU, and GPU {gpu.index} ({gpu.spec.name}) has "
+            f"{gib(gpu.spec.usable_bytes)} when nothing else is on it"
+        )
 
 
 def wait_for_room(position: int, need_bytes: int, tell: Callable[[str], None]) -> None:

@@ -172,7 +172,7 @@ def run_report(folder: RunFolder, *, over: bool = False) -> tuple[RunReport, His
             warnings=tuple(history.warnings),
             advice=tuple(advice.message for advice in given),
             attempts=tuple(history.spans()) if history.first_time is not None else (),
-            next_steps=_next_steps(folder, job, status.state),
+            next_steps=next_steps(folder, job, status.state),
         ),
         history,
     )
@@ -272,7 +272,7 @@ def _data_notes(plan: Plan) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _next_steps(folder: RunFolder, job: TrainingJob, state: str) -> tuple[NextStep, ...]:
+def next_steps(folder: RunFolder, job: TrainingJob, state: str) -> tuple[NextStep, ...]:
     """Lines to type, quoted for a shell."""
     runs, name = str(folder.path.parent), folder.path.name
 

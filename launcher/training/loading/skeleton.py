@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.training.loading.base_folder import BaseFolder, StoredTensor
+from launcher.training.loading.quantised_experts import is_stack, quantised
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -40,12 +41,15 @@ class _Place:
 
 @dataclass(slots=True)
 class Skeleton:
-    """The model of a base folder on the meta device; with `quantization` as bitsandbytes holds it."""
+    """The model of a base folder on the meta device; with `quantization` as bitsandbytes holds it, and with
+    `quantizes_experts` as launcher/training/loading/quantised_experts.py holds stacks of experts.
+    """
 
     base: BaseFolder
     dtype: torch.dtype
     quantization: BitsAndBytesConfig | None
     device: torch.device
+    quantizes_experts: bool = False
     model: PreTrainedModel = field(init=False)
     groups: tuple[Group, ...] = field(init=False)
     _quantizer: Any = field(init=False, default=None)
@@ -81,7 +85,8 @@ class Skeleton:
 
         Quantised ones are dequantised to what the forward pass multiplies by.
         """
-        return {name: self._plain(value) for name, value in self.load_onto(group, self.device).items()}
+        loaded = self.load_onto(group, self.device)
+        return {name: self._plain(name, value) for name, value in loaded.items()}
 
     def load_onto(self, group: Group, device: torch.device) -> dict[str, torch.nn.Parameter]:
         """A group's parameters by their names in the model, on a device, as a run holds them.
@@ -140,16 +145,26 @@ class Skeleton:
 
     def is_quantized(self, parameter: str) -> bool:
         """Whether a run has the parameter in 4 bits."""
-        return self._quantizer is not None and bool(
+        if self._quantizer is None:
+            return False
+        return self._is_quantized_stack(parameter) or bool(
             self._quantizer.param_needs_quantization(self.model, parameter)
         )
 
-    def _plain(self, value: torch.Tensor) -> torch.Tensor:
+    def _is_quantized_stack(self, parameter: str) -> bool:
+        if self.quantization is None or not self.quantizes_experts:
+            return False
+        return is_stack(parameter, self._places[parameter].empty)
+
+    def _plain(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A loaded parameter as a plain tensor on the CPU."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        if self.quantization is not None and self._is_quantized_stack(name):
+            return dequantize_4bit(*quantised(value.data, self.quantization)).cpu()
         state = getattr(value, "quant_state", None)
         if state is None:
             return value.detach().cpu()
-        from bitsandbytes.functional import dequantize_4bit
 
         # Then cast to the inputs' dtype, as in MatMul4Bit.forward (bitsandbytes/autograd/_functions.py).
         return dequantize_4bit(value.data, state).to(self.dtype).cpu()

@@ -15,6 +15,8 @@ from launcher.runs.ends import RunExit
 from launcher.runs.folder import RunFolder
 from launcher.runs.minding.ranks import Death, tell_deaths
 from launcher.runs.training_job import TrainingJob
+from launcher.training.several import meeting
+from launcher.training.several.ranks import AGENT
 from planner.base.errors import InputError
 
 
@@ -26,6 +28,7 @@ def torchrun_arguments(job: TrainingJob, run_dir: Path) -> list[str]:
     else:
         wanted += ["--nnodes", str(job.nnodes), "--node-rank", str(job.node_rank)]
         wanted += ["--rdzv-backend", "static", "--rdzv-endpoint", str(job.rdzv_endpoint)]
+        wanted += ["--rdzv-conf", f"timeout={meeting.MEETING_SECONDS}"]
     return [*wanted, "-m", "launcher.training.train", str(run_dir)]
 
 
@@ -37,18 +40,23 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]).resolve())
     try:
         job, attempts = folder.read_job(), read_attempts(folder.attempts)
+        if attempts:
+            job = attempts[-1].apply(job)
+        if job.nnodes > 1:
+            meeting.resolve(job)
     except InputError as error:
         print(error, file=sys.stderr)
         return RunExit.BAD_INPUT
-    if attempts:
-        job = attempts[-1].apply(job)
 
     # As the launcher's own processes: no file of the folder that it was started in shadows a library.
     os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ[AGENT] = str(os.getpid())
 
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if job.nnodes > 1:
+        meeting.bound(folder, job)
     try:
         run.run(run.parse_args(torchrun_arguments(job, folder.path)))
     except ChildFailedError as error:
@@ -57,6 +65,9 @@ def main(arguments: list[str]) -> int:
         tell_deaths(folder, deaths)
         codes = [death.code for death in deaths if death.code > 0]
         return codes[0] if codes else RunExit.BUG
+    except DistError as error:
+        print(meeting.missed(job, error), file=sys.stderr)
+        return RunExit.BAD_INPUT
     return RunExit.FINISHED
 
 

@@ -6,8 +6,6 @@ them.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from launcher.training.several import whole
+from launcher.training.several import random_states, whole
 from planner.base.errors import InputError
-
-ONE_PROCESS = "rng_state.pth"
-"""Where one process has its random numbers (transformers/trainer.py); rank 0's are there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +29,17 @@ class Gathered:
     random_states: dict[str, bytes]
 
 
-def gather(trainer: Any, save_random_state: Callable[[str], None]) -> Gathered:
-    """Gather them; `save_random_state` is transformers' own."""
+def gather(trainer: Any) -> Gathered:
+    """Gather them."""
     keep = trainer.ranks.saves
     weights, optimizer = {}, {}
     if trainer.shards:
         weights = whole.trained_weights(trainer.model, keep=keep)
         optimizer = whole.optimizer_state(whole.innermost(trainer.optimizer), keep=keep)
-    with tempfile.TemporaryDirectory() as folder:
-        save_random_state(folder)
-        (path,) = Path(folder).iterdir()
-        own = (path.name, path.read_bytes())
     told: list[Any] = [None] * trainer.ranks.count
-    dist.all_gather_object(told, own, group=_over_cpu())
-    states = dict(told)
-    return Gathered(weights, optimizer, {**states, ONE_PROCESS: told[0][1]})
+    dist.all_gather_object(told, random_states.as_file(), group=_over_cpu())
+    states = {random_states.file_of(rank): content for rank, content in enumerate(told)}
+    return Gathered(weights, optimizer, {**states, random_states.ONE_PROCESS: told[0]})
 
 
 _cpu_group: list[Any] = []

@@ -21,30 +21,37 @@ def share_constants(layer: torch.nn.Module) -> None:
 
     Constants that do not fill whole elements of that dtype stay as they are.
     """
-    for module in layer.modules():
-        if not isinstance(module, bnb.nn.Linear4bit):
-            continue
+    quantised = [module for module in layer.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    shared: list[tuple[torch.nn.Module, Any, torch.dtype]] = []
+    for module in quantised:
         state, storage = module.weight.quant_state, module.weight.quant_storage
         if not storage.is_floating_point or state.absmax.numel() * state.absmax.itemsize % storage.itemsize:
             continue
         constants = torch.nn.Parameter(state.absmax.view(storage).view(-1, 1), requires_grad=False)
         module.register_parameter(NAME, constants)
-        _Constants(module, state)
+        shared.append((module, state, state.absmax.dtype))
+        # Until FSDP2 gathers them the state holds nothing: the whole constants are freed.
+        state.absmax = None
+    if quantised:
+        layer.register_forward_pre_hook(_Gathered(quantised, shared))
 
 
-class _Constants:
-    """Gives a Linear4bit's QuantState the gathered constants before each forward pass.
+class _Gathered:
+    """Puts a layer's 4-bit weights together before each forward pass: FSDP2 gathers tensors, bitsandbytes
+    wants them with their QuantState, and that with its constants. Left to itself it makes a weight anew in
+    each module (nn/modules.py, fix_4bit_weight_quant_state_from_module), where torch's compiler stops.
 
     The backward pass reads the same QuantState (bitsandbytes/autograd/_functions.py, MatMul4Bit): FSDP2
     gathers a parameter into the storage that it had in the forward pass, so what was set is good then too.
     """
 
-    def __init__(self, module: torch.nn.Module, state: Any) -> None:
-        self._state, self._dtype = state, state.absmax.dtype
-        # Until FSDP2 gathers them the state holds nothing: the whole constants are freed.
-        state.absmax = None
-        module.register_forward_pre_hook(self)
+    def __init__(self, quantised: list[Any], shared: list[tuple[torch.nn.Module, Any, torch.dtype]]) -> None:
+        self._quantised, self._shared = quantised, shared
 
-    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
-        """Set them."""
-        self._state.absmax = getattr(module, NAME).view(-1).view(self._dtype)
+    def __call__(self, layer: torch.nn.Module, inputs: Any) -> None:
+        """Set them: behind FSDP2's own hook, which comes first wherever it is registered."""
+        for module in self._quantised:
+            if getattr(module.weight, "quant_state", None) is None:
+                module.weight.quant_state = module.quant_state
+        for module, state, dtype in self._shared:
+            state.absmax = getattr(module, NAME).view(-1).view(dtype)

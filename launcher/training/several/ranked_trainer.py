@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from launcher.training.several import whole
+from launcher.training.several import random_states, whole
 from launcher.training.several.checkpoints import Gathered, gather, load_adapter
 from launcher.training.several.ranks import ALONE, Ranks
 from launcher.training.sparing import SparingTrainer
@@ -41,7 +41,7 @@ class RankedTrainer(SparingTrainer):
         if not self.ranks.alone:
             self._gathered = None
             super().store_flos()
-            self._gathered = gather(self, super()._save_rng_state)
+            self._gathered = gather(self)
 
     def gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """What is trained, as gathered; None where it was not."""
@@ -69,6 +69,12 @@ class RankedTrainer(SparingTrainer):
             return
         for name, content in self._gathered.random_states.items():
             (Path(output_dir) / name).write_bytes(content)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.ranks.alone or checkpoint is None:
+            super()._load_rng_state(checkpoint)
+        else:
+            random_states.restore(Path(checkpoint), self.ranks.rank)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.shards:

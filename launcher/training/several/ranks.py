@@ -9,10 +9,13 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+from launcher.runs.ends import RunExit
 
 WAIT = timedelta(days=30)
 """How long a collective may take: the heartbeat tells work that takes long from work that stands still
@@ -75,6 +78,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+AGENT = "VRAMWISE_AGENT_PID"
+"""What the agent tells the ranks that it starts: its own process."""
 _PR_SET_PDEATHSIG = 1
 """linux/prctl.h."""
 
@@ -101,10 +106,14 @@ def join(ranks: Ranks, *, on_gpu: bool) -> None:
 
 def end_with_parent() -> None:
     """Have the kernel end this process with the one that started it: torchrun's agent may be killed, and
-    gives each rank a session of its own. Linux alone can.
+    gives each rank a session of its own. Linux alone can. Where that one is gone already, of which no kernel
+    tells any more, this process ends here.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    agent = os.environ.get(AGENT)
+    if agent is not None and agent != str(os.getppid()):
+        sys.exit(RunExit.KILLED)
 
 
 def let_cpus_shard() -> None:

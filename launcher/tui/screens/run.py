@@ -22,12 +22,13 @@ from launcher.runs.folder import RunFolder, anchored
 from launcher.tui.run_follower import RunFollower, RunSnapshot
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.text import plain
-from launcher.tui.widgets.gpu_panel import GpuPanel
-from launcher.tui.widgets.line_plot import LinePlot, PlotData
-from launcher.tui.widgets.log_tail import LogTail
-from launcher.tui.widgets.metrics_panel import MetricsPanel
-from launcher.tui.widgets.phase_comparison import PhaseComparison
-from launcher.tui.widgets.run_headline import RunHeadline
+from launcher.tui.widgets.run.charts import Charts
+from launcher.tui.widgets.run.gpu_panel import GpuPanel
+from launcher.tui.widgets.run.log_tail import LogTail
+from launcher.tui.widgets.run.phase_comparison import PhaseComparison
+from launcher.tui.widgets.run.result_panel import ResultPanel, to_do
+from launcher.tui.widgets.run.run_headline import RunHeadline
+from launcher.tui.widgets.run.stages_panel import StagesPanel
 from planner.answers.plan import Plan
 from planner.base.errors import VramwiseError
 from planner.text.data import not_trained
@@ -44,7 +45,14 @@ class RunScreen(Screen[None]):
 
     AUTO_FOCUS = ""
     BINDINGS: ClassVar[list[BindingType]] = [
+        # First, so that a narrow footer has it.
+        Binding("question_mark", "app.help", "Help", id="run.help", tooltip="Keys and sources of numbers"),
         Binding("s", "stop", "Stop", id="run.stop", tooltip="Stop the training after this step and save"),
+        Binding("slash", "search", "Search", id="run.search", tooltip="Search the log"),
+        Binding("w", "warnings", show=False, id="run.warnings", tooltip="Show or fold libraries' warnings"),
+        Binding("l", "load", "Load", id="run.load", tooltip="Load its setup into sizing"),
+        Binding("r", "resume", "Resume", id="run.resume", tooltip="Go on from the last checkpoint"),
+        *(Binding(str(n), f"copy({n})", show=False, id=f"run.copy{n}") for n in range(1, 5)),
         Binding("o", "app.open_run", "Runs", id="run.open", tooltip="Follow another run"),
         Binding("escape", "back", "Sizing", id="run.back", tooltip="Back; the run goes on"),
         Binding("d", "app.quit", "Detach", id="run.detach", tooltip="Leave vramwise; the run goes on"),
@@ -75,16 +83,16 @@ class RunScreen(Screen[None]):
         self._follower = RunFollower(folder)
         self._polling = False
         self._seen_alive = False
+        self._keys_of_over: bool | None = None
 
     def compose(self) -> ComposeResult:
-        """Headline, loss and figures beside memory, log below."""
+        """Headline and stages, curves beside memory, log below; of a run that is over its result first."""
         yield RunHeadline(id="run-headline")
         yield Static("", id="run-planned", classes="note")
+        yield StagesPanel()
         with Container(id="run-body"):
-            with Vertical(id="run-loss"):
-                yield Static("loss", classes="heading")
-                yield LinePlot()
-                yield MetricsPanel()
+            yield ResultPanel(id="run-result")
+            yield Charts(id="run-loss")
             with Vertical(id="run-memory"):
                 yield Static("memory", classes="heading")
                 yield PhaseComparison()
@@ -122,19 +130,22 @@ class RunScreen(Screen[None]):
         headline = self.query_one(RunHeadline)
         headline.snapshot, headline.seconds_since = snapshot, 0.0
         self._show_planned(snapshot)
-        self.query_one(LinePlot).data = PlotData(
-            points=snapshot.losses,
-            marks=snapshot.eval_losses,
-            x_label="step, ● on evaluation data" if snapshot.eval_losses else "step",
-        )
-        self.query_one(MetricsPanel).snapshot = snapshot
+        result = self.query_one(ResultPanel)
+        result.snapshot, result.display = snapshot, snapshot.over
+        self.query_one("#run-body").set_class(snapshot.over, "over")
+        self.query_one(Charts).show(snapshot)
         self.query_one(PhaseComparison).snapshot = snapshot
+        stages = self.query_one(StagesPanel)
+        stages.snapshot, stages.display = snapshot, bool(snapshot.stages)
         no_gpu = snapshot.on_gpu is False
         self.query_one("#gpu-heading", Static).update("host memory" if no_gpu else "GPU")
         self.query_one(GpuPanel).snapshot = snapshot
         self.query_one(LogTail).show(snapshot)
         self._store_when_seen_to_end(snapshot)
-        self.refresh_bindings()
+        if self._keys_of_over != snapshot.over:
+            # Not at each snapshot: the footer is made anew, and is empty meanwhile.
+            self._keys_of_over = snapshot.over
+            self.refresh_bindings()
         if snapshot.behind:
             self.poll()
 
@@ -147,8 +158,11 @@ class RunScreen(Screen[None]):
         place.display = bool(told)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Whether a key is offered: a run that is over cannot be stopped."""
-        return not (action == "stop" and self.snapshot is not None and self.snapshot.over)
+        """Whether a key is offered: a run that is over cannot be stopped, and no other goes on."""
+        over = self.snapshot is not None and self.snapshot.over
+        if action == "stop":
+            return not over
+        return over if action == "resume" else True
 
     def _store_when_seen_to_end(self, snapshot: RunSnapshot) -> None:
         """A run that ends before our eyes is recorded; one that was over at first is left as it is."""
@@ -205,6 +219,32 @@ class RunScreen(Screen[None]):
             return
         self.notify("it stops after the present step and saves", title="Stop asked for", markup=False)
         self.poll()
+
+    def action_search(self) -> None:
+        """Search the log."""
+        self.query_one(LogTail).search()
+
+    def action_warnings(self) -> None:
+        """Show or fold the warnings of libraries."""
+        self.query_one(LogTail).toggle_warnings()
+
+    def action_copy(self, number: int) -> None:
+        """Copy the line of a next step."""
+        steps = () if self.snapshot is None or not self.snapshot.over else to_do(self.snapshot)
+        if number <= len(steps):
+            self.app.copy_to_clipboard(steps[number - 1].command)
+            self.notify(plain(steps[number - 1].command), title="Copied", timeout=12, markup=False)
+
+    def action_load(self) -> None:
+        """Take the run's setup and data to sizing."""
+        if self.snapshot is not None and self.snapshot.job is not None:
+            prediction = self.snapshot.prediction
+            plan = None if prediction is None else prediction.plan
+            self.app.load_into_sizing(self.snapshot.job, plan)  # type: ignore[attr-defined]
+
+    def action_resume(self) -> None:
+        """Go on with the run."""
+        self.app.resume_run(RunFolder(self.folder.shown))  # type: ignore[attr-defined]
 
     def action_back(self) -> None:
         """Leave the run to itself."""

@@ -2,89 +2,100 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from rich.text import Text
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
-from textual.screen import Screen
 from textual.widgets import Footer, Static
-from textual.worker import get_current_worker
 
-from launcher.tui import advice, cards, knobs
+from launcher.tui import cards, knobs
 from launcher.tui.command_line import plan_command
-from launcher.tui.inspection import inspector
+from launcher.tui.explained import Explained, explained
 from launcher.tui.screens import sizing_parts as parts
-from launcher.tui.screens.sizing_messages import Advised, Chosen, Opened, Refined, Resolved
-from launcher.tui.screens.sizing_pickers import gpu_picker, model_picker
-from launcher.tui.sizing import Sizing, refine, size_up
+from launcher.tui.screens.needs import NeedsScreen
+from launcher.tui.screens.sizing_messages import Advised, Chosen, DataRead, Opened, Refined
+from launcher.tui.screens.sizing_picks import SizingPicks
+from launcher.tui.sizing import Sizing, Wishes, size_up
 from launcher.tui.text import plain
 from launcher.tui.themes import colours
-from launcher.tui.widgets.advice_panel import AdvicePanel
-from launcher.tui.widgets.frontier_panel import FrontierPanel
-from launcher.tui.widgets.knob_form import KnobForm
-from launcher.tui.widgets.legend import Legend
-from launcher.tui.widgets.memory_bar import MemoryBar
-from launcher.tui.widgets.phase_table import PhaseTable
-from launcher.tui.widgets.pick_button import PickButton
-from launcher.tui.widgets.setup_list import SetupList
-from launcher.tui.widgets.speed_panel import SpeedPanel
-from launcher.tui.widgets.verdict_line import VerdictLine
-from planner.base.errors import FieldError, InputError, NotModelledError, VramwiseError
+from launcher.tui.widgets.sizing.advice_panel import AdvicePanel
+from launcher.tui.widgets.sizing.data_panel import DataPanel
+from launcher.tui.widgets.sizing.frontier_panel import FrontierPanel
+from launcher.tui.widgets.sizing.knob_form import KnobForm
+from launcher.tui.widgets.sizing.legend import Legend
+from launcher.tui.widgets.sizing.memory_bar import MemoryBar
+from launcher.tui.widgets.sizing.phase_table import PhaseTable
+from launcher.tui.widgets.sizing.setup_list import SetupList
+from launcher.tui.widgets.sizing.speed_panel import SpeedPanel
+from launcher.tui.widgets.sizing.text_line import TextLine
+from launcher.tui.widgets.sizing.verdict_line import VerdictLine
+from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
+from planner.planning.cards_for import OWN, CardAnswer
 from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
 
-PAUSE_SECONDS = 0.08
-"""From a change to the work of refining it, so that a held key is not slowed by what it overtakes."""
 
-
-class SizingScreen(Screen[None]):
+class SizingScreen(SizingPicks):
     """Answers every change at once; holds no number that it did not get from the planner."""
 
     AUTO_FOCUS = "#knob-max_length"
 
     BINDINGS: ClassVar[list[BindingType]] = [
+        # First, so that a narrow footer has it.
+        Binding("question_mark", "app.help", "Help", id="sizing.help", tooltip="Keys and sources of numbers"),
         Binding("m", "pick_model", "Model", id="sizing.model", tooltip="Pick another model"),
         Binding("g", "pick_gpu", "GPU", id="sizing.gpu", tooltip="Pick another GPU"),
-        Binding("a", "choose", "Auto", id="sizing.auto", tooltip="Take the fastest setup that fits"),
-        Binding("u", "undo", "Undo", show=False, id="sizing.undo", tooltip="Take back what was applied last"),
-        Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
-        Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Show and copy the command line"),
+        Binding("d", "pick_data", "Data", id="sizing.data", tooltip="Pick the data to train on"),
+        Binding("a", "choose", "Auto", id="sizing.auto", tooltip="The fastest setup that fits"),
         Binding(
-            "o", "app.open_run", "Runs", id="sizing.runs", tooltip="Follow a run that was started before"
+            "u,ctrl+z",
+            "undo",
+            "Undo",
+            show=False,
+            id="sizing.undo",
+            tooltip="Take back what was applied",
         ),
+        Binding("p", "pin", "Pin", id="sizing.pin", tooltip="Pin: show differences to it"),
+        Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
+        Binding("n", "needs", "Need", id="sizing.needs", tooltip="Which card for these hours"),
+        Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
+        Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
+        Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
     def __init__(
-        self, model: ModelSpec, card: cards.Card, setup: TrainingSetup, *, automatic: bool = False
+        self,
+        model: ModelSpec,
+        card: cards.Card,
+        setup: TrainingSetup,
+        *,
+        automatic: bool = False,
+        data: str = "",
+        price: float | None = None,
     ) -> None:
-        super().__init__()
+        """Begins with `data`, a path or a name on the Hub, read once the screen is drawn."""
+        super().__init__(model, card, setup)
         self._automatic = automatic
-        self._model = model
-        self._model_name = setup.model
-        self._card = card
-        self._others: dict[str, Any] = knobs.other_fields(setup)
-        self._initial = knobs.to_texts(setup)
+        self._begins_with = data
+        # A search takes the card's own type; until it has found something, so does the first answer.
+        first = setup.replace(dtype=card.spec.dtype) if automatic else setup
+        self._initial = {**knobs.to_texts(first), **knobs.asked_texts(card, price)}
         self._asked_optim = self._shown_optim = setup.optim
-        self._before: list[tuple[TrainingSetup, str]] = []
-        self._question: Text | None = None
-        self._advising = threading.Lock()
-        self.sizing: Sizing | None = None
+        self._pinned: Sizing | None = None
 
     def compose(self) -> ComposeResult:
         """The headline over the form and the details."""
         with Vertical(id="headline"):
-            yield Static("", id="question")
+            yield TextLine(id="question")
             yield VerdictLine()
+            yield TextLine(id="whole-run")
+            yield TextLine(id="pinned")
             yield MemoryBar()
         with Container(id="body"):
             yield VerticalScroll(KnobForm(self._initial), id="form-scroll", can_focus=False)
@@ -93,6 +104,8 @@ class SizingScreen(Screen[None]):
                     with Vertical(id="memory-column"):
                         yield Static("memory", classes="heading")
                         yield Legend()
+                        yield Static("data", classes="heading")
+                        yield DataPanel()
                     with Vertical(id="speed-column"):
                         yield Static("speed", classes="heading")
                         yield SpeedPanel()
@@ -107,16 +120,44 @@ class SizingScreen(Screen[None]):
     def on_mount(self) -> None:
         """Answer the first question."""
         self.app.theme_changed_signal.subscribe(self, lambda _: self._show_question())
+        self.call_after_refresh(self._scroll_to_focus)
         if not self._automatic:
             self._answer(self._initial)
         elif self._draw(self._initial) is not None:
             self.query_one(VerdictLine).searching = True
-            self._open(self._model, self._model_name, self._card)
+            if not self._begins_with:
+                self._search_opening()
+        if self._begins_with:
+            self.form.show_picks(model=self._model_name, gpu=self._card.title, data="reading ...")
+            self._read_data(self._begins_with, self._allow_network)
 
-    @property
-    def form(self) -> KnobForm:
-        """The knobs."""
-        return self.query_one(KnobForm)
+    def _scroll_to_focus(self) -> None:
+        """The field in focus is in sight however few lines there are."""
+        if self.focused is not None:
+            self.focused.scroll_visible(animate=False)
+
+    def _search_opening(self) -> None:
+        try:
+            wishes = knobs.to_wishes(self.form.texts, self._data)
+        except FieldError:
+            # Said where it was typed.
+            self.query_one(VerdictLine).searching = False
+            return
+        self._open(self._model, self._model_name, self._shown_card(self.form.texts), wishes)
+
+    @on(DataRead)
+    def _take_first_data(self, event: DataRead) -> None:
+        """Data that the command line named; the search for a setup to open on goes by it."""
+        self._data = event.data
+        if event.data is None:
+            self.form.show_error("data", event.message)
+        if self.query_one(VerdictLine).searching:
+            self._draw(self.form.texts)
+            self._search_opening()
+        else:
+            self._answer(self.form.texts)
+        if event.data is None:
+            self.form.show_error("data", event.message)
 
     @on(KnobForm.Changed)
     def _knob_changed(self, event: KnobForm.Changed) -> None:
@@ -126,14 +167,6 @@ class SizingScreen(Screen[None]):
         if event.texts["optim"] != self._shown_optim:
             self._asked_optim = event.texts["optim"]
         self._answer(event.texts)
-
-    @on(PickButton.Pressed)
-    def _pick(self, event: PickButton.Pressed) -> None:
-        event.stop()
-        if event.button.id == "pick-model":
-            self.action_pick_model()
-        else:
-            self.action_pick_gpu()
 
     def _answer(self, texts: Mapping[str, str]) -> None:
         """Recompute, show, then refine. What is answered now wins over the search for a setup to open on."""
@@ -145,10 +178,14 @@ class SizingScreen(Screen[None]):
     def _draw(self, texts: Mapping[str, str]) -> Sizing | None:
         """Recompute and show; on a value that is not accepted say so and keep the last answer, greyed."""
         self._shown_optim = texts["optim"]
-        self.form.show_picks(model=self._model_name, gpu=self._card.title)
+        data = "none" if self._data is None else self._data.name
+        self.form.show_picks(model=self._model_name, gpu=self._card.title, data=data)
+        self.form.show_card(self._card)
         try:
             setup = knobs.to_setup(self._model_name, texts, self._others)
-            sizing = size_up(setup, self._model, self._card, asked_optim=self._asked_optim)
+            wishes = knobs.to_wishes(texts, self._data)
+            card = self._shown_card(texts)
+            sizing = size_up(setup, self._model, card, asked_optim=self._asked_optim, wishes=wishes)
         except InputError as error:
             field = (
                 error.field
@@ -166,6 +203,12 @@ class SizingScreen(Screen[None]):
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
         self._show_question()
+        self._show_pinned()
+        line = self.query_one("#whole-run", TextLine)
+        line.display = sizing.wishes.data is not None
+        line.text = parts.whole_run(sizing, colours(self.app).muted)
+        # The verdict is painted first, the data's picture in the frame after it.
+        self.call_after_refresh(self._show_data)
         self.query_one(VerdictLine).sizing = sizing
         self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory
@@ -173,42 +216,33 @@ class SizingScreen(Screen[None]):
         self.query_one(SpeedPanel).sizing = sizing
         self.form.show_other_fields(parts.other_fields(self._others))
 
+    def _show_data(self) -> None:
+        self.query_one(DataPanel).sizing = self.sizing
+
+    def _show_pinned(self) -> None:
+        """Beside every figure how it differs from the pinned setup's, if one is."""
+        line, pin = self.query_one("#pinned", TextLine), self._pinned
+        line.display = pin is not None
+        memory = None if pin is None else pin.memory
+        self.query_one(Legend).pinned = self.query_one(PhaseTable).pinned = memory
+        if pin is not None and self.sizing is not None:
+            line.text = parts.pinned(self.sizing, pin, colours(self.app))
+
+    def action_pin(self) -> None:
+        """Pin the setup with its figures; pinned as it is, let go of it."""
+        now, pin = self.sizing, self._pinned
+        same = now is not None and pin is not None and (now.setup, now.card) == (pin.setup, pin.card)
+        self._pinned = None if same else now
+        self._show_pinned()
+
+    def explained(self) -> tuple[Explained, ...]:
+        """Where the numbers on the screen come from."""
+        return () if self.sizing is None else explained(self.sizing)
+
     def _show_question(self) -> None:
         if self.sizing is None:
             return
-        question = parts.question(self.sizing, colours(self.app).muted)
-        if question != self._question:
-            self._question = question
-            self.query_one("#question", Static).update(question)
-
-    @work(thread=True, exclusive=True, group="work-out")
-    def _work_out(self, sizing: Sizing) -> None:
-        """Refine the figures, then look for advice; what a later change overtakes is not begun."""
-        overtaken = partial(getattr, get_current_worker(), "is_cancelled")
-        time.sleep(PAUSE_SECONDS)
-        if overtaken():
-            return
-        refined = refine(sizing)
-        if overtaken():
-            return
-        self.post_message(Refined(sizing, refined))
-        # One at a time: what is overtaken is not ended midway, and several would slow the answers.
-        with self._advising:
-            if overtaken():
-                return
-            try:
-                found = advice.work_out(refined, overtaken)
-            except InputError as error:
-                found = advice.Suggestions(refusal=str(error))
-        if not overtaken():
-            self.post_message(Advised(refined, found))
-
-    @work(thread=True, exclusive=True, group="choice")
-    def _open(self, model: ModelSpec, name: str, card: cards.Card) -> None:
-        try:
-            self.post_message(Opened(advice.opening_choice(name, model, card)))
-        except InputError:
-            self.post_message(Opened(None))
+        self.query_one("#question", TextLine).text = parts.question(self.sizing, colours(self.app).muted)
 
     @on(Opened)
     def _take_opening(self, event: Opened) -> None:
@@ -221,6 +255,8 @@ class SizingScreen(Screen[None]):
 
     @on(Refined)
     def _show_refined(self, event: Refined) -> None:
+        if event.first is self._pinned:
+            self._pinned = event.refined
         if event.first is self.sizing:
             self._show(event.refined)
 
@@ -236,71 +272,11 @@ class SizingScreen(Screen[None]):
         event.stop()
         self._take(event.setup)
 
-    def action_pick_model(self) -> None:
-        """Pick a model; each is shown with what it needs at the present knobs."""
-        self.app.push_screen(
-            model_picker(self._model, self._card, self.form.texts, dict(self._others)), self._model_picked
-        )
-
-    def _model_picked(self, name: str | None) -> None:
-        if name is None:
-            return
-        self._resolve(name)
-
-    @work(thread=True, exclusive=True, group="resolve")
-    def _resolve(self, name: str) -> None:
-        """A model of the catalog is there at once; one that has to be inspected takes seconds."""
-        try:
-            model = resolve_model(
-                name,
-                allow_network=self.app.allow_download,  # type: ignore[attr-defined]
-                inspector=inspector,
-            )
-            self.post_message(Resolved(name, model, ""))
-        except VramwiseError as error:
-            self.post_message(Resolved(name, None, str(error)))
-
-    @on(Resolved)
-    def _take_model(self, event: Resolved) -> None:
-        if event.model is None:
-            self.form.show_error("model", event.message)
-            return
-        self._model, self._model_name = event.model, event.name
-        self._before.clear()
-        self._answer(self.form.texts)
-
-    def action_pick_gpu(self) -> None:
-        """Pick a card; each is shown with the verdict on the present setup."""
-        known = {str(index): card for index, card in enumerate(cards.offered())}
-
-        def picked(key: str | None) -> None:
-            if key is None:
-                return
-            try:
-                self._card = known[key] if key in known else cards.card_from_text(key)
-            except VramwiseError as error:
-                self.form.show_error("gpu", str(error))
-                return
-            self._answer(self.form.texts)
-
-        texts, others = self.form.texts, dict(self._others)
-        self.app.push_screen(
-            gpu_picker(known, self._card, self._model, self._model_name, texts, others), picked
-        )
-
     def action_choose(self) -> None:
         """Ask the planner for the fastest setup that fits at this length."""
         asked = {**self.form.texts, "optim": self._asked_optim}
-        self._choose(self._model, self._model_name, self._card, asked)
-
-    @work(thread=True, exclusive=True, group="choice")
-    def _choose(self, model: ModelSpec, name: str, card: cards.Card, texts: Mapping[str, str]) -> None:
-        try:
-            chosen = advice.automatic_choice(name, model, card, texts)
-        except VramwiseError as error:
-            self.post_message(Chosen(None, str(error)))
-            return
-        self.post_message(Chosen(chosen.setup, chosen.reason))
+        card = self._shown_card(asked)
+        self._choose(self._model, self._model_name, card, asked, self._wishes)
 
     @on(Chosen)
     def _take_choice(self, event: Chosen) -> None:
@@ -334,9 +310,35 @@ class SizingScreen(Screen[None]):
         one = setup.replace(num_processes=1, distributed=None)
         self._others = knobs.other_fields(one)
         self._asked_optim = asked_optim
-        texts = knobs.to_texts(one)
-        self.form.set_texts(texts)
-        self._answer(texts)
+        self.form.set_texts(knobs.to_texts(one))
+        self._answer(self.form.texts)
+
+    def action_needs(self) -> None:
+        """Ask which cards do it in time, and take one."""
+        if self.sizing is not None:
+            self.app.push_screen(NeedsScreen(self.sizing), self._take_card)
+
+    def _take_card(self, answer: CardAnswer | None) -> None:
+        if answer is None:
+            return
+        if answer.kind != OWN:
+            self._card = cards.card_from_text(answer.gpu)
+        self._take(answer.setup)
+
+    @property
+    def model_name(self) -> str:
+        """The model that is sized, by the name that it was picked by."""
+        return self._model_name
+
+    def action_keep(self) -> None:
+        """Keep card, display and price as the settings that commands read too."""
+        if self.sizing is None:
+            return
+        card, wishes = self.sizing.card, self.sizing.wishes
+        told = f"{plain(card.title, 60)}, display {knobs.ON if card.display else knobs.OFF}, {_price(wishes)}"
+        self.app.keep_settings(  # type: ignore[attr-defined]
+            {"gpu": card.argument, "display": card.display, "price_per_hour": wishes.usd_per_gpu_hour}, told
+        )
 
     def action_copy_command(self) -> None:
         """Copy the command line that plans this setup, and show it."""
@@ -354,3 +356,8 @@ class SizingScreen(Screen[None]):
     def action_leave_field(self) -> None:
         """Let go of the field, so that all keys reach the screen."""
         self.set_focus(None)
+
+
+def _price(wishes: Wishes) -> str:
+    price = wishes.usd_per_gpu_hour
+    return "the catalog's price" if price is None else f"${price:g} a GPU-hour"

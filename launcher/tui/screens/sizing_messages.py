@@ -5,6 +5,7 @@ from __future__ import annotations
 from textual.message import Message
 
 from launcher.tui.advice import Suggestions
+from launcher.tui.dataset import Dataset
 from launcher.tui.sizing import Sizing
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
@@ -52,4 +53,13 @@ class Chosen(Message):
     def __init__(self, setup: TrainingSetup | None, message: str) -> None:
         super().__init__()
         self.setup = setup
+        self.message = message
+
+
+class DataRead(Message):
+    """The data that the screen begins with was read, or says why it cannot be."""
+
+    def __init__(self, data: Dataset | None, message: str) -> None:
+        super().__init__()
+        self.data = data
         self.message = message

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.tui import cards, knobs
 from launcher.tui.screens import sizing_parts as parts
 from launcher.tui.screens.picker import Picker, Remark, Row
-from launcher.tui.sizing import size_up
+from launcher.tui.sizing import Wishes, size_up
 from launcher.tui.text import plain
 from planner.base.errors import InputError
 from planner.models.catalog import list_models, resolve_model
@@ -18,13 +18,18 @@ _NOT_POSSIBLE = Remark("not possible", "muted")
 
 
 def model_picker(
-    model: ModelSpec, card: cards.Card, texts: Mapping[str, str], others: Mapping[str, Any]
+    model: ModelSpec,
+    card: cards.Card,
+    texts: Mapping[str, str],
+    others: Mapping[str, Any],
+    wishes: Wishes,
 ) -> Picker:
     """Models, each with what it needs at the present knobs; dismissed with a name."""
 
     def remark(row: Row) -> Remark:
         try:
-            sized = size_up(knobs.to_setup(row.key, texts, others), resolve_model(row.key), card)
+            setup = knobs.to_setup(row.key, texts, others)
+            sized = size_up(setup, resolve_model(row.key), card, wishes=wishes)
         except InputError:
             return _NOT_POSSIBLE
         return parts.remark(sized)
@@ -45,19 +50,22 @@ def gpu_picker(
     name: str,
     texts: Mapping[str, str],
     others: Mapping[str, Any],
+    wishes: Wishes,
 ) -> Picker:
     """The known cards, each with the verdict on the present setup; dismissed with a key or a text."""
 
     def remark(row: Row) -> Remark:
         try:
-            return parts.remark(size_up(knobs.to_setup(name, texts, others), model, known[row.key]))
+            there = cards.attached(known[row.key], display=card.display)
+            setup = knobs.to_setup(name, knobs.on_card(texts, card.spec, there.spec), others)
+            return parts.remark(size_up(setup, model, there, wishes=wishes))
         except InputError:
             return _NOT_POSSIBLE
 
     return Picker(
         f"GPU · for {plain(name, 30)} at the present knobs",
         parts.card_rows(known),
-        current=next((key for key, one in known.items() if one.argument == card.argument), ""),
+        current=next((key for key, one in known.items() if one.title == card.title), ""),
         prompt="name or size: 4090, 24GB",
         remark=remark,
     )

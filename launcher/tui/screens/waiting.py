@@ -10,12 +10,13 @@ from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 from textual.worker import get_current_worker
 
+from launcher.runs.report.stages import seconds
 from launcher.tui.text import plain
 
 POLL_SECONDS = 1.0
@@ -24,11 +25,16 @@ POLL_SECONDS = 1.0
 class Waiting(ModalScreen[bool]):
     """Returns True once nothing is in the way any more, False when the person goes back before.
 
-    `in_the_way` says what is, in a sentence, and None when nothing is; it is asked in a thread.
+    `in_the_way` says what is, in a sentence, and None when nothing is; it is asked in a thread. On a low
+    terminal the sentence scrolls, so that the way back is always seen.
     """
+
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-low"), (18, "-high")]  # type: ignore[misc]
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back", id="waiting.back", tooltip="Wait no longer; start nothing"),
+        Binding("down", "scroll(1)", "Down", show=False, id="waiting.down", tooltip="Read on"),
+        Binding("up", "scroll(-1)", "Up", show=False, id="waiting.up", tooltip="Read back"),
     ]
 
     class Looked(Message):
@@ -42,13 +48,18 @@ class Waiting(ModalScreen[bool]):
         super().__init__()
         self._reason = reason
         self._in_the_way = in_the_way
+        self._since = time.monotonic()
+
+    def _title(self) -> Text:
+        return Text(f"Waiting for the GPU · {seconds(time.monotonic() - self._since)}", "bold")
 
     def compose(self) -> ComposeResult:
         """What is waited for, and the way back."""
         with Vertical(id="dialog"):
-            yield Static(Text("Waiting for the GPU", "bold"), id="dialog-title")
-            yield Static(Text(plain(self._reason)), id="waiting-reason", classes="dialog-text")
-            yield Static(Text("The run starts when it is free."), classes="dialog-text")
+            yield Static(self._title(), id="dialog-title")
+            with VerticalScroll(id="waiting-for", classes="dialog-text", can_focus=False):
+                yield Static(_sentence(self._reason), id="waiting-reason")
+            yield Static(Text("Training starts when it is free."), classes="dialog-text")
             with Horizontal(classes="dialog-buttons"):
                 yield Button("Back (esc)", id="back", compact=True)
 
@@ -72,14 +83,24 @@ class Waiting(ModalScreen[bool]):
         if event.reason is None:
             self.dismiss(True)
         else:
-            self.query_one("#waiting-reason", Static).update(Text(plain(event.reason)))
+            self.query_one("#dialog-title", Static).update(self._title())
+            self.query_one("#waiting-reason", Static).update(_sentence(event.reason))
 
     @on(Button.Pressed)
     def _pressed(self, event: Button.Pressed) -> None:
         event.stop()
         self.action_back()
 
+    def action_scroll(self, lines: int) -> None:
+        """Read what is waited for where it has more lines than there is room."""
+        self.query_one("#waiting-for", VerticalScroll).scroll_relative(y=lines, animate=False)
+
     def action_back(self) -> None:
         """Wait no longer."""
         self.workers.cancel_group(self, "waiting")
         self.dismiss(False)
+
+
+def _sentence(reason: str) -> Text:
+    words = plain(reason)
+    return Text(words[:1].upper() + words[1:])

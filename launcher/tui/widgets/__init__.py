@@ -1,1 +1,1 @@
-"""Widgets of the terminal interface, one a file."""
+"""Widgets of the terminal interface: a room a screen."""

@@ -81,6 +81,10 @@ class DecoderSetup:
         """Of all fields, made once: a decoder's setup is the key of what is remembered of its layers."""
         return hash(tuple(getattr(self, one.name) for one in fields(self)))
 
+    def expert_kind(self, rank: int) -> LinearKind:
+        """A stack of experts with an adapter of that rank (0: without one)."""
+        return replace(self.linear_kind(rank), quantized=self.storage.quantized and self.storage.experts)
+
     def linear_kind(self, rank: int) -> LinearKind:
         """A linear layer with an adapter of that rank (0: without one)."""
         return LinearKind(
@@ -151,9 +155,10 @@ def layer_groups(run: TrainingRun) -> tuple[tuple[LayerGroup, ...], LayerMemory]
 def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup, ...], LayerMemory]:
     """Groups of a model's layers, and the memory of the final norm."""
     trained = trained_tensors(model, decoder.adapter, decoder.storage.width)
-    ranks = (*trained.ranks, ("experts", trained.experts_rank), ("router", trained.router_rank))
+    ranks = (*trained.ranks, ("router", trained.router_rank))
+    kinds = tuple((name, decoder.linear_kind(rank)) for name, rank in ranks)
     common = LayerKnobs(
-        kinds=tuple((name, decoder.linear_kind(rank)) for name, rank in ranks),
+        kinds=(*kinds, ("experts", decoder.expert_kind(trained.experts_rank))),
         default=decoder.linear_kind(0),
         attention="fused",
         stream_width=decoder.stream_width,
@@ -176,8 +181,7 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
             found += _groups_of_kind(decoder, layer, replace(knobs, stream_width=width), indices)
             if indices is layer.indices:
                 break
-    last = model.layers[-1]
-    return tuple(found), final_norm_memory(last, replace(common, stream_width=later))
+    return tuple(found), final_norm_memory(model.norm_layer, replace(common, stream_width=later))
 
 
 def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:

@@ -15,12 +15,15 @@ from planner.memory.layers.liger import liger_gated
 from planner.memory.layers.linear import linear
 from planner.memory.layers.norms import norm
 from planner.memory.tape.tape import Tape, Value
+from planner.memory.traced.replay import run_traced
 from planner.models.spec import LayerSpec
 
 
 def run_layer(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
     """Put the forward pass on the tape, backward with it. The caller keeps its hold on `hidden`."""
     hidden.width = knobs.stream_width
+    if layer.traced is not None:
+        return run_traced(tape, layer.traced, layer, knobs, hidden)
     if knobs.compiled:
         return run_compiled_layer(tape, layer, knobs, hidden)
     residual = hidden
@@ -35,6 +38,13 @@ def run_layer(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) ->
     tape.free(middle.buffer)
     tape.leave_layer()
     return result
+
+
+def run_final_norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
+    """Put the norm after the last layer on the tape; `layer` is the model's norm_layer."""
+    if layer.traced is not None:
+        return run_traced(tape, layer.traced, layer, knobs, hidden)
+    return norm(tape, layer, knobs, hidden, layer.hidden_size)
 
 
 def _mlp(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Value:

@@ -11,10 +11,9 @@ from functools import lru_cache
 
 from planner.base.values import dataclass
 from planner.memory.allocators.native import block_units
-from planner.memory.decoder.layer import run_layer
+from planner.memory.decoder.layer import run_final_norm, run_layer
 from planner.memory.decoder.live_bytes import gradients_before
 from planner.memory.layers.layer_knobs import LayerKnobs
-from planner.memory.layers.norms import norm
 from planner.memory.tape.events import block_of, free, frees
 from planner.memory.tape.logging_tape import BlockBytes, LoggedBlock, LoggingTape, number
 from planner.memory.tape.tape import GRADIENTS, Value
@@ -86,7 +85,7 @@ def norm_program(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     """Program of the norm after the last decoder layer."""
     tape = LoggingTape(saves=True)
     hidden = Value(tape.given(), True, knobs.stream_width)
-    output = norm(tape, layer, knobs.accumulating(False), hidden, layer.hidden_size)
+    output = run_final_norm(tape, layer, knobs.accumulating(False), hidden)
     return _both_passes(tape, hidden, output)
 
 

@@ -31,7 +31,7 @@ class HeadShape:
 
     `hidden_width`, `weight_width` and `compute_width` are the widths of the hidden states' elements, of the
     head's weight and of what the products are computed in; a tile covers at most `tile_tokens` tokens and
-    `tile_vocabulary` entries of the vocabulary.
+    `tile_vocabulary` entries of the vocabulary, which are all where the stack makes the logits `whole`.
     """
 
     tokens: int
@@ -44,6 +44,12 @@ class HeadShape:
     trained: bool
     tile_tokens: int
     tile_vocabulary: int
+    whole: bool = False
+
+    @property
+    def narrows(self) -> bool:
+        """Whether products are computed in fewer bits than fp32, so that a loss in fp32 takes copies."""
+        return self.compute_width != FP32
 
     @property
     def hidden_cast_bytes(self) -> int:
@@ -77,7 +83,8 @@ class HeadShape:
 
 def head_shape(run: TrainingRun, hidden_width: int) -> HeadShape:
     """The head's shape in a run; `hidden_width` is the width of the normed hidden states' elements."""
-    shape = run.micro_step
+    shape, stack = run.micro_step, run.stack
+    whole = stack.head_tokens is None or stack.head_vocabulary is None
     return HeadShape(
         tokens=shape.tokens,
         rows=shape.rows,
@@ -87,8 +94,9 @@ def head_shape(run: TrainingRun, hidden_width: int) -> HeadShape:
         weight_width=shape.stream_width,
         compute_width=run.storage.width,
         trained=run.adapter is None,
-        tile_tokens=run.stack.head_tokens,
-        tile_vocabulary=run.stack.head_vocabulary,
+        tile_tokens=stack.head_tokens or shape.tokens,
+        tile_vocabulary=stack.head_vocabulary or run.model.vocab_size,
+        whole=whole,
     )
 
 

@@ -43,14 +43,27 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
             tape.free(*heads)
     elif layer.rotary:
         query, key = rotate(tape, layer, query, key)
-    width = knobs.default.compute_width
-    sizes = (kv_size, kv_size, query_size)
-    inputs = [cast(tape, part, size, width) for part, size in zip((key, value, query), sizes, strict=True)]
-    context = _BY_KERNEL[knobs.attention](tape, layer, inputs[2], inputs[0], inputs[1], width)
-    tape.free(*(part.buffer for part in inputs))
+    context = attend(tape, layer, knobs, query, key, value)
     output = linear(tape, knobs.kind("o_proj"), context, query_size, layer.hidden_size)
     tape.free(context.buffer, query.buffer, key.buffer, value.buffer)
     return output
+
+
+def attend(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, query: Value, key: Value, value: Value) -> Value:
+    """Attention by the kernel that runs; its result is held once, the caller keeps its holds on the rest."""
+    width = knobs.default.compute_width
+    parts = ((key, layer.key_value_size), (value, layer.key_value_size), (query, layer.query_size))
+    inputs = [cast(tape, part, size, width) for part, size in parts]
+    context = _BY_KERNEL[knobs.attention](tape, layer, inputs[2], inputs[0], inputs[1], width)
+    tape.free(*(part.buffer for part in inputs))
+    return context
+
+
+def hands_back_by_heads(layer: LayerSpec, kernel: str) -> bool:
+    """Whether a kernel's gradients of keys and values lie head by head: where a matrix product makes them, or
+    they are summed over repeated heads. Flash attention's have their projections' layout.
+    """
+    return kernel not in ("fused", "masked", "flex") or repeats_keys(layer, kernel)
 
 
 def _projections(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> tuple[Value, Value, Value]:
@@ -78,7 +91,7 @@ def _by_heads(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, name: str, x: Val
     """
     if knobs.liger or not x.requires_grad:
         return x
-    own_layout = knobs.attention in ("fused", "masked", "flex") and not repeats_keys(layer, knobs.attention)
+    own_layout = not hands_back_by_heads(layer, knobs.attention)
     if own_layout if name == "v" else not layer.rotary:
         return x
     features = layer.query_size if name == "q" else layer.key_value_size

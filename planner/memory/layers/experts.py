@@ -2,17 +2,19 @@
 
 Experts are 3-D parameters that bitsandbytes leaves in 16 bits. PEFT's "all-linear" adapts them through
 parametrisation: each pass folds the adapter into a full copy of the experts' weights, which backward keeps.
+Held in 4 bits by the launcher, a stack is dequantised whole where it is read, and lives as that copy does.
 Sources: transformers integrations/moe.py (grouped_mm_experts_forward), PEFT tuners/lora/layer.py
-(ParamWrapper, _LoraFactorsProxy); allocation trace moe_q.
+(ParamWrapper, _LoraFactorsProxy), bitsandbytes nn/parametrize.py; allocation trace moe_q.
 """
 
 from __future__ import annotations
 
-from planner.base.units import FP32
+from planner.base.units import FP32, INT64
 from planner.base.values import dataclass
 from planner.memory.layers.base_weight import LinearKind, weight_gradient
 from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec
+from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
 
 
 def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
@@ -24,7 +26,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     gate_up_elements = layer.experts * 2 * inner * hidden
     down_elements = layer.experts * inner * hidden
     adapted = kind.rank > 0
-    if adapted:
+    if adapted and not kind.quantized:
         # torch.nn.utils.parametrize evaluates each parametrisation once when it is registered.
         for elements in (down_elements, gate_up_elements):
             tape.free(tape.fixed(elements * width))
@@ -34,8 +36,9 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     scores_want = x.requires_grad or bool(saved_router)
     saved_probabilities = tape.save(probabilities)
     tape.free(probabilities)
+    order = tape.tokens(routed * INT64) if kind.quantized else None
     gathered = tape.tokens(routed * hidden * width)
-    gate_up_weight = tape.fixed(gate_up_elements * width) if adapted else None
+    gate_up_weight = _read_weight(tape, kind, gate_up_elements)
     fused = tape.tokens(routed * 2 * inner * width)
     saved_gathered = tape.save(gathered) if adapted or kind.trained else None
     saved_gate_up_weight = tape.save(gate_up_weight) if gate_up_weight and x.requires_grad else None
@@ -44,18 +47,15 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     saved_fused, saved_activated = tape.save(fused), tape.save(activated)
     saved_product = tape.save(product) if adapted or kind.trained else None
     tape.free(fused, activated)
-    down_weight = tape.fixed(down_elements * width) if adapted else None
-    saved_down_weight = tape.save(down_weight) if down_weight else None
+    down_weight = _read_weight(tape, kind, down_elements)
+    saved_down_weight = tape.save(down_weight) if down_weight and (adapted or x.requires_grad) else None
     outputs = tape.tokens(routed * hidden * width)
     tape.free(product)
     saved_outputs = tape.save(outputs) if scores_want else None
-    weighted = tape.tokens(routed * hidden * width)
-    reordered = tape.tokens(routed * hidden * width)
-    tape.free(weighted)
-    summed = tape.tokens(hidden * FP32) if width != FP32 else None
-    result = Value(tape.tokens(hidden * width), True, width)
-    # PEFT caches the folded weights for the whole block (tuners/lora/layer.py, parametrize.cached).
-    tape.free(summed, reordered, outputs, gathered, gate_up_weight, down_weight)
+    saved_order, result, summed = _weighted_sum(tape, layer, width, order)
+    # What was made of the weights is cached for the whole block (PEFT tuners/lora/layer.py:
+    # parametrize.cached; bitsandbytes nn/parametrize.py: its hooks).
+    tape.free(*summed, outputs, gathered, gate_up_weight, down_weight, order)
 
     saved = _Saved(
         router=saved_router,
@@ -67,10 +67,45 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
         product=saved_product,
         down_weight=saved_down_weight,
         outputs=saved_outputs,
+        order=saved_order,
         scores_want=scores_want,
     )
     tape.nodes.append(lambda: _experts_backward(tape, layer, kind, x, router, saved, result))
     return result
+
+
+def _weighted_sum(
+    tape: Tape, layer: LayerSpec, width: int, order: Buffer | None
+) -> tuple[Buffer | None, Value, tuple[Buffer | None, ...]]:
+    """Weight what experts return, put it in the tokens' order and sum it up: what is saved of the order, the
+    result, and what is let go when the block returns.
+    """
+    routed, hidden = layer.experts_per_token, layer.hidden_size
+    weighted = tape.tokens(routed * hidden * width)
+    # Indexing keeps its indices: the last that is kept, so that recomputation comes this far.
+    saved_order = tape.save(order) if order else None
+    reordered = tape.tokens(routed * hidden * width)
+    tape.free(weighted)
+    summed = tape.tokens(hidden * FP32) if width != FP32 else None
+    return saved_order, Value(tape.tokens(hidden * width), True, width), (summed, reordered)
+
+
+def _read_weight(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
+    """What is made of a stack where it is read, null where it is used as it lies: dequantised, and with an
+    adapter the sum of that and of its product (torch.baddbmm), in which nothing else is kept.
+    """
+    if not (kind.quantized or kind.rank):
+        return None
+    if not kind.quantized:
+        return tape.fixed(elements * kind.compute_width)
+    constants = tape.fixed(elements / QUANTIZATION_BLOCK * ABSMAX_WIDTH) if kind.double_quant else None
+    dequantised = tape.fixed(elements * kind.weight_width)
+    tape.free(constants)
+    if not kind.rank:
+        return dequantised
+    folded = tape.fixed(elements * kind.compute_width)
+    tape.free(dequantised)
+    return folded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +123,7 @@ class _Saved:
     product: Buffer | None
     down_weight: Buffer | None
     outputs: Buffer | None
+    order: Buffer | None
     scores_want: bool
 
 
@@ -99,7 +135,7 @@ def _experts_backward(
     inner, hidden = layer.expert_intermediate_size, layer.hidden_size
     grad = tape.take_grad(result)
     expanded = tape.tokens(routed * hidden * width)
-    tape.free(grad)
+    tape.free(grad, saved.order)
     to_weights = tape.tokens(routed * hidden * width) if saved.scores_want else None
     to_outputs = tape.tokens(routed * hidden * width)
     tape.free(saved.outputs, to_weights, expanded, saved.probabilities)

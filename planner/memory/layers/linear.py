@@ -7,6 +7,7 @@ nn/modules.py (Linear4bit.forward: casts to the compute dtype and back); PEFT tu
 
 from __future__ import annotations
 
+from planner.base.units import FP32
 from planner.memory.layers.base_weight import LinearKind, base_backward, base_forward, weight_gradient
 from planner.memory.layers.dora import dora_linear
 from planner.memory.layers.lora import adapted
@@ -32,6 +33,20 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
     if kind.dora:
         return dora_linear(tape, kind, x, base, inputs, outputs)
     return adapted(tape, kind, x, base, inputs, outputs)
+
+
+def early_gradients(kind: LinearKind, outputs: int, width: int) -> list[float]:
+    """Bytes a token of what backward makes of the gradient of an output of `width` bytes an element before it
+    asks for a saved tensor: the scaling by alpha / rank.
+    """
+    if not kind.rank:
+        return []
+    if not kind.dora:
+        return [outputs * kind.adapter_compute_width]
+    # The product by alpha / rank. Before it, unless the base is quantised: the cast back to fp32, and the
+    # base layer's part of that in its own dtype.
+    wide = outputs * FP32
+    return [wide] if width == FP32 else [wide, outputs * width, wide]
 
 
 def _trained(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:

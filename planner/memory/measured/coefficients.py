@@ -14,8 +14,9 @@ from planner.base.units import MIB
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import FITTED, REPLAYED, Basis
+from planner.memory.measured.context import ContextMemory, context_on
 from planner.memory.measured.coverage import Coverage
-from planner.memory.measured.cuda_terms import CUBLAS_HANDLES, offloading_context_bytes, workspace_block_bytes
+from planner.memory.measured.cuda_terms import CUBLAS_HANDLES, workspace_block_bytes
 from planner.models.spec import ModelSpec
 from planner.setup.cuda_allocator import ALLOCATORS, NATIVE
 from planner.setup.run import TrainingRun
@@ -88,16 +89,17 @@ class KindShares:
 class Coefficients:
     """Measured terms of one environment.
 
-    `context_bytes`: what the driver shows above reserved memory at the end of a step, without managed
-    memory (context, kernels, libraries). `workspace_bytes`: what cuBLAS holds in torch's allocator. Reserved
-    memory above allocated is `reserve_constant_bytes` plus `reserve_per_byte` times the ReserveTerms. The
-    interval's upper end is the expected figure plus `margin_fraction` of the terms' sum plus `margin_bytes`;
-    where the allocator is replayed, plus `replay_margin_blocks` times the largest block that a step asks for
-    and `replay_margin_bytes`. Either covers every record when its model is left out of the fit. `kinds` are
-    the two shares by kind of setup (`interval_kind`), the fields without a kind the worst of them. Everything
+    `context_bytes`: what the driver shows above reserved memory at the end of a step, without managed memory
+    (context, kernels, libraries). `workspace_bytes`: what cuBLAS holds in torch's allocator. Reserved memory
+    above allocated is `reserve_constant_bytes` plus `reserve_per_byte` times the ReserveTerms. The interval's
+    upper end is the expected figure plus `margin_fraction` of the terms' sum plus `margin_bytes`; where the
+    allocator is replayed, plus `replay_margin_blocks` times the largest block that a step asks for and
+    `replay_margin_bytes`. Either covers every record when its model is left out of the fit. `kinds` are the
+    two shares by kind of setup (`interval_kind`), the fields without a kind the worst of them. Everything
     outside `coverage` (null: unknown) adds `outside_factor` - 1 of that margin; another GPU than `gpu` adds
-    `context_spread_bytes`, how far above `context_bytes` a run in a process of its own came. `allocator` is
-    the one that the reserve's and the interval's runs had (files that do not say: torch's default).
+    at least `context_spread_bytes`, how far above `context_bytes` a run in a process of its own came.
+    `allocator` is the one that the reserve's and the interval's runs had (files that do not say: torch's
+    default).
     """
 
     name: str
@@ -155,7 +157,7 @@ class Coefficients:
         found = (one.replay_margin_blocks for one in self.kinds if one.kind == kind)
         return int(next(found, self.replay_margin_blocks) * largest_block_bytes) + self.replay_margin_bytes
 
-    def distance(self, run: TrainingRun, gpu_name: str | None) -> Distance:
+    def distance(self, run: TrainingRun, gpu: GpuSpec | None) -> Distance:
         """How far a run lies from what was measured."""
         if self.coverage is None:
             outside: tuple[str, ...] = ("the calibration does not say what its records cover",)
@@ -164,12 +166,20 @@ class Coefficients:
         return Distance(
             outside=outside,
             factor=1.0 + len(outside) * max(0.0, self.outside_factor - 1.0),
-            extra_bytes=0 if gpu_name == self.gpu else self.context_spread_bytes,
+            extra_bytes=self.context_on(gpu).spread_bytes,
         )
 
-    def context_of(self, setup: TrainingSetup) -> int:
-        """Bytes of the context once a step of the setup has run."""
-        return self.context_bytes + offloading_context_bytes(setup)
+    def context_on(self, gpu: GpuSpec | None) -> ContextMemory:
+        """The context on a card: as measured on `gpu` itself, elsewhere by the card's processors (unknown: as
+        measured).
+        """
+        if gpu is not None and gpu.id == self.gpu:
+            return ContextMemory(self.context_bytes, 0)
+        scaled = None if gpu is None else self._scaled(gpu)
+        return scaled or ContextMemory(self.context_bytes, self.context_spread_bytes)
+
+    def _scaled(self, gpu: GpuSpec) -> ContextMemory | None:
+        return context_on(gpu, self.gpu, self.context_bytes, self.context_spread_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -225,7 +235,7 @@ def cublas_workspace_bytes(gpu: GpuSpec | None, measured: Coefficients) -> int:
 def basis_of(
     coefficients: Coefficients,
     model: ModelSpec,
-    gpu_name: str | None,
+    gpu: GpuSpec | None,
     distance: Distance,
     *,
     replayed: bool,
@@ -235,7 +245,7 @@ def basis_of(
     A model that no run had does not widen the interval: the ordinary one is learned from models held out.
     """
     notes = []
-    if gpu_name != coefficients.gpu:
+    if gpu is None or gpu.id != coefficients.gpu:
         what = "context" if replayed else "context and reserve"
         notes.append(f"{what} measured on {coefficients.gpu}, not on this GPU")
     if model.id not in coefficients.model_ids:

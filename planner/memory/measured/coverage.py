@@ -165,6 +165,9 @@ def model_traits(model: ModelSpec) -> frozenset[Trait]:
         ("rotary_tables", str(model.rotary_tables)),
     }
     for layer in model.layers:
+        if layer.traced is not None:
+            found |= {("traced", "true"), *(("an untraced kernel", what) for what in layer.traced.unseen)}
+            continue
         norms = "inputs and outputs" if layer.output_norms else "inputs"
         found |= {
             ("norm", layer.norm),

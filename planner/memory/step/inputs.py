@@ -31,8 +31,7 @@ class InputsReplay:
             allocator.free(held[0])
             held[0] = scaled
         held += [self._mask(allocator, windowed=window is not None) for window in self.masks]
-        layer = self.model.layers[0]
-        table = self.shape.positions * (layer.rotary_dim or layer.head_dim)
+        table = self.shape.positions * self.model.rotary_features
         for _ in range(self.model.rotary_tables):
             # Angles, both halves of them, and cosine and sine in fp32, unscaled and scaled.
             wide = [take(table * FP32 // 2)]

@@ -28,6 +28,7 @@ from planner.memory.measured.cuda_terms import (
 from planner.memory.step.head import HeadReplay
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
+from planner.memory.step.logits import LogitsReplay
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
 from planner.setup.run import TrainingRun
@@ -134,9 +135,10 @@ class StepReplay:
             tuning_bytes=sizes.tuning_bytes,
         )
         last = max(groups, key=lambda group: group.indices[-1])
-        norm = norm_program(last.layer, replace(last.knobs, stream_width=last.memory.output_width))
+        norm = norm_program(run.model.norm_layer, replace(last.knobs, stream_width=last.memory.output_width))
         self.norm = programs.of(norm)
-        self.head = HeadReplay(head_shape(run, final_norm.output_width))
+        head = head_shape(run, final_norm.output_width)
+        self.head: HeadReplay | LogitsReplay = LogitsReplay(head) if head.whole else HeadReplay(head)
         self.optimizer = OptimizerReplay(run)
         self.biased = run.model.has_biased_linear
         self.offload = self._offload(run, final_norm) if run.setup.activation_offloading else None

@@ -57,8 +57,7 @@ def resident_memory(
 ) -> Resident:
     """What a run keeps on the GPU between steps."""
     shape = run.micro_step
-    layer = run.model.layers[0]
-    features = layer.rotary_dim or layer.head_dim
+    features = run.model.rotary_features
     rotary = run.model.rotary_tables * 2 * shape.positions * features * shape.stream_width
     held = _held(run.kind, allocator)
     return Resident(

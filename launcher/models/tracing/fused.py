@@ -1,0 +1,150 @@
+"""Functions that a fused kernel computes where its package is installed: linear attention, state-space scans,
+causal convolutions (transformers integrations/hub_kernels.py). What is traced is transformers' reference in
+torch, as one operation: what it keeps, and the most that it has at once in either pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from launcher.models.tracing.recorder import Recorder
+
+_MADE_IN = "hub_kernels.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    """Bytes that a function keeps for its backward pass and that each pass takes beside what it keeps, the
+    indices of inputs and outputs that it saves, and its outputs.
+    """
+
+    kept_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    saved_inputs: tuple[int, ...]
+    saved_outputs: tuple[int, ...]
+    outputs: list[Any]
+
+
+class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    """A function as one operation; its buffers are made anew, to be recorded as the block's own."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., list[Any]], recorder: Recorder, *inputs: Any) -> Any:
+        with recorder.muted():
+            cost = _cost(run, inputs)
+        kept = torch.empty(cost.kept_bytes, dtype=torch.uint8)
+        made = tuple(torch.empty_like(one) for one in cost.outputs)
+        torch.empty(cost.forward_bytes, dtype=torch.uint8)
+        ctx.save_for_backward(
+            kept, *(inputs[i] for i in cost.saved_inputs), *(made[i] for i in cost.saved_outputs)
+        )
+        ctx.cost, ctx.like = cost.backward_bytes, [(one.shape, one.dtype) for one in inputs]
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        torch.empty(ctx.cost, dtype=torch.uint8)
+        asked = zip(ctx.needs_input_grad[2:], ctx.like, strict=True)
+        return (
+            None,
+            None,
+            *(torch.empty(shape, dtype=dtype) if ask else None for ask, (shape, dtype) in asked),
+        )
+
+
+def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...]) -> _Cost:
+    """Run both passes by themselves."""
+    recorder = Recorder()
+    saved: set[int] = set()
+    own = [one.detach().requires_grad_(one.is_floating_point()) for one in inputs]
+    for one in own:
+        recorder.add(one)
+
+    def pack(tensor: Any) -> Any:
+        saved.add(recorder.number(tensor))
+        return tensor
+
+    with torch.enable_grad(), recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        outputs = run(*own)
+    highest, live = _course(recorder, 0)
+    outputs_bytes = sum(one.untyped_storage().nbytes() for one in outputs)
+    recorder.events = []
+    asking = [one for one in outputs if one.requires_grad]
+    grads = [torch.empty_like(one) for one in asking]
+    recorder.know(grads)
+    with recorder:
+        found = torch.autograd.grad(
+            asking, [one for one in own if one.requires_grad], grads, allow_unused=True
+        )
+    most, _ = _course(recorder, 0)
+    del found
+    kept = max(0, live - outputs_bytes)
+    return _Cost(
+        kept_bytes=kept,
+        forward_bytes=max(0, highest - live),
+        backward_bytes=most,
+        saved_inputs=tuple(i for i, one in enumerate(own) if recorder.number(one) in saved),
+        saved_outputs=tuple(i for i, one in enumerate(outputs) if recorder.number(one) in saved),
+        outputs=[one.detach() for one in outputs],
+    )
+
+
+def _course(recorder: Recorder, live: int) -> tuple[int, int]:
+    """The most bytes alive over a recorder's events, and those alive in the end."""
+    most = live
+    for action, number in recorder.events:
+        live += recorder.sizes_bytes[number] * (1 if action == "allocate" else -1)
+        most = max(most, live)
+    return most, live
+
+
+@contextlib.contextmanager
+def fused_as_one(block: nn.Module, recorder: Recorder) -> Iterator[list[str]]:
+    """Within, each such function that a block's code calls is one operation; yields the names of those
+    called.
+    """
+    called: list[str] = []
+    changed = []
+    for home in {sys.modules[type(module).__module__] for module in block.modules()}:
+        for name, function in list(vars(home).items()):
+            code = getattr(function, "__code__", None)
+            if code is not None and code.co_filename.endswith(_MADE_IN) and hasattr(function, "__wrapped__"):
+                setattr(home, name, _as_one(function.__wrapped__, name, recorder, called))
+                changed.append((home, name, function))
+    try:
+        yield called
+    finally:
+        for home, name, function in changed:
+            setattr(home, name, function)
+
+
+def _as_one(
+    function: Callable[..., Any], name: str, recorder: Recorder, called: list[str]
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        called.append(name.removeprefix("torch_"))
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        returned: list[Any] = []
+
+        def on_tensors(*tensors: Any) -> list[Any]:
+            given = dict(zip(places, tensors, strict=True))
+            own_args, own_kwargs = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+            found, shape = tree_flatten(function(*own_args, **own_kwargs))
+            returned[:] = [found, shape]
+            return [one for one in found if isinstance(one, torch.Tensor)]
+
+        made = iter(_Reference.apply(on_tensors, recorder, *(leaves[i] for i in places)))
+        found, shape = returned
+        return tree_unflatten([next(made) if isinstance(one, torch.Tensor) else one for one in found], shape)
+
+    return run

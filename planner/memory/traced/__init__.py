@@ -1,0 +1,1 @@
+"""Traced blocks, played onto a tape as recipes are."""

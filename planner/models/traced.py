@@ -1,0 +1,183 @@
+"""Traced blocks: what a decoder layer that nobody has read does, as it was recorded while it ran.
+
+A recipe (`LayerSpec`) says in a few words what a layer computes, and planner/memory/decoder/layer.py knows
+the rest. A traced pass says all of it: which buffers the layer's forward pass makes and lets go of, which of
+them each operation holds for its backward pass, and what that allocates. Linear layers and attention are
+named and not recorded: how they are held, adapted and computed is the setup's business, and the memory
+model's own operations are played for them (planner/memory/traced/replay.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from planner.base import validate
+from planner.base.errors import FieldError, InputError
+from planner.base.values import dataclass
+
+ALLOCATE, FREE, SAVE, RUN = "allocate", "free", "save", "run"
+ACTIONS = (ALLOCATE, FREE, SAVE, RUN)
+PLAIN, LINEAR, ATTENTION = "plain", "linear", "attention"
+KINDS = (PLAIN, LINEAR, ATTENTION)
+WEIGHT = -1
+"""The value whose gradient is a trained weight's."""
+NO_VALUE = -2
+"""An input that wants no gradient."""
+METHODS = ("qlora", "lora", "full")
+
+BufferBytes = tuple[float, float, float]
+"""Bytes of a buffer: constant, a token, a score element (batch * length^2 of them)."""
+
+
+class Step(NamedTuple):
+    """One step of a pass: a buffer is allocated, freed, or saved by an operation; or an operation runs.
+
+    `number` is the buffer, of RUN the operation; `operation` is who saves.
+    """
+
+    action: str
+    number: int
+    operation: int = -1
+
+
+class Gradient(NamedTuple):
+    """Where an operation's backward pass has an input's gradient: in a buffer of its own, or in the gradient
+    of its output of that number. `view` says that another tensor of the same memory is alive beside it, so
+    that a second gradient is not added in place.
+    """
+
+    own: int = -1
+    incoming: int = -1
+    view: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedOperation:
+    """One operation with a backward pass.
+
+    `inputs` are the values it computes gradients for (WEIGHT for a trained weight, NO_VALUE for none),
+    `outputs` the values it makes, `gradients` what it hands to each input (null: none). `backward` allocates
+    and frees buffers of its own, whose sizes (indices into the pass's) are `buffers`.
+    Of a LINEAR operation `name` is the module's, `reads` and `makes` are the buffers of its input and output,
+    `shape` its inputs and outputs; of an ATTENTION one `reads` are queries, keys and values.
+    """
+
+    kind: str
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    gradients: tuple[Gradient | None, ...] = ()
+    buffers: tuple[int, ...] = ()
+    backward: tuple[Step, ...] = ()
+    reads: tuple[int, ...] = ()
+    makes: int = -1
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        validate.choice("operation kind", self.kind, KINDS)
+        if self.kind == PLAIN and len(self.gradients) != len(self.inputs):
+            raise FieldError(f"{self.name} gradients", len(self.gradients), f"{len(self.inputs)}, its inputs")
+        if self.kind == LINEAR and (len(self.reads), len(self.shape)) != (1, 2):
+            raise FieldError(f"{self.name} shape", self.shape, "inputs and outputs")
+        if self.kind == ATTENTION and len(self.reads) != 3:
+            raise FieldError(f"{self.name} reads", self.reads, "queries, keys and values")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedPass:
+    """A block's forward pass with all that its backward pass will do.
+
+    `sizes` are the distinct sizes of buffers, `buffers` the index of each forward buffer's (buffer 0 is the
+    block's input, which its caller holds), `widths` bytes of an element of each value (value 0 is the
+    input). `steps` is the forward pass in order. `output` is the buffer that it leaves, `result` its value.
+    """
+
+    sizes: tuple[BufferBytes, ...]
+    buffers: tuple[int, ...]
+    widths: tuple[int, ...]
+    steps: tuple[Step, ...]
+    operations: tuple[TracedOperation, ...]
+    output: int
+    result: int
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            validate.choice("step action", step.action, ACTIONS)
+        if not 0 <= self.output < len(self.buffers) or not 0 <= self.result < len(self.widths):
+            raise FieldError("traced output", self.output, "one of the pass's buffers, with a value")
+
+    @property
+    def linears(self) -> tuple[TracedOperation, ...]:
+        """Its linear layers."""
+        return tuple(operation for operation in self.operations if operation.kind == LINEAR)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedWay:
+    """For which setups a pass was recorded: the method, bytes of an element that is computed with, and
+    whether attention hands gradients back head by head; `number` is the pass.
+    """
+
+    method: str
+    width: int
+    heads_first: bool
+    number: int
+
+    def __post_init__(self) -> None:
+        validate.choice("traced method", self.method, METHODS)
+        validate.integer("traced width", self.width, minimum=1, maximum=8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedBlock:
+    """What was recorded of one kind of block. `unseen` names what a trace on a CPU cannot see of it."""
+
+    passes: tuple[TracedPass, ...]
+    ways: tuple[TracedWay, ...]
+    unseen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for way in self.ways:
+            validate.integer("traced pass", way.number, minimum=0, maximum=len(self.passes) - 1)
+
+    def pass_of(self, method: str, width: int, *, heads_first: bool) -> TracedPass:
+        """The pass that was recorded for such setups.
+
+        Raises:
+            InputError: none was.
+        """
+        for way in self.ways:
+            if (way.method, way.width, way.heads_first) == (method, width, heads_first):
+                return self.passes[way.number]
+        raise InputError(f"the model was not traced for method {method} in elements of {width} bytes")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TracedBlock:
+        """Read the JSON form, that of dataclasses.asdict."""
+        return cls(
+            passes=tuple(_pass(one) for one in values["passes"]),
+            ways=tuple(TracedWay(**one) for one in values["ways"]),
+            unseen=tuple(values["unseen"]),
+        )
+
+
+def _pass(values: Mapping[str, Any]) -> TracedPass:
+    return TracedPass(
+        sizes=tuple((float(a), float(b), float(c)) for a, b, c in values["sizes"]),
+        buffers=tuple(values["buffers"]),
+        widths=tuple(values["widths"]),
+        steps=tuple(Step(*one) for one in values["steps"]),
+        operations=tuple(_operation(one) for one in values["operations"]),
+        output=values["output"],
+        result=values["result"],
+    )
+
+
+def _operation(values: Mapping[str, Any]) -> TracedOperation:
+    own: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()
+    }
+    own["gradients"] = tuple(None if one is None else Gradient(*one) for one in own["gradients"])
+    own["backward"] = tuple(Step(*one) for one in own["backward"])
+    return TracedOperation(**own)

@@ -1,0 +1,111 @@
+"""Files that are written for other trainers, held to what those accept.
+
+`trl sft` parses them itself. Axolotl and LLaMA-Factory want environments of their own, so their wheels'
+sources are read: unpack them (`pip download --no-deps axolotl==0.21.0 llamafactory==0.9.5`) into one folder
+and name it in VRAMWISE_TRAINERS.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+import yaml
+from transformers import TrainingArguments
+
+from planner.setup.training_setup import TrainingSetup
+from planner.trainers.files import TRAINERS
+
+WHEELS = os.environ.get("VRAMWISE_TRAINERS")
+HUB = "meta-llama/Llama-3.1-8B"
+SETUPS = [
+    TrainingSetup(model=HUB, max_length=1024, use_rslora=True, packing=True, lora_dropout=0.05),
+    TrainingSetup(
+        model=HUB, max_length=1024, method="lora", target_modules=("q_proj",), attn_implementation="sdpa"
+    ),
+    TrainingSetup(model=HUB, max_length=512, method="full", gradient_checkpointing=True),
+    TrainingSetup(model=HUB, max_length=512, train_sampling_strategy="group_by_length"),
+]
+
+
+def written(trainer: str) -> Iterator[dict[str, Any]]:
+    for setup in SETUPS:
+        yield TRAINERS[trainer].write(setup, HUB, 3.0, 2e-4)
+
+
+def test_trl_s_command_line_takes_what_is_written(tmp_path: Path) -> None:
+    from trl.scripts.sft import make_parser
+
+    path = tmp_path / "sft.yaml"
+    for setup, values in zip(SETUPS, written("trl"), strict=True):
+        path.write_text(yaml.safe_dump({**values, "use_cpu": True}))
+        _, training, model, *_ = make_parser().parse_args_and_config(
+            ["--config", str(path)], fail_with_unknown_args=True
+        )
+        assert training.max_length == setup.max_length
+        assert training.packing is setup.packing
+        assert model.load_in_4bit is (setup.method == "qlora")
+        assert model.use_peft is setup.uses_lora
+        if setup.uses_lora:
+            assert (model.lora_r, model.lora_alpha) == (setup.lora_r, setup.alpha)
+        if setup.method == "qlora":
+            assert model.use_bnb_nested_quant is setup.bnb_4bit_use_double_quant
+
+
+def test_trl_s_defaults_are_those_that_are_read() -> None:
+    from trl import ModelConfig, SFTConfig
+
+    found = TRAINERS["trl"].read(
+        {
+            "model_name_or_path": HUB,
+            "use_peft": True,
+            "load_in_4bit": True,
+            "lora_target_modules": "all-linear",
+        },
+        auto_dtype="bfloat16",
+        gpus=1,
+    )
+    training = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    model = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    setup = found.setup
+    assert setup.max_length == training["max_length"]
+    assert setup.per_device_train_batch_size == training["per_device_train_batch_size"]
+    assert setup.gradient_accumulation_steps == training["gradient_accumulation_steps"]
+    assert (setup.lora_r, setup.alpha) == (model["lora_r"], model["lora_alpha"])
+    assert setup.lora_dropout == model["lora_dropout"]
+    assert setup.bnb_4bit_use_double_quant is model["use_bnb_nested_quant"]
+    assert setup.bnb_4bit_quant_type == model["bnb_4bit_quant_type"]
+
+
+def fields_of(*files: Path) -> set[str]:
+    """Annotated attributes of all classes of sources."""
+    found: set[str] = set()
+    for path in files:
+        for one in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(one, ast.ClassDef):
+                found |= {
+                    part.target.id
+                    for part in one.body
+                    if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+                }
+    return found
+
+
+@pytest.mark.skipif(WHEELS is None, reason="VRAMWISE_TRAINERS names no folder with unpacked wheels")
+def test_axolotl_and_llama_factory_know_every_key_that_is_written() -> None:
+    root = Path(WHEELS or "")
+    schemas = fields_of(*(root / "axolotl" / "axolotl" / "utils" / "schemas").glob("*.py"))
+    parameters = fields_of(*(root / "llamafactory" / "llamafactory" / "hparams").glob("*.py"))
+    parameters |= {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert schemas
+    for name, known in (("axolotl", schemas), ("llamafactory", parameters)):
+        unknown = {key for values in written(name) for key in values if key not in known}
+        assert unknown == set(), name

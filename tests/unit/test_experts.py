@@ -1,0 +1,136 @@
+"""A mixture's experts in 4 bits: what a plan takes, what a setup without the knob means, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from planner.answers.plan import Plan
+from planner.base.errors import FieldError, InputError, NotModelledError
+from planner.memory.estimate import estimate_memory
+from planner.memory.held.weights import loaded_weights
+from planner.models.catalog import load_shipped
+from planner.planning.comparison import smallest_cards
+from planner.planning.make_plan import make_plan
+from planner.setup.cuda_allocator import EXPANDABLE
+from planner.setup.request import make_request
+from planner.setup.run import TrainingRun
+from planner.setup.training_setup import TrainingSetup
+from planner.throughput.traffic import weight_bytes
+
+MIXTURE = "qwen3-30b-a3b"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def plan_of(gpu: str = "24GB", model: str = MIXTURE, **knobs: Any) -> Plan:
+    return make_plan(make_request(model, gpu=gpu, knobs=knobs), whole=False)
+
+
+def run_of(model: str = MIXTURE, **knobs: Any) -> TrainingRun:
+    setup = TrainingSetup(**{"model": model, "max_length": 512, **knobs})
+    return TrainingRun(setup=setup, model=load_shipped(model))
+
+
+def test_a_mixture_of_30_billion_fits_on_24_gb_at_the_highest_rank_that_does() -> None:
+    plan = plan_of(max_length=2048)
+    assert plan.fits
+    assert (plan.setup.experts, plan.setup.lora_r, plan.setup.target_modules) == ("4bit", 8, "all-linear")
+    assert any("rank 8" in line and "do not fit" in line for line in plan.assumptions)
+    assert not plan_of(max_length=2048, lora_r=16).fits
+    on_attention = plan_of(max_length=2048, target_modules=ATTENTION)
+    assert on_attention.fits
+    assert on_attention.setup.lora_r == 16
+
+
+def test_what_other_commands_say_of_cards_and_lengths_is_what_a_plan_answers() -> None:
+    base = TrainingSetup(model=MIXTURE, max_length=512, gradient_accumulation_steps=16)
+    model = load_shipped(MIXTURE)
+    cards = smallest_cards(base, model, ("qlora",), fixed={}, given_length=2048)
+    assert cards[0].gpu is not None
+    assert plan_of(cards[0].gpu, max_length=2048).fits
+    assert cards[0].desktop_card == "rtx-3090"
+
+
+def test_experts_in_16_bits_are_a_matter_of_asking() -> None:
+    assert plan_of("80GB").setup.experts == "4bit"
+    assert plan_of("80GB", experts="16bit").setup.experts == "16bit"
+
+
+@pytest.mark.parametrize("knobs", [{"method": "lora"}, {"prepare_for_kbit_training": True}])
+def test_a_plan_takes_16_bits_where_4_do_not_work(knobs: dict[str, Any]) -> None:
+    assert plan_of("b200", max_length=512, **knobs).setup.experts == "16bit"
+
+
+def test_a_model_without_experts_is_planned_as_ever() -> None:
+    assert plan_of(model="llama-3.1-8b").setup.experts == "16bit"
+
+
+def test_a_setup_without_the_knob_has_experts_in_16_bits() -> None:
+    """Every setup and record that was made before it."""
+    setup = TrainingSetup.from_dict({"model": MIXTURE, "max_length": 512})
+    assert setup.experts == "16bit"
+    assert not TrainingRun(setup=setup, model=load_shipped(MIXTURE)).storage.experts
+
+
+def test_experts_in_4_bits_are_what_bitsandbytes_makes_of_that_many_weights() -> None:
+    model = load_shipped(MIXTURE)
+    wide, held = (
+        loaded_weights(model, run_of(experts=experts).storage, EXPANDABLE).memory
+        for experts in ("16bit", "4bit")
+    )
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert wide.unquantized_bytes - held.unquantized_bytes == 2 * experts
+    assert held.quantized_bytes - wide.quantized_bytes == experts // 2
+    assert held.constants_bytes - wide.constants_bytes == pytest.approx(
+        experts / 64 * (1 + 4 / 256), rel=0.001
+    )
+
+
+def test_a_checkpointed_layer_dequantises_its_experts_twice_and_others_once() -> None:
+    experts = 48 * 128 * 3 * 2048 * 768
+    for kept, times in ((True, 2), (False, 1)):
+        wide, held = (
+            weight_bytes(run_of(experts=each, gradient_checkpointing=kept)) for each in ("16bit", "4bit")
+        )
+        assert (held - wide) / experts == pytest.approx(2.7 * times)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"method": "lora"}, "experts applies to qlora, but method is lora"),
+        ({"prepare_for_kbit_training": True}, "experts 4bit needs prepare_for_kbit_training false"),
+        ({"kernels": "liger"}, "experts 4bit needs kernels none"),
+        ({"distributed": "fsdp", "num_processes": 2}, "experts 4bit needs one GPU or distributed ddp"),
+    ],
+)
+def test_what_experts_in_4_bits_cannot_be_with_is_told(knobs: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        run_of(experts="4bit", **knobs)
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs", "error", "told"),
+    [
+        ("llama-3.1-8b", {"experts": "4bit"}, FieldError, "experts.*no experts"),
+        (
+            MIXTURE,
+            {"experts": "4bit", "gradient_checkpointing": False, "activation_offloading": True},
+            NotModelledError,
+            "experts=4bit",
+        ),
+        (MIXTURE, {"use_dora": True}, InputError, "use_dora true does not work with adapters on experts"),
+        (MIXTURE, {"lora_dropout": 0.1}, InputError, "lora_dropout 0.1 does not work with adapters on"),
+    ],
+)
+def test_what_has_no_figures_is_refused_by_name(
+    model: str, knobs: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        estimate_memory(run_of(model, **knobs), gpu=None)
+
+
+@pytest.mark.parametrize("knobs", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_attention_of_a_mixture_takes_what_its_experts_do_not(knobs: dict[str, Any]) -> None:
+    estimate_memory(run_of(target_modules=ATTENTION, **knobs), gpu=None)
