@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import plain
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
@@ -42,6 +44,12 @@ def refuse_unmodelled(run: TrainingRun) -> None:
         InputError: kernels that leave the model as it is.
         FieldError: more checkpointed layers than the model has.
     """
+    _accept(run.kind)
+
+
+@lru_cache(maxsize=8192)
+def _accept(run: RunKind) -> None:
+    """Of sizes nothing is refused, and what was accepted is remembered."""
     setup, model, attention = run.setup, run.model, run.attention
     if setup.compile != "none":
         _refuse_compiled(run)
@@ -70,7 +78,7 @@ def refuse_unmodelled(run: TrainingRun) -> None:
         )
 
 
-def _refuse_liger(run: TrainingRun) -> None:
+def _refuse_liger(run: RunKind) -> None:
     """Refuse Liger's kernels where they replace other things than the tape holds, or nothing at all."""
     model = run.model
     if any(layer.experts for layer in model.layers):
@@ -84,7 +92,7 @@ def _refuse_liger(run: TrainingRun) -> None:
         )
 
 
-def _refuse_traced(run: TrainingRun) -> None:
+def _refuse_traced(run: RunKind) -> None:
     """Refuse what a model's traces do not know of, by the knob."""
     setup = run.setup
     for name, traced in (
@@ -98,7 +106,7 @@ def _refuse_traced(run: TrainingRun) -> None:
             raise NotModelledError(f"{name} of a traced model", getattr(setup, name))
 
 
-def _refuse_on_experts(run: TrainingRun) -> None:
+def _refuse_on_experts(run: RunKind) -> None:
     """Refuse what experts cannot be held or adapted with.
 
     Raises:
@@ -128,7 +136,7 @@ def _whole_checkpoints(setup: TrainingSetup) -> bool:
     return setup.gradient_checkpointing and not partly
 
 
-def _refuse_compiled(run: TrainingRun) -> None:
+def _refuse_compiled(run: RunKind) -> None:
     """Refuse what compiled layers have not been measured with, naming the knob beside compile."""
     setup = run.setup
     for name, measured in (
@@ -169,7 +177,7 @@ def unsharded_knob(setup: TrainingSetup) -> str | None:
     return next((knob for knob, conflicts in found.items() if conflicts), None)
 
 
-def _refuse_sharded(run: TrainingRun) -> None:
+def _refuse_sharded(run: RunKind) -> None:
     """Refuse what FSDP2 cannot train or what is not counted with it, naming the knob beside distributed.
 
     Raises:

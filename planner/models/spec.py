@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields, replace
-from functools import cached_property
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.base.lazy import cached_fact
 from planner.base.values import dataclass
 from planner.models.traced import TracedBlock
 
@@ -221,47 +221,47 @@ class ModelSpec:
     def __hash__(self) -> int:
         return self._digest
 
-    @cached_property
+    @cached_fact
     def _digest(self) -> int:
         """Of all fields, made once: a spec is the key of most of what is remembered. What has the same digest
         is compared field by field.
         """
         return hash(tuple(getattr(self, one.name) for one in fields(self)))
 
-    @cached_property
+    @cached_fact
     def num_hidden_layers(self) -> int:
         """Number of decoder layers."""
         return sum(layer.count for layer in self.layers)
 
-    @cached_property
+    @cached_fact
     def parameter_count(self) -> int:
         """All parameters, tied ones once: the published total."""
         return sum(p.elements * p.count for p in self.parameters if not p.tied)
 
-    @cached_property
+    @cached_fact
     def has_biased_linear(self) -> bool:
         """Whether the decoder layers have a Linear with a bias, which torch computes by cuBLASLt."""
         return any(
             p.module_class == "Linear" and p.kind == "bias" and p.in_decoder_layer for p in self.parameters
         )
 
-    @cached_property
+    @cached_fact
     def scales_embeddings_outside(self) -> bool:
         """Whether the embeddings' output is scaled outside the embedding's own module."""
         return self.embedding_multiplier and not any("Scaled" in p.module_class for p in self.parameters)
 
-    @cached_property
+    @cached_fact
     def is_traced(self) -> bool:
         """Whether layers were recorded rather than read."""
         return any(layer.traced is not None for layer in self.layers)
 
-    @cached_property
+    @cached_fact
     def rotary_features(self) -> int:
         """Features of a head that a row of a rotary table has values for; 0 without attention."""
         layer = next((one for one in self.layers if one.attends), self.layers[0])
         return layer.rotary_dim or layer.head_dim
 
-    @cached_property
+    @cached_fact
     def norm_layer(self) -> LayerSpec:
         """The layer whose norm is the one after the last layer."""
         last = self.layers[-1]

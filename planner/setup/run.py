@@ -5,8 +5,9 @@ The memory and the speed model read it. Each derived fact is computed once a run
 
 from __future__ import annotations
 
-from functools import cached_property
+from operator import attrgetter
 
+from planner.base.lazy import cached_fact
 from planner.base.units import DTYPE_WIDTH, FP32
 from planner.base.values import dataclass
 from planner.models.spec import ModelSpec
@@ -18,7 +19,112 @@ from planner.setup.objective import SFT, Objective
 from planner.setup.parallelism import Parallelism
 from planner.setup.stack import TRL, Stack
 from planner.setup.trained import Trained, trained_tensors
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
+
+_SIZES = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
+_kind_values = attrgetter(*(name for name in FIELD_NAMES if name not in _SIZES))
+
+
+class RunKind:
+    """What runs on a model have in common whose setups differ in length, batch and accumulation alone: most
+    of what follows from a setup, worked out once for all of them. Runs of one kind have the same object, so
+    that it is a key of what is remembered about them. `setup` is one of theirs, whose sizes are not to be
+    read.
+    """
+
+    def __init__(self, setup: TrainingSetup, model: ModelSpec, stack: Stack, *, padded: bool) -> None:
+        self.model, self.stack, self.padded = model, stack, padded
+        self.setup = setup
+        self._kernels: dict[tuple[bool, tuple[bool, ...]], tuple[str, ...]] = {}
+
+    @cached_fact
+    def attention(self) -> str:
+        """The attention implementation that runs: the setup's, else the model's own."""
+        return attention_implementation(self.setup, self.model)
+
+    @cached_fact
+    def _windows(self) -> tuple[int, ...]:
+        windows = (layer.sliding_window for layer in self.model.layers)
+        return tuple(window for window in windows if window is not None)
+
+    def kernels_of(self, setup: TrainingSetup) -> tuple[str, ...]:
+        """TrainingRun.attention_kernels of a setup of the kind."""
+        length = setup.max_length
+        key = setup.per_device_train_batch_size > 1, tuple([window < length for window in self._windows])
+        found = self._kernels.get(key)
+        if found is None:
+            found = self._kernels[key] = tuple(
+                attention_kernel(setup, layer, self.attention, padded=self.padded)
+                for layer in self.model.layers
+            )
+        return found
+
+    @cached_fact
+    def keeps_attention(self) -> bool:
+        """Whether selective checkpointing keeps attention's output and log-sum-exp: computed once then."""
+        return self.setup.selective_checkpointing and self.attention in self.stack.kept_attention
+
+    @cached_fact
+    def adapter(self) -> Adapter | None:
+        """What is trained beside the base; None where all weights are."""
+        return adapter_of(self.setup, self.stack)
+
+    @cached_fact
+    def trained(self) -> Trained:
+        """All that is trained.
+
+        Raises:
+            FieldError: target_modules names a module that the model does not have.
+        """
+        return trained_tensors(self.model, self.adapter, self.held_width)
+
+    @cached_fact
+    def held_width(self) -> int:
+        """Bytes of an element of weights that are trained in full, as they are held: FSDP2 may keep them in
+        fp32 and compute with copies.
+        """
+        masters = self.parallelism.shards and self.parallelism.sharding.masters
+        return FP32 if self.adapter is None and masters else self.storage.width
+
+    @cached_fact
+    def storage(self) -> Storage:
+        """How base weights lie in memory."""
+        return Storage(
+            quantized=self.setup.method == "qlora",
+            double_quant=self.setup.bnb_4bit_use_double_quant,
+            width=DTYPE_WIDTH[self.setup.dtype],
+            experts=self.setup.experts == "4bit",
+        )
+
+    @cached_fact
+    def parallelism(self) -> Parallelism:
+        """How many GPUs the runs have."""
+        return Parallelism(
+            num_processes=self.setup.num_processes,
+            strategy=self.setup.distributed,
+            sharding=self.stack.sharding,
+        )
+
+    @cached_fact
+    def checkpointed_layers(self) -> int:
+        """Decoder layers, from the first one on, that keep their input alone."""
+        if not self.setup.gradient_checkpointing:
+            return 0
+        asked = self.setup.checkpointed_layers
+        return self.model.num_hidden_layers if asked is None else asked
+
+    @cached_fact
+    def keeps_raw_embedding(self) -> bool:
+        """Whether embeddings lie beside their scaled copy: PEFT marks them as a leaf that wants a gradient,
+        and the model scales them outside the embedding's own module.
+        """
+        setup = self.setup
+        return self.model.scales_embeddings_outside and setup.uses_lora and setup.gradient_checkpointing
+
+
+MAX_KNOWN = 8192
+"""Kinds of runs that are remembered."""
+_kinds: dict[tuple[object, ...], RunKind] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,59 +142,61 @@ class TrainingRun:
     def __hash__(self) -> int:
         return self._hash
 
-    @cached_property
+    @cached_fact
     def _hash(self) -> int:
         return hash((self.setup, self.model, self.padded))
 
-    @cached_property
-    def attention(self) -> str:
-        """The attention implementation that runs: the setup's, else the model's own."""
-        return attention_implementation(self.setup, self.model)
+    @cached_fact
+    def kind(self) -> RunKind:
+        """What it has in common with runs of other sizes."""
+        # A stack is told by which one it is: there are few, and each is made once.
+        key = (*_kind_values(self.setup), self.model, self.padded, id(self.stack))
+        found = _kinds.get(key)
+        if found is None:
+            if len(_kinds) >= MAX_KNOWN:
+                _kinds.clear()
+            found = _kinds[key] = RunKind(self.setup, self.model, self.stack, padded=self.padded)
+        return found
 
-    @cached_property
+    @property
+    def attention(self) -> str:
+        """RunKind.attention."""
+        return self.kind.attention
+
+    @cached_fact
     def attention_kernels(self) -> tuple[str, ...]:
         """The one of planner.setup.attention.ATTENTION_KERNELS for each kind of layer of the model."""
-        return tuple(
-            attention_kernel(self.setup, layer, self.attention, padded=self.padded)
-            for layer in self.model.layers
-        )
+        return self.kind.kernels_of(self.setup)
 
-    @cached_property
+    @cached_fact
     def mask_windows(self) -> tuple[int | None, ...]:
         """A micro-step's masks by their sliding window (null for none)."""
         return mask_windows(self.setup, self.model.layers, self.attention, padded=self.padded)
 
-    @cached_property
+    @property
     def keeps_attention(self) -> bool:
-        """Whether selective checkpointing keeps attention's output and log-sum-exp: computed once then."""
-        return self.setup.selective_checkpointing and self.attention in self.stack.kept_attention
+        """RunKind.keeps_attention."""
+        return self.kind.keeps_attention
 
-    @cached_property
+    @cached_fact
     def micro_step(self) -> MicroStep:
         """The shape of a forward and backward pass."""
         return micro_step(self.setup, self.objective)
 
-    @cached_property
+    @property
     def adapter(self) -> Adapter | None:
-        """What is trained beside the base; None where all weights are."""
-        return adapter_of(self.setup, self.stack)
+        """RunKind.adapter."""
+        return self.kind.adapter
 
-    @cached_property
+    @property
     def trained(self) -> Trained:
-        """All that is trained.
+        """RunKind.trained."""
+        return self.kind.trained
 
-        Raises:
-            FieldError: target_modules names a module that the model does not have.
-        """
-        return trained_tensors(self.model, self.adapter, self.held_width)
-
-    @cached_property
+    @property
     def held_width(self) -> int:
-        """Bytes of an element of weights that are trained in full, as they are held: FSDP2 may keep them in
-        fp32 and compute with copies.
-        """
-        masters = self.parallelism.shards and self.parallelism.sharding.masters
-        return FP32 if self.adapter is None and masters else self.storage.width
+        """RunKind.held_width."""
+        return self.kind.held_width
 
     @property
     def reduce_width(self) -> int:
@@ -98,40 +206,25 @@ class TrainingRun:
         in_fp32 = self.setup.method in self.parallelism.sharding.reduced_in_fp32
         return FP32 if in_fp32 else self.storage.width
 
-    @cached_property
+    @property
     def storage(self) -> Storage:
-        """How base weights lie in memory."""
-        return Storage(
-            quantized=self.setup.method == "qlora",
-            double_quant=self.setup.bnb_4bit_use_double_quant,
-            width=DTYPE_WIDTH[self.setup.dtype],
-            experts=self.setup.experts == "4bit",
-        )
+        """RunKind.storage."""
+        return self.kind.storage
 
-    @cached_property
+    @property
     def parallelism(self) -> Parallelism:
-        """How many GPUs the run has."""
-        return Parallelism(
-            num_processes=self.setup.num_processes,
-            strategy=self.setup.distributed,
-            sharding=self.stack.sharding,
-        )
+        """RunKind.parallelism."""
+        return self.kind.parallelism
 
-    @cached_property
+    @property
     def checkpointed_layers(self) -> int:
-        """Decoder layers, from the first one on, that keep their input alone."""
-        if not self.setup.gradient_checkpointing:
-            return 0
-        asked = self.setup.checkpointed_layers
-        return self.model.num_hidden_layers if asked is None else asked
+        """RunKind.checkpointed_layers."""
+        return self.kind.checkpointed_layers
 
     @property
     def keeps_raw_embedding(self) -> bool:
-        """Whether embeddings lie beside their scaled copy: PEFT marks them as a leaf that wants a gradient,
-        and the model scales them outside the embedding's own module.
-        """
-        setup, model = self.setup, self.model
-        return model.scales_embeddings_outside and setup.uses_lora and setup.gradient_checkpointing
+        """RunKind.keeps_raw_embedding."""
+        return self.kind.keeps_raw_embedding
 
 
 class Runs:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError
+from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.models.spec import ModelSpec, Parameter
@@ -51,17 +52,17 @@ class Trained:
     router_rank: int
     element_width: int
 
-    @cached_property
+    @cached_fact
     def elements(self) -> int:
         """All trainable parameters."""
         return sum(t.elements * t.count for t in self.tensors)
 
-    @cached_property
+    @cached_fact
     def tensor_count(self) -> int:
         """How many tensors hold them: what an optimizer that updates one at a time runs for."""
         return sum(t.count for t in self.tensors)
 
-    @cached_property
+    @cached_fact
     def size_bytes(self) -> int:
         """Bytes of all of them, and of their gradients."""
         return sum(t.size_bytes * t.count for t in self.tensors)

@@ -14,6 +14,15 @@ _POSITIONS_OF = {
 }
 
 
+def positions_of(*names: str) -> tuple[int, ...]:
+    """Where kinds of work stand in the table.
+
+    Raises:
+        KeyError: there is none of a name.
+    """
+    return tuple(_POSITIONS[name] for name in names)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByKind(Mapping[str, float]):
     """A number for each kind of work, by the kind's name: how much of it there is, or a unit's seconds.
@@ -50,6 +59,13 @@ class ByKind(Mapping[str, float]):
                 raise FieldError(f"kind of work of a {per}", name, "one of " + ", ".join(positions))
             found[positions[name]] = amount
         return cls(numbers=tuple(found))
+
+    def with_amounts(self, positions: tuple[int, ...], amounts: tuple[float, ...]) -> ByKind:
+        """The same with other amounts at `positions_of` some kinds."""
+        found = list(self.numbers)
+        for at, amount in zip(positions, amounts, strict=True):
+            found[at] = amount
+        return ByKind(numbers=tuple(found))
 
     def __getitem__(self, name: str) -> float:
         return self.numbers[_POSITIONS[name]]

@@ -15,7 +15,7 @@ from planner.models.spec import LayerSpec, ModelSpec, Parameter
 from planner.models.storage import is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.attention import SKIPS_MASKED
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import adapted, expert_rank
 
 # Attention's backward with flash or memory-efficient kernels: five matmuls (the scores again, dV, dP, dQ, dK)
@@ -155,7 +155,7 @@ def _adapter_flops(run: TrainingRun, adapter: Adapter) -> AdapterFlops:
     )
 
 
-def checkpointed_share(run: TrainingRun) -> float:
+def checkpointed_share(run: TrainingRun | RunKind) -> float:
     """Share of the decoder layers' forward that runs again in the backward.
 
     An activation memory budget recomputes about as much of a compiled layer as it does not let it keep.

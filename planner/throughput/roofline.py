@@ -165,6 +165,7 @@ def borrowed_rates(gpu: GpuSpec) -> KnownRates:
     return min(found, key=lambda one: one.source != "microbenchmarks")
 
 
+@lru_cache(maxsize=256)
 def _limits(gpu: GpuSpec) -> tuple[float, float]:
     """Matrix rate and bandwidth that no run exceeds: published, or measured where that is more or unknown."""
     measured = microbenchmarks_of(gpu.id)

@@ -16,9 +16,9 @@ from planner.memory.decoder.layer import run_layer
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec, ModelSpec
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_setup import TrainingSetup
-from planner.throughput.by_kind import ByKind
+from planner.throughput.by_kind import ByKind, positions_of
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
 from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
 
@@ -148,30 +148,66 @@ def layer_work(
 
 def step_work(run: TrainingRun) -> StepWork:
     """Count the work of a run's steps, sequences full."""
-    setup, model = run.setup, run.model
-    trained = run.trained
-    shape = run.micro_step
-    made = _all_layers(model, decoder_setup(run))
+    setup, shape = run.setup, run.micro_step
+    decoder = decoder_setup(run)
+    made = _all_layers(run.model, decoder)
     flops = pass_flops(run)
-    share = checkpointed_share(run)
+    offloaded = made.kept.bytes_at(shape.tokens, shape.scores) if setup.activation_offloading else 0.0
+    single, eager = setup.dtype == "float32", run.attention == "eager"
+    single_head = single or (setup.prepare_for_kbit_training and not run.stack.autocast)
+    forward, backward = (
+        sizeless.with_amounts(
+            _GROWING,
+            (
+                0.0 if single else part.layers,
+                0.0 if single_head else part.head,
+                (part.layers if single else 0.0) + (part.head if single_head else 0.0),
+                part.adapter,
+                0.0 if eager else part.attention,
+                part.masked_attention,
+                part.wide_masked_attention,
+                tensors.bytes_at(shape.tokens, shape.scores) - tensors.constant,
+                offloaded,
+            ),
+        )
+        for sizeless, part, tensors in zip(
+            _sizeless(run.kind, decoder), flops, (made.forward, made.backward), strict=True
+        )
+    )
+    return StepWork(
+        total_flops=sum(part.total for part in flops),
+        forward=forward,
+        backward=backward,
+        micro_step=_ONE_MICRO_STEP,
+        optimizer_step=_optimizer_step(run.kind),
+    )
+
+
+_GROWING = positions_of(
+    "layer_flop",
+    "head_flop",
+    "single_flop",
+    "adapter_flop",
+    "attention_flop",
+    "masked_attention_flop",
+    "wide_masked_attention_flop",
+    "written_byte",
+    "offloaded_byte",
+)
+"""What grows with the tokens of a micro-step."""
+
+
+@lru_cache(maxsize=8192)
+def _sizeless(run: RunKind, decoder: DecoderSetup) -> tuple[ByKind, ByKind]:
+    """Of the forward and of the backward pass what is done whatever the tokens."""
+    setup, model = run.setup, run.model
+    made, share = _all_layers(model, decoder), checkpointed_share(run)
     wrapped = linear_work(model, setup.target_modules).wrapped_count
     python = _python_runs(setup, model, wrapped, made.liger_kernels)
-    offloaded = made.kept.bytes_at(shape.tokens, shape.scores) if setup.activation_offloading else 0.0
-    single = setup.dtype == "float32"
-    single_head = single or (setup.prepare_for_kbit_training and not run.stack.autocast)
     forward, backward = (
         ByKind.counted(
             "pass",
-            layer_flop=0.0 if single else part.layers,
-            head_flop=0.0 if single_head else part.head,
-            single_flop=(part.layers if single else 0.0) + (part.head if single_head else 0.0),
-            adapter_flop=part.adapter,
-            attention_flop=0.0 if run.attention == "eager" else part.attention,
-            masked_attention_flop=part.masked_attention,
-            wide_masked_attention_flop=part.wide_masked_attention,
-            written_byte=tensors.bytes_at(shape.tokens, shape.scores) - tensors.constant,
             weight_byte=tensors.constant,
-            offloaded_byte=offloaded,
             launch=0.0 if setup.compile != "none" else tensors.launches,
             selected_launch=dispatched.launches if setup.selective_checkpointing else 0.0,
             quantized_call=python.quantized * runs,
@@ -181,22 +217,22 @@ def step_work(run: TrainingRun) -> StepWork:
             compiled_layer=python.compiled_layers,
             compiled_call=python.compiled * nodes,
         )
-        for part, tensors, dispatched, runs, nodes in (
-            (flops[0], made.forward, made.forward, 1.0, 1.0),
+        for tensors, dispatched, runs, nodes in (
+            (made.forward, made.forward, 1.0, 1.0),
             # Backward nodes of bitsandbytes and Liger are Python too, of PEFT's layers torch's own.
-            (flops[1], made.backward, made.recomputed, share, 1.0 + share),
+            (made.backward, made.recomputed, share, 1.0 + share),
         )
     )
-    return StepWork(
-        total_flops=sum(part.total for part in flops),
-        forward=forward,
-        backward=backward,
-        micro_step=_ONE_MICRO_STEP,
-        optimizer_step=ByKind.counted(
-            "optimizer_step",
-            optimizer_byte=trained.elements * OPTIMIZER[setup.optim],
-            optimizer_call=trained.tensor_count * OPTIMIZER_CALLS.get(setup.optim, 1.0),
-        ),
+    return forward, backward
+
+
+@lru_cache(maxsize=8192)
+def _optimizer_step(run: RunKind) -> ByKind:
+    optim, trained = run.setup.optim, run.trained
+    return ByKind.counted(
+        "optimizer_step",
+        optimizer_byte=trained.elements * OPTIMIZER[optim],
+        optimizer_call=trained.tensor_count * OPTIMIZER_CALLS.get(optim, 1.0),
     )
 
 

@@ -98,7 +98,7 @@ def expected_parts(family: str, setup: TrainingSetup) -> dict[str, int]:
     expected = {name: _kept_by_model(setup, knobs, part) for name, part in replays.items()}
     run = TrainingRun(setup=setup, model=model)
     weights = loaded_weights(model, run.storage, EXPANDABLE).memory
-    frozen = weights.unquantized_bytes + upcast_bytes(run)
+    frozen = weights.unquantized_bytes + upcast_bytes(run.kind)
     expected[PREPARATION] = frozen if setup.uses_lora else 0
     expected[ADAPTER_WEIGHTS] = trained.size_bytes
     if group.checkpointed:

@@ -51,7 +51,10 @@ def run_of(case: str, distributed: str) -> TrainingRun:
 @pytest.mark.parametrize("case", CASES)
 def test_a_rank_holds_its_share(ranks: list[dict[str, Any]], case: str) -> None:
     run = run_of(case, "fsdp")
-    weights, trained = sharded_weights(run, EXPANDABLE).memory, held_trained(run.trained, run.parallelism)
+    weights, trained = (
+        sharded_weights(run.kind, EXPANDABLE).memory,
+        held_trained(run.trained, run.parallelism),
+    )
     units = units_of(run)
     expected = {
         "quantized": weights.quantized_bytes,

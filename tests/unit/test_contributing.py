@@ -14,6 +14,7 @@ from planner.gpus.spec import MIB, reserved_bytes_upper_bound
 from planner.memory import estimate_memory
 from planner.memory.estimate import LiveMemory, live_memory
 from planner.memory.measured.files import coefficients_for
+from planner.memory.step.timeline import StepMoment
 from planner.models.catalog import load_shipped
 from planner.search import cards
 from planner.setup.cuda_allocator import EXPANDABLE
@@ -80,13 +81,16 @@ def live(run: TrainingRun) -> LiveMemory:
 
 
 def differences(one: object, other: object) -> dict[str, Any]:
-    """The fields in which two values of a dataclass differ: by how much, where they are numbers."""
-    assert dataclasses.is_dataclass(one)
+    """The fields in which two values of a dataclass or a named tuple differ: by how much, where they are
+    numbers.
+    """
+    assert dataclasses.is_dataclass(one) or isinstance(one, StepMoment)
+    names = one._fields if isinstance(one, StepMoment) else [field.name for field in dataclasses.fields(one)]
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(one):
-        before, after = getattr(one, field.name), getattr(other, field.name)
+    for name in names:
+        before, after = getattr(one, name), getattr(other, name)
         if before != after:
-            found[field.name] = after - before if isinstance(before, int) else (before, after)
+            found[name] = after - before if isinstance(before, int) else (before, after)
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 
+from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.decoder.live_bytes import LayerMemory, final_norm_memory, layer_memory, output_width
@@ -14,7 +15,7 @@ from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.models.spec import LayerSpec, ModelSpec
 from planner.models.storage import Storage
 from planner.setup.adapters import Adapter
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import trained_tensors
 
 
@@ -46,7 +47,7 @@ class LayerGroup:
         return len(self.indices) - bisect_right(self.indices, index)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoderSetup:
     """All that a run says of its decoder layers: two runs that agree in it have the same groups.
 
@@ -72,6 +73,14 @@ class DecoderSetup:
     checkpointed_layers: int
     accumulating: bool
 
+    def __hash__(self) -> int:
+        return self._digest
+
+    @cached_fact
+    def _digest(self) -> int:
+        """Of all fields, made once: a decoder's setup is the key of what is remembered of its layers."""
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
     def expert_kind(self, rank: int) -> LinearKind:
         """A stack of experts with an adapter of that rank (0: without one)."""
         return replace(self.linear_kind(rank), quantized=self.storage.quantized and self.storage.experts)
@@ -93,28 +102,44 @@ class DecoderSetup:
         )
 
 
-@lru_cache(maxsize=64)
+_known: dict[DecoderSetup, DecoderSetup] = {}
+"""Equal ones are one object, which is found without a look at its fields."""
+
+
 def decoder_setup(run: TrainingRun) -> DecoderSetup:
     """What a run says of its decoder layers."""
     setup = run.setup
-    return DecoderSetup(
-        storage=run.storage,
-        adapter=run.adapter,
-        dropout=setup.lora_dropout > 0,
-        stream_width=run.micro_step.stream_width,
-        trained_width=_trained_width(run),
-        liger=setup.kernels == "liger",
-        selective=run.keeps_attention,
-        compiled=setup.compile == "regional",
-        budget=setup.activation_memory_budget,
-        graph_tokens=0 if setup.activation_memory_budget is None else run.micro_step.tokens,
-        attention_kernels=run.attention_kernels,
-        checkpointed_layers=run.checkpointed_layers,
-        accumulating=run.adapter is None and setup.gradient_accumulation_steps > 1,
+    graph_tokens = 0 if setup.activation_memory_budget is None else run.micro_step.tokens
+    accumulating = run.adapter is None and setup.gradient_accumulation_steps > 1
+    return _decoder_setup(
+        run.kind, run.attention_kernels, run.micro_step.stream_width, graph_tokens, accumulating
     )
 
 
-def _trained_width(run: TrainingRun) -> int:
+@lru_cache(maxsize=8192)
+def _decoder_setup(
+    kind: RunKind, kernels: tuple[str, ...], stream_width: int, graph_tokens: int, accumulating: bool
+) -> DecoderSetup:
+    setup = kind.setup
+    found = DecoderSetup(
+        storage=kind.storage,
+        adapter=kind.adapter,
+        dropout=setup.lora_dropout > 0,
+        stream_width=stream_width,
+        trained_width=_trained_width(kind),
+        liger=setup.kernels == "liger",
+        selective=kind.keeps_attention,
+        compiled=setup.compile == "regional",
+        budget=setup.activation_memory_budget,
+        graph_tokens=graph_tokens,
+        attention_kernels=kernels,
+        checkpointed_layers=kind.checkpointed_layers,
+        accumulating=accumulating,
+    )
+    return _known.setdefault(found, found)
+
+
+def _trained_width(run: RunKind) -> int:
     """Bytes of an element of what is trained as layers see it: FSDP2 gathers it in the compute dtype."""
     if run.adapter is None or run.parallelism.shards:
         return run.storage.width

@@ -13,7 +13,7 @@ from planner.memory.decoder.layer import run_final_norm, run_layer
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.linear import early_gradients
 from planner.memory.layers.norms import FP32_NORMS, norm_saves_input
-from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, Moment, Size, Tape, Value, prune
+from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, Moment, Moments, Size, Tape, Value, prune
 from planner.memory.traced.replay import gradients_before_saved, saves_input, traced_pass
 from planner.models.spec import LayerSpec
 
@@ -32,11 +32,11 @@ class LayerMemory:
     `saved` for a linear layer that reads it. `output_width` is the width of the output's elements.
     """
 
-    forward: tuple[Moment, ...]
-    forward_saving: tuple[Moment, ...]
+    forward: Moments
+    forward_saving: Moments
     saved: Moment
     shared: Moment
-    backward: tuple[Moment, ...]
+    backward: Moments
     gradients: Moment
     output_width: int
     keeps_input: bool = False
@@ -58,7 +58,7 @@ def layer_memory(
         tape.stop_after_last_save()
         tape.free(output.buffer, *early)
         saved = shared = NOTHING
-        forward_saving: tuple[Moment, ...] = ()
+        forward_saving = Moments()
     else:
         tape.free(output.buffer, hidden.buffer)
         saved, shared = tape.live, tape.shared
@@ -68,7 +68,7 @@ def layer_memory(
     tape.backward()
     tape.free(hidden.grad)
     return LayerMemory(
-        forward=_forward_moments(layer, knobs.accumulating(False)),
+        forward=_forward(layer, knobs.accumulating(False))[0],
         forward_saving=forward_saving,
         saved=saved,
         shared=shared,
@@ -80,17 +80,16 @@ def layer_memory(
 
 
 @lru_cache(maxsize=4096)
-def _forward_moments(layer: LayerSpec, knobs: LayerKnobs) -> tuple[Moment, ...]:
+def _forward(layer: LayerSpec, knobs: LayerKnobs) -> tuple[Moments, int]:
+    """The moments of a pass that keeps nothing, and the width of the hidden states that leave it."""
     tape = Tape(saves=False)
-    run_layer(tape, layer, knobs, Value(tape.tokens(0), False))
-    return tape.moments()
+    output = run_layer(tape, layer, knobs, Value(tape.tokens(0), False))
+    return tape.moments(), output.width
 
 
-@lru_cache(maxsize=4096)
 def output_width(layer: LayerSpec, knobs: LayerKnobs) -> int:
     """Width of the hidden states that leave a layer: wider than those that enter it after an fp32 branch."""
-    tape = Tape(saves=False)
-    return run_layer(tape, layer, knobs, Value(tape.tokens(0), False)).width
+    return _forward(layer, knobs.accumulating(False))[1]
 
 
 def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
@@ -152,12 +151,11 @@ def final_norm_memory(layer: LayerSpec, knobs: LayerKnobs) -> LayerMemory:
     )
 
 
-def peak(moments: tuple[Moment, ...], tokens: int, scores: int) -> tuple[float, Moment]:
+def peak(moments: Moments, tokens: int, scores: int) -> tuple[float, Moment]:
     """The largest of the moments for a micro-step of that size, in bytes, and the moment itself."""
     best, chosen = 0.0, NOTHING
-    for moment in moments:
-        a, b, c = moment
-        size = a[0] + b[0] + c[0] + tokens * (a[1] + b[1] + c[1]) + scores * (a[2] + b[2] + c[2])
+    for constant, per_token, per_score, moment in moments.totals:
+        size = constant + tokens * per_token + scores * per_score
         if size > best:
             best, chosen = size, moment
     return best, chosen

@@ -21,7 +21,7 @@ from planner.memory.held.weights import (
 from planner.models.spec import ModelSpec, Parameter
 from planner.models.storage import NESTED_BLOCK, QUANTIZATION_BLOCK, Storage
 from planner.setup.parallelism import Parallelism
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind
 from planner.setup.trained import Trained, TrainedTensor
 
 
@@ -37,7 +37,7 @@ class ShardedWeights:
     reserved_bytes: int
 
 
-def sharded_weights(run: TrainingRun, allocator: str) -> ShardedWeights:
+def sharded_weights(run: RunKind, allocator: str) -> ShardedWeights:
     """Loading a run's model under FSDP2; the caller copies the allocator to go on with it."""
     return _load(
         run.model, run.storage, run.trained, run.parallelism, run.adapter is None, run.held_width, allocator

@@ -14,7 +14,7 @@ from planner.memory.allocators.passes import Pass
 from planner.memory.tape.events import free
 from planner.models.spec import ModelSpec, Parameter
 from planner.models.storage import NESTED_BLOCK, QUANTIZATION_BLOCK, Storage
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind
 
 CODE_BYTES = 16 * 4
 NESTED_CODE_BYTES = 256 * 4
@@ -50,7 +50,7 @@ class LoadedWeights:
     plain: tuple[tuple[int, int], ...]
 
 
-def upcast_bytes(run: TrainingRun) -> int:
+def upcast_bytes(run: RunKind) -> int:
     """What PEFT's prepare_model_for_kbit_training adds: every parameter that is not quantised becomes fp32.
 
     Source: peft/utils/other.py, prepare_model_for_kbit_training.

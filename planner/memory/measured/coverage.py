@@ -18,7 +18,7 @@ from planner.base.values import dataclass
 from planner.models.spec import ModelSpec
 from planner.setup.knob import Knob, plain
 from planner.setup.knobs import KNOBS
-from planner.setup.run import TrainingRun
+from planner.setup.run import MAX_KNOWN, RunKind, TrainingRun
 
 Trait = tuple[str, str]
 PADDED = "padded batches"
@@ -141,8 +141,18 @@ def _missing(
 
 def run_traits(run: TrainingRun) -> frozenset[Trait]:
     """A run's traits by its knobs, those that its method does not use left out."""
-    found = _count(run)
-    return frozenset((*found, (PADDED, "true"))) if run.padded else frozenset(found)
+    # Of sizes accumulation alone is counted.
+    key = run.kind, run.setup.gradient_accumulation_steps
+    known = _traits.get(key)
+    if known is None:
+        if len(_traits) >= MAX_KNOWN:
+            _traits.clear()
+        found = _count(run)
+        known = _traits[key] = frozenset((*found, (PADDED, "true"))) if run.padded else frozenset(found)
+    return known
+
+
+_traits: dict[tuple[RunKind, int], frozenset[Trait]] = {}
 
 
 @lru_cache(maxsize=512)

@@ -31,7 +31,7 @@ def loaded_allocator(run: TrainingRun, allocator: str) -> LoadedAdapter:
     if run.parallelism.shards:
         from planner.memory.held.sharded_weights import sharded_weights
 
-        sharded = sharded_weights(run, allocator)
+        sharded = sharded_weights(run.kind, allocator)
         return LoadedAdapter(sharded.allocator, sharded.peak_bytes, sharded.reserved_bytes)
     upcasts = run.setup.prepare_for_kbit_training
     return _loaded(run.model, run.storage, run.adapter, run.stack, upcasts, allocator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
@@ -12,7 +13,7 @@ from planner.memory.measured.coefficients import Coefficients, cublas_workspace_
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import Adapter
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import Trained, trained_tensors
 
 INPUT_BYTES_PER_TOKEN = 3 * 8
@@ -56,23 +57,49 @@ def resident_memory(
 ) -> Resident:
     """What a run keeps on the GPU between steps."""
     shape = run.micro_step
-    trained, adapter_bytes, optimizer = _trained(run)
     features = run.model.rotary_features
     rotary = run.model.rotary_tables * 2 * shape.positions * features * shape.stream_width
+    held = _held(run.kind, allocator)
     return Resident(
-        weights=_weights(run, allocator),
-        trained=trained,
-        upcast_bytes=upcast_bytes(run),
-        adapter_bytes=adapter_bytes,
-        optimizer=optimizer,
-        cublas_bytes=cublas_workspace_bytes(gpu, measured) + _cublaslt_bytes(run),
+        weights=held.weights,
+        trained=held.trained,
+        upcast_bytes=held.upcast_bytes,
+        adapter_bytes=held.adapter_bytes,
+        optimizer=held.optimizer,
+        cublas_bytes=cublas_workspace_bytes(gpu, measured) + held.cublaslt_bytes,
         tables_bytes=rotary + _mask_bytes(run) + INPUT_BYTES_PER_TOKEN * shape.tokens,
-        largest_dequantized_bytes=largest_quantized_bytes(run.model, run.storage),
-        buckets_bytes=trained.size_bytes if run.parallelism.replicates else 0,
+        largest_dequantized_bytes=held.largest_dequantized_bytes,
+        buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
     )
 
 
-def _weights(run: TrainingRun, allocator: str) -> WeightMemory:
+class _Held(NamedTuple):
+    """What is resident whatever the sizes of a run."""
+
+    weights: WeightMemory
+    trained: Trained
+    adapter_bytes: int
+    optimizer: OptimizerMemory
+    upcast_bytes: int
+    cublaslt_bytes: int
+    largest_dequantized_bytes: int
+
+
+@lru_cache(maxsize=8192)
+def _held(run: RunKind, allocator: str) -> _Held:
+    trained, adapter_bytes, optimizer = _trained(run)
+    return _Held(
+        weights=_weights(run, allocator),
+        trained=trained,
+        adapter_bytes=adapter_bytes,
+        optimizer=optimizer,
+        upcast_bytes=upcast_bytes(run),
+        cublaslt_bytes=_cublaslt_bytes(run),
+        largest_dequantized_bytes=largest_quantized_bytes(run.model, run.storage),
+    )
+
+
+def _weights(run: RunKind, allocator: str) -> WeightMemory:
     if run.parallelism.shards:
         from planner.memory.held.sharded_weights import sharded_weights
 
@@ -80,7 +107,7 @@ def _weights(run: TrainingRun, allocator: str) -> WeightMemory:
     return loaded_weights(run.model, run.storage, allocator).memory
 
 
-def _trained(run: TrainingRun) -> tuple[Trained, int, OptimizerMemory]:
+def _trained(run: RunKind) -> tuple[Trained, int, OptimizerMemory]:
     """What this GPU trains, the adapter's bytes (0 where all weights are trained), the optimizer's memory."""
     if not run.parallelism.shards:
         return run.trained, *_of_training(run.model, run.adapter, run.storage.width, run.setup.optim)
@@ -100,7 +127,7 @@ def _of_training(
     return 0 if adapter is None else trained_bytes(trained), optimizer_memory(optim, trained)
 
 
-def _cublaslt_bytes(run: TrainingRun) -> int:
+def _cublaslt_bytes(run: RunKind) -> int:
     """cuBLASLt's workspaces: the main thread's, and the autograd thread's where that runs layers again."""
     threads = 2 if run.setup.gradient_checkpointing else 1
     return threads * CUBLASLT_WORKSPACE_BYTES if run.model.has_biased_linear else 0

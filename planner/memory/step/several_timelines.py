@@ -11,7 +11,6 @@ transformers sets gradients to None after a step).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -77,7 +76,7 @@ class ShardedTimeline(StepTimeline):
         unit = max(self.units.layers, key=lambda one: one.gathered_bytes)
         found = super().forward_only()
         gathered = unit.flat_bytes + (self._head_gathered if found.head_bytes else unit.gathered_bytes)
-        return replace(found, gathered_bytes=gathered + (0 if found.head_bytes else self._tied_gathered))
+        return found._replace(gathered_bytes=gathered + (0 if found.head_bytes else self._tied_gathered))
 
     def moments(self) -> list[StepMoment]:
         """Every moment that can be the peak, that of a sharded embedding among them."""
@@ -126,7 +125,7 @@ class ShardedTimeline(StepTimeline):
             gathered = self._head_gathered if "head" in moment.name or self._ends_gathered else 0
             gradients = self._earlier if self.shape.accumulating else moment.gradient_bytes
             gathered += 0 if backward else flat
-            found.append(replace(moment, gathered_bytes=gathered, gradient_bytes=gradients))
+            found.append(moment._replace(gathered_bytes=gathered, gradient_bytes=gradients))
         return found
 
     def _layer_moment(
@@ -139,8 +138,7 @@ class ShardedTimeline(StepTimeline):
         gradients = found.gradient_bytes
         if not backward and self.shape.accumulating:
             gradients += self._earlier - self._all_gradients
-        return replace(
-            found,
+        return found._replace(
             gathered_bytes=unit.gathered_bytes + flat + self._tied_gathered,
             gradient_bytes=gradients,
         )
@@ -148,8 +146,7 @@ class ShardedTimeline(StepTimeline):
     def _embedding_backward(self) -> StepMoment:
         found = super()._embedding_backward()
         unit: Unit = self.units.head if self.tied else self.units.embedding
-        return replace(
-            found,
+        return found._replace(
             gradient_bytes=self._all_gradients + unit.gradient_bytes,
             gathered_bytes=unit.gathered_bytes,
         )

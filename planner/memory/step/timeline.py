@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from planner.base.values import dataclass
 from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.live_bytes import LayerMemory, at, peak
@@ -10,8 +12,7 @@ from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Moment
 from planner.setup.trained import Trained
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepMoment:
+class StepMoment(NamedTuple):
     """One moment of a step, beyond what is there between steps.
 
     `kept` is what forward keeps for layers not being worked on (checkpoints, or all saved tensors), `live`

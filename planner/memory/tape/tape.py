@@ -37,6 +37,22 @@ Moment = tuple[Size, Size, Size]
 _COEFFICIENTS = 3 * len(CATEGORIES)
 
 
+class Moments(tuple[Moment, ...]):
+    """Moments of a pass; `totals` are their bytes of all categories (constant, per token, per score), each
+    with its moment.
+    """
+
+    totals: tuple[tuple[float, float, float, Moment], ...]
+
+    def __new__(cls, moments: Iterable[Moment] = ()) -> Moments:
+        """Add them up once: a file of setups asks for the largest of them tens of thousands of times."""
+        made = super().__new__(cls, moments)
+        made.totals = tuple(
+            (a[0] + b[0] + c[0], a[1] + b[1] + c[1], a[2] + b[2] + c[2], (a, b, c)) for a, b, c in made
+        )
+        return made
+
+
 class Buffer:
     """One allocation; freed when the last holder lets go."""
 
@@ -248,7 +264,7 @@ class Tape:
         """What is live now, by category."""
         return _moment(self._live)
 
-    def moments(self) -> tuple[Moment, ...]:
+    def moments(self) -> Moments:
         """The recorded moments that can be a peak for some length and batch."""
         self._note()
         return prune(self._moments)
@@ -259,7 +275,7 @@ def _moment(values: Sequence[float]) -> Moment:
     return Size(a, b, c), Size(d, e, f), Size(g, h, i)
 
 
-def prune(moments: Iterable[tuple[float, ...]]) -> tuple[Moment, ...]:
+def prune(moments: Iterable[tuple[float, ...]]) -> Moments:
     """Drop the moments that another one exceeds in every coefficient.
 
     Moments are flat: constant, per token and per score of each category in turn.
@@ -275,4 +291,4 @@ def prune(moments: Iterable[tuple[float, ...]]) -> tuple[Moment, ...]:
         if per_token > most_per_token or not any(per_token <= k[0] and per_score <= k[1] for k in kept):
             most_per_token = max(most_per_token, per_token)
             kept.append((per_token, per_score, moment))
-    return tuple(_moment(entry[2]) for entry in kept)
+    return Moments(_moment(entry[2]) for entry in kept)
