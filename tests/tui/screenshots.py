@@ -107,13 +107,6 @@ async def _run(folder: Path) -> None:
         app.clear_notifications()
         await pilot.pause()
         _save(app, "run")
-        while not screen.snapshot.over:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.2)
-        await _settle(pilot)
-        app.clear_notifications()
-        await pilot.pause()
-        _save(app, "result")
 
 
 async def _settle(pilot: Pilot[None]) -> None:
