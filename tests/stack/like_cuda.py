@@ -40,8 +40,7 @@ def forget_replays() -> None:
     for known in (
         live_bytes.layer_memory,
         live_bytes.final_norm_memory,
-        live_bytes._forward_moments,
-        live_bytes.output_width,
+        live_bytes._forward,
         groups.groups_of,
     ):
         known.cache_clear()
