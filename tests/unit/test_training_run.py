@@ -50,6 +50,8 @@ def test_a_plan_works_out_each_fact_once_a_run(monkeypatch: pytest.MonkeyPatch) 
     for name in DERIVED:
         monkeypatch.setattr(runs, name, counted(name, getattr(runs, name)))
     monkeypatch.setattr(TrainingRun, "__init__", count)
+    # As in a process that has planned nothing yet.
+    monkeypatch.setattr(runs, "_kinds", {})
     make_plan(make_request("qwen2.5-14b", gpu="16GB"), whole=False)
     assert made
     # A smaller model of the family is advised by runs of its own.
