@@ -111,7 +111,7 @@ def _refuse_on_experts(run: RunKind) -> None:
 
     Raises:
         FieldError: experts in 4 bits of a model that has none.
-        InputError: what PEFT refuses on adapted experts (0.21.2, tuners/lora/layer.py: ParamWrapper).
+        InputError: DoRA on adapted experts, which PEFT refuses (0.21.2, tuners/lora/layer.py: ParamWrapper).
         NotModelledError: offloading of what is kept of experts in 4 bits.
     """
     setup = run.setup
@@ -120,14 +120,26 @@ def _refuse_on_experts(run: RunKind) -> None:
         raise FieldError("experts", setup.experts, f"16bit: {run.model.id} has no experts")
     if held and setup.activation_offloading and not _whole_checkpoints(setup):
         raise NotModelledError("experts=4bit, layers not checkpointed and activation_offloading", True)
-    if not run.trained.experts_rank:
-        return
-    for name in ("use_dora", "lora_dropout"):
-        if getattr(setup, name):
-            raise InputError(
-                f"{name} {plain(getattr(setup, name))} does not work with adapters on experts: PEFT 0.21.2 "
-                f"refuses it; name target_modules of attention alone, or leave {name} out"
-            )
+    _refuse_with_adapted_experts(run, "use_dora")
+
+
+def refuse_dropout_on_experts(run: TrainingRun) -> None:
+    """Refuse dropout of adapters on experts. Its bytes are known, so an estimate of such a setup is given; a
+    plan is for what can be trained.
+
+    Raises:
+        InputError: what PEFT refuses on adapted experts (0.21.2, tuners/lora/layer.py: ParamWrapper).
+    """
+    _refuse_with_adapted_experts(run.kind, "lora_dropout")
+
+
+def _refuse_with_adapted_experts(run: RunKind, name: str) -> None:
+    value = getattr(run.setup, name)
+    if value and run.trained.experts_rank:
+        raise InputError(
+            f"{name} {plain(value)} does not work with adapters on experts: PEFT 0.21.2 "
+            f"refuses it; name target_modules of attention alone, or leave {name} out"
+        )
 
 
 def _whole_checkpoints(setup: TrainingSetup) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from planner.base.values import dataclass
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import GpuTarget
+from planner.memory.refusals import refuse_dropout_on_experts
 from planner.models.spec import ModelSpec
 from planner.planning.ways import processes
 from planner.search import TOKENS, SearchResult, Tried, finish_seconds, search
@@ -56,10 +57,11 @@ def choose(
         "num_processes": processes(request, target),
     }
     wished, *shorter = policy_lengths(request, evaluator.model, stats)
-    found = search_ranks(request.setup(**knobs, max_length=wished), request, evaluator)
+    base = request.setup(**knobs, max_length=wished)
+    refuse_dropout_on_experts(evaluator.run(base))
+    found = search_ranks(base, request, evaluator)
     if not found.fits and shorter and stats is not None:
         # As much of the examples as fits.
-        base = request.setup(**knobs, max_length=wished)
         longest = longest_that_fits(
             base.replace(lora_r=ranks(base, request.fixed, evaluator.model)[-1]),
             evaluator,

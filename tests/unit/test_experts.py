@@ -121,7 +121,6 @@ def test_what_experts_in_4_bits_cannot_be_with_is_told(knobs: dict[str, Any], to
             "experts=4bit",
         ),
         (MIXTURE, {"use_dora": True}, InputError, "use_dora true does not work with adapters on experts"),
-        (MIXTURE, {"lora_dropout": 0.1}, InputError, "lora_dropout 0.1 does not work with adapters on"),
     ],
 )
 def test_what_has_no_figures_is_refused_by_name(
@@ -134,3 +133,10 @@ def test_what_has_no_figures_is_refused_by_name(
 @pytest.mark.parametrize("knobs", [{"use_dora": True}, {"lora_dropout": 0.1}])
 def test_attention_of_a_mixture_takes_what_its_experts_do_not(knobs: dict[str, Any]) -> None:
     estimate_memory(run_of(target_modules=ATTENTION, **knobs), gpu=None)
+
+
+def test_dropout_on_experts_is_estimated_and_not_planned() -> None:
+    """Of what others ask about there is a figure; what cannot be trained is no plan."""
+    estimate_memory(run_of(lora_dropout=0.1), gpu=None)
+    with pytest.raises(InputError, match=r"lora_dropout 0\.1 does not work with adapters on experts"):
+        make_plan(make_request(MIXTURE, gpu="80GB", knobs={"lora_dropout": 0.1}), whole=False)
