@@ -90,16 +90,7 @@ def read(values: Mapping[str, Any], *, auto_dtype: str, gpus: int) -> TrainerCon
     )
     keys.note("torch_compile", "whole-model compilation is counted as none")
     keys.note("selective_checkpointing", "counted as whole checkpoints")
-    return TrainerConfig(
-        trainer="axolotl",
-        stack=stack,
-        setup=setup,
-        num_train_epochs=keys.number("num_epochs"),
-        learning_rate=keys.number("learning_rate"),
-        used=keys.used(),
-        unused=keys.unused(),
-        notes=tuple(keys.notes),
-    )
+    return keys.config("axolotl", stack, setup, epochs="num_epochs")
 
 
 def write(setup: TrainingSetup, model: str, epochs: float, learning_rate: float) -> dict[str, Any]:

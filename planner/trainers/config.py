@@ -157,6 +157,25 @@ class Keys:
         """All others."""
         return tuple(str(key) for key in self._values if key not in self._taken)
 
+    def config(self, trainer: str, stack: Stack, setup: TrainingSetup, *, epochs: str) -> TrainerConfig:
+        """The file as read; `epochs` is the trainer's own key for them. Keys that nobody takes before are
+        unused.
+
+        Raises:
+            InputError: epochs or learning rate are no numbers.
+        """
+        num_train_epochs, learning_rate = self.number(epochs), self.number("learning_rate")
+        return TrainerConfig(
+            trainer=trainer,
+            stack=stack,
+            setup=setup,
+            num_train_epochs=num_train_epochs,
+            learning_rate=learning_rate,
+            used=self.used(),
+            unused=self.unused(),
+            notes=tuple(self.notes),
+        )
+
 
 def required(key: str, value: str | None, trainer: str) -> str:
     """A value without which there is nothing to plan.

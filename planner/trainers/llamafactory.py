@@ -90,16 +90,7 @@ def read(values: Mapping[str, Any], *, auto_dtype: str, gpus: int) -> TrainerCon
         **adapter,
     )
     keys.take("use_reentrant_gc")
-    return TrainerConfig(
-        trainer="llamafactory",
-        stack=stack,
-        setup=setup,
-        num_train_epochs=keys.number("num_train_epochs"),
-        learning_rate=keys.number("learning_rate"),
-        used=keys.used(),
-        unused=keys.unused(),
-        notes=tuple(keys.notes),
-    )
+    return keys.config("llamafactory", stack, setup, epochs="num_train_epochs")
 
 
 def write(setup: TrainingSetup, model: str, epochs: float, learning_rate: float) -> dict[str, Any]:
