@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from typing import Any
 
 import pytest
@@ -14,35 +11,18 @@ pytest.importorskip("bitsandbytes")
 from planner.memory.compiled.kept import kept_names, kept_sizes
 from planner.memory.decoder.groups import layer_groups
 from planner.setup.run import TrainingRun
-from tests import forks
+from tests.stack import local_ranks
 from tests.stack.compiled_ranks import CASES, LENGTH, measured_rank, setup_of
 from tests.stack.small_models import LAYERS, spec_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-RANKS = 2
 ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2}
 """Of losses after an update: compiled layers round in other places."""
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("compiled")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(RANKS):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in own.items()}}
-        log = folder / f"log{rank}"
-        processes.append(forks.start(measured_rank, str(folder), output=log, environment=environment))
-    for rank, process in enumerate(processes):
-        process.join(800)
-        if process.exitcode != 0:
-            for other in processes:
-                other.kill()
-            raise AssertionError((folder / f"log{rank}").read_text(encoding="utf-8")[-3000:])
-    return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(RANKS)]
+    return local_ranks.measured(measured_rank, tmp_path_factory.mktemp("compiled"), seconds=800)
 
 
 @pytest.mark.parametrize("case", CASES)

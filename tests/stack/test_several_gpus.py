@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from typing import Any
 
 import pytest
@@ -16,32 +13,14 @@ from planner.memory.held.sharded_weights import sharded_weights
 from planner.memory.held.shards import absmax_bytes, held_trained, units_of
 from planner.setup.cuda_allocator import EXPANDABLE
 from planner.setup.run import TrainingRun
-from tests import forks
+from tests.stack import local_ranks
 from tests.stack.sharing_ranks import CASES, measured_rank, setup_of
 from tests.stack.small_models import spec_of
-
-RANKS = 2
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(RANKS):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in own.items()}}
-        log = folder / f"log{rank}"
-        processes.append(forks.start(measured_rank, str(folder), output=log, environment=environment))
-    for rank, process in enumerate(processes):
-        process.join(400)
-        if process.exitcode != 0:
-            for other in processes:
-                other.kill()
-            raise AssertionError((folder / f"log{rank}").read_text(encoding="utf-8")[-3000:])
-    return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(RANKS)]
+    return local_ranks.measured(measured_rank, tmp_path_factory.mktemp("ranks"), seconds=400)
 
 
 def run_of(case: str, distributed: str) -> TrainingRun:
@@ -81,7 +60,7 @@ def test_constants_are_shared_out_with_their_weights(ranks: list[dict[str, Any]]
         if run.storage.quantizes(parameter)
     )
     for rank in ranks:
-        assert rank["sharded"][case]["absmax"] == pytest.approx(whole / RANKS, rel=0.02)
+        assert rank["sharded"][case]["absmax"] == pytest.approx(whole / local_ranks.RANKS, rel=0.02)
 
 
 @pytest.mark.parametrize("case", ["qlora", "full"])

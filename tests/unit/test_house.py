@@ -72,6 +72,9 @@ def test_no_imports_go_in_a_circle() -> None:
     assert set(graph) <= set(order)
 
 
+FORKING = ("tests.forks", "tests.faults.small_runs", "tests.stack.local_ranks")
+
+
 def test_files_that_fork_trainers_are_given_to_one_worker() -> None:
     """A worker that forks one imports the training stack a second time for it."""
     assert [name for name in (*TOGETHER, *TOGETHER.values()) if not (ROOT / name).is_file()] == []
@@ -84,7 +87,7 @@ def test_files_that_fork_trainers_are_given_to_one_worker() -> None:
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }
-        if any(name.startswith(("tests.forks", "tests.faults.small_runs")) for name in names):
+        if any(name.startswith(FORKING) for name in names):
             forking.add(str(path.relative_to(ROOT)))
     assert forking
     together = "tests/faults/test_resume.py"
