@@ -163,7 +163,7 @@ def run_report(folder: RunFolder, *, over: bool = False) -> tuple[RunReport, His
             adapter=str(folder.adapter) if folder.adapter.is_dir() else None,
             adapter_step=None if history.adapter is None else history.adapter.step,
             checkpoints=_checkpoints(folder),
-            memory=() if plan is None else _memory(plan, summary.memory),
+            memory=() if plan is None else memory_figures(plan, summary.memory),
             predicted_tokens_per_second=None if plan is None else predicted_rate(plan),
             tokens_per_second=summary.tokens_per_second,
             gpu=None if plan is None else plan.gpu.spec.id,
@@ -235,7 +235,8 @@ def _checkpoints(folder: RunFolder) -> tuple[CheckpointFigures, ...]:
     )
 
 
-def _memory(plan: Plan, measured: dict[str, MemoryEvent]) -> tuple[PhaseFigures, ...]:
+def memory_figures(plan: Plan, measured: dict[str, MemoryEvent]) -> tuple[PhaseFigures, ...]:
+    """What was planned of each phase beside what was measured."""
     on_gpu = any(event.allocated_bytes is not None for event in measured.values())
     rows = []
     for phase in sorted(plan.memory.phases, key=lambda one: PHASES.index(one.name)):
