@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import json
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from launcher.runs.kept import checkpoints
 from launcher.runs.record import read_plan
 from launcher.runs.report.advice import Advice, Adviser
 from launcher.runs.report.history import AttemptSpan, History
+from launcher.runs.report.serving import vllm_rank, vllm_refusal
 from launcher.runs.summary import RunSummary
 from launcher.runs.training_job import TrainingJob
 from planner.answers.plan import Plan
@@ -289,17 +291,33 @@ def next_steps(folder: RunFolder, job: TrainingJob, state: str) -> tuple[NextSte
             )
         )
     if folder.adapter.is_dir() and job.setup.uses_lora:
-        adapter = f"{name}={folder.adapter}"
-        found += [
-            NextStep(what="merge it into its base", command=line("vramwise", "merge", str(folder.path))),
-            NextStep(
-                what="serve it beside its base",
-                command=line(
-                    *("vllm", "serve", job.model_source, "--enable-lora"),
-                    *("--max-lora-rank", str(job.setup.lora_r), "--lora-modules", adapter),
-                ),
-            ),
-        ]
+        found.append(
+            NextStep(what="merge it into its base", command=line("vramwise", "merge", str(folder.path)))
+        )
+        if _served_unmerged(folder, job):
+            found.append(
+                NextStep(
+                    what="serve it beside its base",
+                    command=line(
+                        *("vllm", "serve", job.model_source, "--enable-lora"),
+                        *("--max-lora-rank", str(vllm_rank(job.setup.lora_r))),
+                        *("--lora-modules", f"{name}={folder.adapter}"),
+                    ),
+                )
+            )
     elif folder.adapter.is_dir():
         found.append(NextStep(what="serve it", command=line("vllm", "serve", str(folder.adapter))))
     return tuple(found)
+
+
+def _served_unmerged(folder: RunFolder, job: TrainingJob) -> bool:
+    """Whether vLLM is known to take the run's adapter as it is."""
+    try:
+        config = json.loads((folder.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        on_experts = bool(config.get("target_parameters"))
+    except (OSError, ValueError, AttributeError):
+        on_experts = False
+    refusal = vllm_refusal(
+        use_dora=job.setup.use_dora, on_experts=on_experts, patterned=False, rank=job.setup.lora_r
+    )
+    return refusal is None
