@@ -26,6 +26,7 @@ from benchmarks import external_runs, guide_claims, memory_tables, scaling_table
 from launcher import cli
 from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
+from planner.commands.schema import NAMES as SCHEMA_NAMES
 from planner.gpus.catalog import gpu_catalog
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, CardLimit
 from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
@@ -41,6 +42,7 @@ MEMORY = ROOT / "docs" / "memory-model.md"
 SEVERAL_GPUS = ROOT / "docs" / "several-gpus.md"
 CLAIMS = ROOT / "docs" / "claims.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+SCHEMAS = {name: ROOT / "docs" / "schema" / f"{name}.json" for name in SCHEMA_NAMES}
 PACKAGES = ("planner", "launcher", "vramwise")
 _ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- end of rooms -->\n)", re.DOTALL)
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
@@ -198,6 +200,7 @@ def main(arguments: Sequence[str]) -> int:
         CLAIMS: claims,
         ARCHITECTURE: architecture,
         MEMORY: memory_tables.written,
+        **{path: lambda _, name=name: output_of(["schema", name]) for name, path in SCHEMAS.items()},
     }
     named = {ROOT / page for page in arguments if page != "--check"}
     if named - written.keys():
@@ -209,6 +212,7 @@ def main(arguments: Sequence[str]) -> int:
     for path in old:
         print(f"{path.relative_to(ROOT)} is out of date: make docs", file=sys.stderr)
         if "--check" not in arguments:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")
     return int(bool(old) and "--check" in arguments)
 
