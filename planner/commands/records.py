@@ -1,8 +1,8 @@
 """Measured runs for others: write your own in a form without paths, names or data, or check such a file.
 
 `records export` writes the records of runs on this machine (`vramwise train`, `vramwise calibrate`): setup,
-card, releases and figures. `records check FILE` says whether records can be so, and how they lie beside what is
-expected (exit code 1 where one cannot).
+card, releases and figures. `records check FILE` says whether records can be so, and how they lie beside what
+is expected (exit code 1 where one cannot).
 """
 
 from __future__ import annotations
