@@ -22,7 +22,7 @@ from planner.models.catalog import load_shipped, resolve_model
 from planner.schemas import schema
 
 Cli = Callable[..., Any]
-PRIVATE = ("alice", "secret", "/home", "laptop")
+PRIVATE = ("alice", "secret", "/somewhere", "laptop")
 
 
 def measured() -> RunRecord:
@@ -40,7 +40,7 @@ def personal(**setup: Any) -> RunRecord:
         versions=(
             ("torch", "2.11.0+cu130"),
             ("trl", "1.17.0.dev0+secret"),
-            ("peft", "/home/alice/peft"),
+            ("peft", "/somewhere/alice/peft"),
             ("secret-package", "1.0"),
         ),
     )
@@ -58,8 +58,8 @@ def test_what_is_exported_has_nothing_of_a_person_and_is_checked(cli: Cli, tmp_p
     append_record(own / "train.jsonl", personal())
     append_record(own / "train.jsonl", dataclasses.replace(personal(), id="the-same-again"))
     append_record(own / "train.jsonl", dataclasses.replace(personal(), id="data", lengths=((77, 3),)))
-    append_record(own / "calibrate.jsonl", personal(model="/home/alice/secret-model"))
-    append_record(own / "calibrate.jsonl", personal(target_modules=("/home/alice",)))
+    append_record(own / "calibrate.jsonl", personal(model="/somewhere/alice/secret-model"))
+    append_record(own / "calibrate.jsonl", personal(target_modules=("/somewhere/alice",)))
     out = tmp_path / "out.jsonl"
     done = cli("records", "export", "-o", out)
     assert done.code == 0
