@@ -152,7 +152,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
-        whole=args.full or args.explain or args.json or args.output is not None,
+        whole=args.full or args.explain or args.json or (args.output is not None and args.job is None),
     )
 
 
