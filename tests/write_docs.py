@@ -22,7 +22,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import cookbook, external_runs, guide_claims, memory_tables, scaling_table, wanted_cards
+from benchmarks import (
+    cookbook,
+    external_runs,
+    guide_claims,
+    memory_tables,
+    published_outcomes,
+    scaling_table,
+    wanted_cards,
+)
 from launcher import cli
 from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
@@ -45,6 +53,7 @@ CLAIMS = ROOT / "docs" / "claims.md"
 RECORDS = ROOT / "docs" / "records.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 INDEX = ROOT / "docs" / "index.md"
+OTHER_TRAINERS = ROOT / "docs" / "other-trainers.md"
 COOKBOOK = ROOT / "docs" / "cookbook.md"
 MAN = ROOT / "docs" / "man" / "vramwise.1"
 SCHEMAS = {name: ROOT / "docs" / "schema" / f"{name}.json" for name in SCHEMA_NAMES}
@@ -56,6 +65,7 @@ _SCALING = re.compile(r"(<!-- scaling -->\n).*?(<!-- end of scaling -->\n)", re.
 _CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end of claims -->\n)", re.DOTALL)
 _WANTED = re.compile(r"(<!-- wanted cards -->\n).*?(<!-- end of wanted cards -->\n)", re.DOTALL)
 _COOKBOOK = re.compile(r"(<!-- cookbook -->\n).*?(<!-- end of cookbook -->\n)", re.DOTALL)
+_OUTCOMES = re.compile(r"(<!-- outcomes -->\n).*?(<!-- end of outcomes -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
 _KNOBS_PREAMBLE = """# Knobs
@@ -212,6 +222,12 @@ def cards(text: str) -> str:
         return _COOKBOOK.sub(lambda match: match[1] + cookbook.table() + match[2], text)
 
 
+def outcomes(text: str) -> str:
+    """docs/other-trainers.md with what is said of configs whose outcome is published as it is now."""
+    with mock.patch.dict(os.environ, {VARIABLE: EXPANDABLE_SETTING, "VRAMWISE_DATA_DIR": _NO_FOLDER}):
+        return _OUTCOMES.sub(lambda match: match[1] + published_outcomes.table() + match[2], text)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
     written: dict[Path, Callable[[str], str]] = {
@@ -226,6 +242,7 @@ def main(arguments: Sequence[str]) -> int:
         MEMORY: memory_tables.written,
         INDEX: printed,
         COOKBOOK: cards,
+        OTHER_TRAINERS: outcomes,
         MAN: lambda _: man_page(),
         **{path: lambda _, name=name: output_of(["schema", name]) for name, path in SCHEMAS.items()},
     }
