@@ -5,7 +5,7 @@
 
 `run` trains three steps of each setup in a process of its own, with random weights of the published shapes.
 `trl sft` is TRL's own command line, started with the YAML that is judged. The stacks with all logits are
-transformers' Trainer with PEFT's adapters as Axolotl and LLaMA-Factory leave them; neither trainer is installed.
+transformers' Trainer with PEFT's adapters as Axolotl and LLaMA-Factory leave them; neither is installed.
 What torch's allocator held at most is read at the process's end. `judge` needs no GPU: it gives the same
 YAML to `vramwise estimate --config` and writes results/other_stacks.json. `--shrink` cuts the models down, to
 try the script where there is no GPU.
@@ -41,8 +41,9 @@ def tell():
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return
-    peaks = {{"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}}
-    peaks["gpu"] = torch.cuda.get_device_name()
+    peaks = {{"gpu": torch.cuda.get_device_name()}}
+    peaks["allocated_bytes"] = torch.cuda.max_memory_allocated()
+    peaks["reserved_bytes"] = torch.cuda.max_memory_reserved()
     with open(os.environ["{PEAKS}"], "a") as file:
         file.write(json.dumps(peaks) + "\\n")
 atexit.register(tell)
@@ -88,8 +89,14 @@ CASES = (
         hub_id="Qwen/Qwen2.5-1.5B",
         allocator="native",
         keys={
-            **{"use_peft": True, "lora_r": 32, "lora_target_modules": "all-linear", "dtype": "bfloat16"},
-            **{"dataset_name": "data", "max_length": 1024, _BATCH: 2, "gradient_checkpointing": False},
+            "use_peft": True,
+            "lora_r": 32,
+            "lora_target_modules": "all-linear",
+            "dtype": "bfloat16",
+            "dataset_name": "data",
+            "max_length": 1024,
+            _BATCH: 2,
+            "gradient_checkpointing": False,
         },
     ),
     Case(
@@ -100,7 +107,11 @@ CASES = (
         allocator="native",
         keys={
             **_FACTORY,
-            **{"quantization_bit": 4, "lora_rank": 16, "cutoff_len": 2048, _BATCH: 4, "bf16": True},
+            "quantization_bit": 4,
+            "lora_rank": 16,
+            "cutoff_len": 2048,
+            _BATCH: 4,
+            "bf16": True,
         },
     ),
     Case(
@@ -119,9 +130,13 @@ CASES = (
         allocator="expandable",
         keys={
             **_AXOLOTL,
-            **{"lora_target_linear": True, "sequence_len": 2048, "micro_batch_size": 2},
-            **{"gradient_accumulation_steps": 1, "gradient_checkpointing": True},
-            **{"optimizer": "adamw_torch_fused", "datasets": [{"path": "data", "type": "completion"}]},
+            "lora_target_linear": True,
+            "sequence_len": 2048,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": True,
+            "optimizer": "adamw_torch_fused",
+            "datasets": [{"path": "data", "type": "completion"}],
         },
     ),
     Case(
@@ -132,9 +147,13 @@ CASES = (
         allocator="expandable",
         keys={
             **_AXOLOTL,
-            **{"lora_target_modules": ["q_proj", "v_proj"], "sequence_len": 1024, "micro_batch_size": 1},
-            **{"gradient_accumulation_steps": 1, "gradient_checkpointing": False},
-            **{"optimizer": "adamw_bnb_8bit", "datasets": [{"path": "data", "type": "completion"}]},
+            "lora_target_modules": ["q_proj", "v_proj"],
+            "sequence_len": 1024,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": False,
+            "optimizer": "adamw_bnb_8bit",
+            "datasets": [{"path": "data", "type": "completion"}],
         },
     ),
 )
@@ -238,7 +257,7 @@ def write_model(case: Case, folder: Path, *, shrink: bool) -> None:
     config = load_config(case.model)
     if shrink:
         config.num_hidden_layers = 2
-        config.layer_types = ['full_attention'] * 2
+        config.layer_types = ["full_attention"] * 2
         config.hidden_size, config.intermediate_size, config.vocab_size = 128, 256, 4096
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 32
     model = folder / "model"
@@ -260,7 +279,11 @@ def write_model(case: Case, folder: Path, *, shrink: bool) -> None:
 
 def trl_command(case: Case, folder: Path, *, shrink: bool) -> list[str]:
     """TRL's own command line on the YAML, with nothing beside it that changes memory."""
-    config = {**case.config, "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "data")}
+    config = {
+        **case.config,
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / "data"),
+    }
     path = folder / "sft.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")
     rest = {"output_dir": folder / "out", "max_steps": STEPS, "save_strategy": "no", "report_to": "none"}
