@@ -219,7 +219,7 @@ def build_trainer(
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
-        _use_card(setup)
+        use_card(setup)
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
@@ -254,7 +254,7 @@ def build_trainer(
     return trainer
 
 
-def _use_card(setup: TrainingSetup) -> None:
+def use_card(setup: TrainingSetup) -> None:
     """What torch and transformers are told of the card that they run on."""
     import torch
 
@@ -268,7 +268,7 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
-        _hold_trainables_in_float32(trainer.model)
+        hold_trainables_in_float32(trainer.model)
 
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
@@ -314,7 +314,7 @@ def repeat_shared_keys(*, capability: tuple[int, int], dtype: str) -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
 
 
-def _hold_trainables_in_float32(model: torch.nn.Module) -> None:
+def hold_trainables_in_float32(model: torch.nn.Module) -> None:
     """TRL casts QLoRA adapters to bfloat16 (sft_trainer.py, "is_quantized_model"), which cards that train in
     float16 lack; mixed-precision training with a gradient scaler wants float32 master weights.
     """
