@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
+from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
@@ -145,7 +146,8 @@ def load_tokenizer(source: str, *, allow_download: bool) -> PreTrainedTokenizerB
 def load_model(
     setup: TrainingSetup, source: str, *, device: torch.device, allow_download: bool
 ) -> PreTrainedModel:
-    """The model of a folder or Hub id on `device`, quantised while loading for qlora; safetensors only.
+    """The model of a folder or Hub id on `device`, quantised while loading for qlora unless it is stored so;
+    safetensors only.
 
     Raises:
         InputError: it is not there, or its weights are not safetensors.
@@ -154,12 +156,18 @@ def load_model(
 
     if setup.experts == "4bit":
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
-    chosen = {"attn_implementation": setup.attn_implementation} if setup.attn_implementation else {}
+    chosen: dict[str, Any] = {"quantization_config": quantization_config(setup)}
+    checkpoint = stored_in(source, allow_download=allow_download)
+    if checkpoint is not None:
+        refuse_other(setup, checkpoint, source)
+        config = stored_config(source, dtype=torch_dtype(setup), allow_download=allow_download)
+        chosen = {"config": config}
+    if setup.attn_implementation:
+        chosen["attn_implementation"] = setup.attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype(setup),
-            quantization_config=quantization_config(setup),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -168,6 +176,9 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+    if checkpoint is not None:
+        hold_in(model, torch_dtype(setup))
+    return model
 
 
 def _load_by_layer(

@@ -172,7 +172,7 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
     found = []
     first = later = decoder.stream_width
     for layer, kernel in zip(model.layers, decoder.attention_kernels, strict=True):
-        knobs = replace(common, attention=kernel)
+        knobs = replace(common, attention=kernel).keeping(layer.kept)
         later = output_width(layer, knobs)
         for width, indices in ((first, layer.indices[:1]), (later, layer.indices[1:])):
             # What enters the very first layer alone is the embeddings' own output.
