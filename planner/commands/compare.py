@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from planner.base.errors import ExitCode, InputError
+from planner.base.spread import usable_processes
 from planner.commands.knobs import add_knobs, given_knobs
 from planner.commands.program import StoreOnce, progress
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest
@@ -139,7 +139,7 @@ def _longest_lengths(args: argparse.Namespace) -> int:
         target,
         base,
         fixed=request.fixed,
-        processes=len(os.sched_getaffinity(0)),
+        processes=usable_processes(),
         progress=progress("models looked at"),
     )
     if args.json:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 from planner.answers.plan import Plan
+from planner.base.spread import spread
 from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import list_models, resolve_model
@@ -151,27 +153,17 @@ def longest_lengths(
 ) -> tuple[LongestLength, ...]:
     """For each model of the catalog that fits, the longest sequences that do; the largest model first.
 
-    Lengths are tried in steps of 64 tokens up to what the model was made for. With several `processes` models
-    are shared out among them, which a script may do only below `if __name__ == "__main__"`. `progress` is
-    told before the first model and after each how many of how many are done.
+    Lengths are tried in steps of 64 tokens up to what the model was made for. Several `processes` share the
+    models. `progress` is told before the first model and after each how many of how many are done.
     """
     names = [summary.id for summary in list_models()]
     one = partial(_longest, target, base, dict(fixed))
-    found: list[LongestLength | None] = []
+    found = []
     progress(0, len(names))
-
-    def take(results: Iterable[LongestLength | None]) -> None:
-        for result in results:
-            found.append(result)
+    with closing(spread(lambda index: one(names[index]), len(names), processes)) as results:
+        for longest in results:
+            found.append(longest)
             progress(len(found), len(names))
-
-    if processes == 1:
-        take(map(one, names))
-    else:
-        from concurrent.futures import ProcessPoolExecutor
-
-        with ProcessPoolExecutor(min(processes, len(names))) as pool:
-            take(pool.map(one, names))
     fitting = [longest for longest in found if longest is not None]
     return tuple(sorted(fitting, key=lambda one: (-one.parameter_count, one.model)))
 
