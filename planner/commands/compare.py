@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("several --gpu need at least one --model")
     if args.model:
         return _smallest_cards(args)
-    return _longest_lengths(args)
+    return _largest_models(args)
 
 
 def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanRequest:
@@ -122,9 +122,10 @@ def _smallest_cards(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _longest_lengths(args: argparse.Namespace) -> int:
+def _largest_models(args: argparse.Namespace) -> int:
     from planner.gpus.target import resolve_gpu
-    from planner.planning.comparison import longest_lengths
+    from planner.planning.comparison import largest_models
+    from planner.text.tables import SHOWN_MODELS, print_largest_models
 
     if args.max_length is not None:
         raise InputError("--gpu alone looks for the longest length; --max-length needs --model too")
@@ -135,19 +136,19 @@ def _longest_lengths(args: argparse.Namespace) -> int:
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
         dtype=target.spec.dtype,
     )
-    found = longest_lengths(
+    found = largest_models(
         target,
         base,
         fixed=request.fixed,
+        most=None if args.json else SHOWN_MODELS,
         processes=usable_processes(),
         progress=progress("models looked at"),
     )
     if args.json:
-        return _print_json("models", found)
+        return _print_json("models", found.models)
     from planner.text.figures import show
-    from planner.text.tables import print_longest_lengths
 
-    show(lambda out: print_longest_lengths(out, target, base.method, found))
+    show(lambda out: print_largest_models(out, target, base.method, found))
     return ExitCode.OK
 
 

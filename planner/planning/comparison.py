@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 from planner.answers.plan import Plan
@@ -23,9 +22,8 @@ from planner.search.cards import (
     smallest_gpus,
 )
 from planner.search.evaluator import Evaluator
-from planner.search.lean import longest_that_fits, smallest_that_fits
+from planner.search.lean import fits_at_all, longest_that_fits, smallest_that_fits
 from planner.setup import defaults
-from planner.setup.defaults import DEFAULT_LENGTHS
 from planner.setup.training_setup import TrainingSetup
 
 
@@ -72,6 +70,14 @@ class LongestLength:
     max_length: int
     peak_upper_bytes: int
     reaches_model_limit: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LargestModels:
+    """The largest models that fit on a card, the largest first, and how many smaller ones fit too."""
+
+    models: tuple[LongestLength, ...]
+    smaller: int
 
 
 def row_of(plan: Plan) -> Row:
@@ -143,53 +149,81 @@ def _leanest_rank(setup: TrainingSetup, fixed: Mapping[str, Any], model: ModelSp
     return setup.replace(lora_r=ranks(setup, fixed, model)[-1])
 
 
-def longest_lengths(
+def largest_models(
     target: GpuTarget,
     base: TrainingSetup,
     *,
     fixed: Mapping[str, Any],
+    most: int | None = None,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[LongestLength, ...]:
-    """For each model of the catalog that fits, the longest sequences that do; the largest model first.
+) -> LargestModels:
+    """The largest models of the catalog that fit, and the longest sequences of each; where `most` are enough,
+    of the smaller ones no more than how many fit, which is sooner told.
 
     Lengths are tried in steps of 64 tokens up to what the model was made for. Several `processes` share the
     models. `progress` is told before the first model and after each how many of how many are done.
     """
-    names = [summary.id for summary in list_models()]
-    one = partial(_longest, target, base, dict(fixed))
-    found = []
-    progress(0, len(names))
-    with closing(spread(lambda index: one(names[index]), len(names), processes)) as results:
+    summaries = sorted(list_models(), key=lambda one: (-one.parameter_count, one.id))
+    names = [summary.id for summary in summaries]
+    asked = _Asked(target, base, fixed)
+    found: list[LongestLength] = []
+    done = smaller = 0
+    progress(done, len(names))
+    with closing(spread(lambda index: asked.longest(names[index]), len(names), processes)) as results:
         for longest in results:
-            found.append(longest)
-            progress(len(found), len(names))
-    fitting = [longest for longest in found if longest is not None]
-    return tuple(sorted(fitting, key=lambda one: (-one.parameter_count, one.model)))
+            found += [] if longest is None else [longest]
+            done += 1
+            progress(done, len(names))
+            if len(found) == most:
+                break
+    rest = names[done:]
+    with closing(spread(lambda index: asked.fits(rest[index]), len(rest), processes)) as answers:
+        for fits in answers:
+            smaller += fits
+            done += 1
+            progress(done, len(names))
+    return LargestModels(models=tuple(found), smaller=smaller)
 
 
-def _longest(
-    target: GpuTarget, base: TrainingSetup, fixed: Mapping[str, Any], name: str
-) -> LongestLength | None:
-    model = resolve_model(name)
-    evaluator = Evaluator(model, target.spec, target.usable_bytes)
-    base = _leanest_rank(base.replace(model=name), fixed, model)
-    limit = model.max_position_embeddings
-    effective = base.effective_batch_size
-    start = min(DEFAULT_LENGTHS[-1], limit)
-    length = longest_that_fits(
-        base, evaluator, effective_batch_size=effective, fixed=fixed, start_length=start
-    )
-    if length is None:
-        return None
-    longest = base.replace(max_length=length)
-    found = smallest_that_fits(longest, evaluator, effective_batch_size=effective, fixed=fixed)
-    if found is None:
-        raise AssertionError(f"{name}: nothing fits at the longest length that fits")
-    return LongestLength(
-        model=model.id,
-        parameter_count=model.parameter_count,
-        max_length=length,
-        peak_upper_bytes=found.peak_upper_bytes,
-        reaches_model_limit=length == limit,
-    )
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of each model: with which knobs on which card."""
+
+    target: GpuTarget
+    base: TrainingSetup
+    fixed: Mapping[str, Any]
+
+    def _of(self, name: str) -> tuple[TrainingSetup, Evaluator]:
+        """A model's setup at the shortest length that is tried, and who evaluates it."""
+        model = resolve_model(name)
+        evaluator = Evaluator(model, self.target.spec, self.target.usable_bytes)
+        base = _leanest_rank(self.base.replace(model=name), self.fixed, model)
+        shortest = min(defaults.SHORTEST_LENGTH, model.max_position_embeddings)
+        return base.replace(max_length=shortest), evaluator
+
+    def longest(self, name: str) -> LongestLength | None:
+        """The longest sequences of a model; None where it does not fit."""
+        base, evaluator = self._of(name)
+        effective, limit = base.effective_batch_size, evaluator.model.max_position_embeddings
+        length = longest_that_fits(
+            base, evaluator, effective_batch_size=effective, fixed=self.fixed, start_length=base.max_length
+        )
+        if length is None:
+            return None
+        longest = base.replace(max_length=length)
+        found = smallest_that_fits(longest, evaluator, effective_batch_size=effective, fixed=self.fixed)
+        if found is None:
+            raise AssertionError(f"{name}: nothing fits at the longest length that fits")
+        return LongestLength(
+            model=evaluator.model.id,
+            parameter_count=evaluator.model.parameter_count,
+            max_length=length,
+            peak_upper_bytes=found.peak_upper_bytes,
+            reaches_model_limit=length == limit,
+        )
+
+    def fits(self, name: str) -> bool:
+        """Whether a model fits at all."""
+        base, evaluator = self._of(name)
+        return fits_at_all(base, evaluator, effective_batch_size=base.effective_batch_size, fixed=self.fixed)

@@ -11,7 +11,6 @@ from planner.search.evaluator import Evaluator
 from planner.setup.defaults import LENGTH_STEP
 from planner.setup.training_setup import TrainingSetup
 
-
 REPLAYED_BELOW = 0.5
 """Where a replay's upper end is looked for first, in the fitted estimate's interval from its upper end down:
 the middle of 36 longest lengths on 12 and 80 GB, of which nine in ten lay between 0 and 0.8."""
@@ -81,7 +80,7 @@ def _confirmed(evaluator: Evaluator, at: Callable[[int], TrainingSetup], low: in
     """The same by replay: each one says where in the fitted estimate's interval it comes to lie, and so where
     to look next.
     """
-    share, room = REPLAYED_BELOW, evaluator.usable_bytes
+    share, room = REPLAYED_BELOW, float(evaluator.usable_bytes)
 
     def over(step: int) -> float:
         fitted = evaluator.try_fitted(at(step))

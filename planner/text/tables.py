@@ -12,7 +12,7 @@ from planner.gpus.detect import LocalGpu
 from planner.gpus.spec import GpuSpec
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import ModelSummary
-from planner.planning.comparison import LongestLength, Row, SmallestCard
+from planner.planning.comparison import LargestModels, Row, SmallestCard
 from planner.planning.estimation import Estimate
 from planner.text.figures import WIDE, bullets, columns, count, figure, footnote, gib, heading, rate, yes_no
 
@@ -184,9 +184,7 @@ def print_smallest_cards(out: Console, model: str, cards: Sequence[SmallestCard]
     columns(out, heads, rows, indent=0)
 
 
-def print_longest_lengths(
-    out: Console, target: GpuTarget, method: str, found: Sequence[LongestLength]
-) -> None:
+def print_largest_models(out: Console, target: GpuTarget, method: str, found: LargestModels) -> None:
     """Print the largest models that fit on a card, and how long their sequences may be."""
     out.print(
         Text(
@@ -194,7 +192,7 @@ def print_longest_lengths(
             "by the leanest setup that a plan tries"
         )
     )
-    if not found:
+    if not found.models:
         bullets(out, ["none of the catalog fits"])
         return
     heads = [("model", "name"), ("parameters", "number"), ("longest", "number"), ("peak GiB", "number")]
@@ -205,13 +203,14 @@ def print_longest_lengths(
             f"{one.max_length:,}" + (" *" if one.reaches_model_limit else "  "),
             figure(one.peak_upper_bytes),
         ]
-        for one in found[:SHOWN_MODELS]
+        for one in found.models[:SHOWN_MODELS]
     ]
     columns(out, heads, rows, indent=0)
     out.print()
     footnote(out, "* the longest that the model was made for.")
-    if len(found) > SHOWN_MODELS:
-        footnote(out, f"{len(found) - SHOWN_MODELS} smaller models fit too (--json lists them).")
+    smaller = found.smaller + max(0, len(found.models) - SHOWN_MODELS)
+    if smaller:
+        footnote(out, f"{smaller} smaller models fit too (--json lists them).")
 
 
 def _scaled(value: float | None, unit: float) -> str:

@@ -16,16 +16,18 @@ def test_models_shared_out_among_processes_come_to_the_same(monkeypatch: pytest.
     ]
     monkeypatch.setattr(comparison, "list_models", lambda: some)
     target, base = resolve_gpu("16GB"), TrainingSetup(model="any", max_length=512)
-    alone = comparison.longest_lengths(target, base, fixed={})
-    assert [one.model for one in alone] == ["qwen2.5-14b", "smollm2-135m"]
-    assert comparison.longest_lengths(target, base, fixed={}, processes=2) == alone
+    alone = comparison.largest_models(target, base, fixed={})
+    assert [one.model for one in alone.models] == ["qwen2.5-14b", "smollm2-135m"]
+    assert comparison.largest_models(target, base, fixed={}, processes=2) == alone
+    first = comparison.largest_models(target, base, fixed={}, most=1)
+    assert (first.models, first.smaller) == (alone.models[:1], 1)
 
 
 def test_it_is_told_how_many_models_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     some = [one for one in comparison.list_models() if one.id in ("smollm2-135m", "llama-3.1-70b")]
     monkeypatch.setattr(comparison, "list_models", lambda: some)
     told: list[tuple[int, int]] = []
-    comparison.longest_lengths(
+    comparison.largest_models(
         resolve_gpu("16GB"),
         TrainingSetup(model="any", max_length=512),
         fixed={},
