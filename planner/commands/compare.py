@@ -1,7 +1,7 @@
 """Compare models and GPUs, or find the smallest card for a model, or the largest models for a card.
 
-Several --model and --gpu: each model planned on each GPU. --model alone: the smallest card by method.
---gpu alone: the catalog's models that fit, and the longest length of each.
+Several --model and --gpu: each model planned on each GPU, with --data for these examples. --model alone: the
+smallest card by method. --gpu alone: the catalog's models that fit, and the longest length of each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from planner.base.errors import ExitCode, InputError
 from planner.base.spread import usable_processes
 from planner.commands.knobs import add_knobs, given_knobs
+from planner.commands.plan import add_data_arguments
 from planner.commands.program import StoreOnce, progress
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest
 from planner.setup.training_setup import METHODS
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", action="append", default=[], help="16GB, rtx-4090, 2x24GB ...; may be repeated"
     )
+    add_data_arguments(parser)
     parser.add_argument(
         "--price-per-hour", action=StoreOnce, type=float, metavar="USD", help="price of one GPU"
     )
@@ -51,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("compare needs --model, --gpu or both")
     if args.model and args.gpu:
         return _pairs(args)
+    for name in ("data", "effective_batch_size", "epochs"):
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{option} is for plans: compare takes it where both --model and --gpu are given"
+            )
     if len(args.model) > 1:
         raise InputError("several --model need at least one --gpu")
     if len(args.gpu) > 1:
@@ -64,7 +72,10 @@ def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanReque
     return PlanRequest(
         model=model,
         gpu=gpu,
+        data=args.data,
         knobs=given_knobs(args),
+        effective_batch_size=args.effective_batch_size,
+        num_train_epochs=args.epochs,
         price_usd_per_hour=args.price_per_hour,
         display=args.display,
     )
@@ -73,16 +84,22 @@ def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanReque
 def _pairs(args: argparse.Namespace) -> int:
     from planner.models.catalog import resolve_model
     from planner.planning.comparison import row_of
-    from planner.planning.make_plan import make_plan
+    from planner.planning.make_plan import make_plan, read_stats
 
     if len(args.model) * len(args.gpu) > MAX_PAIRS:
         raise InputError(f"at most {MAX_PAIRS} pairs of --model and --gpu are compared at once")
     inspector = getattr(args, "inspector", None)
+    stats = None
+    if args.data is not None:
+        from planner.data.files import on_this_machine
+
+        args.data = on_this_machine(args.data, allow_network=args.allow_download)
+        stats = read_stats(args.data)
     rows = []
     for name in args.model:
         model = resolve_model(name, allow_network=args.allow_download, inspector=inspector)
         requests = [_request(args, name, gpu) for gpu in args.gpu]
-        rows += [row_of(make_plan(request, model=model, whole=False)) for request in requests]
+        rows += [row_of(make_plan(request, model=model, stats=stats, whole=False)) for request in requests]
     if args.json:
         return _print_json("rows", rows)
     from planner.text.figures import show

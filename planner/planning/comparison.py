@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import field
 from typing import Any
 
-from planner.answers.plan import Plan
+from planner.answers.plan import DataSummary, Duration, Plan
+from planner.base.json_codec import WHERE_SET
 from planner.base.spread import spread
 from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
@@ -29,7 +31,11 @@ from planner.setup.training_setup import TrainingSetup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One model on one GPU with its planned setup; where it does not fit, the smallest setup tried."""
+    """One model on one GPU with its planned setup; where it does not fit, the smallest setup tried.
+
+    `data`, `duration` and `num_train_epochs` are those of the plan for the data; null without data. Hours and
+    dollars are for a million tokens, of the data's own where there is data.
+    """
 
     model: str
     gpu: str
@@ -44,6 +50,9 @@ class Row:
     tokens_per_second: float | None
     hours_per_million_tokens: float | None
     usd_per_million_tokens: float | None
+    data: DataSummary | None = field(default=None, metadata=WHERE_SET)
+    duration: Duration | None = field(default=None, metadata=WHERE_SET)
+    num_train_epochs: float | None = field(default=None, metadata=WHERE_SET)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +90,9 @@ class LargestModels:
 
 
 def row_of(plan: Plan) -> Row:
-    """The row of a plan made without data."""
+    """The row of a plan."""
     setup, duration = plan.setup, plan.duration
+    millions = 1.0 if plan.data is None or duration is None else duration.tokens / 1e6
     return Row(
         model=plan.request.model,
         gpu=plan.gpu.text.strip(),
@@ -95,8 +105,11 @@ def row_of(plan: Plan) -> Row:
         peak_upper_bytes=plan.memory.peak_upper_bytes,
         usable_bytes=plan.gpu.usable_bytes,
         tokens_per_second=None if plan.speed is None else plan.speed.tokens_per_second,
-        hours_per_million_tokens=None if duration is None else duration.hours,
-        usd_per_million_tokens=None if duration is None else duration.usd,
+        hours_per_million_tokens=None if duration is None else duration.hours / millions,
+        usd_per_million_tokens=None if duration is None or duration.usd is None else duration.usd / millions,
+        data=plan.data,
+        duration=None if plan.data is None else duration,
+        num_train_epochs=None if plan.data is None else plan.schedule.num_train_epochs,
     )
 
 
