@@ -145,9 +145,11 @@ class _Backward:
     def run(self, output: torch.Tensor, gradient: torch.Tensor) -> None:
         """Run all of them."""
         handles = [hook for one in self.nodes for hook in self._watch(one)]
+        self.recorder.in_backward = True
         try:
             torch.autograd.backward(output, gradient)
         finally:
+            self.recorder.in_backward = False
             for handle in handles:
                 handle.remove()
 

@@ -25,6 +25,7 @@ from planner.models.traced import (
     FREE,
     LINEAR,
     NO_STACKS,
+    NO_VALUE,
     PREPARE,
     ROUTER,
     ROUTERS,
@@ -213,7 +214,11 @@ class _Replay:
             for value, gradient, buffer in zip(operation.inputs, operation.gradients, handed, strict=True):
                 if gradient is None or buffer is None:
                     continue
-                if value < 0:
+                if value == NO_VALUE:
+                    # torch.cat's backward has gradients of all its parts, asked for or not.
+                    tape.free(buffer)
+                    continue
+                if value == WEIGHT:
                     self._hand_to_weight(buffer)
                     continue
                 view = gradient.view or (gradient.incoming >= 0 and views[gradient.incoming])
