@@ -22,6 +22,10 @@ IN_PLACE = {
 }
 """What torch's backward formulas do in place unless a mode looks on (FunctionsManual.cpp,
 areAnyTensorSubclassLike): into zeros that they have just made."""
+TEMPORARIES = frozenset({torch.ops.aten._softmax_backward_data.default})
+"""What CUDA computes by way of a product of its first argument's size (ATen native/cuda/SoftMax.cu,
+softmax_backward_cuda_out), where the shapes that a trace runs on see one operation.
+"""
 OUTSIDE = -1
 """The number of storages that were there before: weights, rotary tables, masks."""
 
@@ -71,12 +75,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch has no types h
     ) -> Any:
         if self.in_backward:
             func = IN_PLACE.get(func, func)
+        temporary = None
+        if func in TEMPORARIES and not self._muted:
+            temporary = torch.empty_like(args[0])
+            self.events.append(("allocate", self.add(temporary)))
         result = func(*args, **(kwargs or {}))
         if self._muted:
             return result
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._numbers:
                 self.events.append(("allocate", self.add(tensor)))
+        del temporary
         return result
 
     def _enter(self, tensor: torch.Tensor, number: int) -> None:
