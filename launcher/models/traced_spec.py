@@ -54,7 +54,10 @@ def describe_traced(
         logit_scale=hasattr(config, "logits_scaling"),
         rotary_tables=found.tables,
         default_experts_implementation=(
-            config._experts_implementation if any(layer.experts for layer in layers) else None
+            # Experts that all run on all tokens (Llama 4's) are products like any other.
+            config._experts_implementation
+            if any(layer.experts > layer.experts_per_token for layer in layers)
+            else None
         ),
         download_bytes=2 * sum(p.elements * p.count for p in parameters if not p.tied),
         traced_norm=found.norm,
