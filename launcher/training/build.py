@@ -102,8 +102,12 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
     )
 
 
-def lora_config(setup: TrainingSetup) -> LoraConfig | None:
-    """PEFT's configuration for qlora and lora, else None."""
+def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
+    """PEFT's configuration for qlora and lora, else None.
+
+    Routers of `model` that are linear layers by descent and return more than their product get no adapter
+    (Llama 4's): PEFT would take them with all the linear layers, and fail in the first step.
+    """
     if not setup.uses_lora:
         return None
     from peft import LoraConfig
@@ -119,6 +123,20 @@ def lora_config(setup: TrainingSetup) -> LoraConfig | None:
         bias="none",
         init_lora_weights=True,
         task_type="CAUSAL_LM",
+        exclude_modules=_linear_routers(model) or None,
+    )
+
+
+def _linear_routers(model: PreTrainedModel | None) -> list[str]:
+    from torch import nn
+
+    found = [] if model is None else list(model.named_modules())
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in found
+            if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
+        }
     )
 
 
@@ -248,7 +266,7 @@ def build_trainer(
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
                 # A model that was sharded while it was loaded has its adapters already.
-                peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
+                peft_config=None if setup.distributed == "fsdp" else lora_config(setup, model),
                 callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
             )
     except ValueError as error:
@@ -284,6 +302,10 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
     """The model with what has to be set on it before TRL's trainer wraps it."""
+    if model.base_model is model and hasattr(model, "model"):
+        # Llama 4's prefix names a part that only its vision model has, and TRL's head asks for what lies before
+        # it by that name (trl/trainer/utils.py, add_fused_lm_head).
+        model.base_model_prefix = "model"
     if setup.prepare_for_kbit_training:
         from peft import prepare_model_for_kbit_training
 

@@ -9,6 +9,15 @@ QUANTIZED_CLASSES = ("Linear", "Conv1D")
 """transformers replaces exactly these classes (integrations/bitsandbytes.py, replace_with_bnb_linear)."""
 EXPERT_NAMES = ("gate_up_proj", "down_proj")
 """Stacks of experts, parameters of three dimensions (transformers models/mixtral, qwen3_moe)."""
+_ADAPTED_EXPERTS = frozenset(
+    {"afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"}
+    | {"exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"}
+    | {"hunyuan_v1_moe", "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe"}
+    | {"qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text"}
+    | {"qwen3_omni_moe_thinker", "solar_open"}
+)
+"""Types of models whose experts PEFT adapts as it did when each was linear layers of its own (0.21.2,
+utils/transformers_weight_conversion.py, by transformers 5.23, conversion_mapping.py)."""
 QUANTIZATION_BLOCK = 64
 """Elements a quantisation constant covers (bitsandbytes nn/modules.py, Params4bit)."""
 NESTED_BLOCK = 256
@@ -44,6 +53,13 @@ class Storage:
 def is_expert_stack(parameter: Parameter) -> bool:
     """Whether the parameter is a stack of experts' weights."""
     return parameter.kind in EXPERT_NAMES and len(parameter.shape) == 3
+
+
+def adapts_experts(model_type: str) -> bool:
+    """Whether PEFT adapts the stacks of experts of such models where target_modules name their matrices; of
+    all others it adapts linear layers alone.
+    """
+    return model_type in _ADAPTED_EXPERTS
 
 
 def is_quantizable(parameter: Parameter) -> bool:

@@ -228,7 +228,7 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
         wrapped_outputs=sum(p.shape[0] * p.count for p in found.linears),
         wrapped_weights=sum(p.elements * p.count for p in found.linears),
         wrapped_count=sum(p.count for p in found.linears),
-        folded_weights=sum(p.elements * p.count * expert_rank(p, 1) for p in found.experts),
+        folded_weights=sum(p.elements * p.count * expert_rank(p.kind, 1) for p in found.experts),
         folded_router_weights=sum(p.elements * p.count for p in found.routers),
         folded_active_weights=_active(folded, model),
         head_weights=model.vocab_size * model.hidden_size,
