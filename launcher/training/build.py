@@ -273,6 +273,8 @@ def build_trainer(
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
+    if setup.base_matmul != "bf16":
+        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
     if setup.compile == "regional":
         from launcher.training.compilation import compile_decoder_layers
 
@@ -281,6 +283,17 @@ def build_trainer(
         )
         trainer.add_callback(compiled)
     return trainer
+
+
+def use_eight_bit_products(model: torch.nn.Module, base_matmul: str) -> tuple[str, ...]:
+    """Have the decoder layers' frozen linear layers compute in 8 bits; returns the names of those that are
+    left as they are, since no such product takes their shape.
+    """
+    from launcher.training.callbacks import decoder_layers
+    from launcher.training.products.base_linear import use_eight_bit
+
+    layers = [(f"layers.{index}", layer) for index, layer in enumerate(decoder_layers(model))]
+    return use_eight_bit(layers, base_matmul).refused
 
 
 def use_card(setup: TrainingSetup) -> None:

@@ -19,6 +19,7 @@ from planner.models.spec import LayerSpec, ModelSpec
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import adapted
 from planner.throughput.by_kind import ByKind, positions_of
+from planner.throughput.eight_bit import saved_flops
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
 from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
 
@@ -159,7 +160,7 @@ def step_work(run: TrainingRun) -> StepWork:
         sizeless.with_amounts(
             _GROWING,
             (
-                0.0 if single else part.layers,
+                0.0 if single else part.layers - sooner,
                 0.0 if single else part.experts,
                 0.0 if single_head else part.head,
                 (part.layers + part.experts if single else 0.0) + (part.head if single_head else 0.0),
@@ -171,8 +172,8 @@ def step_work(run: TrainingRun) -> StepWork:
                 offloaded,
             ),
         )
-        for sizeless, part, tensors in zip(
-            _sizeless(run.kind, decoder), flops, (made.forward, made.backward), strict=True
+        for sizeless, part, tensors, sooner in zip(
+            _sizeless(run.kind, decoder), flops, (made.forward, made.backward), saved_flops(run), strict=True
         )
     )
     return StepWork(

@@ -79,9 +79,18 @@ def _recompute(graph: Graph, readers: list[Part] | tuple[Part, ...], *, keeps_dr
             graph.put_single(f"{part.name}_u", part.inputs)
             if keeps_dropped:
                 graph.put(f"{part.name}_d")
+    graph.narrow_input(readers)
     for part in readers:
         graph.product(part)
         graph.adapter(part)
+    graph.drop(f"{readers[0].name}_in8")
+
+
+def _recompute_one(graph: Graph, part: Part) -> None:
+    graph.narrow_input((part,))
+    graph.product(part)
+    graph.drop(f"{part.name}_in8")
+    graph.adapter(part)
 
 
 def _run_attention(graph: Graph) -> None:
@@ -124,8 +133,7 @@ def _recompute_mlp(graph: Graph) -> None:
         graph.put("down_r")
     if layer.output_norms:
         graph.put("product")
-        graph.product(down)
-        graph.adapter(down)
+        _recompute_one(graph, down)
         graph.put("down_root")
         if layer.input_norms:
             graph.put("down_g", "down_s", size=graph.sizes["x"])
