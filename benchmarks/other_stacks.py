@@ -1,6 +1,6 @@
 """Memory of other trainers' stacks on a GPU, beside what is counted for their configs.
 
-    python -m benchmarks.other_stacks run MEASURED.jsonl [--shrink]
+    python -m benchmarks.other_stacks run MEASURED.jsonl [--only TRAINER] [--shrink]
     python -m benchmarks.other_stacks judge MEASURED.jsonl
 
 `run` trains three steps of each setup in a process of its own, with random weights of the published shapes.
@@ -169,6 +169,7 @@ def main() -> None:
         one.add_argument("measured", type=Path)
         one.set_defaults(does=does)
         if name == "run":
+            one.add_argument("--only", choices=sorted({case.trainer for case in CASES}))
             one.add_argument("--shrink", action="store_true")
     child = commands.add_parser("child")
     child.add_argument("case", type=int)
@@ -183,6 +184,8 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train each case in a process of its own and append what was held at most."""
     for index, case in enumerate(CASES):
+        if arguments.only not in (None, case.trainer):
+            continue
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "hook").mkdir()
