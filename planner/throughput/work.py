@@ -19,7 +19,7 @@ from planner.models.spec import LayerSpec, ModelSpec
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import adapted
 from planner.throughput.by_kind import ByKind, positions_of
-from planner.throughput.eight_bit import saved_flops
+from planner.throughput.eight_bit import CALL_SHARE, KERNEL_BYTES, eight_bit_products, sooner_flops
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
 from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
 
@@ -160,7 +160,7 @@ def step_work(run: TrainingRun) -> StepWork:
         sizeless.with_amounts(
             _GROWING,
             (
-                0.0 if single else part.layers - sooner,
+                0.0 if single else part.layers - sooner_flops(eight_bit, shape.tokens),
                 0.0 if single else part.experts,
                 0.0 if single_head else part.head,
                 (part.layers + part.experts if single else 0.0) + (part.head if single_head else 0.0),
@@ -172,8 +172,12 @@ def step_work(run: TrainingRun) -> StepWork:
                 offloaded,
             ),
         )
-        for sizeless, part, tensors, sooner in zip(
-            _sizeless(run.kind, decoder), flops, (made.forward, made.backward), saved_flops(run), strict=True
+        for sizeless, part, tensors, eight_bit in zip(
+            _sizeless(run.kind, decoder),
+            flops,
+            (made.forward, made.backward),
+            eight_bit_products(run.kind),
+            strict=True,
         )
     )
     return StepWork(
@@ -206,11 +210,12 @@ def _sizeless(run: RunKind, decoder: DecoderSetup) -> tuple[ByKind, ByKind]:
     setup, model = run.setup, run.model
     made, share = _all_layers(model, decoder), checkpointed_share(run)
     wrapped = linear_work(model, setup.target_modules).wrapped_count
+    forward_8bit, backward_8bit = eight_bit_products(run)
     python = _python_runs(run, wrapped, made.liger_kernels)
     forward, backward = (
         ByKind.counted(
             "pass",
-            weight_byte=tensors.constant,
+            weight_byte=tensors.constant + KERNEL_BYTES * eight_bit.elements,
             launch=0.0 if setup.compile != "none" else tensors.launches,
             selected_launch=dispatched.launches if setup.selective_checkpointing else 0.0,
             quantized_call=python.quantized * runs,
@@ -219,12 +224,12 @@ def _sizeless(run: RunKind, decoder: DecoderSetup) -> tuple[ByKind, ByKind]:
             liger_call=python.liger * nodes,
             eager_layer=python.eager_layers * runs,
             compiled_layer=python.compiled_layers,
-            compiled_call=python.compiled * nodes,
+            compiled_call=python.compiled * nodes + CALL_SHARE * eight_bit.products,
         )
-        for tensors, dispatched, runs, nodes in (
-            (made.forward, made.forward, 1.0, 1.0),
+        for tensors, dispatched, runs, nodes, eight_bit in (
+            (made.forward, made.forward, 1.0, 1.0, forward_8bit),
             # Backward nodes of bitsandbytes and Liger are Python too, of PEFT's layers torch's own.
-            (made.backward, made.recomputed, share, 1.0 + share),
+            (made.backward, made.recomputed, share, 1.0 + share, backward_8bit),
         )
     )
     return forward, backward

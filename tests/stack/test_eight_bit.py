@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from launcher.training import build
 from launcher.training.callbacks import decoder_layers
 from launcher.training.products import agreement, base_linear, scaled
 from launcher.training.products.base_linear import use_eight_bit
@@ -29,6 +31,7 @@ from tests.stack.test_compilation import (
     loss_of,
     make_model,
 )
+from tests.stack.test_rehearsal import learned, trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -214,3 +217,28 @@ def test_a_layer_that_runs_as_it_should_agrees_and_a_broken_one_does_not(
         agreement.run_plain(layer)
     exact = make_model()
     assert loss_of(model).item() == loss_of(exact).item()
+
+
+def trained(folder: Path, base_matmul: str, told: list[str] | None = None) -> list[float]:
+    """Losses of a short run of the demo model, compared before its first step where `told` hears of it."""
+    made = trainer(folder, dtype="bfloat16", method="qlora", lora_dropout=0.1)
+    if base_matmul != "bf16":
+        assert not build.use_eight_bit_products(made.model, base_matmul)
+    if told is not None:
+        made.add_callback(agreement.LayerCheck(made, base_matmul, told.append))
+    return learned(made)[0]
+
+
+def test_a_run_is_compared_before_its_first_step_and_runs_plain_where_layers_disagree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    unchecked = trained(tmp_path / "unchecked", "fp8_backward")
+    assert trained(tmp_path / "checked", "fp8_backward", told) == unchecked
+    assert told[0].startswith("a layer agrees with the plain one (output by 0.0%, input gradient by ")
+    right = base_linear.scaled_product
+    monkeypatch.setattr(base_linear, "scaled_product", lambda *given: right(*given) * 1.5)
+    broken = trained(tmp_path / "broken", "fp8_backward", told)
+    assert "differs from the plain one (input gradient by" in told[1]
+    assert told[1].endswith("all layers run plain, slower")
+    assert broken == trained(tmp_path / "plain", "bf16")
