@@ -90,9 +90,9 @@ class LayerSpec:
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
     `attention_dropout` is the probability that the model's config sets. `value_head_dim` is the width of a
     head's values where they are not as wide as its keys (MLA), `attention_sinks` says that each head has a
-    score beside those of tokens (gpt-oss), which eager attention alone computes. `traced` is what was recorded of a
-    layer that no recipe describes: the fields on norms, projections, MLP and rotation say nothing then, and
-    heads are 0 where it has no attention.
+    score beside those of tokens (gpt-oss), which eager attention alone computes. `traced` is what was
+    recorded of a layer that no recipe describes: the fields on norms, projections, MLP and rotation say
+    nothing then, and heads are 0 where it has no attention.
     """
 
     indices: tuple[int, ...]
@@ -284,7 +284,7 @@ class ModelSpec:
         return last if self.traced_norm is None else replace(last, traced=self.traced_norm)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; fields that few layers have, and what was traced, are left out where there is nothing."""
+        """JSON form; what few layers have, and what was traced, is left out where there is nothing."""
         values = asdict(self)
         for part in (values, *values["layers"]):
             for name in ("traced", "traced_norm", "value_head_dim", "attention_sinks"):

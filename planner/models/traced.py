@@ -67,9 +67,9 @@ class TracedOperation:
     `outputs` the values it makes, `gradients` what it hands to each input (null: none). `backward` allocates
     and frees buffers of its own, whose sizes (indices into the pass's) are `buffers`.
     Of a LINEAR operation `name` is the module's, `reads` and `makes` are the buffers of its input and output,
-    `shape` its inputs and outputs; of an ATTENTION one `reads` are queries, keys and values. A STACK one reads
-    a stack of experts' weights, or a router's, of that `shape`: it has an output where its pass was recorded
-    with an adapter on it.
+    `shape` its inputs and outputs; of an ATTENTION one `reads` are queries, keys and values. A STACK one
+    reads a stack of experts' weights, or a router's, of that `shape`: it has an output where its pass was
+    recorded with an adapter on it.
     """
 
     kind: str
@@ -127,7 +127,7 @@ class TracedPass:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedWay:
     """For which setups a pass was recorded: the method, bytes of an element that is computed with, whether
-    attention hands gradients back head by head, and which stacks have `adapted` weights; `number` is the pass.
+    attention hands gradients back head by head, and which stacks have adapters; `number` is the pass.
     """
 
     method: str
@@ -154,9 +154,7 @@ class TracedBlock:
         for way in self.ways:
             validate.integer("traced pass", way.number, minimum=0, maximum=len(self.passes) - 1)
 
-    def pass_of(
-        self, method: str, width: int, *, heads_first: bool, adapted: str = NO_STACKS
-    ) -> TracedPass:
+    def pass_of(self, method: str, width: int, *, heads_first: bool, adapted: str = NO_STACKS) -> TracedPass:
         """The pass that was recorded for such setups; a block without stacks has one for all of them.
 
         Raises:
@@ -164,9 +162,7 @@ class TracedBlock:
         """
         asked = (method, width, heads_first)
         found = {
-            way.adapted: way.number
-            for way in self.ways
-            if (way.method, way.width, way.heads_first) == asked
+            way.adapted: way.number for way in self.ways if (way.method, way.width, way.heads_first) == asked
         }
         for wanted in dict.fromkeys((adapted, NO_STACKS) if len(found) == 1 else (adapted,)):
             if wanted in found:

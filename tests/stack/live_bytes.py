@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from launcher.models.tracing.recorder import IN_PLACE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from launcher.models.tracing.recorder import IN_PLACE
 
 
 class LiveBytes(TorchDispatchMode):

@@ -148,8 +148,7 @@ def _fused_attention(
     def backward() -> None:
         grad = tape.take_grad(result)
         grads: list[Buffer | None] = [
-            tape.tokens(size * width)
-            for size in (layer.query_size, layer.key_value_size, layer.value_size)
+            tape.tokens(size * width) for size in (layer.query_size, layer.key_value_size, layer.value_size)
         ]
         tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
         tape.free(*saved, grad)

@@ -17,7 +17,6 @@ from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.linear import early_gradients, linear
 from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
 from planner.models.spec import LayerSpec
-from planner.models.spec import LayerSpec
 from planner.models.traced import (
     ALLOCATE,
     ATTENTION,
