@@ -272,6 +272,11 @@ class ModelSpec:
         return any(layer.traced is not None for layer in self.layers)
 
     @cached_fact
+    def unseen_kernels(self) -> tuple[str, ...]:
+        """What a trace could not see of its layers: functions that a GPU may have a fused kernel for."""
+        return tuple(sorted({name for one in self.layers if one.traced for name in one.traced.unseen}))
+
+    @cached_fact
     def rotary_features(self) -> int:
         """Features of a head that a row of a rotary table has values for; 0 without attention."""
         layer = next((one for one in self.layers if one.attends), self.layers[0])
