@@ -1,10 +1,10 @@
-"""Measure models that are described by tracing, each at two lengths, with random weights on this machine's GPU.
+"""Measure models that are described by tracing, each at two lengths, with random weights on this GPU.
 
     python -m benchmarks.traced_families RECORDS.jsonl [--seconds N] [--only WORD ...]
 
-Records are appended as they come (benchmarks/measure.py); what failed is told in RECORDS.failed.txt with the end of
-its log, and the next setup is measured. Started again, it goes on where it was. Their predictions are the
-catalog's traces replayed: `compare` prints them beside what was measured.
+Records are appended as they come (benchmarks/measure.py); what failed is told in RECORDS.failed.txt with the
+end of its log, and the next setup is measured. Started again, it goes on where it was. Their predictions are
+the catalog's traces replayed: --compare prints them beside what was measured.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ RUNS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
     ("qwen3.5-9b", (2048,), KEPT),
 )
 STEPS = 2
+GIB = 2**30
 
 
 def profiles() -> Iterator[Profile]:
@@ -65,12 +66,12 @@ def compare(records: Path) -> Iterator[str]:
             continue
         run = TrainingRun(setup=record.setup, model=load_shipped(record.setup.model), padded=record.padded)
         found = estimate_memory(run, replay=True)
-        apart = 100 * (found.allocated_bytes / step.allocated_bytes - 1)
-        yield (
-            f"{record.setup.model} {record.setup.max_length}: allocated {step.allocated_bytes / 2**30:.3f} GiB, "
-            f"predicted {apart:+.2f}%; reserved {step.reserved_bytes / 2**30:.3f}, predicted "
-            f"{100 * (found.reserved_bytes / step.reserved_bytes - 1):+.2f}%"
-        )
+        figures = [
+            f"{name} {getattr(step, name) / GIB:.3f} GiB, predicted "
+            f"{100 * (getattr(found, name) / getattr(step, name) - 1):+.2f}%"
+            for name in ("allocated_bytes", "reserved_bytes")
+        ]
+        yield f"{record.setup.model} at {record.setup.max_length}: {'; '.join(figures)}"
 
 
 def main() -> None:

@@ -316,8 +316,8 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
     """The model with what has to be set on it before TRL's trainer wraps it."""
     if model.base_model is model and hasattr(model, "model"):
-        # Llama 4's prefix names a part that only its vision model has, and TRL's head asks for what lies before
-        # it by that name (trl/trainer/utils.py, add_fused_lm_head).
+        # Llama 4's prefix names a part that only its vision model has, and TRL's head asks for what lies
+        # before it by that name (trl/trainer/utils.py, add_fused_lm_head).
         model.base_model_prefix = "model"
     if setup.prepare_for_kbit_training:
         from peft import prepare_model_for_kbit_training

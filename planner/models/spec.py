@@ -95,9 +95,10 @@ class LayerSpec:
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
     `attention_dropout` is the probability that the model's config sets. `value_head_dim` is the width of a
     head's values where they are not as wide as its keys (MLA), `attention_sinks` says that each head has a
-    score beside those of tokens (gpt-oss), which eager attention alone computes. `traced` is what was recorded of a
-    layer that no recipe describes: the fields on norms, projections, MLP and rotation say nothing then, and
-    heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has in 16 bits here.
+    score beside those of tokens (gpt-oss), which eager attention alone computes. `traced` is what was
+    recorded of a layer that no recipe describes: the fields on norms, projections, MLP and rotation say
+    nothing then, and heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has
+    in 16 bits here.
     """
 
     indices: tuple[int, ...]
@@ -278,6 +279,11 @@ class ModelSpec:
     def is_traced(self) -> bool:
         """Whether layers were recorded rather than read."""
         return any(layer.traced is not None for layer in self.layers)
+
+    @cached_fact
+    def unseen_kernels(self) -> tuple[str, ...]:
+        """What a trace could not see of its layers: functions that a GPU may have a fused kernel for."""
+        return tuple(sorted({name for one in self.layers if one.traced for name in one.traced.unseen}))
 
     @cached_fact
     def rotary_features(self) -> int:

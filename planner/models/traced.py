@@ -67,9 +67,9 @@ class TracedOperation:
     `outputs` the values it makes, `gradients` what it hands to each input (null: none). `backward` allocates
     and frees buffers of its own, whose sizes (indices into the pass's) are `buffers`.
     Of a LINEAR operation `name` is the module's, `reads` and `makes` are the buffers of its input and output,
-    `shape` its inputs and outputs; of an ATTENTION one `reads` are queries, keys and values. A STACK one reads
-    a stack of experts' weights, or a router's, of that `shape`: it has an output where its pass was recorded
-    with an adapter on it.
+    `shape` its inputs and outputs; of an ATTENTION one `reads` are queries, keys and values. A STACK one
+    reads a stack of experts' weights, or a router's, of that `shape`: it has an output where its pass was
+    recorded with an adapter on it.
     """
 
     kind: str
@@ -127,7 +127,7 @@ class TracedPass:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedWay:
     """For which setups a pass was recorded: the method, bytes of an element that is computed with, whether
-    attention hands gradients back head by head, and which stacks have `adapted` weights; `number` is the pass.
+    attention hands gradients back head by head, and which stacks have adapters; `number` is the pass.
     """
 
     method: str

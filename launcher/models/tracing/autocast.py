@@ -44,8 +44,8 @@ _TO_FP32 = frozenset(
 AT_FORALL_FP32_SET_OPT_DTYPE)."""
 
 
-class _Fp32(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
-    """Casts 16-bit arguments of those functions, or has them return fp32."""
+class Fp32(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
+    """Casts 16-bit arguments of those functions, or has them return fp32, as CUDA's autocast does."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,5 +72,5 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
     if dtype == torch.float32:
         yield
         return
-    with torch.autocast("cpu", dtype=dtype), _Fp32():
+    with torch.autocast("cpu", dtype=dtype), Fp32():
         yield

@@ -57,7 +57,7 @@ class TracedKind:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertFacts:
-    """Experts of a layer: how many, to how many of them a token is sent, and the width between their products."""
+    """Experts of a layer: how many, to how many a token is sent, and the width between their products."""
 
     experts: int
     per_token: int
@@ -69,8 +69,8 @@ class TracedModel:
     """What tracing found of a model.
 
     `scaled` says that its embeddings are changed before the first layer, `tables` how many pairs of rotary
-    tables its layers get, of `table_features` a row (a table of complex numbers in fp32 takes as much as a pair
-    of twice its features in 16 bits).
+    tables its layers get, of `table_features` a row (a table of complex numbers in fp32 takes as much as a
+    pair of twice its features in 16 bits).
     """
 
     kinds: tuple[TracedKind, ...]
@@ -245,7 +245,7 @@ def _by_way(
     adapters on what stacks it has.
     """
     names = {name for one in module.modules() for name in stacks_of(one).values()}
-    stacks = ADAPTED if ROUTER in names else (NO_STACKS, EXPERTS)
+    stacks: tuple[str, ...] = ADAPTED if ROUTER in names else (NO_STACKS, EXPERTS)
     if not names or not adapts_experts(model_type):
         stacks = (NO_STACKS,)
     known: dict[tuple[str, str], tuple[BlockRun, Calls]] = {}

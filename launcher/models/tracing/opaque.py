@@ -7,8 +7,9 @@ in a run is decided when the trace is replayed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,8 @@ IMPLEMENTATION = "vramwise_traced"
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One run of a linear layer or of attention, or the reading of a stack: buffers read and made, and what the
-    operation is. `place` is the stack's among those of its block.
+    """One run of a linear layer or of attention, or the reading of a stack: buffers read and made, and what
+    the operation is. `place` is the stack's among those of its block.
     """
 
     kind: str
@@ -152,7 +153,7 @@ def traced_attention(
     softcap: float | None = None,
     s_aux: Any = None,
     **rest: Any,
-) -> tuple[Any, None]:
+) -> tuple[Any, Any]:
     """Attention as transformers calls it (integrations/sdpa_attention.py), for the block that is traced.
 
     Raises:
@@ -184,7 +185,8 @@ def traced_attention(
             mask = query.new_empty((batch, 1, length, key.shape[2]))
             calls.recorder.know([mask])
         run = sys.modules[type(module).__module__].eager_attention_forward
-        return run(module, query, key, value, mask, s_aux=s_aux, **rest)
+        output, weights = run(module, query, key, value, mask, s_aux=s_aux, **rest)
+        return output, weights
     return _Attention.apply(query, key, value, calls.asks, calls), None
 
 
@@ -284,7 +286,7 @@ def _stacks_read(module: nn.Module, calls: Calls) -> Iterator[None]:
             held.clear()
             places.clear()
 
-    properties = {name: property(lambda self, name=name: read(name)) for name in names}
+    properties = {name: property(functools.partial(_read_by, read, name)) for name in names}
     module.__class__ = type(own.__name__, (own,), {"__module__": own.__module__, **properties})
     module.forward = forward
     try:
@@ -296,7 +298,12 @@ def _stacks_read(module: nn.Module, calls: Calls) -> Iterator[None]:
 
 def _counts(tensor: torch.Tensor) -> bool:
     """Whether a tensor says which experts tokens go to."""
-    return tensor.dtype == torch.int64 and tensor.dim() == 2
+    return bool(tensor.dtype == torch.int64) and tensor.dim() == 2
+
+
+def _read_by(read: Callable[[str], torch.Tensor], name: str, module: nn.Module) -> torch.Tensor:
+    """A property's getter, for any name."""
+    return read(name)
 
 
 def _read(calls: Calls, name: str, weight: torch.Tensor, place: int) -> torch.Tensor:
