@@ -25,6 +25,8 @@ def unmerged_lines(base: BaseFolder, adapter: AdapterFolder) -> list[tuple[str, 
     """(server, command) for the adapter beside its base, or the reason why a server does not take it."""
     place, name = _quoted(adapter.path), _quoted(f"{adapter.name}-lora.gguf")
     refused, untold = vllm_refusal(adapter), llama_cpp_refusal(adapter)
+    if base.checkpoint is not None:
+        untold = "is not known to convert adapters of a quantised base: convert the merged model"
     lines = [
         (
             "vLLM",

@@ -116,6 +116,11 @@ def _loss() -> dict[str, Any]:
         "loss_type": "nll",
         "label_smoothing_factor": 0.0,
         "average_tokens_across_devices": True,
+        # TRL takes a mixture's loss for balanced experts wherever its config has a coefficient, though
+        # published configs ask for none (output_router_logits). It writes the experts of all layers' tokens
+        # as one_hot (transformers load_balancing_loss_func): 4 GB for Qwen3-Next at 2,048 tokens. And it
+        # fails where a config calls the number of experts otherwise (Llama 4).
+        "router_aux_loss_coef": 0.0,
     }
 
 

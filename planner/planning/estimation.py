@@ -13,6 +13,7 @@ from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
 from planner.setup.card_limits import LIMITED_KNOBS, refuse_on_card
 from planner.setup.cuda_allocator import planned_allocator
+from planner.setup.methods import as_stored
 from planner.setup.run import TrainingRun
 from planner.setup.stack import TRL, Stack
 from planner.setup.training_setup import TrainingSetup
@@ -86,6 +87,7 @@ class Estimator:
         """
         refuse_on_card({name: getattr(setup, name) for name in LIMITED_KNOBS}, self.target.spec)
         model = self._model(setup.model)
+        setup = as_stored(setup, model)
         run = TrainingRun(setup=setup, model=model, stack=self.stack)
         memory = estimate_memory(run, gpu=self.target.spec, replay=replay, allocator=self._allocator)
         target = self.target if run.parallelism.is_single else self.target.of_all()
