@@ -71,7 +71,9 @@ def test_the_longest_context_is_in_the_headline_and_the_json(capsys: pytest.Capt
     assert longest["setup"]["max_length"] == longest["max_length"]
     assert run_command("plan", COMMANDS["plan"], asked) == 0
     headline = " ".join(capsys.readouterr().out.split("\n\n")[0].split())
-    assert f"Longest: {longest['max_length']:,} tokens (what fits" in headline
+    length = longest["max_length"]
+    assert f"Longest: {length:,} tokens, more do not fit (" in headline
+    assert f"--max-length {length})." in headline
 
 
 def test_the_largest_models_of_a_card_are_as_long_as_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
