@@ -113,11 +113,14 @@ def _smallest_cards(args: argparse.Namespace) -> int:
     from planner.gpus.spec import DISPLAY_BYTES
     from planner.models.catalog import resolve_model
     from planner.planning.comparison import smallest_cards
+    from planner.setup.methods import as_stored_request
 
     name = args.model[0]
     request = _request(args, name, None)
     model = resolve_model(name, allow_network=args.allow_download, inspector=getattr(args, "inspector", None))
-    methods = METHODS if args.method is None else (args.method,)
+    request = as_stored_request(request, model)
+    methods = METHODS if model.checkpoint is None else ("qlora",)
+    methods = methods if args.method is None else (args.method,)
     base = request.setup(
         max_length=min(512, model.max_position_embeddings),
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,

@@ -42,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=StoreOnce,
         type=Path,
         metavar="FILE",
-        help="a config of Axolotl, LLaMA-Factory or trl sft, as YAML: what it needs there (3: does not fit)",
+        help="a config of Axolotl, LLaMA-Factory or trl sft, or a script of Unsloth's: what it needs there",
     )
     parser.add_argument(
-        "--trainer", action=StoreOnce, help="whose config it is: axolotl, llamafactory, trl (default: seen)"
+        "--trainer",
+        action=StoreOnce,
+        help="whose config it is: axolotl, llamafactory, trl, unsloth (default: seen)",
     )
     parser.add_argument(
         "--accelerate", action=StoreOnce, type=Path, metavar="FILE", help="accelerate's file beside --config"

@@ -76,6 +76,11 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--display", action="store_true", help="a display is attached to the GPU")
     parser.add_argument(
+        "--allow-8bit",
+        action="store_true",
+        help="products with the frozen base may be in 8 bits, if faster (docs/eight-bit.md)",
+    )
+    parser.add_argument(
         "--allow-download",
         action="store_true",
         help="a model or data set that is not on this machine may be fetched from the Hugging Face Hub",
@@ -122,6 +127,7 @@ def request_from(args: argparse.Namespace) -> PlanRequest:
         learning_rate=args.learning_rate,
         price_usd_per_hour=args.price_per_hour,
         display=args.display,
+        allow_8bit=args.allow_8bit,
     )
 
 

@@ -81,7 +81,9 @@ def estimate_memory(
             run, measured, resident, step, there, nccl, context_bytes=context, replayed=replayed is not None
         ),
         phases=found,
-        basis=basis_of(measured, run.model, gpu, distance, replayed=replayed is not None),
+        basis=basis_of(
+            measured, run.model, gpu, distance, replayed=replayed is not None, counted=run.stack.counted
+        ),
     )
 
 

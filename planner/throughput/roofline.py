@@ -10,9 +10,10 @@ from planner.base.json_codec import WHERE_SET
 from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
+from planner.models.spec import ModelSpec
 from planner.setup.run import TrainingRun
 from planner.throughput.by_kind import positions_of
-from planner.throughput.intervals import published_interval
+from planner.throughput.intervals import published_interval, traced_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
     UNCALIBRATED,
@@ -95,7 +96,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     tokens = run.micro_step.tokens * run.parallelism.num_processes
     roofline = tokens / max(work.total_flops / peak, weight_bytes(run) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
-    low, high = known.interval(gpu, time.bound_by)
+    low, high = traced_interval(run.model, known.interval(gpu, time.bound_by))
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
     return StepEstimate(
@@ -109,7 +110,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known),
+        basis=_basis(gpu, known) + _of_traced(run.model),
         sharing=None if shared is None else shared.told,
     )
 
@@ -201,6 +202,15 @@ def _basis(gpu: GpuSpec, known: KnownRates) -> str:
     return (
         f"rates of {known.reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"
     )
+
+
+def _of_traced(model: ModelSpec) -> str:
+    """What no rate was fitted to, as the end of a basis."""
+    if not model.is_traced:
+        return ""
+    named = ", ".join(model.unseen_kernels)
+    unseen = f", and {named} are counted as one operation each" if named else ""
+    return f"; the model was traced, and no run of one was fitted{unseen}"
 
 
 def forecast(run: TrainingRun, gpu: GpuSpec) -> StepEstimate | None:

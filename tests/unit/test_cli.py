@@ -23,6 +23,7 @@ Cli = Callable[..., Any]
 PLAN = ("plan", "--model", "qwen2.5-0.5b", "--gpu", "16GB")
 SETUP = {"model": "qwen2.5-0.5b", "max_length": 512}
 ESTIMATE_KEYS = [
+    "version",
     "setup",
     "weights_bytes",
     "allocated_bytes",
