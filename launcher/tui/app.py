@@ -23,6 +23,8 @@ from launcher.runs.training_job import TrainingJob
 from launcher.tui import runs, starting
 from launcher.tui.cards import Card, card_of
 from launcher.tui.pauses import collect_idle
+from launcher.tui.screens.accuracy import AccuracyScreen
+from launcher.tui.screens.calibrate import CalibrateScreen
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.help import Help
 from launcher.tui.screens.reading import Opening, Reading
@@ -319,6 +321,14 @@ class VramwiseApp(App[None]):
     def action_open_run(self) -> None:
         """Show the runs."""
         self.push_screen(RunsScreen(self._runs_root))
+
+    def action_accuracy(self) -> None:
+        """Show predicted beside measured of the person's own runs."""
+        self.push_screen(AccuracyScreen(self._runs_root))
+
+    def action_calibrate(self) -> None:
+        """Ask for minutes, then measure this GPU."""
+        self.push_screen(CalibrateScreen())
 
     def follow_path(self, path: str) -> None:
         """Show a run by the path of its folder."""
