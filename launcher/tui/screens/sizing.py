@@ -66,6 +66,8 @@ class SizingScreen(SizingPicks):
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
         Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
         Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
+        Binding("e", "app.accuracy", show=False, id="sizing.accuracy", tooltip="Accuracy of own runs"),
+        Binding("b", "app.calibrate", show=False, id="sizing.calibrate", tooltip="Calibrate on this GPU"),
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
