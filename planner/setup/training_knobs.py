@@ -113,6 +113,31 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         counted=Counted(),
     ),
     Knob(
+        name="load_in_8bit",
+        kind="bool",
+        section="training",
+        help="hold the base in 8 bits instead of 4",
+        default=False,
+        methods=("qlora",),
+        needs=(
+            # AttributeError: 'NoneType' object has no attribute 'unsqueeze' (tuners/lora/dora.py).
+            Need(
+                other="use_dora",
+                other_than=True,
+                told="use_dora false: DoRA fails on weights in 8 bits (PEFT 0.21.2)",
+            ),
+            Need(other="experts", other_than="4bit", told="experts 16bit"),
+            Need(other="prepare_for_kbit_training", other_than=True, told="prepare_for_kbit_training false"),
+            # FSDP2 makes plain parameters of them: "'Parameter' object has no attribute 'CB'".
+            Need(
+                other="distributed",
+                other_than="fsdp",
+                told="one GPU or distributed ddp: sharded, its constants are lost (bitsandbytes 0.50.2)",
+            ),
+        ),
+        counted=WHERE_SET,
+    ),
+    Knob(
         name="experts",
         kind="choice",
         section="training",
@@ -227,6 +252,21 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         help="rank-stabilised scaling",
         default=False,
         methods=_LORA,
+    ),
+    Knob(
+        name="loraplus_lr_ratio",
+        kind="float",
+        section="training",
+        help="LoRA+: how much faster lora_B learns than lora_A",
+        null="one rate for both",
+        bounds=(1.0, 1000.0),
+        methods=_LORA,
+        needs=(
+            # Its temporaries would be those of one of two groups, which is not counted.
+            Need(other="optim", other_than="adamw_torch", told="another optim, such as adamw_torch_fused"),
+            Need(other="distributed", other_than="fsdp", told="one GPU or distributed ddp"),
+        ),
+        unset="one rate for both",
     ),
     Knob(
         name="optim",

@@ -37,7 +37,18 @@ def write_files(trainer: Trainer, plan: Plan, folder: Path) -> tuple[Path, ...]:
 
 
 def config_text(trainer: Trainer, plan: Plan) -> str:
-    """The config of a plan for a trainer, as its file has it."""
+    """The config of a plan for a trainer, as its file has it.
+
+    Raises:
+        InputError: a knob that is not written, or with which the trainer would need other memory.
+    """
+    if plan.setup.loraplus_lr_ratio is not None:
+        raise InputError(f"loraplus_lr_ratio is not written for {trainer.title}: leave it out")
+    if plan.setup.load_in_8bit:
+        raise InputError(
+            f"load_in_8bit is not written for {trainer.title}: there bitsandbytes keeps the input of every "
+            "product of weights in 8 bits beyond its checkpoint"
+        )
     values = trainer.write(
         plan.setup, plan.model.hub_id, plan.schedule.num_train_epochs, plan.schedule.learning_rate
     )

@@ -99,6 +99,7 @@ class DecoderSetup:
             adapter_width=self.trained_width,
             autocast=self.storage.width != FP32,
             accumulating=self.accumulating,
+            bits=self.storage.bits,
         )
 
 
