@@ -120,7 +120,7 @@ def lora_config(setup: TrainingSetup) -> LoraConfig | None:
         use_rslora=setup.use_rslora,
         use_dora=setup.use_dora,
         bias="none",
-        init_lora_weights=True,
+        init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
         task_type="CAUSAL_LM",
     )
 

@@ -55,6 +55,7 @@ class TrainingSetup:
     target_modules: str | tuple[str, ...] = _DEFAULTS["target_modules"]
     use_dora: bool = _DEFAULTS["use_dora"]
     use_rslora: bool = _DEFAULTS["use_rslora"]
+    init_lora_weights: str = _DEFAULTS["init_lora_weights"]
     loraplus_lr_ratio: float | None = _DEFAULTS["loraplus_lr_ratio"]
     optim: str = _DEFAULTS["optim"]
     gradient_checkpointing: bool = _DEFAULTS["gradient_checkpointing"]

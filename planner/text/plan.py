@@ -69,6 +69,8 @@ def setup_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         targets = setup.target_modules
         where = "all linear layers" if isinstance(targets, str) else ", ".join(targets)
         variant = [name for name, on in (("DoRA", setup.use_dora), ("rsLoRA", setup.use_rslora)) if on]
+        if setup.init_lora_weights != "default":
+            variant.append(f"{setup.init_lora_weights} beginning")
         if setup.loraplus_lr_ratio is not None:
             variant.append(f"LoRA+ {setup.loraplus_lr_ratio:g}")
         yield "adapter", ", ".join([f"rank {setup.lora_r}, alpha {setup.alpha}", where, *variant])

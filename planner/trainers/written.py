@@ -42,8 +42,9 @@ def config_text(trainer: Trainer, plan: Plan) -> str:
     Raises:
         InputError: a knob that is not written, or with which the trainer would need other memory.
     """
-    if plan.setup.loraplus_lr_ratio is not None:
-        raise InputError(f"loraplus_lr_ratio is not written for {trainer.title}: leave it out")
+    for name, plain in (("loraplus_lr_ratio", None), ("init_lora_weights", "default")):
+        if getattr(plan.setup, name) != plain:
+            raise InputError(f"{name} is not written for {trainer.title}: leave it out")
     if plan.setup.load_in_8bit:
         raise InputError(
             f"load_in_8bit is not written for {trainer.title}: there bitsandbytes keeps the input of every "

@@ -89,7 +89,7 @@ def test_qlora_is_nf4_with_the_asked_dtypes(tmp_path: Path) -> None:
     "variant",
     [
         *({name: True} for name in ("use_dora", "use_rslora", "load_in_8bit")),
-        {"loraplus_lr_ratio": 16.0, "optim": "adamw_8bit"},
+        {"loraplus_lr_ratio": 16.0, "optim": "adamw_8bit", "init_lora_weights": "gaussian"},
     ],
 )
 def test_all_that_a_variant_trains_moves(tmp_path: Path, variant: dict[str, Any]) -> None:

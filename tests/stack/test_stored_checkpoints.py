@@ -9,17 +9,20 @@ import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.models.inspect import inspect_config
 from launcher.training import build
 from launcher.training.callbacks import decoder_layers
+from launcher.training.loading.eight_bits import keep_no_inputs
 from planner.base.errors import InputError
 from planner.memory.allocators.native import rounded
 from planner.memory.held.weights import loaded_weights
@@ -177,6 +180,21 @@ def test_it_is_merged_into_what_it_stands_for(name: str, place: Path) -> None:
         if not torch.allclose(ours[one].float(), theirs[one].float(), rtol=step, atol=step / 50)
     ]
     assert wrong == []
+
+
+def test_bitsandbytes_keeps_inputs_still() -> None:
+    """Where this fails, launcher/training/loading/eight_bits.py can go (and its finding be corrected)."""
+    keep_no_inputs()
+    weight, scales, _ = bnb.functional.int8_vectorwise_quant(torch.randn(8, 16).half())
+    state = bnb.MatmulLtState(CB=weight, SCB=scales)
+    state.has_fp16_weights, state.threshold = False, 6.0
+    x = torch.randn(4, 16)
+    for product in (MatMul8bitFp, MatMul8bitLt):
+        kept = SimpleNamespace(needs_input_grad=(True, False, False, False, False))
+        product.forward.__wrapped__(kept, x, weight, None, None, state)
+        assert any(value is x for value in (getattr(kept, "A", None), *getattr(kept, "tensors", ())))
+        product.forward(kept, x, weight, None, None, state)
+        assert not any(value is x for value in (getattr(kept, "A", None), *getattr(kept, "tensors", ())))
 
 
 @for_each([{"method": "lora"}, {"bnb_4bit_quant_type": "nf4"}, {"bnb_4bit_use_double_quant": False}])

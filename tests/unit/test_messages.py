@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import pytest
 
 from launcher.models.inspect import _FAMILIES
 from planner.base import data_files
+from planner.base.errors import InputError
 from planner.models import hub_config
 from planner.models.checkpoint import METHOD_NAMES
+from planner.setup.knob import Knob
+from planner.setup.knobs import KNOBS
+from planner.setup.training_setup import TrainingSetup
+from tests.each import for_each
 
 Cli = Callable[..., Any]
 LLAMA: dict[str, Any] = {
@@ -253,6 +259,18 @@ def test_stored_8_bit_weights_are_planned_in_8_bits(tmp_path: Path, cli: Cli) ->
 )
 def test_variants_that_do_not_go_together_are_refused(knobs: tuple[str, ...], said: str, cli: Cli) -> None:
     assert said in refused(cli, "plan", "smollm2-135m", "24GB", *knobs)
+
+
+@for_each([(knob, word, why) for knob in KNOBS for word, why in knob.refused], name=lambda one: one[1])
+def test_what_cannot_work_is_refused_with_why_and_since_which_release(
+    refusal: tuple[Knob, str, str], cli: Cli
+) -> None:
+    knob, word, why = refusal
+    assert re.search(r"\d+\.\d", why), "no release"
+    told = refused(cli, "plan", "smollm2-135m", "24GB", f"--{knob.name.replace('_', '-')}", word)
+    assert told == f"vramwise: {knob.name} {word}: {why}\n"
+    with pytest.raises(InputError, match=re.escape(why)):
+        TrainingSetup(model="m", max_length=8, **{knob.name: word})
 
 
 def component(plan: dict[str, Any], name: str) -> int:

@@ -36,4 +36,5 @@ def _letting_go(forward: Any, kept: dict[str, Any]) -> Any:
         return result
 
     own.keeps_no_input = True  # type: ignore[attr-defined]
+    own.__wrapped__ = forward  # type: ignore[attr-defined]
     return own
