@@ -8,8 +8,8 @@ from typing import Any
 from planner.base.values import dataclass
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
-from planner.setup.methods import experts_held
 from planner.setup.knobs import BF16
+from planner.setup.methods import experts_held
 from planner.setup.parallelism import FSDP
 from planner.setup.training_setup import TrainingSetup
 

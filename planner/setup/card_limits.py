@@ -47,7 +47,10 @@ CARD_LIMITS = (
     CardLimit(knob="compile", value="regional", capability=TRITON, why=_IN_TRITON),
     *(
         CardLimit(
-            knob="base_matmul", value=value, capability=EIGHT_BIT, why="tensor cores below have no 8-bit floats"
+            knob="base_matmul",
+            value=value,
+            capability=EIGHT_BIT,
+            why="tensor cores below have no 8-bit floats",
         )
         for value in ("fp8_backward", "fp8")
     ),

@@ -143,9 +143,7 @@ KNOBS: tuple[Knob, ...] = (
         choices=(BF16, "fp8_backward", "fp8"),
         methods=("qlora", "lora"),
         needs=(
-            Need(
-                other="compile", other_than="none", told="compile regional", subject="base_matmul {value}"
-            ),
+            Need(other="compile", other_than="none", told="compile regional", subject="base_matmul {value}"),
             *(
                 Need(other="dtype", other_than=other, told="dtype bfloat16", subject="base_matmul {value}")
                 for other in ("float16", "float32")

@@ -1,4 +1,4 @@
-"""Products with the frozen base in 8 bits: what they compute, what they leave alone, and the check before use."""
+"""Products with the frozen base in 8 bits: what they compute, what they leave alone, and the check before."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from trl import SFTTrainer
 
 from launcher.training.products.base_linear import plain_products, use_plain
 from launcher.training.rehearsal import nothing_kept, targets
+from planner.models.storage import EIGHT_BIT_MULTIPLE
+from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from launcher.training.callbacks import LaunchedTrainer
@@ -78,16 +80,35 @@ class LayerCheck(TrainerCallback):  # type: ignore[misc]
         seen: list[Agreement] = []
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         batch = trainer.data_collator(rows)
-        with suppress(_ComparedError), nothing_kept(trainer), _compared(layer, LIMITS[self._base_matmul], seen):
+        with (
+            suppress(_ComparedError),
+            nothing_kept(trainer),
+            _compared(layer, LIMITS[self._base_matmul], seen),
+        ):
             SFTTrainer.training_step(trainer, trainer.model_wrapped, batch, targets(rows))
         disagrees = not seen or not seen[0].found
         if trainer.ranks.any(disagrees):
             for one in layers:
                 run_plain(one)
             why = f" ({seen[0].in_words()})" if seen and disagrees else ""
-            self._tell(f"a layer as it would run differs from the plain one{why}: all layers run plain, slower")
+            self._tell(
+                f"a layer as it would run differs from the plain one{why}: all layers run plain, slower"
+            )
             return
-        self._tell(f"a layer agrees with the plain one ({seen[0].in_words()}; {time.monotonic() - begun:.0f} s)")
+        self._tell(
+            f"a layer agrees with the plain one ({seen[0].in_words()}; {time.monotonic() - begun:.0f} s)"
+        )
+
+
+def check_layers(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
+    """Have a run's layers compared where they are changed, and say which keep 16-bit products."""
+    if trainer.left_in_16bit:
+        trainer.tell(
+            f"{len(trainer.left_in_16bit)} linear layers keep 16-bit products, for 8-bit ones take sizes in "
+            f"multiples of {EIGHT_BIT_MULTIPLE}: {', '.join(trainer.left_in_16bit[:3])}"
+        )
+    if setup.compile != "none" and not trainer.shards:
+        trainer.add_callback(LayerCheck(trainer, setup.base_matmul, trainer.tell))
 
 
 class _ComparedError(Exception):

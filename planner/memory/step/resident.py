@@ -73,7 +73,10 @@ def resident_memory(
         adapter_bytes=held.adapter_bytes,
         optimizer=held.optimizer,
         cublas_bytes=cublas_workspace_bytes(gpu, measured) + held.cublaslt_bytes,
-        tables_bytes=sum(scales_bytes(run.kind)) + rotary + _mask_bytes(run) + INPUT_BYTES_PER_TOKEN * shape.tokens,
+        tables_bytes=sum(scales_bytes(run.kind))
+        + rotary
+        + _mask_bytes(run)
+        + INPUT_BYTES_PER_TOKEN * shape.tokens,
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
     )
