@@ -274,7 +274,7 @@ def _equip(
             trainer.add_callback(callback)
     compiles = job.setup.compile != "none"
     tell = functools.partial(stages.enter, "rehearsing")
-    check_layers(trainer, job.setup)
+    check_layers(trainer, job.setup, functools.partial(stages.enter, "compiling"))
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
     trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
     # The rehearsal is the first to run the layers, and so to compile them.

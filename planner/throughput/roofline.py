@@ -11,6 +11,7 @@ from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.setup.run import TrainingRun
+from planner.throughput.eight_bit import WIDER, least_flops
 from planner.throughput.intervals import published_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
@@ -92,9 +93,12 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         shared = share_step(run, gpu, rates, work, time, step, slower=slower, host_slower=host)
         micro, step = shared.expected.micro_step, shared.expected.step
     tokens = run.micro_step.tokens * run.parallelism.num_processes
-    roofline = tokens / max(work.total_flops / peak, weight_bytes(run) / bandwidth)
+    flops = least_flops(run.kind, work.total_flops, run.micro_step.tokens)
+    roofline = tokens / max(flops / peak, weight_bytes(run) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
     low, high = known.interval(gpu, time.bound_by)
+    if setup.base_matmul != "bf16":
+        low, high = low * WIDER[0], high * WIDER[1]
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
     return StepEstimate(
@@ -108,9 +112,12 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known),
+        basis=_basis(gpu, known) + ("" if setup.base_matmul == "bf16" else EIGHT_BIT_BASIS),
         sharing=None if shared is None else shared.told,
     )
+
+
+EIGHT_BIT_BASIS = "; 8-bit products as measured on an H200 (docs/eight-bit.md)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
