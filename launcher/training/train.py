@@ -38,6 +38,7 @@ from launcher.training.patience import PatientWriter
 from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
 from launcher.training.stages import Stages
 from planner.base.errors import InputError, shorten
+from planner.base.importing import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -164,8 +165,10 @@ def _run(
     if (fallen_back := fall_back(os.environ)) is not None:
         _warn(writer, fallen_back)
 
-    from launcher.training import saving
-    from launcher.training.evaluation import early_end
+    with uncollected():
+        from launcher.training import saving
+        from launcher.training.callbacks import MemoryMeter  # noqa: F401 - with the trainer's own imports
+        from launcher.training.evaluation import early_end
 
     device = _device(job, gpu, writer, ranks)
     join(ranks, on_gpu=device.type == "cuda")

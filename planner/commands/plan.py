@@ -66,22 +66,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: this machine's GPUs)"
     )
-    parser.add_argument(
-        "--data",
-        action=StoreOnce,
-        metavar="FILE",
-        help="training examples: a file, a folder, or ORG/NAME of the Hub (docs/data.md)",
-    )
-    parser.add_argument(
-        "--effective-batch-size",
-        action=StoreOnce,
-        type=whole_number,
-        metavar="N",
-        help="sequences of one optimizer step (default: 16)",
-    )
-    parser.add_argument(
-        "--epochs", action=StoreOnce, type=real_number, metavar="X", help="passes over the data (default: 3)"
-    )
+    add_data_arguments(parser)
     parser.add_argument(
         "--learning-rate", action=StoreOnce, type=real_number, metavar="X", help="(default: by model size)"
     )
@@ -98,6 +83,26 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-download",
         action="store_true",
         help="a model or data set that is not on this machine may be fetched from the Hugging Face Hub",
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the examples and how often, how many at a time, they are gone through."""
+    parser.add_argument(
+        "--data",
+        action=StoreOnce,
+        metavar="FILE",
+        help="training examples: a file, a folder, or ORG/NAME of the Hub (docs/data.md)",
+    )
+    parser.add_argument(
+        "--effective-batch-size",
+        action=StoreOnce,
+        type=whole_number,
+        metavar="N",
+        help="sequences of one optimizer step (default: 16)",
+    )
+    parser.add_argument(
+        "--epochs", action=StoreOnce, type=real_number, metavar="X", help="passes over the data (default: 3)"
     )
 
 

@@ -9,7 +9,7 @@ from planner.base.values import dataclass
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
 from planner.setup.knobs import BF16
-from planner.setup.methods import experts_held
+from planner.setup.methods import as_stored, experts_held
 from planner.setup.parallelism import FSDP
 from planner.setup.training_setup import TrainingSetup
 
@@ -72,6 +72,7 @@ def chooses_batches(evaluator: Evaluator) -> bool:
 
 def start(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> TrainingSetup:
     """The base without what is to be chosen."""
+    base = as_stored(base, evaluator.model, fixed)
     plain: dict[str, Any] = {"experts": experts_held(base, evaluator.model)}
     if not layers_decided(fixed):
         plain |= PLAIN

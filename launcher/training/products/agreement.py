@@ -59,8 +59,8 @@ class Agreement:
 class LayerCheck(TrainerCallback):  # type: ignore[misc]
     """Compares a layer before the first step, and has all run plain where they disagree.
 
-    `say` is given a sentence where they agree, `warn` where they do not. Must come after the callbacks that change how layers are run. Not
-    for layers that FSDP2 shards, whose hooks gather for whole passes.
+    `say` is given a sentence where they agree, `warn` where they do not. Must come after the callbacks that
+    change how layers are run. Not for layers that FSDP2 shards, whose hooks gather for whole passes.
     """
 
     def __init__(

@@ -10,7 +10,13 @@ from functools import lru_cache
 from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
-from planner.memory.decoder.live_bytes import LayerMemory, final_norm_memory, layer_memory, output_width
+from planner.memory.decoder.live_bytes import (
+    LayerMemory,
+    final_norm_memory,
+    final_norm_saves_input,
+    layer_memory,
+    output_width,
+)
 from planner.memory.layers.base_weight import LinearKind
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.models.spec import LayerSpec, ModelSpec
@@ -177,7 +183,7 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
     found = []
     first = later = decoder.stream_width
     for layer, kernel in zip(model.layers, decoder.attention_kernels, strict=True):
-        knobs = replace(common, attention=kernel)
+        knobs = replace(common, attention=kernel).keeping(layer.kept)
         later = output_width(layer, knobs)
         for width, indices in ((first, layer.indices[:1]), (later, layer.indices[1:])):
             # What enters the very first layer alone is the embeddings' own output.
@@ -189,6 +195,21 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
             if indices is layer.indices:
                 break
     return tuple(found), final_norm_memory(model.norm_layer, replace(common, stream_width=later))
+
+
+def leaving_width(run: TrainingRun) -> int:
+    """Bytes of an element of the hidden states that leave the last layer, which the final norm does not save:
+    0 where it saves them, and they count with it.
+    """
+    return _leaving_width(run.model, decoder_setup(run))
+
+
+@lru_cache(maxsize=8192)
+def _leaving_width(model: ModelSpec, decoder: DecoderSetup) -> int:
+    last = max(groups_of(model, decoder)[0], key=lambda group: group.indices[-1])
+    width = last.memory.output_width
+    saved = final_norm_saves_input(model.norm_layer, replace(last.knobs, stream_width=width))
+    return 0 if saved else width
 
 
 def _exact_apart(
