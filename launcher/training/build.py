@@ -278,15 +278,6 @@ def build_trainer(
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
-    if setup.base_matmul != "bf16":
-        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
-    if setup.compile == "regional":
-        from launcher.training.compilation import compile_decoder_layers
-
-        compiled = compile_decoder_layers(
-            trainer.model, activation_memory_budget=setup.activation_memory_budget
-        )
-        trainer.add_callback(compiled)
     return trainer
 
 
@@ -317,6 +308,15 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)
+    if setup.base_matmul != "bf16":
+        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
+    if setup.compile == "regional":
+        from launcher.training.compilation import compile_decoder_layers
+
+        compiled = compile_decoder_layers(
+            trainer.model, activation_memory_budget=setup.activation_memory_budget
+        )
+        trainer.add_callback(compiled)
 
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Products with the frozen base in 8 bits: what they compute, what they leave alone, and the check before use."""
+"""Products with the frozen base in 8 bits: what they compute, what they leave alone, and the check before."""
 
 from __future__ import annotations
 
@@ -225,7 +225,8 @@ def trained(folder: Path, base_matmul: str, told: list[str] | None = None) -> li
     if base_matmul != "bf16":
         assert not build.use_eight_bit_products(made.model, base_matmul)
     if told is not None:
-        made.add_callback(agreement.LayerCheck(made, base_matmul, told.append))
+        warn = lambda message: told.append(f"warning: {message}")  # noqa: E731
+        made.add_callback(agreement.LayerCheck(made, base_matmul, say=told.append, warn=warn))
     return learned(made)[0]
 
 
@@ -239,6 +240,7 @@ def test_a_run_is_compared_before_its_first_step_and_runs_plain_where_layers_dis
     right = base_linear.scaled_product
     monkeypatch.setattr(base_linear, "scaled_product", lambda *given: right(*given) * 1.5)
     broken = trained(tmp_path / "broken", "fp8_backward", told)
+    assert told[1].startswith("warning: a layer as it would run")
     assert "differs from the plain one (input gradient by" in told[1]
     assert told[1].endswith("all layers run plain, slower")
     assert broken == trained(tmp_path / "plain", "bf16")

@@ -21,6 +21,8 @@ from trl import SFTTrainer
 
 from launcher.training.products.base_linear import plain_products, use_plain
 from launcher.training.rehearsal import nothing_kept, targets
+from planner.models.storage import EIGHT_BIT_MULTIPLE
+from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from launcher.training.callbacks import LaunchedTrainer
@@ -57,12 +59,19 @@ class Agreement:
 class LayerCheck(TrainerCallback):  # type: ignore[misc]
     """Compares a layer before the first step, and has all run plain where they disagree.
 
-    `tell` is given a sentence either way. Must come after the callbacks that change how layers are run. Not
-    for layers that FSDP2 shards, whose hooks gather for whole passes.
+    `say` is given a sentence where they agree, `warn` where they do not. Must come after the callbacks that
+    change how layers are run. Not for layers that FSDP2 shards, whose hooks gather for whole passes.
     """
 
-    def __init__(self, trainer: LaunchedTrainer, base_matmul: str, tell: Callable[[str], None]) -> None:
-        self._trainer, self._base_matmul, self._tell = trainer, base_matmul, tell
+    def __init__(
+        self,
+        trainer: LaunchedTrainer,
+        base_matmul: str,
+        *,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._trainer, self._base_matmul, self._say, self._warn = trainer, base_matmul, say, warn
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,13 +98,24 @@ class LayerCheck(TrainerCallback):  # type: ignore[misc]
             for one in layers:
                 run_plain(one)
             why = f" ({seen[0].in_words()})" if seen and disagrees else ""
-            self._tell(
+            self._warn(
                 f"a layer as it would run differs from the plain one{why}: all layers run plain, slower"
             )
             return
-        self._tell(
+        self._say(
             f"a layer agrees with the plain one ({seen[0].in_words()}; {time.monotonic() - begun:.0f} s)"
         )
+
+
+def check_layers(trainer: LaunchedTrainer, setup: TrainingSetup, say: Callable[[str], None]) -> None:
+    """Have a run's layers compared where they are changed, and warn of those that keep 16-bit products."""
+    if trainer.left_in_16bit:
+        trainer.tell(
+            f"{len(trainer.left_in_16bit)} linear layers keep 16-bit products, for 8-bit ones take sizes in "
+            f"multiples of {EIGHT_BIT_MULTIPLE}: {', '.join(trainer.left_in_16bit[:3])}"
+        )
+    if setup.compile != "none" and not trainer.shards:
+        trainer.add_callback(LayerCheck(trainer, setup.base_matmul, say=say, warn=trainer.tell))
 
 
 class _ComparedError(Exception):
