@@ -22,10 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import external_runs, guide_claims, memory_tables, scaling_table
+from benchmarks import external_runs, guide_claims, memory_tables, scaling_table, wanted_cards
 from launcher import cli
 from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
+from planner.commands.schema import NAMES as SCHEMA_NAMES
 from planner.gpus.catalog import gpu_catalog
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, CardLimit
 from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
@@ -40,12 +41,15 @@ THROUGHPUT = ROOT / "docs" / "throughput.md"
 MEMORY = ROOT / "docs" / "memory-model.md"
 SEVERAL_GPUS = ROOT / "docs" / "several-gpus.md"
 CLAIMS = ROOT / "docs" / "claims.md"
+RECORDS = ROOT / "docs" / "records.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PACKAGES = ("planner", "launcher")
+SCHEMAS = {name: ROOT / "docs" / "schema" / f"{name}.json" for name in SCHEMA_NAMES}
+PACKAGES = ("planner", "launcher", "vramwise")
 _ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- end of rooms -->\n)", re.DOTALL)
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
 _SCALING = re.compile(r"(<!-- scaling -->\n).*?(<!-- end of scaling -->\n)", re.DOTALL)
 _CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end of claims -->\n)", re.DOTALL)
+_WANTED = re.compile(r"(<!-- wanted cards -->\n).*?(<!-- end of wanted cards -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
 _KNOBS_PREAMBLE = """# Knobs
@@ -187,6 +191,11 @@ def claims(text: str) -> str:
     return _CLAIMS.sub(lambda match: match[1] + guide_claims.table() + match[2], text)
 
 
+def records(text: str) -> str:
+    """docs/records.md with the cards that no record is of as they are now."""
+    return _WANTED.sub(lambda match: match[1] + wanted_cards.table() + match[2], text)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
     written: dict[Path, Callable[[str], str]] = {
@@ -196,8 +205,10 @@ def main(arguments: Sequence[str]) -> int:
         THROUGHPUT: throughput,
         SEVERAL_GPUS: several_gpus,
         CLAIMS: claims,
+        RECORDS: records,
         ARCHITECTURE: architecture,
         MEMORY: memory_tables.written,
+        **{path: lambda _, name=name: output_of(["schema", name]) for name, path in SCHEMAS.items()},
     }
     named = {ROOT / page for page in arguments if page != "--check"}
     if named - written.keys():
@@ -209,6 +220,7 @@ def main(arguments: Sequence[str]) -> int:
     for path in old:
         print(f"{path.relative_to(ROOT)} is out of date: make docs", file=sys.stderr)
         if "--check" not in arguments:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")
     return int(bool(old) and "--check" in arguments)
 

@@ -93,6 +93,8 @@ def needs_of(
 
 def _quantized_bytes(skeleton: Skeleton) -> int:
     """Bytes of the base as bitsandbytes holds it, with the constants of its blocks; the rest in 16 bits."""
+    if skeleton.base.checkpoint is not None:
+        return sum(one.held_bytes or 2 * one.elements for one in skeleton.base.tensors.values())
     config = skeleton.quantization
     assert config is not None
     constant = ABSMAX_WIDTH

@@ -30,14 +30,23 @@ def sft_config(
 
     return SFTConfig(
         output_dir=str(output_dir),
+        **how_it_runs(setup, on_gpu=on_gpu),
+        **several_gpus(setup),
+        **optimisation(job),
+        **_written(job, evaluates=evaluates, run_name=output_dir.parent.name),
+    )
+
+
+def how_it_runs(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
+    """The arguments that decide what one process holds and how fast it is."""
+    from trl import SFTConfig
+
+    return {
         **_batches(setup),
         **_loss(),
         **_memory_and_speed(setup, on_gpu=on_gpu),
         **checkpointing(setup, SFTConfig),
-        **several_gpus(setup),
-        **_optimisation(job),
-        **_written(job, evaluates=evaluates, run_name=output_dir.parent.name),
-    )
+    }
 
 
 def checkpointing(setup: TrainingSetup, config: type) -> dict[str, Any]:
@@ -134,7 +143,7 @@ def _memory_and_speed(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def _optimisation(job: TrainingJob) -> dict[str, Any]:
+def optimisation(job: TrainingJob) -> dict[str, Any]:
     """Rate, schedule, length and seeds."""
     return {
         "learning_rate": job.learning_rate,

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
+from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
@@ -163,7 +164,8 @@ def load_tokenizer(source: str, *, allow_download: bool) -> PreTrainedTokenizerB
 def load_model(
     setup: TrainingSetup, source: str, *, device: torch.device, allow_download: bool
 ) -> PreTrainedModel:
-    """The model of a folder or Hub id on `device`, quantised while loading for qlora; safetensors only.
+    """The model of a folder or Hub id on `device`, quantised while loading for qlora unless it is stored so;
+    safetensors only.
 
     Raises:
         InputError: it is not there, or its weights are not safetensors.
@@ -172,12 +174,18 @@ def load_model(
 
     if setup.experts == "4bit":
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
-    chosen = {"attn_implementation": setup.attn_implementation} if setup.attn_implementation else {}
+    chosen: dict[str, Any] = {"quantization_config": quantization_config(setup)}
+    checkpoint = stored_in(source, allow_download=allow_download)
+    if checkpoint is not None:
+        refuse_other(setup, checkpoint, source)
+        config = stored_config(source, dtype=torch_dtype(setup), allow_download=allow_download)
+        chosen = {"config": config}
+    if setup.attn_implementation:
+        chosen["attn_implementation"] = setup.attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype(setup),
-            quantization_config=quantization_config(setup),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -186,6 +194,9 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+    if checkpoint is not None:
+        hold_in(model, torch_dtype(setup))
+    return model
 
 
 def _load_by_layer(
@@ -237,7 +248,7 @@ def build_trainer(
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
-        _use_card(setup)
+        use_card(setup)
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
@@ -262,6 +273,8 @@ def build_trainer(
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
+    if setup.base_matmul != "bf16":
+        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
     if setup.compile == "regional":
         from launcher.training.compilation import compile_decoder_layers
 
@@ -272,7 +285,18 @@ def build_trainer(
     return trainer
 
 
-def _use_card(setup: TrainingSetup) -> None:
+def use_eight_bit_products(model: torch.nn.Module, base_matmul: str) -> tuple[str, ...]:
+    """Have the decoder layers' frozen linear layers compute in 8 bits; returns the names of those that are
+    left as they are, since no such product takes their shape.
+    """
+    from launcher.training.callbacks import decoder_layers
+    from launcher.training.products.base_linear import use_eight_bit
+
+    layers = [(f"layers.{index}", layer) for index, layer in enumerate(decoder_layers(model))]
+    return use_eight_bit(layers, base_matmul).refused
+
+
+def use_card(setup: TrainingSetup) -> None:
     """What torch and transformers are told of the card that they run on."""
     import torch
 
@@ -286,7 +310,7 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
-        _hold_trainables_in_float32(trainer.model)
+        hold_trainables_in_float32(trainer.model)
 
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
@@ -336,7 +360,7 @@ def repeat_shared_keys(*, capability: tuple[int, int], dtype: str) -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
 
 
-def _hold_trainables_in_float32(model: torch.nn.Module) -> None:
+def hold_trainables_in_float32(model: torch.nn.Module) -> None:
     """TRL casts QLoRA adapters to bfloat16 (sft_trainer.py, "is_quantized_model"), which cards that train in
     float16 lack; mixed-precision training with a gradient scaler wants float32 master weights.
     """

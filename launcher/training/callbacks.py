@@ -50,6 +50,9 @@ class LaunchedTrainer(RankedTrainer):
     them exactly, and writes no model card.
     """
 
+    left_in_16bit: tuple[str, ...] = ()
+    """Layers without the 8-bit products that the setup asks for: no such product takes their shape."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._losses: list[torch.Tensor] = []

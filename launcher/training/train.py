@@ -38,6 +38,7 @@ from launcher.training.patience import PatientWriter
 from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
 from launcher.training.stages import Stages
 from planner.base.errors import InputError, shorten
+from planner.base.importing import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -164,8 +165,10 @@ def _run(
     if (fallen_back := fall_back(os.environ)) is not None:
         _warn(writer, fallen_back)
 
-    from launcher.training import saving
-    from launcher.training.evaluation import early_end
+    with uncollected():
+        from launcher.training import saving
+        from launcher.training.callbacks import MemoryMeter  # noqa: F401 - with the trainer's own imports
+        from launcher.training.evaluation import early_end
 
     device = _device(job, gpu, writer, ranks)
     join(ranks, on_gpu=device.type == "cuda")
@@ -273,6 +276,16 @@ def _equip(
             trainer.add_callback(callback)
     compiles = job.setup.compile != "none"
     tell = functools.partial(stages.enter, "rehearsing")
+    if trainer.left_in_16bit:
+        names = ", ".join(trainer.left_in_16bit[:3])
+        trainer.tell(
+            f"{len(trainer.left_in_16bit)} linear layers keep 16-bit products, 8-bit ones take sizes "
+            f"in multiples of 16: {names}"
+        )
+    if compiles and not trainer.shards:
+        from launcher.training.products.agreement import LayerCheck
+
+        trainer.add_callback(LayerCheck(trainer, job.setup.base_matmul, trainer.tell))
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
     trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
     # The rehearsal is the first to run the layers, and so to compile them.

@@ -66,6 +66,28 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", action=StoreOnce, help="16GB, rtx-4090, 2x24GB ... (default: this machine's GPUs)"
     )
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--learning-rate", action=StoreOnce, type=real_number, metavar="X", help="(default: by model size)"
+    )
+    parser.add_argument(
+        "--price-per-hour", action=StoreOnce, type=real_number, metavar="USD", help="price of one GPU"
+    )
+    parser.add_argument("--display", action="store_true", help="a display is attached to the GPU")
+    parser.add_argument(
+        "--allow-8bit",
+        action="store_true",
+        help="products with the frozen base may be in 8 bits, if faster (docs/eight-bit.md)",
+    )
+    parser.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="a model or data set that is not on this machine may be fetched from the Hugging Face Hub",
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the examples and how often, how many at a time, they are gone through."""
     parser.add_argument(
         "--data",
         action=StoreOnce,
@@ -81,18 +103,6 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--epochs", action=StoreOnce, type=real_number, metavar="X", help="passes over the data (default: 3)"
-    )
-    parser.add_argument(
-        "--learning-rate", action=StoreOnce, type=real_number, metavar="X", help="(default: by model size)"
-    )
-    parser.add_argument(
-        "--price-per-hour", action=StoreOnce, type=real_number, metavar="USD", help="price of one GPU"
-    )
-    parser.add_argument("--display", action="store_true", help="a display is attached to the GPU")
-    parser.add_argument(
-        "--allow-download",
-        action="store_true",
-        help="a model or data set that is not on this machine may be fetched from the Hugging Face Hub",
     )
 
 
@@ -116,6 +126,7 @@ def request_from(args: argparse.Namespace) -> PlanRequest:
         learning_rate=args.learning_rate,
         price_usd_per_hour=args.price_per_hour,
         display=args.display,
+        allow_8bit=args.allow_8bit,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError, NotModelledError
+from planner.models.checkpoint import Checkpoint
 from planner.models.spec import ModelSpec
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import plain
+from planner.setup.methods import stored_knobs
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
@@ -68,6 +70,8 @@ def _accept(run: RunKind) -> None:
     if any(layer.shared_expert_intermediate_size for layer in model.layers):
         raise NotModelledError("shared experts of model", model.id)
     _refuse_on_experts(run)
+    if model.checkpoint is not None:
+        _refuse_of_checkpoint(run, model.checkpoint)
     if model.is_traced:
         _refuse_traced(run)
     if setup.kernels == "liger":
@@ -78,6 +82,30 @@ def _accept(run: RunKind) -> None:
             setup.checkpointed_layers,
             f"at most {model.num_hidden_layers}, the decoder layers",
         )
+
+
+def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:
+    """Refuse what weights that are quantised already do not allow.
+
+    Raises:
+        InputError: another method, or other values than they were quantised with.
+        NotModelledError: a knob that nobody has tried on them.
+    """
+    setup, model = run.setup, run.model
+    if setup.method != "qlora":
+        raise InputError(
+            f"method {setup.method} needs weights in 16 bits, but {model.id} is stored in {checkpoint.bits}: "
+            "name the model that it was made from, or use method qlora"
+        )
+    for name, value in stored_knobs(checkpoint).items():
+        if getattr(setup, name) != value:
+            raise FieldError(name, plain(getattr(setup, name)), f"{plain(value)}, as {model.id} is stored")
+    if run.parallelism.shards:
+        raise NotModelledError("distributed=fsdp with quantised weights of model", model.id)
+    if setup.experts == "4bit":
+        raise NotModelledError("experts=4bit with quantised weights of model", model.id)
+    if setup.compile != "none" and any(layer.kept for layer in model.layers):
+        raise NotModelledError("compile=regional with layers kept in 16 bits of model", model.id)
 
 
 def _refuse_attention(model: ModelSpec, attention: str) -> None:

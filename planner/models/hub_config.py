@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.base.errors import InputError, shorten
+from planner.models.checkpoint import Checkpoint, read_quantisation
 
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 12
@@ -117,7 +118,8 @@ def parse_config(content: bytes, *, where: str) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a config that is out of bounds, that names code to run, or whose weights are quantised already.
+    """Refuse a config that is out of bounds, that names code to run, or whose weights are quantised in a form
+    that is not trained.
 
     Raises:
         InputError: which key is refused, and why.
@@ -126,9 +128,18 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.isprintable() or not 0 < len(model_type) <= 100:
         raise InputError(f"{name} names no model_type")
-    if config.get("quantization_config") is not None:
-        raise InputError(f"{name} describes quantised weights: {_instead_of_quantised(model_type)}")
+    quantisation_of(config, where=where)
     _check_value("", config, name, depth=0)
+
+
+def quantisation_of(config: Mapping[str, Any], *, where: str) -> Checkpoint | None:
+    """How the weights of a config are quantised; None where they are in 16 or 32 bits.
+
+    Raises:
+        InputError: in a form that is not trained, with what to use instead.
+    """
+    instead = _instead_of_quantised(str(config.get("model_type")))
+    return read_quantisation(config, shorten(where), instead=instead)
 
 
 def _instead_of_quantised(model_type: str) -> str:
@@ -229,6 +240,7 @@ _IRRELEVANT = frozenset(
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
+        "quantization_config",
         "query_pre_attn_scalar",
         "residual_multiplier",
         "return_dict",

@@ -25,6 +25,13 @@ NESTED_BLOCK = 256
 ABSMAX_WIDTH = 4
 """Bytes of a constant before it is quantised itself (fp32)."""
 
+EIGHT_BIT_MULTIPLE = 16
+"""What 8-bit products ask of both sizes of a weight (torch aten/src/ATen/native/cuda/ScaledBlas.cpp); others
+are left in 16 bits (launcher/training/products/base_linear.py)."""
+EXACT_ENDS = 2
+"""With base_matmul fp8 the first and the last so many decoder layers keep their forward pass in 16 bits:
+three quarters of what 8-bit products add to the loss at once come from there (docs/eight-bit.md)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
@@ -33,13 +40,17 @@ class Storage:
     `quantized` says that bitsandbytes holds what it can in 4 bits, with constants that `double_quant`
     quantises again; `width` is the bytes of an element that stays as it is, and of a dequantised one.
     `experts` says that the launcher holds stacks of experts in 4 bits too
-    (launcher/training/loading/quantised_experts.py).
+    (launcher/training/loading/quantised_experts.py). `stored` is the width of what stays as it is in a file
+    whose weights are quantised already, null where they are quantised while they are loaded; it is `recast`
+    after loading where the file has another dtype.
     """
 
     quantized: bool
     double_quant: bool
     width: int
     experts: bool = False
+    stored: int | None = None
+    recast: bool = False
 
     def quantizes(self, parameter: Parameter) -> bool:
         """Whether the parameter is held in 4 bits."""
@@ -62,10 +73,11 @@ def is_quantizable(parameter: Parameter) -> bool:
     """Whether transformers has bitsandbytes hold the parameter in 4 bits.
 
     Kept in 16 bits: embeddings, norms, biases, routers, 3-D experts and the output head
-    (transformers quantizers/base.py, get_keys_to_not_convert).
+    (transformers quantizers/base.py, get_keys_to_not_convert), and what a checkpoint keeps so.
     """
     return (
         parameter.module_class in QUANTIZED_CLASSES
         and parameter.kind == "weight"
         and not parameter.is_output_head
+        and not parameter.kept
     )

@@ -25,6 +25,7 @@ from planner.search import SPEED_TIE, Tried, finish_seconds
 from planner.search.evaluator import Candidate
 from planner.search.frontier import around_the_chosen, frontier, runners_up, settled
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
+from planner.setup.methods import as_stored_request
 from planner.setup.request import PlanRequest
 from planner.setup.run import Runs, TrainingRun
 from planner.setup.stack import TRL, Stack
@@ -65,6 +66,7 @@ def make_plan(
     refuse_on_card(request.fixed, target.spec, (*CARD_LIMITS, BFLOAT16))
     if model is None:
         model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
+    request = as_stored_request(request, model)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
     asked = Asked(request, with_processes(request, target), model, stats, runs=Runs(model, stack))

@@ -12,6 +12,7 @@ from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.setup.run import TrainingRun
+from planner.throughput.by_kind import positions_of
 from planner.throughput.intervals import published_interval, traced_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
@@ -181,10 +182,13 @@ def _limits(gpu: GpuSpec) -> tuple[float, float]:
     return peak, bandwidth
 
 
+_TRAFFIC = positions_of(*(kind.name for kind in kinds_of("pass", "traffic")))
+
+
 def _moved_bytes(work: StepWork) -> float:
     """Bytes written for later kernels to read, of one micro-step."""
-    traffic = kinds_of("pass", "traffic")
-    return sum(sum(part[kind.name] for kind in traffic) for part in (work.forward, work.backward))
+    forward, backward = work.forward.numbers, work.backward.numbers
+    return sum([forward[at] for at in _TRAFFIC]) + sum([backward[at] for at in _TRAFFIC])
 
 
 def _basis(gpu: GpuSpec, known: KnownRates) -> str:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-TRAINER_NAMES = ("axolotl", "llamafactory", "trl")
+TRAINER_NAMES = ("axolotl", "llamafactory", "trl", "unsloth")

@@ -13,7 +13,7 @@ from planner.commands.program import run_command
 from planner.gpus.target import resolve_gpu
 from planner.models.catalog import list_models, load_shipped
 from planner.planning import comparison
-from planner.planning.comparison import longest_lengths, smallest_cards
+from planner.planning.comparison import largest_models, smallest_cards
 from planner.planning.make_plan import make_plan
 from planner.search.evaluator import Evaluator
 from planner.search.lean import longest_that_fits
@@ -79,7 +79,7 @@ def test_the_largest_models_of_a_card_are_as_long_as_plan_says(monkeypatch: pyte
     monkeypatch.setattr(comparison, "list_models", lambda: models)
     target = resolve_gpu("8GB")
     base = make_request("any").setup(max_length=512, gradient_accumulation_steps=16, dtype=target.spec.dtype)
-    found = {one.model: one for one in longest_lengths(target, base, fixed={})}
+    found = {one.model: one for one in largest_models(target, base, fixed={}).models}
     for model in ("llama-3.2-3b", "qwen2.5-7b"):
         spec = load_shipped(model)
         evaluator = Evaluator(spec, target.spec, target.usable_bytes)

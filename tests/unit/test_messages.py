@@ -12,6 +12,7 @@ import pytest
 from launcher.models.inspect import _FAMILIES
 from planner.base import data_files
 from planner.models import hub_config
+from planner.models.checkpoint import METHOD_NAMES
 
 Cli = Callable[..., Any]
 LLAMA: dict[str, Any] = {
@@ -159,6 +160,71 @@ def test_quantised_weights_send_nobody_on_an_errand_that_fails(
 ) -> None:
     config = {**LLAMA, "model_type": model_type, "quantization_config": {"quant_method": "mxfp4"}}
     assert said in refused(cli, "plan", folder(tmp_path, json.dumps(config)), "24GB")
+
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        *(
+            ({"quant_method": word}, f"quantised by {name}: give the model")
+            for word, name in METHOD_NAMES.items()
+        ),
+        ({"quant_method": "aqlm"}, "quantised by 'aqlm': give the model they were made from"),
+        ({"quant_algo": "W4A16"}, "quantised by compressed-tensors: give the model"),
+        ({**BNB, "load_in_4bit": False}, "in neither 4 nor 8 bits"),
+        ({**BNB, "bnb_4bit_quant_type": "int4"}, "expected nf4 or fp4, true or false"),
+        ({**BNB, "bnb_4bit_quant_storage": "int32"}, "bnb_4bit_quant_storage is 'int32'"),
+        ({**BNB, "llm_int8_skip_modules": ["("]}, "which names no module"),
+        ({**BNB, "llm_int8_skip_modules": "lm_head"}, "not a list of modules"),
+        ({**BNB, "llm_int8_skip_modules": ["down_proj"]}, "its output head is quantised too"),
+        ([4], "quantization_config is [4], not an object"),
+    ],
+)
+def test_stored_weights_that_are_not_trained_are_refused_by_name(
+    stored: object, said: str, tmp_path: Path, cli: Cli
+) -> None:
+    # The shapes of a model of the catalog: nothing has to be described.
+    config = {**config_of("smollm2-135m"), "quantization_config": stored}
+    assert said in refused(cli, "plan", folder(tmp_path, json.dumps(config)), "24GB")
+
+
+def config_of(model_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (data_files.PROFILES / "configs" / f"{model_id}.json").read_text(encoding="utf-8")
+    )
+    return found
+
+
+def test_stored_4_bit_weights_are_planned_as_they_are(tmp_path: Path, cli: Cli) -> None:
+    """Knobs that nobody asked for are the folder's; those that contradict it are refused by name."""
+    four = {**BNB, "bnb_4bit_quant_type": "fp4", "llm_int8_skip_modules": ["lm_head", "model.layers.3.mlp"]}
+    place = folder(tmp_path, json.dumps({**config_of("smollm2-135m"), "quantization_config": four}))
+    plan = json.loads(cli("plan", place, "24GB", "--json").out)
+    setup = plan["setup"]
+    assert (setup["method"], setup["bnb_4bit_quant_type"], setup["bnb_4bit_use_double_quant"]) == (
+        "qlora",
+        "fp4",
+        False,
+    )
+    assert {row["method"] for row in plan["methods"]} == {"qlora"}
+    assert any("are stored in 4 bits" in note["text"] for note in plan["notes"])
+    kept = 3 * 576 * 1536 * 2
+    assert component(plan, "weights_unquantized") - kept == pytest.approx(49152 * 576 * 2, rel=0.01)
+    said = refused(cli, "plan", place, "24GB", "--method", "lora")
+    assert "is stored in 4: name the model that it was made from" in said
+    said = refused(cli, "plan", place, "24GB", "--bnb-4bit-quant-type", "nf4")
+    assert "expected fp4, as" in said
+    setups = tmp_path / "setups.jsonl"
+    setups.write_text(json.dumps({"model": str(place), "max_length": 512}) + "\n")
+    estimated = json.loads(cli("estimate", "--gpu", "24GB", "--setups", setups, "--json").out)
+    assert estimated["setup"]["bnb_4bit_quant_type"] == "fp4"
+
+
+def component(plan: dict[str, Any], name: str) -> int:
+    return next(one["size_bytes"] for one in plan["memory"]["components"] if one["name"] == name)
 
 
 def test_the_planned_types_are_those_of_the_catalog() -> None:

@@ -30,8 +30,8 @@ from launcher.tui.widgets.sizing.memory_bar import MemoryBar
 from launcher.tui.widgets.sizing.phase_table import PhaseTable
 from launcher.tui.widgets.sizing.setup_list import SetupList
 from launcher.tui.widgets.sizing.speed_panel import SpeedPanel
-from launcher.tui.widgets.sizing.text_line import TextLine
 from launcher.tui.widgets.sizing.verdict_line import VerdictLine
+from launcher.tui.widgets.text_line import TextLine
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
