@@ -186,7 +186,7 @@ def _check_number(key: str, value: float, name: str) -> None:
 
 
 def _infinite(values: dict[str, Any]) -> object:
-    """An object of JSON, or the number without end that transformers writes as one (configuration_utils.py)."""
+    """An object, or the number without end that transformers writes as one (configuration_utils.py)."""
     if set(values) == {"__float__"} and isinstance(values["__float__"], str):
         return _constant(values["__float__"])
     return values
