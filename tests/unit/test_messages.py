@@ -12,6 +12,7 @@ import pytest
 from launcher.models.inspect import _FAMILIES
 from planner.base import data_files
 from planner.models import hub_config
+from tests import describing
 
 Cli = Callable[..., Any]
 LLAMA: dict[str, Any] = {
@@ -169,7 +170,6 @@ def test_the_planned_types_are_those_of_the_catalog() -> None:
     assert len({name.removesuffix("_text") for name in hub_config.PLANNED_TYPES}) == len(_FAMILIES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -186,7 +186,8 @@ def test_a_refused_architecture_says_whose_limit_it_is(
     pytest.importorskip("transformers")
     where = tmp_path / "some-20b"
     where.mkdir()
-    refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
+    with describing.here():
+        refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
     assert said in refusal
     assert "of about its size there are" in refusal
 
