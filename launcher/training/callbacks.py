@@ -199,12 +199,14 @@ class QuietHeap(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Freeze what is alive."""
+        self._thaws = gc.get_freeze_count() == 0
         gc.collect()
         gc.freeze()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Let it be collected again."""
-        gc.unfreeze()
+        """Let it be collected again, but where libraries were frozen before: those are there to stay."""
+        if self._thaws:
+            gc.unfreeze()
 
 
 @dataclass(slots=True)

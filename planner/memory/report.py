@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from planner.base.values import dataclass
 from planner.memory.breakdown import Component, PhaseMemory
@@ -204,10 +204,16 @@ def _component_texts(
     coefficients: str,
 ) -> tuple[ComponentText, ...]:
     """Those of COMPONENTS that a run has, with its words; of OF_SEVERAL it has those of `shared` ways."""
-    words = {"bits": bits, "optim": optim, "head": head, "reserve": reserve, "coefficients": coefficients}
-    fill = partial(str.format, **words, **_of_storage(held))
+    words: dict[str, object] = {
+        "bits": bits,
+        "optim": optim,
+        "head": head,
+        "reserve": reserve,
+        "coefficients": coefficients,
+    }
+    words |= _of_storage(held)
     return tuple(
-        _text(row.name, fill(row.title), fill(row.origin))
+        _text(row.name, row.title.format(**words), row.origin.format(**words))
         for row in COMPONENTS
         if row.name not in OF_SEVERAL or OF_SEVERAL[row.name] in shared
     )

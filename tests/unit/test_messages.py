@@ -18,6 +18,7 @@ from planner.models.checkpoint import METHOD_NAMES
 from planner.setup.knob import Knob
 from planner.setup.knobs import KNOBS
 from planner.setup.training_setup import TrainingSetup
+from tests import describing
 from tests.each import for_each
 
 Cli = Callable[..., Any]
@@ -287,7 +288,6 @@ def test_the_planned_types_are_those_of_the_catalog() -> None:
     assert len({name.removesuffix("_text") for name in hub_config.RECIPE_TYPES}) == len(_FAMILIES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -304,7 +304,8 @@ def test_a_refused_architecture_says_whose_limit_it_is(
     pytest.importorskip("transformers")
     where = tmp_path / "some-20b"
     where.mkdir()
-    refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
+    with describing.here():
+        refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
     assert said in refusal
     assert "of about its size there are" in refusal
 
