@@ -151,7 +151,7 @@ def eight_bit_model(base_matmul: str, **knobs: Any) -> Any:
 def test_compiled_and_checkpointed_layers_compute_the_same_and_keep_no_more(method: str) -> None:
     """fp8 in both passes: gradients equal those of eager layers, and what is kept that of 16-bit products."""
     eager = gradients(eight_bit_model("fp8", method=method, gradient_checkpointing=False))
-    for checkpointed in (False, True):
+    for checkpointed in (False, True) if method == "qlora" else (True,):
         model = eight_bit_model("fp8", method=method, gradient_checkpointing=checkpointed)
         compile_model(model)
         found = gradients(model)
@@ -186,10 +186,9 @@ def planned_bytes(**knobs: Any) -> int:
 def one_layer(model: Any, limits: agreement.Sides) -> agreement.Agreement:
     """The second layer compared, on what the model gives it."""
     layer = decoder_layers(model)[1]
-    seen: list[agreement.Agreement] = []
-    with pytest.raises(agreement._ComparedError), agreement._compared(layer, limits, seen):
+    with pytest.raises(agreement._ComparedError) as compared, agreement._compared(layer, limits):
         loss_of(model)
-    return seen[0]
+    return compared.value.found
 
 
 @pytest.mark.parametrize("base_matmul", ["bf16", "fp8_backward", "fp8"])
