@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
 from planner.base.settings import card_asked_for
+from planner.base.spread import usable_processes
 from planner.commands.knobs import add_knobs, given_knobs
 from planner.commands.program import StoreOnce, real_number, say, whole_number
 from planner.setup.request import PlanRequest
@@ -164,6 +165,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
         whole=args.full or args.explain or args.json or (args.output is not None and args.job is None),
+        processes=usable_processes(),
     )
 
 
