@@ -85,6 +85,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = tmp_path / "here"
     (made / "my-model").mkdir(parents=True)
     shutil.copy(PROFILES / "configs" / "llama-3.2-1b.json", made / "my-model" / "config.json")
+    config = json.loads((PROFILES / "configs" / "llama-3.1-8b.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantised |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    (made / "llama-3.1-8b-bnb-4bit").mkdir()
+    (made / "llama-3.1-8b-bnb-4bit" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": quantised})
+    )
     lines = (PROFILES / "demo" / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:20]
     for name in ("examples.jsonl", "profiles/demo/data/train.jsonl"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
