@@ -78,6 +78,8 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         NotModelledError: a knob whose work is not counted.
     """
     setup = run.setup
+    if setup.load_in_8bit:
+        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
