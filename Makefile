@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast gpu-test check lint types coverage cold-start serve docs wheel clean FORCE
+.PHONY: demo test test-fast gpu-test check lint types coverage cold-start serve docs site wheel clean FORCE
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -70,11 +70,15 @@ serve: $(VENV)/.demo
 docs:
 	$(BIN)/python -m tests.write_docs
 
+# The documentation as pages, in site/; a link that leads nowhere fails.
+site: $(VENV)/.dev
+	$(BIN)/zensical build --strict --clean
+
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf .venv .venv-latest build dist
+	rm -rf .venv .venv-latest build dist site .cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "vramwise needs Python 3.11 or newer (with venv)" >&2; exit 2; }
@@ -87,7 +91,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml $(LOCK) $(if $(LATEST),FORCE) | $(VENV)/bin/python
 	$(INSTALL) $(if $(LATEST),--upgrade --upgrade-strategy eager) \
-	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train]" --group dev
+	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train,web]" --group dev
 	touch $@
 
 .venv-latest/torch.txt: constraints.txt | .venv-latest/bin/python

@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from launcher.models.tracing.recorder import IN_PLACE
+
 aten, quantised = torch.ops.aten, torch.ops.bitsandbytes
 
 
@@ -46,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[torch.Tensor] = (), *, values: bool = True) -> None:
         super().__init__()
-        self._stand_ins = {} if values else PRODUCTS
+        self._instead = IN_PLACE | ({} if values else PRODUCTS)
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peak_operation = ""
@@ -69,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = self._stand_ins.get(func, func)(*args, **(kwargs or {}))
+        result = self._instead.get(func, func)(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._watch(tensor, tensor.untyped_storage().nbytes(), str(func))
@@ -98,6 +100,8 @@ def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             found += constants_of(state)
+        if getattr(parameter, "SCB", None) is not None:
+            found.append(parameter.SCB)
     return found
 
 

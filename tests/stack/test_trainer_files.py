@@ -1,8 +1,8 @@
 """Files that are written for other trainers, held to what those accept.
 
-`trl sft` parses them itself. Axolotl and LLaMA-Factory want environments of their own, so their wheels'
-sources are read: unpack them (`pip download --no-deps axolotl==0.21.0 llamafactory==0.9.5`) into one folder
-and name it in VRAMWISE_TRAINERS.
+`trl sft` parses them itself. Axolotl, LLaMA-Factory and Unsloth want environments of their own, so their
+wheels' sources are read: unpack them (`pip download --no-deps axolotl==0.21.0 llamafactory==0.9.5
+unsloth==2026.10.9`) into one folder and name it in VRAMWISE_TRAINERS.
 """
 
 from __future__ import annotations
@@ -97,6 +97,39 @@ def fields_of(*files: Path) -> set[str]:
                     if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
                 }
     return found
+
+
+@pytest.mark.skipif(WHEELS is None, reason="VRAMWISE_TRAINERS names no folder with unpacked wheels")
+def test_unsloth_knows_every_argument_that_is_written_and_has_the_defaults_that_are_read() -> None:
+    models = Path(WHEELS or "") / "unsloth" / "unsloth" / "models"
+    known: dict[str, dict[str, ast.expr]] = {}
+    for file, name, function in (
+        ("loader.py", "FastLanguageModel", "from_pretrained"),
+        ("llama.py", "FastLlamaModel", "get_peft_model"),
+    ):
+        tree = ast.parse((models / file).read_text(encoding="utf-8"))
+        (owner,) = [one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == name]
+        (found,) = [one for one in owner.body if isinstance(one, ast.FunctionDef) and one.name == function]
+        names = [one.arg for one in found.args.args]
+        known[function] = dict(zip(names[-len(found.args.defaults) :], found.args.defaults, strict=True))
+    training = {field.name for field in dataclasses.fields(TrainingArguments)} | {"max_length", "packing"}
+    setups = [setup for setup in SETUPS if setup.method != "full" and setup.attn_implementation is None]
+    for setup in setups:
+        values = TRAINERS["unsloth"].write(setup, HUB, 3.0, 2e-4)
+        accepted = known["from_pretrained"].keys() | known["get_peft_model"].keys() | training
+        assert set(values) <= accepted
+    defaults = {
+        name: ast.literal_eval(value)
+        for function in known.values()
+        for name, value in function.items()
+        if isinstance(value, ast.Constant)
+    }
+    read = TRAINERS["unsloth"].read({"model_name": HUB}, auto_dtype="bfloat16", gpus=1).setup
+    assert (read.max_length, read.lora_r, read.alpha, read.lora_dropout) == tuple(
+        defaults[name] for name in ("max_seq_length", "r", "lora_alpha", "lora_dropout")
+    )
+    assert defaults["use_gradient_checkpointing"] == "unsloth"
+    assert defaults["load_in_4bit"] is True
 
 
 @pytest.mark.skipif(WHEELS is None, reason="VRAMWISE_TRAINERS names no folder with unpacked wheels")

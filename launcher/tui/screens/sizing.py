@@ -31,8 +31,8 @@ from launcher.tui.widgets.sizing.memory_bar import MemoryBar
 from launcher.tui.widgets.sizing.phase_table import PhaseTable
 from launcher.tui.widgets.sizing.setup_list import SetupList
 from launcher.tui.widgets.sizing.speed_panel import SpeedPanel
-from launcher.tui.widgets.sizing.text_line import TextLine
 from launcher.tui.widgets.sizing.verdict_line import VerdictLine
+from launcher.tui.widgets.text_line import TextLine
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
@@ -67,6 +67,8 @@ class SizingScreen(SizingPicks):
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
         Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
         Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
+        Binding("e", "app.accuracy", show=False, id="sizing.accuracy", tooltip="Accuracy of own runs"),
+        Binding("b", "app.calibrate", show=False, id="sizing.calibrate", tooltip="Calibrate on this GPU"),
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
