@@ -84,6 +84,8 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
     layers = [("checkpointing", lines["checkpointing"]), ("attention", plan.model.attn_implementation)]
     layers += knob_lines(plan.setup)
     yield "layers", ", ".join(f"{label} {value}" for label, value in layers)
+    if "learning" in lines:
+        yield "learning", lines["learning"]
     if plan.data is not None and (lacking := not_trained(plan.data)):
         yield "data", lacking
 
@@ -138,6 +140,8 @@ def _train_command(plan: Plan) -> str:
     ):
         if value is not None:
             words += option(name, value)
+    if request.allow_8bit:
+        words += option("allow_8bit", True)
     data = "FILE" if request.data is None else request.data
     return f"{shlex.join(words)} --data {shlex.quote(data)}"
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from planner.answers.plan import CardAdvice, Longest, Plan
-from planner.text.choice import METHOD_TITLES
+from planner.text.choice import method_title
 from planner.text.figures import gib, rate
 from planner.text.ways import way_sentences
 
@@ -32,7 +32,7 @@ def card_title(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> Text:
     word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
-    method = METHOD_TITLES[plan.setup.method]
+    method = method_title(plan.setup)
     length = f"{plan.setup.max_length:,} tokens"
     one = "one of " if plan.gpu.count > plan.setup.num_processes else ""
     experts = ", experts in 4 bits," if plan.setup.experts == "4bit" else ""

@@ -138,7 +138,7 @@ def test_mixtures_and_hybrids_train_in_the_bytes_that_were_planned(
     step = first_step(family, setup, tmp_path)
     trained = sum(one.numel() for one in step.model.parameters() if one.requires_grad)
     assert run.trained.elements == trained
-    assert [layer.experts_per_token for layer in spec.layers if layer.experts][0] == 2
+    assert {layer.experts_per_token for layer in spec.layers if layer.experts} == {2}
     for layer in step.stack.layers:
         layer.forward = casts_as_cuda(layer.forward)
     assert_as_planned(run, measure(step))

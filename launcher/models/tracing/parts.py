@@ -66,8 +66,11 @@ def _final_norm(base: Any, embedding: nn.Module, layers: nn.ModuleList) -> nn.Mo
         if module not in (layers, embedding) and any(True for _ in module.parameters())
     ]
     if len(others) != 1:
-        names = ", ".join(name for name, _ in others) or "nothing"
-        raise InputError(f"{type(base).__name__} has {names} where one norm after the layers was expected")
+        names = ", ".join(name for name, _ in others) or "no norm"
+        raise InputError(
+            f"{type(base).__name__} has {names} beside its layers, where one norm is expected: what runs "
+            "there, and what it hands to each layer, is not traced"
+        )
     return others[0][1]
 
 
