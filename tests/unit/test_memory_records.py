@@ -298,7 +298,7 @@ def test_allocated_memory_against_measured_runs(allocator: str) -> None:
 
 def test_most_runs_as_launched_reserve_what_was_said() -> None:
     """Each model held out: what is left are requests that find room where the replay has none, or not. Full
-    fine-tuning on an H200, whose largest blocks are gradients of the embedding, is the least exact: 0.2 to 2.3%,
+    fine-tuning on an H200, with gradients of the embedding as its largest blocks, is least exact: 0.2 to 2%,
     and 6.2% for gemma-3-1b (run 20261201-9a9cffed1a62).
     """
     errors = []
