@@ -72,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("tui needs a terminal; use plan and train in scripts")
     # Textual is imported by this command alone: the others start without it.
     from launcher.runs.folder import RunFolder
-    from launcher.tui.app import VramwiseApp
     from launcher.tui.cards import first_card
     from launcher.tui.pauses import shorten_pauses
     from launcher.tui.screens.reading import Opening
@@ -87,12 +86,25 @@ def run(args: argparse.Namespace) -> int:
     opened = partial(_opened, args, card.spec.dtype)
     wished = args.model or load_session().model or DEFAULT_MODEL
     # A model of the catalog is there at once, another takes seconds, in which the screen says what is done.
-    known = wished in catalog_ids()
-    model, setup = opened() if known else (None, None)
+    opening = None if wished in catalog_ids() else Opening(name=wished, read=opened)
+    model, setup = opened() if opening is None else (None, None)
+    if opening is not None and not served:
+        # A page in a browser is one application's, to its end.
+        from launcher.tui.reading_app import ReadingApp
+
+        reading = ReadingApp(opening, theme=kept.theme)
+        found = reading.run()
+        if isinstance(found, str):
+            raise InputError(found)
+        if found is None:
+            return reading.return_code or 0
+        (model, setup), opening = found, None
+    from launcher.tui.app import VramwiseApp
+
     app = VramwiseApp(
         model=model,
         setup=setup,
-        opening=None if known else Opening(name=wished, read=opened),
+        opening=opening,
         card=card,
         automatic=True,
         runs_root=runs_root(args.runs),

@@ -65,9 +65,7 @@ class SizingScreen(SizingPicks):
         Binding("n", "needs", "Need", id="sizing.needs", tooltip="Which card for these hours"),
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
         Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
-        Binding(
-            "f", "app.follow_live", show=False, id="sizing.follow", tooltip="The run that goes on"
-        ),
+        Binding("f", "app.follow_live", show=False, id="sizing.follow", tooltip="The run that goes on"),
         Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
         Binding("e", "app.accuracy", show=False, id="sizing.accuracy", tooltip="Accuracy of own runs"),
         Binding("b", "app.calibrate", show=False, id="sizing.calibrate", tooltip="Calibrate on this GPU"),
