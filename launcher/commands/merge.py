@@ -123,9 +123,11 @@ def _prepared(task: MergeTask, shard_bytes: int, *, allow_download: bool) -> Mer
     from launcher.merging.adapters import Adapters
     from launcher.merging.measuring import measured_rows
     from launcher.merging.merge import Merge
+    from launcher.merging.task import for_base
     from launcher.training.loading.base_folder import find_base
 
     base = find_base(task.source, allow_download=allow_download)
+    task = for_base(task, base)
     for one in task.adapters:
         if one.base and one.base != task.source:
             say(f"note: {one.path} was trained on {one.base}, and is merged into {task.source}")

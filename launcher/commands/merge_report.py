@@ -82,7 +82,8 @@ def print_merged(out: Console, merge: Merge, merged: Merged) -> None:
         _print_measured(out, merge, merged)
     heading(out, "Serve it")
     _print_lines(out, merged_lines(task.output, _served_name(first)))
-    heading(out, "Or unmerged, on the base in 16 bits")
+    held = "the base in 16 bits" if merge.base.checkpoint is None else "the base as it is stored"
+    heading(out, f"Or unmerged, on {held}")
     if len(task.adapters) > 1:
         footnote(out, "  servers take one adapter at a time: a sum of several is served merged")
     else:

@@ -117,11 +117,12 @@ class Merge:
         from launcher.training import build
 
         setup = self.task.setup
+        quantises = kind == DEQUANTISED and self.base.checkpoint is None
         on_gpu = torch.cuda.is_available() and kind == DEQUANTISED
         return Skeleton(
             base=self.base,
             dtype=build.torch_dtype(setup),
-            quantization=build.quantization_config(setup) if kind == DEQUANTISED else None,
+            quantization=build.quantization_config(setup) if quantises else None,
             quantizes_experts=setup.experts == "4bit",
             # Quantised where the run quantised it, as far as this machine has the device.
             device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),

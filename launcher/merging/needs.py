@@ -93,11 +93,15 @@ def needs_of(
 
 def _quantized_bytes(skeleton: Skeleton) -> int:
     """Bytes of the base as bitsandbytes holds it, with the constants of its blocks; the rest in 16 bits."""
+    if skeleton.base.checkpoint is not None:
+        return sum(one.held_bytes or 2 * one.elements for one in skeleton.base.tensors.values())
     config = skeleton.quantization
     assert config is not None
     constant = ABSMAX_WIDTH
     element = 0.5 + constant / QUANTIZATION_BLOCK
-    if config.bnb_4bit_use_double_quant:
+    if config.load_in_8bit:
+        element = 1.0
+    elif config.bnb_4bit_use_double_quant:
         element = 0.5 + (1 + constant / NESTED_BLOCK) / QUANTIZATION_BLOCK
     total = 0.0
     for group in skeleton.groups:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.merging.adapter_folder import CONFIG, AdapterFolder, read_adapter
 from launcher.runs.folder import RunFolder, default_root
 from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
+from launcher.training.loading.base_folder import BaseFolder
 from planner.base.errors import FieldError, InputError
+from planner.setup.methods import stored_knobs
 from planner.setup.training_setup import TrainingSetup
 
 DEQUANTISED, ORIGINAL = "dequantised", "original"
@@ -191,3 +193,21 @@ def _data(job: TrainingJob | None, wish: MergeWish) -> Path:
             "--no-measure does without"
         )
     return path
+
+
+def for_base(task: MergeTask, base: BaseFolder) -> MergeTask:
+    """The task with the kinds of bases that a folder has.
+
+    Raises:
+        InputError: the original is asked for, and the folder's weights are quantised.
+    """
+    if base.checkpoint is None:
+        return task
+    if DEQUANTISED not in task.kinds:
+        raise InputError(
+            f"{base.name} is stored in {base.checkpoint.bits} bits: --model names the 16-bit model that it "
+            f"was made from, or --base {DEQUANTISED} merges into what it stands for"
+        )
+    # Where no run says how it was trained, the folder does.
+    setup = task.setup.replace(**stored_knobs(base.checkpoint))
+    return replace(task, kinds=(DEQUANTISED,), setup=setup)

@@ -19,9 +19,9 @@ from launcher.training.loading.base_folder import (
     TEMPLATE_FILES,
     TOKENIZER_FILES,
     BaseFolder,
-    StoredTensor,
 )
 from launcher.training.loading.skeleton import Group, Skeleton
+from launcher.training.loading.stored_tensor import StoredTensor
 from planner.base.data_files import write_atomically
 from planner.base.errors import InputError
 

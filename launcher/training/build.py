@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
+from launcher.training.loading.eight_bits import keep_no_inputs
+from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
@@ -82,7 +84,7 @@ def torch_dtype(setup: TrainingSetup) -> torch.dtype:
 
 
 def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
-    """bitsandbytes' 4-bit configuration for qlora, else None.
+    """bitsandbytes' configuration for qlora, of 4 bits or 8, else None.
 
     The compute dtype is the load dtype: another one makes bitsandbytes cast each dequantised weight.
     """
@@ -91,6 +93,8 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
     import torch
     from transformers import BitsAndBytesConfig
 
+    if setup.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=setup.bnb_4bit_quant_type,
@@ -101,8 +105,12 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
     )
 
 
-def lora_config(setup: TrainingSetup) -> LoraConfig | None:
-    """PEFT's configuration for qlora and lora, else None."""
+def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
+    """PEFT's configuration for qlora and lora, else None.
+
+    Routers of `model` that are linear layers by descent and return more than their product get no adapter
+    (Llama 4's): PEFT would take them with all the linear layers, and fail in the first step.
+    """
     if not setup.uses_lora:
         return None
     from peft import LoraConfig
@@ -116,8 +124,22 @@ def lora_config(setup: TrainingSetup) -> LoraConfig | None:
         use_rslora=setup.use_rslora,
         use_dora=setup.use_dora,
         bias="none",
-        init_lora_weights=True,
+        init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
         task_type="CAUSAL_LM",
+        exclude_modules=_linear_routers(model) or None,
+    )
+
+
+def _linear_routers(model: PreTrainedModel | None) -> list[str]:
+    from torch import nn
+
+    found = [] if model is None else list(model.named_modules())
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in found
+            if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
+        }
     )
 
 
@@ -145,7 +167,8 @@ def load_tokenizer(source: str, *, allow_download: bool) -> PreTrainedTokenizerB
 def load_model(
     setup: TrainingSetup, source: str, *, device: torch.device, allow_download: bool
 ) -> PreTrainedModel:
-    """The model of a folder or Hub id on `device`, quantised while loading for qlora; safetensors only.
+    """The model of a folder or Hub id on `device`, quantised while loading for qlora unless it is stored so;
+    safetensors only.
 
     Raises:
         InputError: it is not there, or its weights are not safetensors.
@@ -154,12 +177,20 @@ def load_model(
 
     if setup.experts == "4bit":
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
-    chosen = {"attn_implementation": setup.attn_implementation} if setup.attn_implementation else {}
+    if setup.load_in_8bit:
+        keep_no_inputs()
+    chosen: dict[str, Any] = {"quantization_config": quantization_config(setup)}
+    checkpoint = stored_in(source, allow_download=allow_download)
+    if checkpoint is not None:
+        refuse_other(setup, checkpoint, source)
+        config = stored_config(source, dtype=torch_dtype(setup), allow_download=allow_download)
+        chosen = {"config": config}
+    if setup.attn_implementation:
+        chosen["attn_implementation"] = setup.attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype(setup),
-            quantization_config=quantization_config(setup),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -168,6 +199,9 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
+    if checkpoint is not None:
+        hold_in(model, torch_dtype(setup))
+    return model
 
 
 def _load_by_layer(
@@ -219,7 +253,7 @@ def build_trainer(
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
-        _use_card(setup)
+        use_card(setup)
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
@@ -237,24 +271,28 @@ def build_trainer(
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
                 # A model that was sharded while it was loaded has its adapters already.
-                peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
+                peft_config=None if setup.distributed == "fsdp" else lora_config(setup, model),
                 callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
             )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
-    if setup.compile == "regional":
-        from launcher.training.compilation import compile_decoder_layers
-
-        compiled = compile_decoder_layers(
-            trainer.model, activation_memory_budget=setup.activation_memory_budget
-        )
-        trainer.add_callback(compiled)
     return trainer
 
 
-def _use_card(setup: TrainingSetup) -> None:
+def use_eight_bit_products(model: torch.nn.Module, base_matmul: str) -> tuple[str, ...]:
+    """Have the decoder layers' frozen linear layers compute in 8 bits; returns the names of those that are
+    left as they are, since no such product takes their shape.
+    """
+    from launcher.training.callbacks import decoder_layers
+    from launcher.training.products.base_linear import use_eight_bit
+
+    layers = [(f"layers.{index}", layer) for index, layer in enumerate(decoder_layers(model))]
+    return use_eight_bit(layers, base_matmul).refused
+
+
+def use_card(setup: TrainingSetup) -> None:
     """What torch and transformers are told of the card that they run on."""
     import torch
 
@@ -264,15 +302,29 @@ def _use_card(setup: TrainingSetup) -> None:
 
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     """What no argument of the trainer sets."""
+    trainer.loraplus_lr_ratio = setup.loraplus_lr_ratio
     if setup.distributed == "ddp":
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
-        _hold_trainables_in_float32(trainer.model)
+        hold_trainables_in_float32(trainer.model)
+    if setup.base_matmul != "bf16":
+        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
+    if setup.compile == "regional":
+        from launcher.training.compilation import compile_decoder_layers
+
+        compiled = compile_decoder_layers(
+            trainer.model, activation_memory_budget=setup.activation_memory_budget
+        )
+        trainer.add_callback(compiled)
 
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
     """The model with what has to be set on it before TRL's trainer wraps it."""
+    if model.base_model is model and hasattr(model, "model"):
+        # Llama 4's prefix names a part that only its vision model has, and TRL's head asks for what lies
+        # before it by that name (trl/trainer/utils.py, add_fused_lm_head).
+        model.base_model_prefix = "model"
     if setup.prepare_for_kbit_training:
         from peft import prepare_model_for_kbit_training
 
@@ -314,7 +366,7 @@ def repeat_shared_keys(*, capability: tuple[int, int], dtype: str) -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
 
 
-def _hold_trainables_in_float32(model: torch.nn.Module) -> None:
+def hold_trainables_in_float32(model: torch.nn.Module) -> None:
     """TRL casts QLoRA adapters to bfloat16 (sft_trainer.py, "is_quantized_model"), which cards that train in
     float16 lack; mixed-precision training with a gradient scaler wants float32 master weights.
     """

@@ -20,6 +20,7 @@ from launcher.runs.job import model_source
 from launcher.runs.report.facts import plan_or_none
 from launcher.runs.training_job import TrainingJob
 from launcher.tui import runs, starting
+from launcher.tui.breakpoints import HEIGHTS, WIDTHS
 from launcher.tui.cards import Card, card_of
 from launcher.tui.live import FollowsLive
 from launcher.tui.pauses import collect_idle
@@ -59,17 +60,8 @@ class VramwiseApp(FollowsLive):
 
     TITLE = "vramwise"
     CSS_PATH = "app.tcss"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
-        (0, "-narrow"),
-        (76, "-normal"),
-        (118, "-wide"),
-    ]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
-        (0, "-tiny"),
-        (16, "-short"),
-        (30, "-tall"),
-        (40, "-high"),
-    ]
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = WIDTHS  # type: ignore[misc]
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = HEIGHTS  # type: ignore[misc]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("question_mark", "help", "Help", id="app.help", tooltip="Keys, and where numbers are from"),
         Binding("ctrl+q", "quit", "Quit", id="app.quit", priority=True, tooltip="Leave; runs go on"),

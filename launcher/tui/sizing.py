@@ -17,7 +17,7 @@ from planner.models.spec import ModelSpec
 from planner.search.evaluator import Evaluator
 from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, refuse_on_card
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
-from planner.setup.methods import experts_held
+from planner.setup.methods import as_stored, experts_held
 from planner.setup.parallelism import DDP, FSDP
 from planner.setup.training_setup import TrainingSetup
 from planner.text.ways import WAY_TITLES
@@ -126,7 +126,7 @@ def size_up(
         InputError: the setup is not possible for the model or on the card, or its memory is not modelled.
     """
     # As a plan takes it: the form has no row for it.
-    setup = setup.replace(experts=experts_held(setup, model))
+    setup = as_stored(setup.replace(experts=experts_held(setup, model)), model)
     refuse_on_card(setup.to_dict(), card.spec, (*CARD_LIMITS, BFLOAT16))
     answers, refused = [], None
     for way in ways(setup, card):

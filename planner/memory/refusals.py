@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError, NotModelledError
+from planner.models.checkpoint import Checkpoint
+from planner.models.spec import ModelSpec
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import plain
+from planner.setup.methods import stored_knobs
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
@@ -61,11 +64,17 @@ def _accept(run: RunKind) -> None:
         raise FieldError(
             "attn_implementation", "sdpa", "eager for this model, whose attention scores are capped"
         )
+    _refuse_attention(model, attention)
     if model.default_experts_implementation not in MODELLED_EXPERTS:
         raise NotModelledError("experts_implementation", model.default_experts_implementation)
     if any(layer.shared_expert_intermediate_size for layer in model.layers):
         raise NotModelledError("shared experts of model", model.id)
     _refuse_on_experts(run)
+    if model.checkpoint is not None:
+        _refuse_of_checkpoint(run, model.checkpoint)
+    if setup.load_in_8bit and setup.dtype == "float16":
+        # Inputs are in float16 already then, and what is counted for their casts is not asked for.
+        raise NotModelledError("load_in_8bit=true with dtype", setup.dtype)
     if model.is_traced:
         _refuse_traced(run)
     if setup.kernels == "liger":
@@ -76,6 +85,39 @@ def _accept(run: RunKind) -> None:
             setup.checkpointed_layers,
             f"at most {model.num_hidden_layers}, the decoder layers",
         )
+
+
+def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:
+    """Refuse what weights that are quantised already do not allow.
+
+    Raises:
+        InputError: another method, or other values than they were quantised with.
+        NotModelledError: a knob that nobody has tried on them.
+    """
+    setup, model = run.setup, run.model
+    if setup.method != "qlora":
+        raise InputError(
+            f"method {setup.method} needs weights in 16 bits, but {model.id} is stored in {checkpoint.bits}: "
+            "name the model that it was made from, or use method qlora"
+        )
+    for name, value in stored_knobs(checkpoint).items():
+        if getattr(setup, name) != value:
+            raise FieldError(name, plain(getattr(setup, name)), f"{plain(value)}, as {model.id} is stored")
+    if run.parallelism.shards:
+        raise NotModelledError("distributed=fsdp with quantised weights of model", model.id)
+    if setup.experts == "4bit":
+        raise NotModelledError("experts=4bit with quantised weights of model", model.id)
+    if setup.compile != "none" and any(layer.kept for layer in model.layers):
+        raise NotModelledError("compile=regional with layers kept in 16 bits of model", model.id)
+
+
+def _refuse_attention(model: ModelSpec, attention: str) -> None:
+    """Refuse kernels that do not compute a model's attention, or whose memory for it is not known."""
+    if any(layer.attention_sinks for layer in model.layers) and attention != "eager":
+        raise NotModelledError("attention with sinks by attn_implementation", attention)
+    narrow = any(layer.value_head_dim for layer in model.layers)
+    if narrow and attention not in ("sdpa", "eager"):
+        raise NotModelledError("attention with values narrower than keys by attn_implementation", attention)
 
 
 def _refuse_liger(run: RunKind) -> None:
@@ -155,6 +197,7 @@ def _refuse_compiled(run: RunKind) -> None:
         ("kernels", "none"),
         ("use_dora", False),
         ("prepare_for_kbit_training", False),
+        ("load_in_8bit", False),
     ):
         if getattr(setup, name) != measured:
             raise NotModelledError(f"compile=regional with {name}", getattr(setup, name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from planner.base.values import dataclass
 from planner.memory.breakdown import Component, PhaseMemory
@@ -11,7 +11,7 @@ from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, managed_proc
 from planner.memory.step.replay import ReplayedMemory
 from planner.memory.step.resident import Resident
 from planner.memory.step.timeline import StepMoment
-from planner.setup.parallelism import DDP, FSDP, Parallelism
+from planner.setup.parallelism import DDP, FSDP
 from planner.setup.run import TrainingRun
 
 _SAVING = "adapter and state are copied to the host"
@@ -90,7 +90,7 @@ def _text(name: str, title: str, origin: str) -> ComponentText:
 
 
 COMPONENTS = (
-    _text("weights_4bit", "weights in 4 bits", "half a byte for each quantised weight"),
+    _text("weights_4bit", "weights in {held} bits", "{share} for each quantised weight"),
     _text(
         "weights_unquantized",
         "weights kept in {bits} bits",
@@ -99,7 +99,7 @@ COMPONENTS = (
     _text(
         "quantization_constants",
         "quantisation constants",
-        "bitsandbytes: one constant per 64 weights, themselves quantised with double quantisation",
+        "bitsandbytes: {constants}",
     ),
     _text("adapter", "adapter", "rank x (inputs + outputs) of each target module"),
     _text("gradients", "gradients", "in the trained parameters' dtype, alive at the peak"),
@@ -170,28 +170,50 @@ def components(
         "context": context_bytes,
     }
     texts = _component_texts(
+        () if run.parallelism.is_single else (None, run.parallelism.strategy),
         run.storage.width * 8,
+        run.storage.bits,
         run.setup.optim,
         run.stack.head_words,
         "torch's allocator replayed" if replayed else "measured",
         measured.name,
     )
     return tuple(
-        Component(name=row.name, title=row.title, size_bytes=sizes[row.name], origin=row.origin)
-        for row in texts
-        if row.name not in OF_SEVERAL or _has(run.parallelism, row.name)
+        [
+            Component(name=row.name, title=row.title, size_bytes=sizes[row.name], origin=row.origin)
+            for row in texts
+        ]
     )
 
 
-def _has(parallelism: Parallelism, component: str) -> bool:
-    """Whether a run has a component of OF_SEVERAL."""
-    return not parallelism.is_single and OF_SEVERAL[component] in (None, parallelism.strategy)
+def _of_storage(held: int) -> dict[str, object]:
+    """What is said of weights that are quantised to so many bits."""
+    four = "one constant per 64 weights, themselves quantised with double quantisation"
+    share, constants = ("half a byte", four) if held == 4 else ("a byte", "one constant for each output")
+    return {"held": held, "share": share, "constants": constants}
 
 
 @lru_cache(maxsize=512)
 def _component_texts(
-    bits: int, optim: str, head: str, reserve: str, coefficients: str
+    shared: tuple[str | None, ...],
+    bits: int,
+    held: int,
+    optim: str,
+    head: str,
+    reserve: str,
+    coefficients: str,
 ) -> tuple[ComponentText, ...]:
-    """COMPONENTS with the words of a run."""
-    fill = partial(str.format, bits=bits, optim=optim, head=head, reserve=reserve, coefficients=coefficients)
-    return tuple(_text(row.name, fill(row.title), fill(row.origin)) for row in COMPONENTS)
+    """Those of COMPONENTS that a run has, with its words; of OF_SEVERAL it has those of `shared` ways."""
+    words: dict[str, object] = {
+        "bits": bits,
+        "optim": optim,
+        "head": head,
+        "reserve": reserve,
+        "coefficients": coefficients,
+    }
+    words |= _of_storage(held)
+    return tuple(
+        _text(row.name, row.title.format(**words), row.origin.format(**words))
+        for row in COMPONENTS
+        if row.name not in OF_SEVERAL or OF_SEVERAL[row.name] in shared
+    )

@@ -21,6 +21,7 @@ from planner.base import data_files
 from planner.base.errors import InputError, MissingExtraError, UnknownNameError, shorten
 from planner.base.values import dataclass
 from planner.models import hub_config
+from planner.models.quantised import with_checkpoint
 from planner.models.spec import ModelSpec
 
 MODELS = data_files.PROFILES / "models"
@@ -211,15 +212,23 @@ def _from_folder(folder: Path, inspector: Inspector | None) -> ModelSpec:
 def _from_config(
     config: Mapping[str, Any], *, name: str, where: str, inspector: Inspector | None
 ) -> ModelSpec:
+    checkpoint = hub_config.quantisation_of(config, where=where)
+    if checkpoint is not None:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+        if hub_config.text_part(config)[1]:
+            raise InputError(
+                f"{shorten(where)}: quantised weights of a vision-language model are not trained: use the "
+                "16-bit model that they were made from"
+            )
     found = match_config(config, hub_id=where)
     if found is not None:
-        return found
+        return with_checkpoint(found, checkpoint)
     if inspector is None:
         raise MissingExtraError(
             f"{shorten(where)} ({config['model_type']}) equals no catalog model; describing it",
             "torch and transformers",
         )
-    return inspector(config, model_id=name, hub_id=where)
+    return with_checkpoint(inspector(config, model_id=name, hub_id=where), checkpoint)
 
 
 def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None) -> ModelSpec:

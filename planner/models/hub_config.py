@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.base.errors import InputError, shorten
+from planner.models.checkpoint import Checkpoint, read_quantisation
 
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 12
@@ -46,11 +47,16 @@ _MAY_BE_ZERO = (
     "num_experts_per_tok",
     "sliding_window",
 )
-PLANNED_TYPES = frozenset(
+RECIPE_TYPES = frozenset(
     {"gemma", "gemma2", "gemma3", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral"}
     | {"nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 )
 """model_type of the families that launcher/models/layer_recipe.py reads; all others are traced."""
+PLANNED_TYPES = RECIPE_TYPES | frozenset(
+    {"deepseek_v2", "gemma4", "gemma4_text", "glm4_moe", "gpt_oss", "granitemoehybrid", "llama4"}
+    | {"llama4_text", "qwen3_5", "qwen3_5_text", "qwen3_next"}
+)
+"""Those, and the types of what the catalog has by tracing."""
 _NO_GGUF = "GGUF is not trained: name the model that it was made from"
 # Keys that steer how transformers runs a model rather than describe it; in a config.json they are foreign.
 _FOREIGN_KEYS = ("attn_implementation", "experts_implementation", "_attn_", "_flash_attn", "_experts_")
@@ -100,7 +106,7 @@ def parse_config(content: bytes, *, where: str) -> dict[str, Any]:
     if len(content) > MAX_CONFIG_BYTES:
         raise InputError(f"{name} is larger than {MAX_CONFIG_BYTES:,} bytes; that is no model config")
     try:
-        config = json.loads(content, parse_constant=_constant)
+        config = json.loads(content, parse_constant=_constant, object_hook=_infinite)
     except RecursionError as error:
         raise InputError(f"{name} is nested too deeply") from error
     except ValueError as error:
@@ -112,7 +118,8 @@ def parse_config(content: bytes, *, where: str) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a config that is out of bounds, that names code to run, or whose weights are quantised already.
+    """Refuse a config that is out of bounds, that names code to run, or whose weights are quantised in a form
+    that is not trained.
 
     Raises:
         InputError: which key is refused, and why.
@@ -121,9 +128,18 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.isprintable() or not 0 < len(model_type) <= 100:
         raise InputError(f"{name} names no model_type")
-    if config.get("quantization_config") is not None:
-        raise InputError(f"{name} describes quantised weights: {_instead_of_quantised(model_type)}")
+    quantisation_of(config, where=where)
     _check_value("", config, name, depth=0)
+
+
+def quantisation_of(config: Mapping[str, Any], *, where: str) -> Checkpoint | None:
+    """How the weights of a config are quantised; None where they are in 16 or 32 bits.
+
+    Raises:
+        InputError: in a form that is not trained, with what to use instead.
+    """
+    instead = _instead_of_quantised(str(config.get("model_type")))
+    return read_quantisation(config, shorten(where), instead=instead)
 
 
 def _instead_of_quantised(model_type: str) -> str:
@@ -167,6 +183,13 @@ def _check_number(key: str, value: float, name: str) -> None:
         raise InputError(
             f"{name}: {key} is {shorten(value)}; expected a whole number from {minimum} to {limit:,}"
         )
+
+
+def _infinite(values: dict[str, Any]) -> object:
+    """An object, or the number without end that transformers writes as one (configuration_utils.py)."""
+    if set(values) == {"__float__"} and isinstance(values["__float__"], str):
+        return _constant(values["__float__"])
+    return values
 
 
 def _constant(constant: str) -> float:
@@ -217,6 +240,7 @@ _IRRELEVANT = frozenset(
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
+        "quantization_config",
         "query_pre_attn_scalar",
         "residual_multiplier",
         "return_dict",

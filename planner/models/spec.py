@@ -16,11 +16,14 @@ from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.base.lazy import cached_fact
 from planner.base.values import dataclass
+from planner.models.checkpoint import Checkpoint
 from planner.models.traced import TracedBlock
 
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
+FEW_HAVE = ("traced", "traced_norm", "checkpoint", "kept", "value_head_dim", "attention_sinks")
+"""Fields that JSON leaves out where there is nothing to say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +33,8 @@ class Parameter:
     `name` holds `*` where the decoder layer's index stands ("model.layers.*.self_attn.q_proj.weight");
     `module_class` is the class that owns it ("Linear", "Embedding", "LlamaRMSNorm", "MixtralExperts");
     `shape` is torch's, `count` how many tensors follow the pattern. `tied` marks the output head's
-    weight when it is the embedding's own tensor: it is listed for its shape and holds no memory.
+    weight when it is the embedding's own tensor: it is listed for its shape and holds no memory. `kept` marks
+    what a checkpoint has in 16 bits where it has its like quantised.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Parameter:
     shape: tuple[int, ...]
     count: int
     tied: bool = False
+    kept: bool = False
 
     def __post_init__(self) -> None:
         validate.text("parameter name", self.name)
@@ -88,9 +93,12 @@ class LayerSpec:
     split into heads. `experts` is 0 for a dense MLP. `activation` is transformers' hidden_act.
     `rotary_dim` is how much of each head the rotation turns (null: all of it); `rotary_concatenated` says
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
-    `attention_dropout` is the probability that the model's config sets. `traced` is what was recorded of a
-    layer that no recipe describes: the fields on norms, projections, MLP and rotation say nothing then, and
-    heads are 0 where it has no attention.
+    `attention_dropout` is the probability that the model's config sets. `value_head_dim` is the width of a
+    head's values where they are not as wide as its keys (MLA), `attention_sinks` says that each head has a
+    score beside those of tokens (gpt-oss), which eager attention alone computes. `traced` is what was
+    recorded of a layer that no recipe describes: the fields on norms, projections, MLP and rotation say
+    nothing then, and heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has
+    in 16 bits here.
     """
 
     indices: tuple[int, ...]
@@ -118,7 +126,10 @@ class LayerSpec:
     rotary_dim: int | None = None
     rotary_concatenated: bool = False
     attention_dropout: float = 0.0
+    value_head_dim: int | None = None
+    attention_sinks: bool = False
     traced: TracedBlock | None = None
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.indices:
@@ -137,6 +148,8 @@ class LayerSpec:
             validate.integer(name, getattr(self, name), minimum=0, maximum=2**24)
         if self.rotary_dim is not None:
             validate.integer("rotary_dim", self.rotary_dim, minimum=1, maximum=self.head_dim)
+        if self.value_head_dim is not None:
+            validate.integer("value_head_dim", self.value_head_dim, minimum=1, maximum=2**24)
         validate.number("attention_dropout", self.attention_dropout, minimum=0.0, maximum=1.0)
         validate.choice("norm", self.norm, NORM_KINDS)
         validate.choice("qk_norm", self.qk_norm, QK_NORM_KINDS)
@@ -167,8 +180,18 @@ class LayerSpec:
 
     @property
     def key_value_size(self) -> int:
-        """Width of all keys (or values) of a token."""
+        """Width of all keys of a token; of all values too, where they are as wide."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Width of all values of a token."""
+        return self.num_key_value_heads * (self.value_head_dim or self.head_dim)
+
+    @property
+    def context_size(self) -> int:
+        """Width of what attention returns of a token."""
+        return self.num_attention_heads * (self.value_head_dim or self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +206,7 @@ class ModelSpec:
     default ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size
     of the weights as published. `source` says how the spec was made (command and library versions).
     `traced_norm` is what was recorded of the norm after the last layer, where that of the layers is `traced`.
+    `checkpoint` says how the weights are stored where they are quantised already.
     """
 
     id: str
@@ -206,6 +230,7 @@ class ModelSpec:
     default_experts_implementation: str | None = None
     download_bytes: int | None = None
     traced_norm: TracedBlock | None = None
+    checkpoint: Checkpoint | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
@@ -256,6 +281,11 @@ class ModelSpec:
         return any(layer.traced is not None for layer in self.layers)
 
     @cached_fact
+    def unseen_kernels(self) -> tuple[str, ...]:
+        """What a trace could not see of its layers: functions that a GPU may have a fused kernel for."""
+        return tuple(sorted({name for one in self.layers if one.traced for name in one.traced.unseen}))
+
+    @cached_fact
     def rotary_features(self) -> int:
         """Features of a head that a row of a rotary table has values for; 0 without attention."""
         layer = next((one for one in self.layers if one.attends), self.layers[0])
@@ -268,11 +298,13 @@ class ModelSpec:
         return last if self.traced_norm is None else replace(last, traced=self.traced_norm)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `traced` fields are left out where nothing was."""
+        """JSON form; fields that few layers have, and what was traced, kept or quantised, are left out where
+        there is nothing.
+        """
         values = asdict(self)
-        for part in (values, *values["layers"]):
-            for name in ("traced", "traced_norm"):
-                if name in part and part[name] is None:
+        for part in (values, *values["layers"], *values["parameters"]):
+            for name in FEW_HAVE:
+                if name in part and not part[name]:
                     del part[name]
         return values
 
@@ -284,7 +316,7 @@ class ModelSpec:
             InputError: the JSON does not describe a model.
         """
         try:
-            own = ("parameters", "layers", "aliases", "traced_norm")
+            own = ("parameters", "layers", "aliases", "traced_norm", "checkpoint")
             rest = {k: v for k, v in values.items() if k not in own}
             return cls(
                 parameters=tuple(
@@ -293,6 +325,7 @@ class ModelSpec:
                 layers=tuple(_layer(layer) for layer in values["layers"]),
                 aliases=tuple(values.get("aliases", ())),
                 traced_norm=_traced(values.get("traced_norm")),
+                checkpoint=_checkpoint(values.get("checkpoint")),
                 **rest,
             )
         except (TypeError, KeyError, AttributeError) as error:
@@ -300,9 +333,20 @@ class ModelSpec:
 
 
 def _layer(values: Mapping[str, Any]) -> LayerSpec:
-    own = {"indices": tuple(values["indices"]), "traced": _traced(values.get("traced"))}
+    own = {
+        "indices": tuple(values["indices"]),
+        "traced": _traced(values.get("traced")),
+        "kept": tuple(values.get("kept", ())),
+    }
     return LayerSpec(**{**values, **own})
 
 
 def _traced(values: Mapping[str, Any] | None) -> TracedBlock | None:
     return None if values is None else TracedBlock.from_dict(values)
+
+
+def _checkpoint(values: Mapping[str, Any] | None) -> Checkpoint | None:
+    if values is None:
+        return None
+    kept = values["kept"]
+    return Checkpoint(**{**values, "kept": None if kept is None else tuple(kept)})

@@ -13,11 +13,14 @@ from planner.models.catalog import Inspector, resolve_model
 from planner.models.spec import ModelSpec
 from planner.setup.card_limits import LIMITED_KNOBS, refuse_on_card
 from planner.setup.cuda_allocator import planned_allocator
+from planner.setup.methods import as_stored
 from planner.setup.run import TrainingRun
 from planner.setup.stack import TRL, Stack
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
 from planner.throughput.roofline import forecast
+
+ESTIMATE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,7 @@ class Estimate:
         """JSON form: the contract of `vramwise estimate --json`."""
         memory = self.memory
         return {
+            "version": ESTIMATE_VERSION,
             "setup": self.setup.to_dict(),
             "weights_bytes": memory.weights_bytes,
             "allocated_bytes": memory.allocated_bytes,
@@ -83,6 +87,7 @@ class Estimator:
         """
         refuse_on_card({name: getattr(setup, name) for name in LIMITED_KNOBS}, self.target.spec)
         model = self._model(setup.model)
+        setup = as_stored(setup, model)
         run = TrainingRun(setup=setup, model=model, stack=self.stack)
         memory = estimate_memory(run, gpu=self.target.spec, replay=replay, allocator=self._allocator)
         target = self.target if run.parallelism.is_single else self.target.of_all()

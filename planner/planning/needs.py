@@ -97,6 +97,15 @@ def model_notes(
                 "SFTTrainer does not call it, and QLoRA does not need it"
             )
         )
+    if model.checkpoint is not None:
+        bits = model.checkpoint.bits
+        left = " but for the layers that its config names" if any(one.kept for one in model.layers) else ""
+        notes.append(
+            Note(
+                text=f"the weights are stored in {bits} bits{left} and are trained as they are; a merge adds "
+                "the adapter to what they stand for"
+            )
+        )
     if setup.method == "qlora":
         notes += _unquantized_notes(model, setup)
     return tuple(notes)

@@ -89,11 +89,15 @@ class RunKind:
     @cached_fact
     def storage(self) -> Storage:
         """How base weights lie in memory."""
+        checkpoint = self.model.checkpoint
         return Storage(
             quantized=self.setup.method == "qlora",
+            bits=8 if self.setup.load_in_8bit else 4,
             double_quant=self.setup.bnb_4bit_use_double_quant,
             width=DTYPE_WIDTH[self.setup.dtype],
             experts=self.setup.experts == "4bit",
+            stored=None if checkpoint is None else checkpoint.plain_width,
+            recast=checkpoint is not None and checkpoint.dtype != self.setup.dtype,
         )
 
     @cached_fact

@@ -11,6 +11,7 @@ from planner.base.data_files import write_atomically
 from planner.base.errors import InputError, shorten
 from planner.setup.training_setup import TrainingSetup
 from planner.trainers.files import Trainer
+from planner.trainers.planned import STACK_OF
 
 ACCELERATE = "accelerate.yaml"
 _GIB = 2**30
@@ -37,12 +38,24 @@ def write_files(trainer: Trainer, plan: Plan, folder: Path) -> tuple[Path, ...]:
 
 
 def config_text(trainer: Trainer, plan: Plan) -> str:
-    """The config of a plan for a trainer, as its file has it."""
+    """The config of a plan for a trainer, as its file has it.
+
+    Raises:
+        InputError: a knob that is not written, or with which the trainer would need other memory.
+    """
+    for name, plain in (("loraplus_lr_ratio", None), ("init_lora_weights", "default")):
+        if getattr(plan.setup, name) != plain:
+            raise InputError(f"{name} is not written for {trainer.title}: leave it out")
+    if plan.setup.load_in_8bit:
+        raise InputError(
+            f"load_in_8bit is not written for {trainer.title}: there bitsandbytes keeps the input of every "
+            "product of weights in 8 bits beyond its checkpoint"
+        )
     values = trainer.write(
         plan.setup, plan.model.hub_id, plan.schedule.num_train_epochs, plan.schedule.learning_rate
     )
     head = "".join(f"# {line}\n" for line in _head(trainer, plan))
-    return head + _yaml(values)
+    return head + (_yaml(values) if trainer.script is None else trainer.script(values))
 
 
 def start_of(trainer: Trainer, setup: TrainingSetup) -> str:
@@ -80,6 +93,7 @@ def _head(trainer: Trainer, plan: Plan) -> Iterator[str]:
         yield f"Expected with the kernels of TRL: {rate}."
     yield f"Install: {trainer.install}"
     yield f"Start:   {start_of(trainer, plan.setup)}"
+    yield from (f"Counted otherwise: {note}." for note in STACK_OF[trainer.name].counted)
     yield "The data section is to be filled in."
 
 

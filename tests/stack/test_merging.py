@@ -26,6 +26,7 @@ from launcher.merging.measuring import Comparison, Measuring, better
 from launcher.merging.merge import Merge
 from launcher.merging.task import MergeTask, MergeWish, read_task
 from launcher.runs.folder import create_run_folder
+from launcher.runs.report.serving import vllm_rank
 from launcher.runs.training_job import TrainingJob
 from launcher.training import build, dataset
 from launcher.training.loading.base_folder import find_base
@@ -611,10 +612,13 @@ def test_what_cannot_be_merged_is_answered_in_a_line(cli: Cli, tmp_path: Path) -
     assert "give --data FILE, or --no-measure" in refused(cli(bare, "--base", "original"))
     packed = tmp_path / "packed"
     packed.mkdir()
-    config = {**json.loads((DEMO / "config.json").read_text()), "quantization_config": {"load_in_8bit": True}}
+    config = {
+        **json.loads((DEMO / "config.json").read_text()),
+        "quantization_config": {"quant_method": "gptq"},
+    }
     (packed / "config.json").write_text(json.dumps(config))
     said = refused(cli(bare, "--model", packed, "--base", "original", "--no-measure"))
-    assert "describes quantised weights: give the model they were made from" in said
+    assert "describes weights quantised by GPTQ: give the model they were made from" in said
 
 
 def test_too_little_room_is_told_before_anything_is_written(
@@ -636,7 +640,7 @@ def test_too_little_room_is_told_before_anything_is_written(
 
 
 def test_ranks_are_rounded_up_to_what_vllm_accepts() -> None:
-    assert [serving.vllm_rank(rank) for rank in (1, 4, 8, 9, 16, 64, 65, 257, 512, 513)] == [
+    assert [vllm_rank(rank) for rank in (1, 4, 8, 9, 16, 64, 65, 257, 512, 513)] == [
         *(1, 8, 8, 16, 16, 64, 128, 320, 512),
         None,
     ]

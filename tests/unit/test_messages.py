@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import pytest
 
 from launcher.models.inspect import _FAMILIES
 from planner.base import data_files
+from planner.base.errors import InputError
 from planner.models import hub_config
+from planner.models.checkpoint import METHOD_NAMES
+from planner.setup.knob import Knob
+from planner.setup.knobs import KNOBS
+from planner.setup.training_setup import TrainingSetup
+from tests import describing
+from tests.each import for_each
 
 Cli = Callable[..., Any]
 LLAMA: dict[str, Any] = {
@@ -42,7 +50,7 @@ def folder(tmp_path: Path, config: str) -> Path:
     [
         ("unsloth/Qwen3-8B-bnb-4bit", "QLoRA quantises while loading: plan what it was made from, qwen3-8b"),
         ("unsloth/Qwen3-8B-bnb-4bit", "--allow-download fetches its config.json"),
-        ("gpt-oss-20b", "of about its size there are mistral-small-24b"),
+        ("grok-20b", "of about its size there are gpt-oss-20b"),
         ("mistralai/Mistral-7B-Instruct-v0.2", "did you mean mistral-7b-v0.3"),
         ("llama-3.1-8", "did you mean llama-3.1-8b"),
     ],
@@ -150,7 +158,8 @@ def test_but_not_where_a_size_is_meant(value: str, tmp_path: Path, cli: Cli) -> 
     ("model_type", "said"),
     [
         ("llama", "give the model they were made from, which QLoRA quantises while loading"),
-        ("gpt_oss", "vramwise plans neither these nor model_type gpt_oss in 16 bits"),
+        ("gpt_oss", "give the model they were made from"),
+        ("minimax_m2", "vramwise plans neither these nor model_type minimax_m2 in 16 bits"),
     ],
 )
 def test_quantised_weights_send_nobody_on_an_errand_that_fails(
@@ -160,16 +169,125 @@ def test_quantised_weights_send_nobody_on_an_errand_that_fails(
     assert said in refused(cli, "plan", folder(tmp_path, json.dumps(config)), "24GB")
 
 
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        *(
+            ({"quant_method": word}, f"quantised by {name}: give the model")
+            for word, name in METHOD_NAMES.items()
+        ),
+        ({"quant_method": "aqlm"}, "quantised by 'aqlm': give the model they were made from"),
+        ({"quant_algo": "W4A16"}, "quantised by compressed-tensors: give the model"),
+        ({**BNB, "load_in_4bit": False}, "in neither 4 nor 8 bits"),
+        ({**BNB, "bnb_4bit_quant_type": "int4"}, "expected nf4 or fp4, true or false"),
+        ({**BNB, "bnb_4bit_quant_storage": "int32"}, "bnb_4bit_quant_storage is 'int32'"),
+        ({**BNB, "llm_int8_skip_modules": ["("]}, "which names no module"),
+        ({**BNB, "llm_int8_skip_modules": "lm_head"}, "not a list of modules"),
+        ({**BNB, "llm_int8_skip_modules": ["down_proj"]}, "its output head is quantised too"),
+        ([4], "quantization_config is [4], not an object"),
+    ],
+)
+def test_stored_weights_that_are_not_trained_are_refused_by_name(
+    stored: object, said: str, tmp_path: Path, cli: Cli
+) -> None:
+    # The shapes of a model of the catalog: nothing has to be described.
+    config = {**config_of("smollm2-135m"), "quantization_config": stored}
+    assert said in refused(cli, "plan", folder(tmp_path, json.dumps(config)), "24GB")
+
+
+def config_of(model_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (data_files.PROFILES / "configs" / f"{model_id}.json").read_text(encoding="utf-8")
+    )
+    return found
+
+
+def test_stored_4_bit_weights_are_planned_as_they_are(tmp_path: Path, cli: Cli) -> None:
+    """Knobs that nobody asked for are the folder's; those that contradict it are refused by name."""
+    four = {**BNB, "bnb_4bit_quant_type": "fp4", "llm_int8_skip_modules": ["lm_head", "model.layers.3.mlp"]}
+    place = folder(tmp_path, json.dumps({**config_of("smollm2-135m"), "quantization_config": four}))
+    plan = json.loads(cli("plan", place, "24GB", "--json").out)
+    setup = plan["setup"]
+    assert (setup["method"], setup["bnb_4bit_quant_type"], setup["bnb_4bit_use_double_quant"]) == (
+        "qlora",
+        "fp4",
+        False,
+    )
+    assert {row["method"] for row in plan["methods"]} == {"qlora"}
+    assert any("are stored in 4 bits" in note["text"] for note in plan["notes"])
+    kept = 3 * 576 * 1536 * 2
+    assert component(plan, "weights_unquantized") - kept == pytest.approx(49152 * 576 * 2, rel=0.01)
+    said = refused(cli, "plan", place, "24GB", "--method", "lora")
+    assert "is stored in 4: name the model that it was made from" in said
+    said = refused(cli, "plan", place, "24GB", "--bnb-4bit-quant-type", "nf4")
+    assert "expected fp4, as" in said
+    setups = tmp_path / "setups.jsonl"
+    setups.write_text(json.dumps({"model": str(place), "max_length": 512}) + "\n")
+    estimated = json.loads(cli("estimate", "--gpu", "24GB", "--setups", setups, "--json").out)
+    assert estimated["setup"]["bnb_4bit_quant_type"] == "fp4"
+
+
+def test_stored_8_bit_weights_are_planned_in_8_bits(tmp_path: Path, cli: Cli) -> None:
+    eight = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}
+    place = folder(tmp_path, json.dumps({**config_of("smollm2-135m"), "quantization_config": eight}))
+    stored, loaded = (
+        json.loads(cli("plan", model, "24GB", "--json", *more).out)
+        for model, more in ((place, ()), ("smollm2-135m", ("--load-in-8bit",)))
+    )
+    for plan in (stored, loaded):
+        assert plan["setup"]["load_in_8bit"]
+        # Of 30 layers the seven linear ones: attention's four and the MLP's three.
+        assert component(plan, "weights_4bit") == 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+        assert plan["speed"] is None
+        assert not plan["setup"]["activation_offloading"]
+    assert component(stored, "weights_4bit") == component(loaded, "weights_4bit")
+    said = refused(cli, "plan", place, "24GB", "--no-load-in-8bit")
+    assert "load_in_8bit: 'false' is not accepted; expected true, as" in said
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (("--load-in-8bit", "--use-dora"), "DoRA fails on weights in 8 bits (PEFT 0.21.2)"),
+        (("--load-in-8bit", "--compile", "regional"), "compile=regional with load_in_8bit"),
+        (("--load-in-8bit", "--dtype", "float16"), "load_in_8bit=true with dtype"),
+        (("--load-in-8bit", "--method", "lora"), "load_in_8bit applies to qlora"),
+        (("--loraplus-lr-ratio", "8", "--optim", "adamw_torch"), "needs another optim"),
+        (("--loraplus-lr-ratio", "0.5"), "1 to 1000"),
+    ],
+)
+def test_variants_that_do_not_go_together_are_refused(knobs: tuple[str, ...], said: str, cli: Cli) -> None:
+    assert said in refused(cli, "plan", "smollm2-135m", "24GB", *knobs)
+
+
+@for_each([(knob, word, why) for knob in KNOBS for word, why in knob.refused], name=lambda one: one[1])
+def test_what_cannot_work_is_refused_with_why_and_since_which_release(
+    refusal: tuple[Knob, str, str], cli: Cli
+) -> None:
+    knob, word, why = refusal
+    assert re.search(r"\d+\.\d", why), "no release"
+    told = refused(cli, "plan", "smollm2-135m", "24GB", f"--{knob.name.replace('_', '-')}", word)
+    assert told == f"vramwise: {knob.name} {word}: {why}\n"
+    with pytest.raises(InputError, match=re.escape(why)):
+        TrainingSetup(model="m", max_length=8, **{knob.name: word})
+
+
+def component(plan: dict[str, Any], name: str) -> int:
+    return next(one["size_bytes"] for one in plan["memory"]["components"] if one["name"] == name)
+
+
 def test_the_planned_types_are_those_of_the_catalog() -> None:
     known = set()
     for path in (data_files.PROFILES / "configs").glob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         known |= {config["model_type"], config.get("text_config", config).get("model_type", "llama")}
     assert known - {"mistral3"} <= hub_config.PLANNED_TYPES
-    assert len({name.removesuffix("_text") for name in hub_config.PLANNED_TYPES}) == len(_FAMILIES)
+    assert len({name.removesuffix("_text") for name in hub_config.RECIPE_TYPES}) == len(_FAMILIES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -186,7 +304,8 @@ def test_a_refused_architecture_says_whose_limit_it_is(
     pytest.importorskip("transformers")
     where = tmp_path / "some-20b"
     where.mkdir()
-    refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
+    with describing.here():
+        refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
     assert said in refusal
     assert "of about its size there are" in refusal
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.training.loading.dequantised import as_plain
+from launcher.training.loading.stored_tensor import StoredTensor
 from planner.base.errors import InputError, shorten
 from planner.models import hub_config
+from planner.models.checkpoint import Checkpoint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -21,39 +24,21 @@ OTHER_FILES = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md"),
 )
-_WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies, its shape, and its dtype as safetensors names it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def elements(self) -> int:
-        """How many numbers it holds."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes on disk."""
-        return self.elements * _WIDTHS.get(self.dtype, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseFolder:
-    """A base model on this machine; `name` is what it was asked by, a folder or a Hub id."""
+    """A base model on this machine; `name` is what it was asked by, a folder or a Hub id.
+
+    `checkpoint` says how its weights are stored where they are quantised: `tensors` are those that they stand
+    for then.
+    """
 
     path: Path
     name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    checkpoint: Checkpoint | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -70,7 +55,10 @@ def find_base(source: str, *, allow_download: bool) -> BaseFolder:
     folder = Path(source).expanduser()
     path = folder.resolve() if folder.is_dir() else _of_the_hub(source, allow_download=allow_download)
     config = hub_config.read_config(path)
-    return BaseFolder(path=path, name=source, config=config, tensors=_stored(path))
+    checkpoint, tensors = hub_config.quantisation_of(config, where=source), _stored(path)
+    if checkpoint is not None:
+        tensors = as_plain(tensors)
+    return BaseFolder(path=path, name=source, config=config, tensors=tensors, checkpoint=checkpoint)
 
 
 def _of_the_hub(source: str, *, allow_download: bool) -> Path:

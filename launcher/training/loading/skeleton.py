@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.training.loading.base_folder import BaseFolder, StoredTensor
+from launcher.training.loading.base_folder import BaseFolder
+from launcher.training.loading.dequantised import DequantisedSlice, dequantised_from_int8
 from launcher.training.loading.quantised_experts import is_stack, quantised
+from launcher.training.loading.stored_tensor import StoredTensor
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -162,6 +165,9 @@ class Skeleton:
 
         if self.quantization is not None and self._is_quantized_stack(name):
             return dequantize_4bit(*quantised(value.data, self.quantization)).cpu()
+        scales = getattr(value, "SCB", None)
+        if scales is not None:
+            return dequantised_from_int8(value.data, scales, self.dtype).cpu()
         state = getattr(value, "quant_state", None)
         if state is None:
             return value.detach().cpu()
@@ -170,9 +176,17 @@ class Skeleton:
         return dequantize_4bit(value.data, state).to(self.dtype).cpu()
 
     def _slice(self, name: str) -> Any:
+        tensor = self.base.tensors[name]
+        found = self._slice_in(name, tensor.file)
+        if tensor.held_bytes is None:
+            return found
+        constants = {part: self._slice_in(part, file) for part, file in tensor.parts}
+        return DequantisedSlice(name=name, tensor=tensor, packed=found, constants=constants, dtype=self.dtype)
+
+    def _slice_in(self, name: str, path: Path) -> Any:
         from safetensors import safe_open
 
-        file = str(self.base.tensors[name].file)
+        file = str(path)
         if file not in self._opened:
             self._opened[file] = self._files.enter_context(safe_open(file, framework="pt"))
         return self._opened[file].get_slice(name)
@@ -187,11 +201,15 @@ def model_config(base: BaseFolder) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{base.name}: transformers refuses its config: {shorten(str(error), 120)}"
         ) from error
+    if base.checkpoint is not None:
+        # Its tensors are given as what they stand for.
+        del config.quantization_config
+    return config
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

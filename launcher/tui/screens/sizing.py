@@ -12,6 +12,7 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer
 
 from launcher.tui import cards, knobs
+from launcher.tui.breakpoints import fit_before_composing
 from launcher.tui.command_line import plan_command
 from launcher.tui.explained import Explained, explained
 from launcher.tui.screens import sizing_parts as parts
@@ -106,6 +107,7 @@ class SizingScreen(SizingPicks):
 
     def compose(self) -> ComposeResult:
         """The headline over the form and the details."""
+        fit_before_composing(self)
         with Vertical(id="headline"):
             yield TextLine(id="question")
             yield VerdictLine()

@@ -19,6 +19,10 @@ from planner.setup.run import RunKind
 CODE_BYTES = 16 * 4
 NESTED_CODE_BYTES = 256 * 4
 OFFSET_BYTES = 4
+SCALE_WIDTH = 4
+"""Bytes of the constant of an output, with weights in 8 bits (fp32)."""
+TOLD_BYTES = 256
+"""Block size, types and shape of a stored weight, as JSON in a tensor: half a block of the allocator's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,20 @@ def upcast_bytes(run: RunKind) -> int:
 
 
 @lru_cache(maxsize=512)
+def scales_bytes(run: RunKind) -> tuple[int, ...]:
+    """Bytes of the float32 scales of each weight whose products are in 8 bits, one a row, layer by layer."""
+    if run.setup.base_matmul == "bf16":
+        return ()
+    linears = [
+        (FP32 * part.shape[0], part.count)
+        for part in run.model.parameters
+        if part.in_decoder_layer and part.kind == "weight" and part.module_class == "Linear"
+    ]
+    layers = range(max((count for _, count in linears), default=0))
+    return tuple(size for layer in layers for size, count in linears if layer < count)
+
+
+@lru_cache(maxsize=512)
 def largest_quantized_bytes(model: ModelSpec, storage: Storage) -> int:
     """The largest weight that is quantised, whole again; 0 where none is."""
     sizes = (p.elements * storage.width for p in model.parameters if storage.quantizes(p))
@@ -85,7 +103,14 @@ def loaded_weights(model: ModelSpec, storage: Storage, allocator: str) -> Loaded
         packed += count * loading.packed_bytes
         constants += count * loading.constants_bytes
         plain += count * sum(elements for _, elements in loading.plain) * storage.width
-        largest = max(largest, *(parameter.elements * storage.width for parameter in part))
+        wide = (p for p in part if storage.stored is None or not storage.quantizes(p))
+        largest = max(largest, *(parameter.elements * storage.width for parameter in wide), 0)
+    if storage.recast:
+        # One after the other (launcher/training/loading/stored.py).
+        addresses = state.replace_all(
+            [address for address, _ in blocks], [elements * storage.width for _, elements in blocks]
+        )
+        blocks = [(address, elements) for address, (_, elements) in zip(addresses, blocks, strict=True)]
     memory = WeightMemory(
         quantized_bytes=packed,
         constants_bytes=constants,
@@ -107,9 +132,18 @@ class _Loading:
         self.plain: list[tuple[int, int]] = []
         self.packed_bytes = self.constants_bytes = 0
         for parameter in parameters:
-            whole = self._take(parameter.elements * storage.width)
+            if storage.stored is not None and storage.quantizes(parameter):
+                if storage.bits == 8:
+                    self._read_eight(parameter)
+                else:
+                    self._read(parameter.elements, storage.double_quant)
+                continue
+            whole = self._take(parameter.elements * (storage.stored or storage.width))
             if storage.quantizes(parameter):
-                self._quantize(parameter.elements, storage.double_quant)
+                if storage.bits == 8:
+                    self._quantize_eight(parameter)
+                else:
+                    self._quantize(parameter.elements, storage.double_quant)
                 self.events.append(free(whole))
             else:
                 self.plain.append((whole, parameter.elements))
@@ -138,6 +172,47 @@ class _Loading:
         self._take(blocks)
         self.events += [free(shifted), free(absmax)]
         self.constants_bytes += blocks + nested + CODE_BYTES + OFFSET_BYTES + NESTED_CODE_BYTES
+
+    def _quantize_eight(self, parameter: Parameter) -> None:
+        """bitsandbytes' int8_vectorwise_quant of a weight, by a float16 copy (nn/modules.py, Int8Params)."""
+        copy = self._take(parameter.elements * 2)
+        self._hold_eight(parameter)
+        self.events.append(free(copy))
+
+    def _read_eight(self, parameter: Parameter) -> None:
+        """A weight that is stored in 8 bits; its layout, a byte, is read and goes."""
+        layout = self._take(1)
+        self._hold_eight(parameter)
+        self.events.append(free(layout))
+
+    def _hold_eight(self, parameter: Parameter) -> None:
+        constants = parameter.shape[0] * SCALE_WIDTH
+        self._take(constants)
+        self._take(parameter.elements)
+        self.packed_bytes += parameter.elements
+        self.constants_bytes += constants
+
+    def _read(self, elements: int, double_quant: bool) -> None:
+        """A weight that is stored in 4 bits, with its constants, each a tensor of the file (transformers
+        integrations/bitsandbytes.py, Bnb4bitDeserialize).
+        """
+        packed_bytes, blocks = (elements + 1) // 2, -(-elements // QUANTIZATION_BLOCK)
+        self._take(packed_bytes)
+        self._take(blocks * (1 if double_quant else 4))
+        constants = blocks * (1 if double_quant else 4) + CODE_BYTES
+        if double_quant:
+            nested = -(-blocks // NESTED_BLOCK) * 4
+            self._take(nested)
+            self._take(NESTED_CODE_BYTES)
+            constants += nested + OFFSET_BYTES + NESTED_CODE_BYTES
+        self._take(CODE_BYTES)
+        # What is no tensor is read from bytes on the GPU, which go then.
+        told = self._take(TOLD_BYTES)
+        if double_quant:
+            self._take(OFFSET_BYTES)
+        self.events.append(free(told))
+        self.packed_bytes += packed_bytes
+        self.constants_bytes += constants
 
 
 def _in_module_order(model: ModelSpec) -> Iterator[tuple[Sequence[Parameter], int]]:

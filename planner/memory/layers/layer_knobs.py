@@ -40,6 +40,24 @@ class LayerKnobs:
             kinds=tuple((name, replace(kind, accumulating=value)) for name, kind in self.kinds),
         )
 
+    def keeping(self, names: tuple[str, ...]) -> LayerKnobs:
+        """The same knobs with linear layers of those names in 16 bits."""
+        if not names:
+            return self
+        held = {**dict.fromkeys(names, self.default), **dict(self.kinds)}
+        kinds = (
+            (name, replace(kind, quantized=False) if name in names else kind) for name, kind in held.items()
+        )
+        return replace(self, kinds=tuple(kinds))
+
+    def exact_forward(self) -> LayerKnobs:
+        """The same knobs with no forward product in 8 bits."""
+        return replace(
+            self,
+            default=replace(self.default, eight_bit_forward=False),
+            kinds=tuple((name, replace(kind, eight_bit_forward=False)) for name, kind in self.kinds),
+        )
+
     def kind(self, name: str) -> LinearKind:
         """The kind of the linear layer of that module name."""
         for known, kind in self.kinds:
