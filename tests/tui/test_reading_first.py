@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.tui.reading_app import ReadingApp
+from launcher.tui.beginning.reading_app import ReadingApp
 from launcher.tui.screens.reading import Opening
 from planner.base.errors import InputError
 from planner.models.catalog import resolve_model
@@ -20,7 +20,7 @@ from .test_sizing_screen import shown_text
 ROOT = Path(__file__).resolve().parents[2]
 LATE = """
 import sys
-import launcher.commands.tui, launcher.tui.reading_app, launcher.tui.cards
+import launcher.commands.tui, launcher.tui.beginning.reading_app, launcher.tui.cards
 late = ("launcher.tui.app", "launcher.tui.sizing", "planner.planning.make_plan", "planner.search.find")
 print([name for name in late if name in sys.modules])
 """

@@ -27,7 +27,7 @@ Found = tuple[ModelSpec, TrainingSetup] | str
 class ReadingApp(App[Found]):
     """Returns the model and a setup of it, or why there are none; None where it was left."""
 
-    CSS_PATH = Path(__file__).with_name("app.tcss")
+    CSS_PATH = Path(__file__).parents[1] / "app.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "quit", "Quit", id="app.quit", priority=True, tooltip="Leave"),
     ]
