@@ -16,6 +16,8 @@ from planner.base.errors import InputError, MissingExtraError, VramwiseError
 from planner.base.settings import Session, card_asked_for, keep_session, load_session, load_settings
 
 if TYPE_CHECKING:
+    from launcher.tui.app import VramwiseApp
+    from launcher.tui.screens.reading import Opening
     from planner.models.spec import ModelSpec
     from planner.setup.training_setup import TrainingSetup
 
@@ -72,11 +74,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("tui needs a terminal; use plan and train in scripts")
     # Textual is imported by this command alone: the others start without it.
     from launcher.runs.folder import RunFolder
-    from launcher.tui.app import VramwiseApp
     from launcher.tui.cards import first_card
     from launcher.tui.pauses import shorten_pauses
     from launcher.tui.screens.reading import Opening
-    from launcher.tui.text import plain
     from planner.models.catalog import catalog_ids
 
     kept = load_settings()
@@ -87,12 +87,20 @@ def run(args: argparse.Namespace) -> int:
     opened = partial(_opened, args, card.spec.dtype)
     wished = args.model or load_session().model or DEFAULT_MODEL
     # A model of the catalog is there at once, another takes seconds, in which the screen says what is done.
-    known = wished in catalog_ids()
-    model, setup = opened() if known else (None, None)
+    opening = None if wished in catalog_ids() else Opening(name=wished, read=opened)
+    model, setup = opened() if opening is None else (None, None)
+    if opening is not None and not served:
+        # A page in a browser is one application's, to its end.
+        found = _read_first(opening, kept.theme)
+        if isinstance(found, int):
+            return found
+        (model, setup), opening = found, None
+    from launcher.tui.app import VramwiseApp
+
     app = VramwiseApp(
         model=model,
         setup=setup,
-        opening=None if known else Opening(name=wished, read=opened),
+        opening=opening,
         card=card,
         automatic=True,
         runs_root=runs_root(args.runs),
@@ -105,6 +113,18 @@ def run(args: argparse.Namespace) -> int:
     )
     shorten_pauses()
     app.run()
+    _leave(app)
+    return app.return_code or 0
+
+
+def _leave(app: VramwiseApp) -> None:
+    """Keep where it was left, and say which runs go on.
+
+    Raises:
+        InputError: there was nothing to show.
+    """
+    from launcher.tui.text import plain
+
     if app.refusal:
         raise InputError(app.refusal)
     if app.model_name is not None:
@@ -113,7 +133,21 @@ def run(args: argparse.Namespace) -> int:
         # Not on stdout, which a server reads.
         again = command_for("follow", folder)
         print(f"run {plain(folder.path.name, 100)} goes on: {plain(again)}", file=sys.stderr)
-    return app.return_code or 0
+
+
+def _read_first(opening: Opening, theme: str | None) -> tuple[ModelSpec, TrainingSetup] | int:
+    """Describe the model in sight; the exit code where that was left.
+
+    Raises:
+        InputError: there is none.
+    """
+    from launcher.tui.beginning.reading_app import ReadingApp
+
+    reading = ReadingApp(opening, theme=theme)
+    found = reading.run()
+    if isinstance(found, str):
+        raise InputError(found)
+    return (reading.return_code or 0) if found is None else found
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -20,9 +20,9 @@ from launcher.runs.job import model_source
 from launcher.runs.report.facts import plan_or_none
 from launcher.runs.training_job import TrainingJob
 from launcher.tui import runs, starting
+from launcher.tui.beginning.live import FollowsLive
 from launcher.tui.breakpoints import HEIGHTS, WIDTHS
 from launcher.tui.cards import Card, card_of
-from launcher.tui.live import FollowsLive
 from launcher.tui.pauses import collect_idle
 from launcher.tui.screens.accuracy import AccuracyScreen
 from launcher.tui.screens.calibrate import CalibrateScreen

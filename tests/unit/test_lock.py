@@ -26,7 +26,8 @@ def asked_for() -> list[Requirement]:
     wanted = [
         *project["project"]["dependencies"],
         *(text for extra in project["project"]["optional-dependencies"].values() for text in extra),
-        *project["dependency-groups"]["dev"],
+        # Of a group that includes others, theirs too.
+        *(text for group in project["dependency-groups"].values() for text in group if isinstance(text, str)),
     ]
     return [Requirement(text) for text in wanted]
 

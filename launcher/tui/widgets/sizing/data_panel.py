@@ -32,9 +32,18 @@ class DataPanel(Widget):
 
     sizing: reactive[Sizing | None] = reactive(None)
 
-    def watch_sizing(self, old: Sizing | None, new: Sizing | None) -> None:
-        """Lay out anew only where there may be more lines."""
-        if _kind(old) != _kind(new):
+    _laid_out: tuple[object, ...] | None = None
+
+    def watch_sizing(self, new: Sizing | None) -> None:
+        """Lay out anew only where there may be other lines; while a run is worked out those of the last one
+        stand, since laying out takes as long as the answer to a key.
+        """
+        pending = new is not None and new.run is None and not new.no_run
+        kind = _kind(new)
+        if pending and self._laid_out is not None and self._laid_out[0] == kind[0]:
+            return
+        if kind != self._laid_out:
+            self._laid_out = kind
             self.refresh(layout=True)
 
     def render(self) -> Text:
