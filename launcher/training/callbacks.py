@@ -17,13 +17,8 @@ import torch
 from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from launcher.runs.events import (
-    EvalEvent,
-    Event,
-    LogEvent,
-    MemoryEvent,
-    StartEvent,
-)
+from launcher.runs.events import EvalEvent, Event, LogEvent, MemoryEvent, StartEvent
+from launcher.training.loraplus import loraplus_optimizer
 from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
 from launcher.training.several import whole
 from launcher.training.several.ranked_trainer import RankedTrainer
@@ -52,7 +47,6 @@ class LaunchedTrainer(RankedTrainer):
 
     optimizer: Any
     loraplus_lr_ratio: float | None = None
-    """How many times lora_A's rate lora_B learns with, null for one rate (https://arxiv.org/abs/2402.12354)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,23 +57,11 @@ class LaunchedTrainer(RankedTrainer):
         self._updates_from = -1  # the step whose weights an update has begun to change
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, with PEFT's groups of rates where there are two."""
-        if self.loraplus_lr_ratio is None or self.optimizer is not None:
-            found: torch.optim.Optimizer = super().create_optimizer(model)
-            return found
-        from peft.optimizers import create_loraplus_optimizer
-
-        trained: Any = self.model if model is None else model
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-        made: torch.optim.Optimizer = create_loraplus_optimizer(
-            trained,
-            kind,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
-            loraplus_weight_decay=self.args.weight_decay,
-            **options,
-        )
-        self.optimizer = made
-        return made
+        """The optimizer that the arguments name, with two rates where LoRA+ asks for them."""
+        if self.loraplus_lr_ratio is not None and self.optimizer is None:
+            self.optimizer = loraplus_optimizer(self, model or self.model, self.loraplus_lr_ratio)
+        found: torch.optim.Optimizer = super().create_optimizer(model)
+        return found
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Save checkpoints by a saver of the run from here on."""
