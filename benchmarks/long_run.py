@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def write_run(root: Path, steps: int) -> RunFolder:
+def write_run(root: Path, steps: int, loss: Callable[[int], float] = lambda _: random.random()) -> RunFolder:
     """A run of so many logged steps, two attempts, and a checkpoint every thousand steps."""
     job = TrainingJob(
         setup=TrainingSetup(model="demo", max_length=64),
@@ -111,7 +112,7 @@ def write_run(root: Path, steps: int) -> RunFolder:
             for event in _begin(attempt, 2 * steps):
                 file.write(to_line(event))
             for step in range(begin + 1, end + 1):
-                file.write(to_line(_log(step)))
+                file.write(to_line(_log(step, loss(step))))
                 if step % 1000 == 0:
                     file.write(to_line(CheckpointEvent(time=2.0, step=step, path=f"/c/checkpoint-{step}")))
             state = "killed" if attempt is first else "stopped"
@@ -124,11 +125,11 @@ def _begin(attempt: Attempt, total: int) -> tuple[Event, Event]:
     return told, StartEvent(time=1.0, total_steps=total, environment={}, first_step=attempt.from_step)
 
 
-def _log(step: int) -> LogEvent:
+def _log(step: int, loss: float) -> LogEvent:
     return LogEvent(
         time=1.7e9 + step,
         step=step,
-        loss=random.random(),
+        loss=loss,
         learning_rate=1e-4 * random.random(),
         grad_norm=random.random(),
         tokens_per_second=1500 * random.random(),

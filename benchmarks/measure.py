@@ -26,6 +26,8 @@ from planner.calibration.records import read_records
 
 RESERVE_SECONDS = 10.0
 """Kept back for the end of a child."""
+KEPT_LOG = 4000
+"""Characters of a child's log that are kept where it died."""
 
 
 def main() -> None:
@@ -38,14 +40,20 @@ def main() -> None:
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     for path in arguments.profiles:
-        lines = remaining(path, arguments.output)
-        print(f"{path.name}: {len(lines)} to measure", flush=True)
-        done = 0
-        while done < len(lines) and time.monotonic() < end - 2 * RESERVE_SECONDS:
-            ended, finished = _child(lines[done:], arguments.output, end - time.monotonic() - RESERVE_SECONDS)
-            done += ended
-            if finished:
-                break
+        measure_file(path, arguments.output, end - time.monotonic())
+
+
+def measure_file(path: Path, output: Path, seconds: float) -> None:
+    """Measure what a file of profiles has and the output not yet, for so many seconds at most."""
+    end = time.monotonic() + seconds
+    lines = remaining(path, output)
+    print(f"{path.name}: {len(lines)} to measure", flush=True)
+    done = 0
+    while done < len(lines) and time.monotonic() < end - 2 * RESERVE_SECONDS:
+        ended, finished = _child(lines[done:], output, end - time.monotonic() - RESERVE_SECONDS)
+        done += ended
+        if finished:
+            break
 
 
 def remaining(profiles: Path, output: Path) -> list[str]:
@@ -94,6 +102,8 @@ def _child(lines: list[str], output: Path, seconds: float) -> tuple[int, bool]:
     if code == 0:
         return ended, True
     print("a child ended:", text[-300:].replace("\n", " | "), flush=True)
+    with output.with_suffix(".failed.txt").open("a", encoding="utf-8") as failed:
+        failed.write(f"{lines[max(ended, started) - 1][:300]}\n{text[-KEPT_LOG:]}\n\n")
     # A process that was not clean has not touched the profile it stopped at; any other error skips it.
     return (ended if "NotCleanError" in text else max(ended, started)), False
 

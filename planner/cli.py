@@ -28,6 +28,8 @@ COMMANDS = {
     ),
     "gpus": Command("planner.commands.gpus", "the GPUs of the catalog and of this machine"),
     "models": Command("planner.commands.models", "the models of the catalog"),
+    "records": Command("planner.commands.records", "measured runs for others: write yours, or check a file"),
+    "schema": Command("planner.commands.schema", "the JSON Schema of what a command prints as JSON"),
     "config": Command("planner.commands.config", "settings that are taken where nothing is told"),
     "accuracy": Command("planner.commands.accuracy", "how far the predictions are from measured runs"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 
+from planner.base.importing import uncollected
 from tests.bfloat16 import multiply_in_float32_without_units
 
 PRELOADED = (
@@ -19,8 +20,9 @@ PRELOADED = (
     "transformers.trainer",
     "trl.trainer.sft_trainer",
 )
-for _name in PRELOADED:
-    importlib.import_module(_name)
+with uncollected():
+    for _name in PRELOADED:
+        importlib.import_module(_name)
 
 multiply_in_float32_without_units()
 
@@ -28,5 +30,4 @@ multiply_in_float32_without_units()
 importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
 
 # The trainer collects garbage: in what stays there is none, and to look would copy pages that forks share.
-gc.collect()
 gc.freeze()

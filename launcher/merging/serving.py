@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 from launcher.merging.adapter_folder import AdapterFolder
+from launcher.runs.report import serving as report
 from launcher.training.loading.base_folder import BaseFolder
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM accepts as --max-lora-rank (MaxLoRARanks,
-https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/)."""
-
-
-def vllm_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank that vLLM accepts for an adapter of a rank; None where it is too large."""
-    return next((one for one in VLLM_RANKS if one >= rank), None)
 
 
 def merged_lines(folder: Path, name: str) -> list[tuple[str, str]]:
@@ -41,7 +32,8 @@ def unmerged_lines(base: BaseFolder, adapter: AdapterFolder) -> list[tuple[str, 
             "vLLM",
             refused
             or f"vllm serve {_quoted(base.name)} --enable-lora "
-            f"--lora-modules {_quoted(adapter.name)}={place} --max-lora-rank {vllm_rank(adapter.rank)}",
+            f"--lora-modules {_quoted(adapter.name)}={place} "
+            f"--max-lora-rank {report.vllm_rank(adapter.rank)}",
         )
     ]
     if untold is not None:
@@ -51,24 +43,18 @@ def unmerged_lines(base: BaseFolder, adapter: AdapterFolder) -> list[tuple[str, 
 
 
 def vllm_refusal(adapter: AdapterFolder) -> str | None:
-    """Why vLLM does not serve an adapter as it is (vllm/lora/peft_helper.py), or None."""
-    return _first(
-        (adapter.config.use_dora, "serves no DoRA unmerged"),
-        (
-            adapter.on_experts,
-            "is not known to read adapters of experts and routers: serve the merged model",
-        ),
-        (adapter.patterned, "takes one rank and alpha for all modules, and this adapter has several"),
-        (
-            vllm_rank(adapter.rank) is None,
-            f"serves ranks up to {VLLM_RANKS[-1]}, and this adapter's is {adapter.rank}",
-        ),
+    """Why vLLM does not serve an adapter as it is, or None."""
+    return report.vllm_refusal(
+        use_dora=bool(adapter.config.use_dora),
+        on_experts=adapter.on_experts,
+        patterned=adapter.patterned,
+        rank=adapter.rank,
     )
 
 
 def llama_cpp_refusal(adapter: AdapterFolder) -> str | None:
     """Why llama.cpp does not serve an adapter as it is (convert_lora_to_gguf.py), or None."""
-    return _first(
+    return report.first(
         (adapter.config.use_dora, "converts no DoRA"),
         (
             adapter.config.use_rslora,
@@ -77,11 +63,6 @@ def llama_cpp_refusal(adapter: AdapterFolder) -> str | None:
         (adapter.on_experts, "is not known to convert adapters of experts and routers"),
         (adapter.patterned, "takes one alpha for all modules, and this adapter has several"),
     )
-
-
-def _first(*reasons: tuple[object, str]) -> str | None:
-    found: Iterable[str] = (reason for holds, reason in reasons if holds)
-    return next(iter(found), None)
 
 
 def _quoted(text: str | Path) -> str:

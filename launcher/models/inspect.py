@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.base.errors import ExitCode, InputError, MissingExtraError, VramwiseError
+from planner.base.importing import uncollected
 from planner.models import hub_config
 from planner.models.catalog import nearest_models
 from planner.models.spec import LayerSpec, ModelSpec, Parameter
@@ -264,6 +265,9 @@ def _limit_memory(memory_bytes: int) -> None:
 def _child() -> None:
     request = json.load(sys.stdin)
     _limit_memory(request["memory_bytes"])
+    with uncollected():
+        import torch  # noqa: F401
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
     spec = inspect_config(request["config"], model_id=request["model_id"], hub_id=request["hub_id"])
     json.dump(spec.to_dict(), sys.stdout)
 

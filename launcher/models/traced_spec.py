@@ -53,6 +53,12 @@ def describe_traced(
         final_logit_softcapping=getattr(config, "final_logit_softcapping", None) is not None,
         logit_scale=hasattr(config, "logits_scaling"),
         rotary_tables=found.tables,
+        default_experts_implementation=(
+            # Experts that all run on all tokens (Llama 4's) are products like any other.
+            config._experts_implementation
+            if any(layer.experts > layer.experts_per_token for layer in layers)
+            else None
+        ),
         download_bytes=2 * sum(p.elements * p.count for p in parameters if not p.tied),
         traced_norm=found.norm,
     )
@@ -62,10 +68,6 @@ def _layer(kind: TracedKind, *, hidden_size: int, features: int) -> LayerSpec:
     attention = kind.attention
     shape: dict[str, Any] = {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": 0}
     if attention is not None:
-        if attention.value_dim != attention.head_dim:
-            raise InputError("attention whose values are narrower than its keys is not modelled")
-        if attention.sinks:
-            raise InputError("attention with sinks is not modelled")
         shape = {
             "num_attention_heads": attention.heads,
             "num_key_value_heads": attention.key_value_heads,
@@ -74,6 +76,15 @@ def _layer(kind: TracedKind, *, hidden_size: int, features: int) -> LayerSpec:
             "sliding_window": attention.window,
             "attention_softcap": attention.softcap,
             "rotary_concatenated": attention.queries_by_heads,
+            "value_head_dim": attention.value_dim if attention.value_dim != attention.head_dim else None,
+            "attention_sinks": attention.sinks,
+        }
+    experts = kind.experts
+    if experts is not None:
+        shape |= {
+            "experts": experts.experts,
+            "experts_per_token": experts.per_token,
+            "expert_intermediate_size": experts.intermediate_size,
         }
     return LayerSpec(
         indices=kind.indices,

@@ -30,14 +30,23 @@ def sft_config(
 
     return SFTConfig(
         output_dir=str(output_dir),
+        **how_it_runs(setup, on_gpu=on_gpu),
+        **several_gpus(setup),
+        **optimisation(job),
+        **_written(job, evaluates=evaluates, run_name=output_dir.parent.name),
+    )
+
+
+def how_it_runs(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
+    """The arguments that decide what one process holds and how fast it is."""
+    from trl import SFTConfig
+
+    return {
         **_batches(setup),
         **_loss(),
         **_memory_and_speed(setup, on_gpu=on_gpu),
         **checkpointing(setup, SFTConfig),
-        **several_gpus(setup),
-        **_optimisation(job),
-        **_written(job, evaluates=evaluates, run_name=output_dir.parent.name),
-    )
+    }
 
 
 def checkpointing(setup: TrainingSetup, config: type) -> dict[str, Any]:
@@ -107,6 +116,11 @@ def _loss() -> dict[str, Any]:
         "loss_type": "nll",
         "label_smoothing_factor": 0.0,
         "average_tokens_across_devices": True,
+        # TRL takes a mixture's loss for balanced experts wherever its config has a coefficient, though
+        # published configs ask for none (output_router_logits). It writes the experts of all layers' tokens
+        # as one_hot (transformers load_balancing_loss_func): 4 GB for Qwen3-Next at 2,048 tokens. And it
+        # fails where a config calls the number of experts otherwise (Llama 4).
+        "router_aux_loss_coef": 0.0,
     }
 
 
@@ -129,7 +143,7 @@ def _memory_and_speed(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def _optimisation(job: TrainingJob) -> dict[str, Any]:
+def optimisation(job: TrainingJob) -> dict[str, Any]:
     """Rate, schedule, length and seeds."""
     return {
         "learning_rate": job.learning_rate,

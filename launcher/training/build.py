@@ -105,8 +105,12 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
     )
 
 
-def lora_config(setup: TrainingSetup) -> LoraConfig | None:
-    """PEFT's configuration for qlora and lora, else None."""
+def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
+    """PEFT's configuration for qlora and lora, else None.
+
+    Routers of `model` that are linear layers by descent and return more than their product get no adapter
+    (Llama 4's): PEFT would take them with all the linear layers, and fail in the first step.
+    """
     if not setup.uses_lora:
         return None
     from peft import LoraConfig
@@ -122,6 +126,20 @@ def lora_config(setup: TrainingSetup) -> LoraConfig | None:
         bias="none",
         init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
         task_type="CAUSAL_LM",
+        exclude_modules=_linear_routers(model) or None,
+    )
+
+
+def _linear_routers(model: PreTrainedModel | None) -> list[str]:
+    from torch import nn
+
+    found = [] if model is None else list(model.named_modules())
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in found
+            if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
+        }
     )
 
 
@@ -235,7 +253,7 @@ def build_trainer(
 
     refuse_unsupported(setup, on_gpu=on_gpu)
     if on_gpu:
-        _use_card(setup)
+        use_card(setup)
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
@@ -253,24 +271,28 @@ def build_trainer(
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
                 # A model that was sharded while it was loaded has its adapters already.
-                peft_config=None if setup.distributed == "fsdp" else lora_config(setup),
+                peft_config=None if setup.distributed == "fsdp" else lora_config(setup, model),
                 callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
             )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
-    if setup.compile == "regional":
-        from launcher.training.compilation import compile_decoder_layers
-
-        compiled = compile_decoder_layers(
-            trainer.model, activation_memory_budget=setup.activation_memory_budget
-        )
-        trainer.add_callback(compiled)
     return trainer
 
 
-def _use_card(setup: TrainingSetup) -> None:
+def use_eight_bit_products(model: torch.nn.Module, base_matmul: str) -> tuple[str, ...]:
+    """Have the decoder layers' frozen linear layers compute in 8 bits; returns the names of those that are
+    left as they are, since no such product takes their shape.
+    """
+    from launcher.training.callbacks import decoder_layers
+    from launcher.training.products.base_linear import use_eight_bit
+
+    layers = [(f"layers.{index}", layer) for index, layer in enumerate(decoder_layers(model))]
+    return use_eight_bit(layers, base_matmul).refused
+
+
+def use_card(setup: TrainingSetup) -> None:
     """What torch and transformers are told of the card that they run on."""
     import torch
 
@@ -285,11 +307,24 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
-        _hold_trainables_in_float32(trainer.model)
+        hold_trainables_in_float32(trainer.model)
+    if setup.base_matmul != "bf16":
+        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
+    if setup.compile == "regional":
+        from launcher.training.compilation import compile_decoder_layers
+
+        compiled = compile_decoder_layers(
+            trainer.model, activation_memory_budget=setup.activation_memory_budget
+        )
+        trainer.add_callback(compiled)
 
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:
     """The model with what has to be set on it before TRL's trainer wraps it."""
+    if model.base_model is model and hasattr(model, "model"):
+        # Llama 4's prefix names a part that only its vision model has, and TRL's head asks for what lies
+        # before it by that name (trl/trainer/utils.py, add_fused_lm_head).
+        model.base_model_prefix = "model"
     if setup.prepare_for_kbit_training:
         from peft import prepare_model_for_kbit_training
 
@@ -331,7 +366,7 @@ def repeat_shared_keys(*, capability: tuple[int, int], dtype: str) -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
 
 
-def _hold_trainables_in_float32(model: torch.nn.Module) -> None:
+def hold_trainables_in_float32(model: torch.nn.Module) -> None:
     """TRL casts QLoRA adapters to bfloat16 (sft_trainer.py, "is_quantized_model"), which cards that train in
     float16 lack; mixed-precision training with a gradient scaler wants float32 master weights.
     """

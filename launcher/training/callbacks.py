@@ -8,8 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,17 @@ import torch
 from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from launcher.runs.events import EvalEvent, Event, LogEvent, MemoryEvent, StartEvent
-from launcher.training.loraplus import loraplus_optimizer
+from launcher.runs.events import (
+    EvalEvent,
+    Event,
+    LogEvent,
+    StartEvent,
+)
+from launcher.training.memory_meter import MemoryMeter
 from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
 from launcher.training.several import whole
 from launcher.training.several.ranked_trainer import RankedTrainer
-from launcher.training.several.ranks import ALONE, Ranks
 from planner.base.errors import InputError, VramwiseError
-
-DRIVER_READING_SECONDS = 10.0
 
 
 class DivergedError(VramwiseError):
@@ -45,8 +46,11 @@ class LaunchedTrainer(RankedTrainer):
     them exactly, and writes no model card.
     """
 
+    left_in_16bit: tuple[str, ...] = ()
+    """Layers without the 8-bit products that the setup asks for: no such product takes their shape."""
     optimizer: Any
     loraplus_lr_ratio: float | None = None
+    """How many times lora_A's rate lora_B learns with, null for one rate (https://arxiv.org/abs/2402.12354)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,11 +61,23 @@ class LaunchedTrainer(RankedTrainer):
         self._updates_from = -1  # the step whose weights an update has begun to change
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, with two rates where LoRA+ asks for them."""
-        if self.loraplus_lr_ratio is not None and self.optimizer is None:
-            self.optimizer = loraplus_optimizer(self, model or self.model, self.loraplus_lr_ratio)
-        found: torch.optim.Optimizer = super().create_optimizer(model)
-        return found
+        """The optimizer that the arguments name, with PEFT's groups of rates where there are two."""
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            found: torch.optim.Optimizer = super().create_optimizer(model)
+            return found
+        from peft.optimizers import create_loraplus_optimizer
+
+        trained: Any = self.model if model is None else model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        made: torch.optim.Optimizer = create_loraplus_optimizer(
+            trained,
+            kind,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        self.optimizer = made
+        return made
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Save checkpoints by a saver of the run from here on."""
@@ -179,73 +195,14 @@ class QuietHeap(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Freeze what is alive."""
+        self._thaws = gc.get_freeze_count() == 0
         gc.collect()
         gc.freeze()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Let it be collected again."""
-        gc.unfreeze()
-
-
-@dataclass(slots=True)
-class MemoryMeter:
-    """Peaks of each phase, told to `write` whenever one grows.
-
-    `read_driver_bytes` says what the driver shows as used on the GPU, less what it showed before this process
-    took any; None if unknown. On several GPUs the largest of all ranks is told, and each one's.
-    """
-
-    write: Callable[[Event], None]
-    on_gpu: bool
-    read_driver_bytes: Callable[[], int | None]
-    ranks: Ranks = ALONE
-    _peaks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    _told: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    _driver_bytes: int | None = None
-    _read_at: float = -math.inf
-
-    def close(self, phase: str, step: int) -> None:
-        """Count everything since the last call to this phase."""
-        known = self._peaks.get(phase, (-1, -1, -1))
-        allocated = torch.cuda.max_memory_allocated() if self.on_gpu else 0
-        reserved = torch.cuda.max_memory_reserved() if self.on_gpu else 0
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        grew = allocated > known[0] or reserved > known[1]
-        if grew or time.monotonic() - self._read_at > DRIVER_READING_SECONDS:
-            self._driver_bytes = self.read_driver_bytes() if self.on_gpu else _resident_bytes()
-            self._read_at = time.monotonic()
-        peaks = (
-            max(allocated, known[0]),
-            max(reserved, known[1]),
-            max(-1 if self._driver_bytes is None else self._driver_bytes, known[2]),
-        )
-        self._peaks[phase] = peaks
-        every = self.ranks.exchange(*peaks)
-        largest = (max(own) for own in zip(*every, strict=True))
-        self._tell(phase, step, tuple(largest), every)
-
-    def _tell(self, phase: str, step: int, peaks: tuple[int, ...], every: Sequence[tuple[int, ...]]) -> None:
-        if self._told.get(phase) == peaks:
-            return
-        self._told[phase] = peaks
-        self.write(
-            MemoryEvent(
-                time=time.time(),
-                phase=phase,
-                step=step,
-                allocated_bytes=peaks[0] if self.on_gpu else None,
-                reserved_bytes=peaks[1] if self.on_gpu else None,
-                process_bytes=peaks[2] if peaks[2] >= 0 else None,
-                ranks={} if self.ranks.alone else {str(rank): list(own) for rank, own in enumerate(every)},
-            )
-        )
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+        """Let it be collected again, but where libraries were frozen before: those are there to stay."""
+        if self._thaws:
+            gc.unfreeze()
 
 
 class EventCallback(TrainerCallback):  # type: ignore[misc]

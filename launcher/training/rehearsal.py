@@ -54,11 +54,11 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]
         length = max(len(row["input_ids"]) for row in rows)
         model = trainer.model_wrapped
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-        with _nothing_kept(trainer):
+        with nothing_kept(trainer):
             # With accumulation the second one finds the first one's gradients there.
             for _ in range(min(2, args.gradient_accumulation_steps)):
                 # TRL's own: the launcher's keeps each loss for its look at divergence.
-                SFTTrainer.training_step(trainer, model, trainer.data_collator(rows), _targets(rows))
+                SFTTrainer.training_step(trainer, model, trainer.data_collator(rows), targets(rows))
             if not trainer.optimizer.state and _trains_adapters(trainer):
                 trainer.optimizer.optimizer.step()
             peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
@@ -106,7 +106,7 @@ def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]] | None:
     return [dataset[index] for index in order[:count]]
 
 
-def _targets(rows: list[dict[str, Any]]) -> torch.Tensor:
+def targets(rows: list[dict[str, Any]]) -> torch.Tensor:
     """Labels that count, the first of each row apart: nothing predicts it."""
     return torch.tensor(sum(label != -100 for row in rows for label in row["labels"][1:]))
 
@@ -116,7 +116,7 @@ def _trains_adapters(trainer: LaunchedTrainer) -> bool:
 
 
 @contextmanager
-def _nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
+def nothing_kept(trainer: LaunchedTrainer) -> Iterator[None]:
     """Put back what a step changes; after an error too, so that what is saved then is sound."""
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     before = [local(p.detach()).to("cpu", copy=True) for p in trained] if _trains_adapters(trainer) else []

@@ -38,11 +38,13 @@ from launcher.training.patience import PatientWriter
 from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
 from launcher.training.stages import Stages
 from planner.base.errors import InputError, shorten
+from planner.base.importing import uncollected
 
 if TYPE_CHECKING:
     import torch
 
-    from launcher.training.callbacks import EventCallback, LaunchedTrainer, MemoryMeter
+    from launcher.training.callbacks import EventCallback, LaunchedTrainer
+    from launcher.training.memory_meter import MemoryMeter
 
 NOT_KEPT = "no checkpoints are saved, so the adapter is that of the last step and not of the best evaluation"
 
@@ -164,8 +166,10 @@ def _run(
     if (fallen_back := fall_back(os.environ)) is not None:
         _warn(writer, fallen_back)
 
-    from launcher.training import saving
-    from launcher.training.evaluation import early_end
+    with uncollected():
+        from launcher.training import saving
+        from launcher.training.evaluation import early_end
+        from launcher.training.memory_meter import MemoryMeter  # noqa: F401 - with the trainer's own imports
 
     device = _device(job, gpu, writer, ranks)
     join(ranks, on_gpu=device.type == "cuda")
@@ -194,7 +198,7 @@ def _run(
 
 
 def _meter(writer: EventWriter, gpu: ChosenGpu | None, device: torch.device, ranks: Ranks) -> MemoryMeter:
-    from launcher.training.callbacks import MemoryMeter
+    from launcher.training.memory_meter import MemoryMeter
 
     used = gpu.used_since_start if gpu else _unknown
     return MemoryMeter(writer.write, device.type == "cuda", used, ranks)
@@ -263,6 +267,7 @@ def _equip(
 ) -> None:
     """Have the longest micro-batch go first, trackers told, and what is done said from here on."""
     from launcher.training.heart import HeartbeatCallback
+    from launcher.training.products.agreement import check_layers
     from launcher.training.rehearsal import Rehearsal
 
     trainer.tell = functools.partial(_warn, writer)
@@ -273,6 +278,7 @@ def _equip(
             trainer.add_callback(callback)
     compiles = job.setup.compile != "none"
     tell = functools.partial(stages.enter, "rehearsing")
+    check_layers(trainer, job.setup, functools.partial(stages.enter, "compiling"))
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
     trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
     # The rehearsal is the first to run the layers, and so to compile them.

@@ -18,7 +18,7 @@ from launcher.runs.report.advice import Adviser
 from launcher.runs.report.facts import plan_or_none
 from launcher.runs.report.stages import STARTING, stage_text
 from launcher.runs.state import TRIED_AGAIN, was_started
-from launcher.runs.tail import LineTail, last_lines
+from launcher.runs.tail import ThinnedTail, last_lines
 from launcher.runs.training_job import TrainingJob
 from launcher.tui.run_facts import Curves, Left, Points, RunFacts, StageSpan, is_number
 from planner.answers.plan import Plan
@@ -30,6 +30,8 @@ from planner.setup.run import TrainingRun
 LOG_LINES = 2000
 LOG_BYTES = 2**18
 """Of the trainer's output, what is read and searched."""
+CATCH_UP_SECONDS = 1.0
+"""Of a long file that is thinned, slices are read for so long before a snapshot is shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +112,8 @@ class RunFollower:
 
     folder: RunFolder
     clock: Callable[[], float] = time.monotonic
-    _events: LineTail = field(init=False)
-    _samples: LineTail = field(init=False)
+    _events: ThinnedTail = field(init=False)
+    _samples: ThinnedTail = field(init=False)
     _job: TrainingJob | None = field(default=None, init=False)
     _prediction: Prediction | None = field(default=None, init=False)
     _asked_for_prediction: bool = field(default=False, init=False)
@@ -121,29 +123,58 @@ class RunFollower:
     _output_lines: tuple[str, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
-        self._events = LineTail(self.folder.events)
-        self._samples = LineTail(self.folder.samples)
+        self._events = ThinnedTail(self.folder.events, LogEvent.kind)
+        self._samples = ThinnedTail(self.folder.samples, SampleEvent.kind)
         self._facts = RunFacts()
         self._adviser = Adviser(plan_or_none(self.folder))
 
     def poll(self) -> RunSnapshot:
-        """Read at most one slice of each file and say where the run stands."""
+        """Read at most one slice of each file, of long ones as many as a moment allows, and say where the run
+        stands.
+        """
         # The process first: an end event written in between is then seen, not taken for a kill.
         alive = is_alive(self.folder)
         self._read_job()
+        until = time.monotonic() + CATCH_UP_SECONDS
+        self._read_events()
+        self._read_samples()
+        while (self._events.thinning or self._samples.thinning) and time.monotonic() < until:
+            if self._events.thinning:
+                self._read_events()
+            if self._samples.thinning:
+                self._read_samples()
+        return self._snapshot(alive, self.clock())
+
+    def _read_events(self) -> None:
+        before = self._events.left_out
         lines = self._events.read_new()
-        if self._events.restarted:
-            self._facts, self._adviser = RunFacts(), Adviser(self._adviser.plan)
+        if self._events.tail.restarted:
+            self._facts, self._adviser, before = RunFacts(), Adviser(self._adviser.plan), 0
+        if self._events.left_out and not before:
+            self._take_reported_advice()
+        self._facts.event_count += self._events.left_out - before
         now = self.clock()
         for line in lines:
             self._take(from_line(line), now)
-        for line in self._samples.read_new():
-            self._take(from_line(line), now)
-        return self._snapshot(alive, now)
+
+    def _read_samples(self) -> None:
+        samples, now = self._samples.read_new(), self.clock()
+        # A minute of samples means little once most are left out.
+        asked = not self._samples.thinning
+        for line in samples:
+            self._take(from_line(line), now, asked=asked)
+
+    def _take_reported_advice(self) -> None:
+        """Of a long run that has a report the advice is there, of all of its events."""
+        told = reported_advice(self.folder)
+        if told is not None:
+            self._adviser = Adviser(self._adviser.plan, from_start=False)
+            for message in told:
+                self._facts.warn(message)
 
     def _snapshot(self, alive: bool, now: float) -> RunSnapshot:
         facts = self._facts
-        behind = self._events.behind or self._samples.behind
+        behind = self._events.tail.behind or self._samples.tail.behind
         state, message = self._state(alive)
         stage, since = self._stage(state)
         return RunSnapshot(
@@ -191,9 +222,9 @@ class RunFollower:
             self._output_lines = last_lines(path, LOG_LINES, limit_bytes=LOG_BYTES)
         return self._output_lines
 
-    def _take(self, event: Event, now: float) -> None:
+    def _take(self, event: Event, now: float, *, asked: bool = True) -> None:
         self._facts.take(event, now)
-        for advice in self._adviser.take(event):
+        for advice in self._adviser.take(event) if asked else ():
             self._facts.warn(advice.message)
 
     def _stage(self, state: str) -> tuple[str, float | None]:
@@ -231,9 +262,18 @@ class RunFollower:
             return ("running" if facts.total_steps is not None else "starting"), ""
         if facts.event_count == 0 and not was_started(self.folder):
             return "created", "not started yet"
-        if self._events.behind:
+        if self._events.tail.behind:
             return "unknown", "still reading"
         return "killed", f"the trainer is gone without a word after step {facts.step:,}"
+
+
+def reported_advice(folder: RunFolder) -> tuple[str, ...] | None:
+    """The advice of the report that was written at the run's end; None without one."""
+    try:
+        told = json.loads(folder.report.read_text(encoding="utf-8"))["advice"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(filter(lambda one: isinstance(one, str), told)) if isinstance(told, list) else None
 
 
 def _prediction(folder: RunFolder, job: TrainingJob) -> Prediction | None:

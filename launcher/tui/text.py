@@ -55,6 +55,8 @@ def plain(value: object, limit: int = 500) -> str:
     Markup is not touched: whoever shows the result passes it as Text or Content, which parse none.
     """
     source = str(value)
+    if len(source) <= limit and source.isprintable():
+        return source
     cut = source[: limit + 1]
     shown = "".join(_visible(character) for character in cut)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -16,7 +16,7 @@ from planner.data.batches import padding
 from planner.planning.choosing import effective_batch_size
 from planner.planning.schedule import make_duration, make_schedule, summarise_data
 from planner.search.evaluator import Candidate
-from planner.text.figures import dollars, duration
+from planner.text.figures import dollars, duration, epochs
 from planner.throughput.roofline import forecast
 
 
@@ -55,12 +55,11 @@ def _whole_run(sizing: Sizing) -> WholeRun | None:
 
 def run_lines(sizing: Sizing, run: WholeRun) -> Iterator[tuple[str, str]]:
     """Steps, time and price of a whole run."""
-    found, passes = run.duration, run.schedule.num_train_epochs
-    epochs = f"{passes:g} epoch{'' if passes == 1 else 's'}"
+    found, passes = run.duration, epochs(run.schedule.num_train_epochs)
     if found is None or found.steps is None:
         yield "time", plain(sizing.no_step) or "no forecast"
         return
-    yield "steps", f"{found.steps:,} of {run.schedule.effective_batch_size:,} examples, {epochs}"
+    yield "steps", f"{found.steps:,} of {run.schedule.effective_batch_size:,} examples, {passes}"
     yield "time", f"{duration(found.hours)}, {duration(found.hours_low)} to {duration(found.hours_high)}"
     # Whose price it is, and of which day, stands beside the speed.
     if found.usd is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -24,6 +25,14 @@ class VramwiseError(Exception):
     """Base of all errors with a message meant for the person; the message is one line."""
 
     exit_code = ExitCode.FAILED
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it is: what a class makes its message of is not kept."""
+        return _as_it_was, (type(self), self.args), self.__dict__
+
+
+def _as_it_was(kind: type[VramwiseError], args: tuple[object, ...]) -> VramwiseError:
+    return kind.__new__(kind, *args)
 
 
 class InputError(VramwiseError):

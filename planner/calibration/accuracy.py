@@ -143,8 +143,17 @@ def shipped_records() -> tuple[RunRecord, ...]:
 
 def several_records() -> tuple[RunRecord, ...]:
     """The committed records of runs on several GPUs, which no fit reads."""
-    folder = PROFILES / "runs" / "several"
-    return tuple(r for path in sorted(folder.glob("*.jsonl")) for r in read_records(path))
+    return _records_of("several")
+
+
+def traced_records() -> tuple[RunRecord, ...]:
+    """The committed records of models that were traced, which no fit reads: they judge what tracing says."""
+    return _records_of("traced")
+
+
+def _records_of(folder: str) -> tuple[RunRecord, ...]:
+    paths = sorted((PROFILES / "runs" / folder).glob("*.jsonl"))
+    return tuple(r for path in paths for r in read_records(path))
 
 
 def accuracy(records: Sequence[RunRecord]) -> tuple[Accuracy, ...]:

@@ -7,6 +7,7 @@ by its machine does not pull the rest.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean, median
@@ -22,12 +23,17 @@ from planner.setup.attention import SKIPS_MASKED
 from planner.throughput.rates import UNCALIBRATED, Rates, micro_step_time
 from planner.throughput.roofline import NoForecastError, borrowed_rates
 from planner.throughput.work import StepWork, step_work
+from planner.throughput.work_kinds import WORK_KINDS
 
 REFERENCE_GPU = "h100-80gb"
 """The GPU with most runs: its rates are fitted from START, other GPUs' from its own, scaled."""
 FIRMNESS = (1.0, 5.0, 25.0, 125.0)
 """How many times as firmly rates may be held at another GPU's: as held-out models say, so that a few runs
 never make a forecast worse than the borrowed one was. The firmest all but keeps them.
+"""
+TOLD_SHARE, TOLD_RUNS = 0.05, 8
+"""A rate is held at another GPU's as firmly as all, where it took so much of a step in so many of that GPU's
+runs; one that hardly any run has told is held there no firmer than at START.
 """
 MIN_RUNS = 8
 MIN_RUNS_FROM_START = 3
@@ -85,7 +91,8 @@ def fit_rates(
     if len(pairs) < needed:
         raise TooFewRunsError(f"{gpu_id}: {len(pairs)} timed runs are too few for rates; {needed} are needed")
     block = _usual_block([record for record, _ in pairs])
-    problem, residuals = _best_held(pairs, start, block)
+    told = told_kinds(records, start, resolve)
+    problem, residuals = _best_held(pairs, start, block, told)
     rates = Rates(
         gpu=gpu_id,
         seconds=problem.rates(problem.solve(np.arange(len(pairs)))),
@@ -113,14 +120,36 @@ def _timed_work(
     return [(record, work) for record in runs if (work := _work(record, resolve)) is not None]
 
 
+def told_kinds(
+    records: Sequence[RunRecord], start: Rates | None, resolve: Callable[[str], ModelSpec]
+) -> frozenset[str]:
+    """Kinds of work whose rates the runs behind `start` tell."""
+    if start is None:
+        return frozenset()
+    behind = set(start.record_ids)
+    found: Counter[str] = Counter()
+    for record in records:
+        if record.id not in behind or (work := _work(record, resolve)) is None:
+            continue
+        accumulated = record.setup.gradient_accumulation_steps
+        for kind, rate in zip(WORK_KINDS, start.seconds.numbers, strict=True):
+            micro = work.forward[kind.name] + work.backward[kind.name] + work.micro_step[kind.name]
+            seconds = (micro * accumulated + work.optimizer_step[kind.name]) * rate
+            found[kind.name] += seconds >= TOLD_SHARE * step_seconds(record)
+    return frozenset(name for name, count in found.items() if count >= TOLD_RUNS)
+
+
 def _best_held(
-    pairs: Sequence[tuple[RunRecord, StepWork]], start: Rates | None, host_block_seconds: float | None
+    pairs: Sequence[tuple[RunRecord, StepWork]],
+    start: Rates | None,
+    host_block_seconds: float | None,
+    told: frozenset[str],
 ) -> tuple[RatesProblem, tuple[SpeedResidual, ...]]:
     """The equations held at their start as firmly as forecasts models left out best, and those errors."""
     begin = START if start is None else start.seconds
     timed = [record for record, _ in pairs]
     problems = [
-        RatesProblem(pairs, begin, firmness, host_block_seconds)
+        RatesProblem(pairs, begin, firmness, host_block_seconds, told)
         for firmness in (FIRMNESS if start else FIRMNESS[:1])
     ]
     return min(

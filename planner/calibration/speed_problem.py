@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from planner.calibration.records import RunRecord
@@ -34,18 +35,23 @@ rates of the GPU or all of the host share. From starts off by 25% a rate, or two
 the reference's other runs best, be it from 3 of them or from 15.
 """
 SOFT = 0.1
+WARM_UP_STEPS = 2
+"""Steps of a record that are not timed (launcher/measuring/measured_run.py)."""
 EARLIER_WEIGHT = 0.2
 """Weight of a run from before hosts were timed, beside one whose host was, where there are some of those: its
 trainer waited for the GPU after every micro-step. Of 1, 0.5, 0.3, 0.2 and 0.1 the one that leaves the
 smallest median error on the timed runs of models left out.
 """
+UPDATE_WEIGHT = 0.3
+"""Weight of a run's update, which was timed apart, beside the step that it is a part of: it tells what
+optimizers take, which steps hide."""
 ITERATIONS = 60
 
 
 class RatesProblem:
     """Runs as equations in the logarithms of rates, relative to where the fit starts, and in those
     of what the GPU's rates, and the host's, have in common. Host rates are those of a host that takes so long
-    for an eager block.
+    for an eager block. `told` are the kinds of work that are held `firmness` times as firmly as the others.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class RatesProblem:
         begin: ByKind,
         firmness: float,
         host_block_seconds: float | None,
+        told: Collection[str] = (),
     ) -> None:
         import numpy as np
 
@@ -70,9 +77,13 @@ class RatesProblem:
         self._weights = np.array([_weight(record, host_block_seconds) for record, _ in pairs])
         self._accumulated = np.array([r.setup.gradient_accumulation_steps for r, _ in pairs], dtype=float)
         self.seconds = np.array([step_seconds(record) for record, _ in pairs])
+        updates = [update_seconds(record) for record, _ in pairs]
+        self._timed_updates = np.array([UPDATE_WEIGHT if one else 0.0 for one in updates])
+        self._updates = np.array([one or 1.0 for one in updates])
         of_host = np.array([kind.side == "host" for kind in UNKNOWNS])
         self._shared = np.stack([~of_host, of_host], axis=1).astype(float)
-        self._priors = firmness * np.array([PRIOR] * len(UNKNOWNS) + [COMMON_PRIOR] * 2)
+        own = [PRIOR * (firmness if kind.name in told else 1.0) for kind in UNKNOWNS]
+        self._priors = np.array([*own, *[COMMON_PRIOR * firmness] * 2])
 
     def _seconds(self, works: Sequence[ByKind], kinds: Sequence[WorkKind]) -> Array:
         """Seconds of each work's kinds at the rates that the fit starts from."""
@@ -99,23 +110,34 @@ class RatesProblem:
         import numpy as np
 
         rate = np.exp(self.factors(solution))
-        gpu, copies, host, beside, moved, called = _SLICES
+        gpu, copies, host, beside, *_ = _SLICES
         slower = self._host[runs]
         micro = self._beside[runs] @ rate[beside] * slower
         for terms in self._passes:
             computed = beside_copies(terms[runs, gpu] @ rate[gpu], terms[runs, copies] @ rate[copies])
             launched = terms[runs, host] @ rate[host] * slower
             micro = micro + (computed**OVERLAP + launched**OVERLAP) ** (1 / OVERLAP)
-        steps = micro * self._accumulated[runs] + self._moved[runs] @ rate[moved]
-        seconds: Array = steps + self._called[runs] @ rate[called] * slower
+        seconds: Array = micro * self._accumulated[runs] + self.predict_update(solution, runs)
+        return seconds
+
+    def predict_update(self, solution: Array, runs: NDArray[np.int64]) -> Array:
+        """Seconds of the optimizer's part of a step."""
+        import numpy as np
+
+        rate = np.exp(self.factors(solution))
+        moved, called = _SLICES[_GROUPS.index(_MOVED)], _SLICES[_GROUPS.index(_CALLED)]
+        computed, launched = self._moved[runs] @ rate[moved], self._called[runs] @ rate[called]
+        seconds: Array = (computed**OVERLAP + (launched * self._host[runs]) ** OVERLAP) ** (1 / OVERLAP)
         return seconds
 
     def _errors(self, solution: Array, runs: NDArray[np.int64]) -> Array:
         import numpy as np
 
         off = np.log(self.predict(solution, runs) / self.seconds[runs])
-        weighted = self._weights[runs] * off / (1 + (off / SOFT) ** 2) ** 0.25
-        soft: Array = np.concatenate([weighted, self._priors * solution])
+        update = np.log(self.predict_update(solution, runs) / self._updates[runs])
+        weights = self._weights[runs]
+        told = (_soft(off) * weights, _soft(update) * weights * self._timed_updates[runs])
+        soft: Array = np.concatenate([*told, self._priors * solution])
         return soft
 
     def solve(self, runs: NDArray[np.int64]) -> Array:
@@ -148,6 +170,12 @@ class RatesProblem:
         return solution
 
 
+def _soft(off: Array) -> Array:
+    """Deviations that grow as a square root from SOFT on."""
+    found: Array = off / (1 + (off / SOFT) ** 2) ** 0.25
+    return found
+
+
 def host_factor(record: RunRecord, host_block_seconds: float | None) -> float:
     """How many times as long as that the run's host took for an eager block; 1 where it was not timed."""
     if record.host_block_seconds is None or host_block_seconds is None:
@@ -169,3 +197,9 @@ def step_seconds(record: RunRecord) -> float:
     setup = record.setup
     tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps
     return tokens / (record.tokens_per_second or 1.0)
+
+
+def update_seconds(record: RunRecord) -> float | None:
+    """Seconds of an update, steady state; None where none was timed."""
+    found = record.update_seconds[WARM_UP_STEPS:]
+    return median(found) if found and median(found) > 0 else None

@@ -1,20 +1,21 @@
 """Compare models and GPUs, or find the smallest card for a model, or the largest models for a card.
 
-Several --model and --gpu: each model planned on each GPU. --model alone: the smallest card by method.
---gpu alone: the catalog's models that fit, and the longest length of each.
+Several --model and --gpu: each model planned on each GPU, with --data for these examples. --model alone: the
+smallest card by method. --gpu alone: the catalog's models that fit, and the longest length of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from planner.base.errors import ExitCode, InputError
+from planner.base.spread import usable_processes
 from planner.commands.knobs import add_knobs, given_knobs
+from planner.commands.plan import add_data_arguments
 from planner.commands.program import StoreOnce, progress
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest
 from planner.setup.training_setup import METHODS
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", action="append", default=[], help="16GB, rtx-4090, 2x24GB ...; may be repeated"
     )
+    add_data_arguments(parser)
     parser.add_argument(
         "--price-per-hour", action=StoreOnce, type=float, metavar="USD", help="price of one GPU"
     )
@@ -51,20 +53,29 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("compare needs --model, --gpu or both")
     if args.model and args.gpu:
         return _pairs(args)
+    for name in ("data", "effective_batch_size", "epochs"):
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{option} is for plans: compare takes it where both --model and --gpu are given"
+            )
     if len(args.model) > 1:
         raise InputError("several --model need at least one --gpu")
     if len(args.gpu) > 1:
         raise InputError("several --gpu need at least one --model")
     if args.model:
         return _smallest_cards(args)
-    return _longest_lengths(args)
+    return _largest_models(args)
 
 
 def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanRequest:
     return PlanRequest(
         model=model,
         gpu=gpu,
+        data=args.data,
         knobs=given_knobs(args),
+        effective_batch_size=args.effective_batch_size,
+        num_train_epochs=args.epochs,
         price_usd_per_hour=args.price_per_hour,
         display=args.display,
     )
@@ -73,16 +84,22 @@ def _request(args: argparse.Namespace, model: str, gpu: str | None) -> PlanReque
 def _pairs(args: argparse.Namespace) -> int:
     from planner.models.catalog import resolve_model
     from planner.planning.comparison import row_of
-    from planner.planning.make_plan import make_plan
+    from planner.planning.make_plan import make_plan, read_stats
 
     if len(args.model) * len(args.gpu) > MAX_PAIRS:
         raise InputError(f"at most {MAX_PAIRS} pairs of --model and --gpu are compared at once")
     inspector = getattr(args, "inspector", None)
+    stats = None
+    if args.data is not None:
+        from planner.data.files import on_this_machine
+
+        args.data = on_this_machine(args.data, allow_network=args.allow_download)
+        stats = read_stats(args.data)
     rows = []
     for name in args.model:
         model = resolve_model(name, allow_network=args.allow_download, inspector=inspector)
         requests = [_request(args, name, gpu) for gpu in args.gpu]
-        rows += [row_of(make_plan(request, model=model, whole=False)) for request in requests]
+        rows += [row_of(make_plan(request, model=model, stats=stats, whole=False)) for request in requests]
     if args.json:
         return _print_json("rows", rows)
     from planner.text.figures import show
@@ -125,9 +142,10 @@ def _smallest_cards(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _longest_lengths(args: argparse.Namespace) -> int:
+def _largest_models(args: argparse.Namespace) -> int:
     from planner.gpus.target import resolve_gpu
-    from planner.planning.comparison import longest_lengths
+    from planner.planning.comparison import largest_models
+    from planner.text.tables import SHOWN_MODELS, print_largest_models
 
     if args.max_length is not None:
         raise InputError("--gpu alone looks for the longest length; --max-length needs --model too")
@@ -138,19 +156,19 @@ def _longest_lengths(args: argparse.Namespace) -> int:
         gradient_accumulation_steps=DEFAULT_EFFECTIVE_BATCH_SIZE,
         dtype=target.spec.dtype,
     )
-    found = longest_lengths(
+    found = largest_models(
         target,
         base,
         fixed=request.fixed,
-        processes=len(os.sched_getaffinity(0)),
+        most=None if args.json else SHOWN_MODELS,
+        processes=usable_processes(),
         progress=progress("models looked at"),
     )
     if args.json:
-        return _print_json("models", found)
+        return _print_json("models", found.models)
     from planner.text.figures import show
-    from planner.text.tables import print_longest_lengths
 
-    show(lambda out: print_longest_lengths(out, target, base.method, found))
+    show(lambda out: print_largest_models(out, target, base.method, found))
     return ExitCode.OK
 
 

@@ -3,7 +3,8 @@
 Exit code 0 whether or not a setup fits (3 where a --config does not), 2 when a line is not a setup; the other
 lines are still answered.
 Up to 200 lines each get a replay of torch's allocator; longer files, and what comes after that on stdin, the
-fitted reserve, which is quicker and less exact. `basis` says which.
+fitted reserve, which is quicker and less exact. `basis` says which. On Linux the lines of a file are shared
+out among the cores that this process may use.
 """
 
 from __future__ import annotations
@@ -11,22 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
 from planner.base.settings import card_asked_for
-from planner.base.values import dataclass
 from planner.commands.program import StoreOnce, SwitchOnce
-from planner.gpus.target import resolve_gpu
-from planner.planning.estimation import Estimate, Estimator
-from planner.setup.training_setup import TrainingSetup
+from planner.commands.setup_lines import MAX_REPLAYED_LINES, Answer, Answering, SetupFile, numbered_lines
+from planner.gpus.target import GpuTarget, resolve_gpu
+from planner.planning.estimation import Estimator
 
-MAX_LINE_BYTES = 2**20
 STDIN = "-"
-MAX_REPLAYED_LINES = 200
-"""Lines that are replayed unless asked otherwise: some ten seconds."""
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=StoreOnce,
         type=Path,
         metavar="FILE",
-        help="a config of Axolotl, LLaMA-Factory or trl sft, as YAML: what it needs there (3: does not fit)",
+        help="a config of Axolotl, LLaMA-Factory or trl sft, or a script of Unsloth's: what it needs there",
     )
     parser.add_argument(
-        "--trainer", action=StoreOnce, help="whose config it is: axolotl, llamafactory, trl (default: seen)"
+        "--trainer",
+        action=StoreOnce,
+        help="whose config it is: axolotl, llamafactory, trl, unsloth (default: seen)",
     )
     parser.add_argument(
         "--accelerate", action=StoreOnce, type=Path, metavar="FILE", help="accelerate's file beside --config"
@@ -80,14 +80,15 @@ def run(args: argparse.Namespace) -> int:
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
     )
-    replayed = 0 if args.replay is False else None if args.replay else MAX_REPLAYED_LINES
     if args.setups == STDIN:
-        return _answer(_Lines(sys.stdin.buffer, estimator, replayed), args.json, flush=True)
+        return _answer(args, _as_they_come(sys.stdin.buffer, estimator, args.replay), estimator.target)
+    path = Path(args.setups)
     try:
-        with Path(args.setups).open("rb") as file:
-            if replayed and _has_more_lines(file, replayed):
-                replayed = 0
-            return _answer(_Lines(file, estimator, replayed), args.json, flush=False)
+        file = SetupFile.of(path, estimator, replay=args.replay)
+        if file is not None:
+            return _answer(args, file.answered, estimator.target)
+        with path.open("rb") as lines:
+            return _answer(args, _as_they_come(lines, estimator, args.replay), estimator.target)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -115,35 +116,31 @@ def _answer_config(args: argparse.Namespace) -> int:
     return ExitCode.OK if found.estimate.fits else ExitCode.DOES_NOT_FIT
 
 
-@dataclass(frozen=True, slots=True)
-class _Lines:
-    """Setups to answer; the first `replayed` lines (null: all) with the allocator replayed."""
+class _Answered(Protocol):
+    """What answers lines piece by piece: it yields what is made of each piece's answers, in order."""
 
-    file: BinaryIO
-    estimator: Estimator
-    replayed: int | None
+    def __call__(self, told: Callable[[Iterator[tuple[int, Answer]]], T], /) -> Iterator[T]:
+        """Answer them."""
 
 
-def _has_more_lines(file: BinaryIO, limit: int) -> bool:
-    """Whether a file has more lines; a pipe, which cannot be read twice, is taken to have none."""
-    if not file.seekable():
-        return False
-    lines = 0
-    while lines <= limit and (line := file.readline(MAX_LINE_BYTES + 1)):
-        _skip_rest(file, line)
-        lines += 1
-    file.seek(0)
-    return lines > limit
+def _as_they_come(file: BinaryIO, estimator: Estimator, replay: bool | None) -> _Answered:
+    """Lines that may still be written, each a piece of its own."""
+    answering = Answering(estimator, 0 if replay is False else None if replay else MAX_REPLAYED_LINES)
+
+    def answered(told: Callable[[Iterator[tuple[int, Answer]]], T]) -> Iterator[T]:
+        return (told(iter((one,))) for one in answering.answers(numbered_lines(file)))
+
+    return answered
 
 
-def _answer(lines: _Lines, as_json: bool, *, flush: bool) -> int:
-    if as_json:
-        return _print_json(lines, flush=flush)
-    answers = list(_answers(lines))
+def _answer(args: argparse.Namespace, answered: _Answered, target: GpuTarget) -> int:
+    if args.json:
+        return _print_json(answered(_encoded))
+    answers = [one for piece in answered(list) for one in piece]
     from planner.text.figures import show
     from planner.text.tables import print_estimates
 
-    show(lambda out: print_estimates(out, answers, lines.estimator.target))
+    show(lambda out: print_estimates(out, answers, target))
     bad = [(number, answer) for number, answer in answers if isinstance(answer, VramwiseError)]
     if bad:
         number, first = bad[0]
@@ -152,53 +149,28 @@ def _answer(lines: _Lines, as_json: bool, *, flush: bool) -> int:
     return ExitCode.OK
 
 
-def _print_json(lines: _Lines, *, flush: bool) -> int:
-    encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-    write = sys.stdout.write
+def _print_json(pieces: Iterator[tuple[str, bool]]) -> int:
     code = ExitCode.OK
-    for number, answer in _answers(lines):
-        if isinstance(answer, VramwiseError):
+    for text, all_setups in pieces:
+        if not all_setups:
             code = ExitCode.BAD_INPUT
-            line: dict[str, Any] = {"error": " ".join(str(answer).split()), "line": number}
-        else:
-            line = answer.to_dict()
-        write(encode(line) + "\n")
-        if flush:
-            sys.stdout.flush()
+        sys.stdout.write(text)
+        # Whoever waits for an answer gets it.
+        sys.stdout.flush()
     return code
 
 
-def _answers(lines: _Lines) -> Iterator[tuple[int, Estimate | VramwiseError]]:
-    """Yield the answer to each line with its number; empty lines have none."""
-    file, number = lines.file, 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            _skip_rest(file, line)
-            yield number, InputError(f"a line of more than {MAX_LINE_BYTES:,} bytes is no training setup")
-            continue
-        if not line.strip():
-            continue
-        replay = lines.replayed is None or number <= lines.replayed
-        try:
-            setup = TrainingSetup.from_dict(_parse(line))
-            answer: Estimate | VramwiseError = lines.estimator.estimate(setup, replay=replay)
-        except VramwiseError as error:
-            answer = error
-        yield number, answer
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
 
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"broken JSON at column {error.colno}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"JSON out of bounds: {error}") from error
-
-
-def _skip_rest(file: BinaryIO, line: bytes) -> None:
-    while line and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE_BYTES)
+def _encoded(answers: Iterator[tuple[int, Answer]]) -> tuple[str, bool]:
+    """Answers as JSON lines, and whether each line was a setup."""
+    lines, all_setups = [], True
+    for number, answer in answers:
+        if isinstance(answer, VramwiseError):
+            all_setups = False
+            line: dict[str, Any] = {"error": " ".join(str(answer).split()), "line": number}
+        else:
+            line = answer.to_dict()
+        lines.append(_encode(line) + "\n")
+    return "".join(lines), all_setups

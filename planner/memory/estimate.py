@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import OutOfAddressesError
 from planner.memory.breakdown import MemoryBreakdown
-from planner.memory.decoder.groups import layer_groups
-from planner.memory.decoder.live_bytes import final_norm_saves_input
+from planner.memory.decoder.groups import layer_groups, leaving_width
 from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_memory, head_shape
 from planner.memory.held.logits import logits_memory
@@ -83,7 +81,9 @@ def estimate_memory(
             run, measured, resident, step, there, nccl, context_bytes=context, replayed=replayed is not None
         ),
         phases=found,
-        basis=basis_of(measured, run.model, gpu, distance, replayed=replayed is not None),
+        basis=basis_of(
+            measured, run.model, gpu, distance, replayed=replayed is not None, counted=run.stack.counted
+        ),
     )
 
 
@@ -153,10 +153,6 @@ def _timeline(run: TrainingRun) -> StepTimeline:
     shape, model = run.micro_step, run.model
     head = head_shape(run, final_norm.output_width)
     embedding = model.vocab_size * model.hidden_size * run.storage.width if run.adapter is None else 0
-    last = max(groups, key=lambda group: group.indices[-1])
-    leaving = last.memory.output_width
-    # Counted by the final norm where that saves them.
-    counted = final_norm_saves_input(model.norm_layer, replace(last.knobs, stream_width=leaving))
     parts: dict[str, Any] = {
         "groups": groups,
         "offloads": run.setup.activation_offloading,
@@ -172,7 +168,7 @@ def _timeline(run: TrainingRun) -> StepTimeline:
             tokens=shape.tokens,
             scores=shape.scores,
             hidden_bytes_per_token=model.hidden_size * shape.stream_width,
-            leaving_bytes_per_token=0 if counted else model.hidden_size * leaving,
+            leaving_bytes_per_token=model.hidden_size * leaving_width(run),
             accumulating=run.setup.gradient_accumulation_steps > 1,
         ),
     }

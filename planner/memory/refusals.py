@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.checkpoint import Checkpoint
+from planner.models.spec import ModelSpec
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import plain
 from planner.setup.methods import stored_knobs
@@ -63,6 +64,7 @@ def _accept(run: RunKind) -> None:
         raise FieldError(
             "attn_implementation", "sdpa", "eager for this model, whose attention scores are capped"
         )
+    _refuse_attention(model, attention)
     if model.default_experts_implementation not in MODELLED_EXPERTS:
         raise NotModelledError("experts_implementation", model.default_experts_implementation)
     if any(layer.shared_expert_intermediate_size for layer in model.layers):
@@ -107,6 +109,15 @@ def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:
         raise NotModelledError("experts=4bit with quantised weights of model", model.id)
     if setup.compile != "none" and any(layer.kept for layer in model.layers):
         raise NotModelledError("compile=regional with layers kept in 16 bits of model", model.id)
+
+
+def _refuse_attention(model: ModelSpec, attention: str) -> None:
+    """Refuse kernels that do not compute a model's attention, or whose memory for it is not known."""
+    if any(layer.attention_sinks for layer in model.layers) and attention != "eager":
+        raise NotModelledError("attention with sinks by attn_implementation", attention)
+    narrow = any(layer.value_head_dim for layer in model.layers)
+    if narrow and attention not in ("sdpa", "eager"):
+        raise NotModelledError("attention with values narrower than keys by attn_implementation", attention)
 
 
 def _refuse_liger(run: RunKind) -> None:

@@ -11,7 +11,7 @@ from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, managed_proc
 from planner.memory.step.replay import ReplayedMemory
 from planner.memory.step.resident import Resident
 from planner.memory.step.timeline import StepMoment
-from planner.setup.parallelism import DDP, FSDP, Parallelism
+from planner.setup.parallelism import DDP, FSDP
 from planner.setup.run import TrainingRun
 
 _SAVING = "adapter and state are copied to the host"
@@ -170,6 +170,7 @@ def components(
         "context": context_bytes,
     }
     texts = _component_texts(
+        () if run.parallelism.is_single else (None, run.parallelism.strategy),
         run.storage.width * 8,
         run.storage.bits,
         run.setup.optim,
@@ -178,15 +179,11 @@ def components(
         measured.name,
     )
     return tuple(
-        Component(name=row.name, title=row.title, size_bytes=sizes[row.name], origin=row.origin)
-        for row in texts
-        if row.name not in OF_SEVERAL or _has(run.parallelism, row.name)
+        [
+            Component(name=row.name, title=row.title, size_bytes=sizes[row.name], origin=row.origin)
+            for row in texts
+        ]
     )
-
-
-def _has(parallelism: Parallelism, component: str) -> bool:
-    """Whether a run has a component of OF_SEVERAL."""
-    return not parallelism.is_single and OF_SEVERAL[component] in (None, parallelism.strategy)
 
 
 def _of_storage(held: int) -> dict[str, object]:
@@ -198,9 +195,25 @@ def _of_storage(held: int) -> dict[str, object]:
 
 @lru_cache(maxsize=512)
 def _component_texts(
-    bits: int, held: int, optim: str, head: str, reserve: str, coefficients: str
+    shared: tuple[str | None, ...],
+    bits: int,
+    held: int,
+    optim: str,
+    head: str,
+    reserve: str,
+    coefficients: str,
 ) -> tuple[ComponentText, ...]:
-    """COMPONENTS with the words of a run."""
-    words = {"bits": bits, "optim": optim, "head": head, "reserve": reserve, "coefficients": coefficients}
+    """Those of COMPONENTS that a run has, with its words; of OF_SEVERAL it has those of `shared` ways."""
+    words: dict[str, object] = {
+        "bits": bits,
+        "optim": optim,
+        "head": head,
+        "reserve": reserve,
+        "coefficients": coefficients,
+    }
     words |= _of_storage(held)
-    return tuple(_text(row.name, row.title.format(**words), row.origin.format(**words)) for row in COMPONENTS)
+    return tuple(
+        _text(row.name, row.title.format(**words), row.origin.format(**words))
+        for row in COMPONENTS
+        if row.name not in OF_SEVERAL or OF_SEVERAL[row.name] in shared
+    )

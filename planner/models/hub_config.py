@@ -47,11 +47,16 @@ _MAY_BE_ZERO = (
     "num_experts_per_tok",
     "sliding_window",
 )
-PLANNED_TYPES = frozenset(
+RECIPE_TYPES = frozenset(
     {"gemma", "gemma2", "gemma3", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral"}
     | {"nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 )
 """model_type of the families that launcher/models/layer_recipe.py reads; all others are traced."""
+PLANNED_TYPES = RECIPE_TYPES | frozenset(
+    {"deepseek_v2", "gemma4", "gemma4_text", "glm4_moe", "gpt_oss", "granitemoehybrid", "llama4"}
+    | {"llama4_text", "qwen3_5", "qwen3_5_text", "qwen3_next"}
+)
+"""Those, and the types of what the catalog has by tracing."""
 _NO_GGUF = "GGUF is not trained: name the model that it was made from"
 # Keys that steer how transformers runs a model rather than describe it; in a config.json they are foreign.
 _FOREIGN_KEYS = ("attn_implementation", "experts_implementation", "_attn_", "_flash_attn", "_experts_")
@@ -101,7 +106,7 @@ def parse_config(content: bytes, *, where: str) -> dict[str, Any]:
     if len(content) > MAX_CONFIG_BYTES:
         raise InputError(f"{name} is larger than {MAX_CONFIG_BYTES:,} bytes; that is no model config")
     try:
-        config = json.loads(content, parse_constant=_constant)
+        config = json.loads(content, parse_constant=_constant, object_hook=_infinite)
     except RecursionError as error:
         raise InputError(f"{name} is nested too deeply") from error
     except ValueError as error:
@@ -178,6 +183,13 @@ def _check_number(key: str, value: float, name: str) -> None:
         raise InputError(
             f"{name}: {key} is {shorten(value)}; expected a whole number from {minimum} to {limit:,}"
         )
+
+
+def _infinite(values: dict[str, Any]) -> object:
+    """An object, or the number without end that transformers writes as one (configuration_utils.py)."""
+    if set(values) == {"__float__"} and isinstance(values["__float__"], str):
+        return _constant(values["__float__"])
+    return values
 
 
 def _constant(constant: str) -> float:

@@ -22,6 +22,8 @@ from planner.models.traced import TracedBlock
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
+FEW_HAVE = ("traced", "traced_norm", "checkpoint", "kept", "value_head_dim", "attention_sinks")
+"""Fields that JSON leaves out where there is nothing to say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +93,12 @@ class LayerSpec:
     split into heads. `experts` is 0 for a dense MLP. `activation` is transformers' hidden_act.
     `rotary_dim` is how much of each head the rotation turns (null: all of it); `rotary_concatenated` says
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
-    `attention_dropout` is the probability that the model's config sets. `traced` is what was recorded of a
-    layer that no recipe describes: the fields on norms, projections, MLP and rotation say nothing then, and
-    heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has in 16 bits here.
+    `attention_dropout` is the probability that the model's config sets. `value_head_dim` is the width of a
+    head's values where they are not as wide as its keys (MLA), `attention_sinks` says that each head has a
+    score beside those of tokens (gpt-oss), which eager attention alone computes. `traced` is what was
+    recorded of a layer that no recipe describes: the fields on norms, projections, MLP and rotation say
+    nothing then, and heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has
+    in 16 bits here.
     """
 
     indices: tuple[int, ...]
@@ -121,6 +126,8 @@ class LayerSpec:
     rotary_dim: int | None = None
     rotary_concatenated: bool = False
     attention_dropout: float = 0.0
+    value_head_dim: int | None = None
+    attention_sinks: bool = False
     traced: TracedBlock | None = None
     kept: tuple[str, ...] = ()
 
@@ -141,6 +148,8 @@ class LayerSpec:
             validate.integer(name, getattr(self, name), minimum=0, maximum=2**24)
         if self.rotary_dim is not None:
             validate.integer("rotary_dim", self.rotary_dim, minimum=1, maximum=self.head_dim)
+        if self.value_head_dim is not None:
+            validate.integer("value_head_dim", self.value_head_dim, minimum=1, maximum=2**24)
         validate.number("attention_dropout", self.attention_dropout, minimum=0.0, maximum=1.0)
         validate.choice("norm", self.norm, NORM_KINDS)
         validate.choice("qk_norm", self.qk_norm, QK_NORM_KINDS)
@@ -171,8 +180,18 @@ class LayerSpec:
 
     @property
     def key_value_size(self) -> int:
-        """Width of all keys (or values) of a token."""
+        """Width of all keys of a token; of all values too, where they are as wide."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Width of all values of a token."""
+        return self.num_key_value_heads * (self.value_head_dim or self.head_dim)
+
+    @property
+    def context_size(self) -> int:
+        """Width of what attention returns of a token."""
+        return self.num_attention_heads * (self.value_head_dim or self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +281,11 @@ class ModelSpec:
         return any(layer.traced is not None for layer in self.layers)
 
     @cached_fact
+    def unseen_kernels(self) -> tuple[str, ...]:
+        """What a trace could not see of its layers: functions that a GPU may have a fused kernel for."""
+        return tuple(sorted({name for one in self.layers if one.traced for name in one.traced.unseen}))
+
+    @cached_fact
     def rotary_features(self) -> int:
         """Features of a head that a row of a rotary table has values for; 0 without attention."""
         layer = next((one for one in self.layers if one.attends), self.layers[0])
@@ -274,10 +298,12 @@ class ModelSpec:
         return last if self.traced_norm is None else replace(last, traced=self.traced_norm)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; what was traced, kept or quantised is left out where nothing was."""
+        """JSON form; fields that few layers have, and what was traced, kept or quantised, are left out where
+        there is nothing.
+        """
         values = asdict(self)
         for part in (values, *values["layers"], *values["parameters"]):
-            for name in ("traced", "traced_norm", "checkpoint", "kept"):
+            for name in FEW_HAVE:
                 if name in part and not part[name]:
                     del part[name]
         return values

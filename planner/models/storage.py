@@ -9,12 +9,28 @@ QUANTIZED_CLASSES = ("Linear", "Conv1D")
 """transformers replaces exactly these classes (integrations/bitsandbytes.py, replace_with_bnb_linear)."""
 EXPERT_NAMES = ("gate_up_proj", "down_proj")
 """Stacks of experts, parameters of three dimensions (transformers models/mixtral, qwen3_moe)."""
+_ADAPTED_EXPERTS = frozenset(
+    {"afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"}
+    | {"exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"}
+    | {"hunyuan_v1_moe", "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe"}
+    | {"qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text"}
+    | {"qwen3_omni_moe_thinker", "solar_open"}
+)
+"""Types of models whose experts PEFT adapts as it did when each was linear layers of its own (0.21.2,
+utils/transformers_weight_conversion.py, by transformers 5.23, conversion_mapping.py)."""
 QUANTIZATION_BLOCK = 64
 """Elements a quantisation constant covers (bitsandbytes nn/modules.py, Params4bit)."""
 NESTED_BLOCK = 256
 """Constants a nested constant covers (bitsandbytes functional.py, quantize_4bit)."""
 ABSMAX_WIDTH = 4
 """Bytes of a constant before it is quantised itself (fp32)."""
+
+EIGHT_BIT_MULTIPLE = 16
+"""What 8-bit products ask of both sizes of a weight (torch aten/src/ATen/native/cuda/ScaledBlas.cpp); others
+are left in 16 bits (launcher/training/products/base_linear.py)."""
+EXACT_ENDS = 2
+"""With base_matmul fp8 the first and the last so many decoder layers keep their forward pass in 16 bits:
+three quarters of what 8-bit products add to the loss at once come from there (docs/eight-bit.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +61,13 @@ class Storage:
 def is_expert_stack(parameter: Parameter) -> bool:
     """Whether the parameter is a stack of experts' weights."""
     return parameter.kind in EXPERT_NAMES and len(parameter.shape) == 3
+
+
+def adapts_experts(model_type: str) -> bool:
+    """Whether PEFT adapts the stacks of experts of such models where target_modules name their matrices; of
+    all others it adapts linear layers alone.
+    """
+    return model_type in _ADAPTED_EXPERTS
 
 
 def is_quantizable(parameter: Parameter) -> bool:

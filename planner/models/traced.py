@@ -2,9 +2,10 @@
 
 A recipe (`LayerSpec`) says in a few words what a layer computes, and planner/memory/decoder/layer.py knows
 the rest. A traced pass says all of it: which buffers the layer's forward pass makes and lets go of, which of
-them each operation holds for its backward pass, and what that allocates. Linear layers and attention are
-named and not recorded: how they are held, adapted and computed is the setup's business, and the memory
-model's own operations are played for them (planner/memory/traced/replay.py).
+them each operation holds for its backward pass, and what that allocates. Linear layers, attention and the
+reading of stacked experts and routers are named and not recorded: how they are held, adapted and computed is
+the setup's business, and the memory model's own operations are played for them
+(planner/memory/traced/replay.py).
 """
 
 from __future__ import annotations
@@ -16,24 +17,30 @@ from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.base.values import dataclass
 
-ALLOCATE, FREE, SAVE, RUN = "allocate", "free", "save", "run"
-ACTIONS = (ALLOCATE, FREE, SAVE, RUN)
-PLAIN, LINEAR, ATTENTION = "plain", "linear", "attention"
-KINDS = (PLAIN, LINEAR, ATTENTION)
+ALLOCATE, FREE, SAVE, RUN, PREPARE = "allocate", "free", "save", "run", "prepare"
+ACTIONS = (ALLOCATE, FREE, SAVE, RUN, PREPARE)
+PLAIN, LINEAR, ATTENTION, STACK = "plain", "linear", "attention", "stack"
+KINDS = (PLAIN, LINEAR, ATTENTION, STACK)
 WEIGHT = -1
 """The value whose gradient is a trained weight's."""
 NO_VALUE = -2
 """An input that wants no gradient."""
 METHODS = ("qlora", "lora", "full")
+NO_STACKS, EXPERTS, ROUTERS = "none", "experts", "routers"
+ADAPTED = (NO_STACKS, EXPERTS, ROUTERS)
+"""Which stacks a pass was recorded with adapters on: none, the experts', the routers' as well."""
+ROUTER = "router"
+"""The name of a router's weight among stacks; those of experts go by their parameter's."""
 
 BufferBytes = tuple[float, float, float]
 """Bytes of a buffer: constant, a token, a score element (batch * length^2 of them)."""
 
 
 class Step(NamedTuple):
-    """One step of a pass: a buffer is allocated, freed, or saved by an operation; or an operation runs.
+    """One step of a pass: a buffer is allocated, freed, or saved by an operation; an operation runs; or a
+    module begins that will read a stack.
 
-    `number` is the buffer, of RUN the operation; `operation` is who saves.
+    `number` is the buffer, of RUN and PREPARE the operation; `operation` is who saves.
     """
 
     action: str
@@ -60,7 +67,9 @@ class TracedOperation:
     `outputs` the values it makes, `gradients` what it hands to each input (null: none). `backward` allocates
     and frees buffers of its own, whose sizes (indices into the pass's) are `buffers`.
     Of a LINEAR operation `name` is the module's, `reads` and `makes` are the buffers of its input and output,
-    `shape` its inputs and outputs; of an ATTENTION one `reads` are queries, keys and values.
+    `shape` its inputs and outputs; of an ATTENTION one `reads` are queries, keys and values. A STACK one
+    reads a stack of experts' weights, or a router's, of that `shape`: it has an output where its pass was
+    recorded with an adapter on it.
     """
 
     kind: str
@@ -82,6 +91,8 @@ class TracedOperation:
             raise FieldError(f"{self.name} shape", self.shape, "inputs and outputs")
         if self.kind == ATTENTION and len(self.reads) != 3:
             raise FieldError(f"{self.name} reads", self.reads, "queries, keys and values")
+        if self.kind == STACK and len(self.shape) not in (2, 3):
+            raise FieldError(f"{self.name} shape", self.shape, "that of a stack of experts or of a router")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,17 +126,19 @@ class TracedPass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedWay:
-    """For which setups a pass was recorded: the method, bytes of an element that is computed with, and
-    whether attention hands gradients back head by head; `number` is the pass.
+    """For which setups a pass was recorded: the method, bytes of an element that is computed with, whether
+    attention hands gradients back head by head, and which stacks have adapters; `number` is the pass.
     """
 
     method: str
     width: int
     heads_first: bool
     number: int
+    adapted: str = NO_STACKS
 
     def __post_init__(self) -> None:
         validate.choice("traced method", self.method, METHODS)
+        validate.choice("traced adapted", self.adapted, ADAPTED)
         validate.integer("traced width", self.width, minimum=1, maximum=8)
 
 
@@ -141,15 +154,19 @@ class TracedBlock:
         for way in self.ways:
             validate.integer("traced pass", way.number, minimum=0, maximum=len(self.passes) - 1)
 
-    def pass_of(self, method: str, width: int, *, heads_first: bool) -> TracedPass:
-        """The pass that was recorded for such setups.
+    def pass_of(self, method: str, width: int, *, heads_first: bool, adapted: str = NO_STACKS) -> TracedPass:
+        """The pass that was recorded for such setups; a block without stacks has one for all of them.
 
         Raises:
             InputError: none was.
         """
-        for way in self.ways:
-            if (way.method, way.width, way.heads_first) == (method, width, heads_first):
-                return self.passes[way.number]
+        asked = (method, width, heads_first)
+        found = {
+            way.adapted: way.number for way in self.ways if (way.method, way.width, way.heads_first) == asked
+        }
+        for wanted in dict.fromkeys((adapted, NO_STACKS) if len(found) == 1 else (adapted,)):
+            if wanted in found:
+                return self.passes[found[wanted]]
         raise InputError(f"the model was not traced for method {method} in elements of {width} bytes")
 
     @classmethod

@@ -51,7 +51,14 @@ class Asked:
         self.model = model
         self.stats = stats
         examples = None if stats is None else Examples(stats)
-        self.evaluator = Evaluator(model, target.spec, target.usable_bytes, examples=examples, runs=runs)
+        self.evaluator = Evaluator(
+            model,
+            target.spec,
+            target.usable_bytes,
+            examples=examples,
+            runs=runs,
+            eight_bit=request.allow_8bit,
+        )
         self._others: dict[PlanRequest, Asked] = {}
 
     @cached_property

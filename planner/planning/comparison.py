@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import field
 from typing import Any
 
-from planner.answers.plan import Plan
+from planner.answers.plan import DataSummary, Duration, Plan
+from planner.base.json_codec import WHERE_SET
+from planner.base.spread import spread
 from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import list_models, resolve_model
@@ -21,15 +24,18 @@ from planner.search.cards import (
     smallest_gpus,
 )
 from planner.search.evaluator import Evaluator
-from planner.search.lean import longest_that_fits, smallest_that_fits
+from planner.search.lean import fits_at_all, longest_that_fits, smallest_that_fits
 from planner.setup import defaults
-from planner.setup.defaults import DEFAULT_LENGTHS
 from planner.setup.training_setup import TrainingSetup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One model on one GPU with its planned setup; where it does not fit, the smallest setup tried."""
+    """One model on one GPU with its planned setup; where it does not fit, the smallest setup tried.
+
+    `data`, `duration` and `num_train_epochs` are those of the plan for the data; null without data. Hours and
+    dollars are for a million tokens, of the data's own where there is data.
+    """
 
     model: str
     gpu: str
@@ -44,6 +50,9 @@ class Row:
     tokens_per_second: float | None
     hours_per_million_tokens: float | None
     usd_per_million_tokens: float | None
+    data: DataSummary | None = field(default=None, metadata=WHERE_SET)
+    duration: Duration | None = field(default=None, metadata=WHERE_SET)
+    num_train_epochs: float | None = field(default=None, metadata=WHERE_SET)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +81,18 @@ class LongestLength:
     reaches_model_limit: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LargestModels:
+    """The largest models that fit on a card, the largest first, and how many smaller ones fit too."""
+
+    models: tuple[LongestLength, ...]
+    smaller: int
+
+
 def row_of(plan: Plan) -> Row:
-    """The row of a plan made without data."""
+    """The row of a plan."""
     setup, duration = plan.setup, plan.duration
+    millions = 1.0 if plan.data is None or duration is None else duration.tokens / 1e6
     return Row(
         model=plan.request.model,
         gpu=plan.gpu.text.strip(),
@@ -87,8 +105,11 @@ def row_of(plan: Plan) -> Row:
         peak_upper_bytes=plan.memory.peak_upper_bytes,
         usable_bytes=plan.gpu.usable_bytes,
         tokens_per_second=None if plan.speed is None else plan.speed.tokens_per_second,
-        hours_per_million_tokens=None if duration is None else duration.hours,
-        usd_per_million_tokens=None if duration is None else duration.usd,
+        hours_per_million_tokens=None if duration is None else duration.hours / millions,
+        usd_per_million_tokens=None if duration is None or duration.usd is None else duration.usd / millions,
+        data=plan.data,
+        duration=None if plan.data is None else duration,
+        num_train_epochs=None if plan.data is None else plan.schedule.num_train_epochs,
     )
 
 
@@ -141,63 +162,81 @@ def _leanest_rank(setup: TrainingSetup, fixed: Mapping[str, Any], model: ModelSp
     return setup.replace(lora_r=ranks(setup, fixed, model)[-1])
 
 
-def longest_lengths(
+def largest_models(
     target: GpuTarget,
     base: TrainingSetup,
     *,
     fixed: Mapping[str, Any],
+    most: int | None = None,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[LongestLength, ...]:
-    """For each model of the catalog that fits, the longest sequences that do; the largest model first.
+) -> LargestModels:
+    """The largest models of the catalog that fit, and the longest sequences of each; where `most` are enough,
+    of the smaller ones no more than how many fit, which is sooner told.
 
-    Lengths are tried in steps of 64 tokens up to what the model was made for. With several `processes` models
-    are shared out among them, which a script may do only below `if __name__ == "__main__"`. `progress` is
-    told before the first model and after each how many of how many are done.
+    Lengths are tried in steps of 64 tokens up to what the model was made for. Several `processes` share the
+    models. `progress` is told before the first model and after each how many of how many are done.
     """
-    names = [summary.id for summary in list_models()]
-    one = partial(_longest, target, base, dict(fixed))
-    found: list[LongestLength | None] = []
-    progress(0, len(names))
+    summaries = sorted(list_models(), key=lambda one: (-one.parameter_count, one.id))
+    names = [summary.id for summary in summaries]
+    asked = _Asked(target, base, fixed)
+    found: list[LongestLength] = []
+    done = smaller = 0
+    progress(done, len(names))
+    with closing(spread(lambda index: asked.longest(names[index]), len(names), processes)) as results:
+        for longest in results:
+            found += [] if longest is None else [longest]
+            done += 1
+            progress(done, len(names))
+            if len(found) == most:
+                break
+    rest = names[done:]
+    with closing(spread(lambda index: asked.fits(rest[index]), len(rest), processes)) as answers:
+        for fits in answers:
+            smaller += fits
+            done += 1
+            progress(done, len(names))
+    return LargestModels(models=tuple(found), smaller=smaller)
 
-    def take(results: Iterable[LongestLength | None]) -> None:
-        for result in results:
-            found.append(result)
-            progress(len(found), len(names))
 
-    if processes == 1:
-        take(map(one, names))
-    else:
-        from concurrent.futures import ProcessPoolExecutor
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of each model: with which knobs on which card."""
 
-        with ProcessPoolExecutor(min(processes, len(names))) as pool:
-            take(pool.map(one, names))
-    fitting = [longest for longest in found if longest is not None]
-    return tuple(sorted(fitting, key=lambda one: (-one.parameter_count, one.model)))
+    target: GpuTarget
+    base: TrainingSetup
+    fixed: Mapping[str, Any]
 
+    def _of(self, name: str) -> tuple[TrainingSetup, Evaluator]:
+        """A model's setup at the shortest length that is tried, and who evaluates it."""
+        model = resolve_model(name)
+        evaluator = Evaluator(model, self.target.spec, self.target.usable_bytes)
+        base = _leanest_rank(self.base.replace(model=name), self.fixed, model)
+        shortest = min(defaults.SHORTEST_LENGTH, model.max_position_embeddings)
+        return base.replace(max_length=shortest), evaluator
 
-def _longest(
-    target: GpuTarget, base: TrainingSetup, fixed: Mapping[str, Any], name: str
-) -> LongestLength | None:
-    model = resolve_model(name)
-    evaluator = Evaluator(model, target.spec, target.usable_bytes)
-    base = _leanest_rank(base.replace(model=name), fixed, model)
-    limit = model.max_position_embeddings
-    effective = base.effective_batch_size
-    start = min(DEFAULT_LENGTHS[-1], limit)
-    length = longest_that_fits(
-        base, evaluator, effective_batch_size=effective, fixed=fixed, start_length=start
-    )
-    if length is None:
-        return None
-    longest = base.replace(max_length=length)
-    found = smallest_that_fits(longest, evaluator, effective_batch_size=effective, fixed=fixed)
-    if found is None:
-        raise AssertionError(f"{name}: nothing fits at the longest length that fits")
-    return LongestLength(
-        model=model.id,
-        parameter_count=model.parameter_count,
-        max_length=length,
-        peak_upper_bytes=found.peak_upper_bytes,
-        reaches_model_limit=length == limit,
-    )
+    def longest(self, name: str) -> LongestLength | None:
+        """The longest sequences of a model; None where it does not fit."""
+        base, evaluator = self._of(name)
+        effective, limit = base.effective_batch_size, evaluator.model.max_position_embeddings
+        length = longest_that_fits(
+            base, evaluator, effective_batch_size=effective, fixed=self.fixed, start_length=base.max_length
+        )
+        if length is None:
+            return None
+        longest = base.replace(max_length=length)
+        found = smallest_that_fits(longest, evaluator, effective_batch_size=effective, fixed=self.fixed)
+        if found is None:
+            raise AssertionError(f"{name}: nothing fits at the longest length that fits")
+        return LongestLength(
+            model=evaluator.model.id,
+            parameter_count=evaluator.model.parameter_count,
+            max_length=length,
+            peak_upper_bytes=found.peak_upper_bytes,
+            reaches_model_limit=length == limit,
+        )
+
+    def fits(self, name: str) -> bool:
+        """Whether a model fits at all."""
+        base, evaluator = self._of(name)
+        return fits_at_all(base, evaluator, effective_batch_size=base.effective_batch_size, fixed=self.fixed)

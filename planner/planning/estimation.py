@@ -20,6 +20,8 @@ from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
 from planner.throughput.roofline import forecast
 
+ESTIMATE_VERSION = 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
@@ -39,6 +41,7 @@ class Estimate:
         """JSON form: the contract of `vramwise estimate --json`."""
         memory = self.memory
         return {
+            "version": ESTIMATE_VERSION,
             "setup": self.setup.to_dict(),
             "weights_bytes": memory.weights_bytes,
             "allocated_bytes": memory.allocated_bytes,

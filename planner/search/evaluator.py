@@ -9,7 +9,7 @@ from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.models.spec import ModelSpec
-from planner.setup.card_limits import TRITON
+from planner.setup.card_limits import EIGHT_BIT, TRITON
 from planner.setup.run import Runs, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
@@ -50,7 +50,7 @@ class Evaluator:
 
     `examples` are the data, where it is known: no batch is longer than its longest example, whatever
     max_length allows, unless that length is a guess. `padded` says that examples differ in length. `runs` are
-    those of the model that are known already.
+    those of the model that are known already. `eight_bit` says that a search may choose 8-bit products.
     """
 
     def __init__(
@@ -62,10 +62,12 @@ class Evaluator:
         padded: bool = False,
         examples: Examples | None = None,
         runs: Runs | None = None,
+        eight_bit: bool = False,
     ) -> None:
         self.model = model
         self.gpu = gpu
         self.usable_bytes = usable_bytes
+        self.eight_bit = eight_bit
         self.examples = examples
         self.padded = padded if examples is None else examples.mixed
         self._longest = None if examples is None or examples.stats.estimated else examples.stats.longest
@@ -79,12 +81,25 @@ class Evaluator:
     def on(self, gpu: GpuSpec, *, held_bytes: int = 0) -> Evaluator:
         """The same model and data on another card, of which so many bytes are held by others."""
         usable = max(0, gpu.usable_bytes - held_bytes)
-        return Evaluator(self.model, gpu, usable, padded=self.padded, examples=self.examples, runs=self.runs)
+        return Evaluator(
+            self.model,
+            gpu,
+            usable,
+            padded=self.padded,
+            examples=self.examples,
+            runs=self.runs,
+            eight_bit=self.eight_bit,
+        )
 
     @property
     def compiles(self) -> bool:
         """Whether torch's compiler has a backend for the card (Triton: compute capability 7.0 and up)."""
         return self.gpu.compute_capability is not None and self.gpu.compute_capability >= TRITON
+
+    @property
+    def multiplies_8bit(self) -> bool:
+        """Whether the card multiplies 8-bit floats, and a search may have it do so."""
+        return self.eight_bit and self.gpu.compute_capability >= EIGHT_BIT
 
     def evaluate(self, setup: TrainingSetup) -> Candidate:
         """Estimate memory and speed of a setup, what the allocator reserves by its fit.

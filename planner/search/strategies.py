@@ -8,6 +8,7 @@ from typing import Any
 from planner.base.values import dataclass
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
+from planner.setup.knobs import BF16
 from planner.setup.methods import as_stored, experts_held
 from planner.setup.parallelism import FSDP
 from planner.setup.training_setup import TrainingSetup
@@ -27,6 +28,10 @@ class Mode:
 
 EAGER = Mode(name="", knobs=())
 COMPILED = Mode(name="compiled, ", knobs=(("compile", "regional"),))
+EIGHT_BIT = tuple(
+    Mode(name=f"compiled, {value} products, ", knobs=(("compile", "regional"), ("base_matmul", value)))
+    for value in ("fp8_backward", "fp8")
+)
 
 AS_GIVEN = Mode(name="", knobs=())
 PACKED = Mode(name="packed, ", knobs=(("packing", True),))
@@ -71,6 +76,9 @@ def start(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -
     plain: dict[str, Any] = {"experts": experts_held(base, evaluator.model)}
     if not layers_decided(fixed):
         plain |= PLAIN
+    if base.base_matmul != BF16:
+        # Products in 8 bits are those of compiled layers.
+        plain["compile"] = "regional"
     if chooses_batches(evaluator):
         plain |= PLAIN_BATCHES
     return base.replace(**{name: value for name, value in plain.items() if name not in fixed})
@@ -132,7 +140,18 @@ def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -
     Compiled layers want batches of one shape. Under FSDP2 they are compiled where that is asked for alone:
     two ranks on CPUs do (tests/stack/test_compiled_shards.py), nobody has timed them on GPUs.
     """
-    if "compile" in fixed or base.distributed == FSDP:
+    if base.distributed == FSDP or base.base_matmul != BF16:
         return (EAGER,)
+    found: tuple[Mode, ...] = (EAGER,)
     one_shape = base.packing or not evaluator.padded
-    return (EAGER, COMPILED) if one_shape and evaluator.compiles else (EAGER,)
+    if "compile" not in fixed and one_shape and evaluator.compiles:
+        found = (EAGER, COMPILED)
+    compiles = COMPILED in found or base.compile != "none"
+    if compiles and "base_matmul" not in fixed and evaluator.multiplies_8bit and takes_8bit(base):
+        found = (*found, *EIGHT_BIT)
+    return found
+
+
+def takes_8bit(setup: TrainingSetup) -> bool:
+    """Whether the setup's frozen base can be multiplied in 8 bits."""
+    return setup.uses_lora and setup.dtype == "bfloat16"

@@ -14,6 +14,9 @@ TRITON = (7, 0)
 in Triton, flex attention is compiled by it, and Liger's kernels are Triton's own."""
 FLASH_ATTENTION_2 = (8, 0)
 """Dao-AILab/flash-attention, README, "NVIDIA CUDA Support": Ampere, Ada or Hopper GPUs."""
+EIGHT_BIT = (8, 9)
+"""Tensor cores that multiply e4m3: Ada, Hopper and later (NVIDIA, Ada GPU architecture, 2022, p. 26; torch's
+_scaled_mm refuses others, aten/src/ATen/native/cuda/ScaledBlas.cpp)."""
 DEFAULT_BUILD = (7, 5)
 """The least capability that torch 2.11 to 2.14 from PyPI, built for CUDA 13, has kernels for
 (torch/cuda/__init__.py, PYTORCH_RELEASES_CODE_CC; pytorch/pytorch#175253)."""
@@ -42,6 +45,15 @@ CARD_LIMITS = (
     ),
     CardLimit(knob="attn_implementation", value="flex_attention", capability=TRITON, why=_IN_TRITON),
     CardLimit(knob="compile", value="regional", capability=TRITON, why=_IN_TRITON),
+    *(
+        CardLimit(
+            knob="base_matmul",
+            value=value,
+            capability=EIGHT_BIT,
+            why="tensor cores below have no 8-bit floats",
+        )
+        for value in ("fp8_backward", "fp8")
+    ),
     CardLimit(knob="kernels", value="liger", capability=TRITON, why=_IN_TRITON),
 )
 LIMITED_KNOBS = tuple(dict.fromkeys(limit.knob for limit in CARD_LIMITS))

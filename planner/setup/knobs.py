@@ -9,6 +9,8 @@ from __future__ import annotations
 from planner.setup.knob import WHERE_SET, Counted, Form, Knob, Line, Need
 from planner.setup.training_knobs import TRAINING_KNOBS
 
+BF16 = "bf16"
+"""base_matmul where products with the frozen base are in the compute dtype."""
 _CHECKPOINTING = Need(other="gradient_checkpointing", other_than=False, told="gradient_checkpointing true")
 
 KNOBS: tuple[Knob, ...] = (
@@ -131,6 +133,37 @@ KNOBS: tuple[Knob, ...] = (
             steps=tuple(tenth / 10 for tenth in range(10, -1, -1)),
         ),
         line=Line(place=6, label="memory budget"),
+    ),
+    Knob(
+        name="base_matmul",
+        kind="choice",
+        section="layers",
+        help="products with the frozen base in 8 bits: the gradient's alone, or both passes'",
+        default=BF16,
+        choices=(BF16, "fp8_backward", "fp8"),
+        methods=("qlora", "lora"),
+        needs=(
+            Need(other="compile", other_than="none", told="compile regional", subject="base_matmul {value}"),
+            *(
+                Need(other="dtype", other_than=other, told="dtype bfloat16", subject="base_matmul {value}")
+                for other in ("float16", "float32")
+            ),
+            Need(
+                other="distributed",
+                other_than="fsdp",
+                told="one GPU or distributed ddp",
+                subject="base_matmul {value}",
+            ),
+        ),
+        unset="{default}; with --allow-8bit what is faster",
+        counted=Counted(default=False, together=True),
+        form=Form(
+            place=8,
+            label="base products",
+            help="base_matmul: fp8_backward computes gradients through the frozen base in 8 bits, fp8 the "
+            "forward pass too",
+        ),
+        line=Line(place=7, label="base products"),
     ),
     Knob(
         name="prepare_for_kbit_training",

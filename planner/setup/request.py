@@ -12,7 +12,7 @@ from planner.base.values import dataclass
 from planner.gpus.parse import parse_gpu
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import Knob, KnobValue
-from planner.setup.knobs import KNOBS
+from planner.setup.knobs import BF16, KNOBS
 from planner.setup.parallelism import FSDP
 from planner.setup.training_knobs import DEFAULT_RANK
 from planner.setup.training_setup import TrainingSetup
@@ -39,7 +39,8 @@ class PlanRequest:
 
     `gpu` is the text of `--gpu` (null: this machine's), `data` a file of training examples. `knobs` are the
     TrainingSetup keys that are fixed, in (name, value) pairs; everything else is chosen. `display` says that
-    a display is attached to the card. Null stands for "not asked".
+    a display is attached to the card, `allow_8bit` that products with the frozen base may be chosen to be in
+    8 bits. Null stands for "not asked".
 
     Raises:
         FieldError: a value is outside what is accepted, or a knob is unknown.
@@ -55,6 +56,7 @@ class PlanRequest:
     learning_rate: float | None = None
     price_usd_per_hour: float | None = None
     display: bool = False
+    allow_8bit: bool = False
 
     def __post_init__(self) -> None:
         validate.text("--model", self.model)
@@ -74,6 +76,7 @@ class PlanRequest:
         if self.price_usd_per_hour is not None:
             validate.number("price_per_hour", self.price_usd_per_hour, minimum=0.0, maximum=1e6)
         validate.boolean("display", self.display)
+        validate.boolean("allow_8bit", self.allow_8bit)
         self.setup(max_length=_ANY_LENGTH, num_processes=self._cards())
 
     def _cards(self) -> int:
@@ -114,6 +117,8 @@ class PlanRequest:
             InputError: the values contradict each other.
         """
         values = {**chosen, **self.fixed}
+        if values.get("base_matmul", BF16) != BF16:
+            values = {"compile": "regional", **values}
         if values.get("distributed") == FSDP:
             # What is taken elsewhere cannot update shares.
             values = {"optim": FASTER_OPTIM, **values}

@@ -24,7 +24,8 @@ class Stack:
     machine. Its activation offloading keeps `offload_stash` tensors on the GPU until their copies are done.
     `kept_attention` are the attention implementations whose outputs its selective checkpointing keeps,
     `sharding` says what FSDP2 shares out. `autocast` says that it runs the model in torch's autocast, so that
-    products are in 16 bits whatever their weights are held in.
+    products are in 16 bits whatever their weights are held in. `counted` says in words what of it is counted
+    otherwise than it runs: notes of every estimate with it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stack:
     sharding: Sharding = LAUNCHED
     allocator: str | None = None
     autocast: bool = True
+    counted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         validate.text("stack", self.name)
@@ -114,7 +116,26 @@ LLAMA_FACTORY = replace(
 """LLaMA-Factory 0.9.5 on one GPU. It prepares nothing for k-bit training; norms and head stay in 16 bits
 unless upcast_layernorm or upcast_lmhead_output ask for it (model/model_utils/checkpointing.py:151, :180)."""
 
-STACKS = (TRL, TRL_SFT, AXOLOTL, LLAMA_FACTORY)
+UNSLOTH = replace(
+    TRL,
+    name="unsloth",
+    packages=(*TRL.packages, "unsloth", "unsloth_zoo"),
+    # unsloth_zoo/training_utils.py:411-418, :442-452: lora_A and lora_B are cast to float32.
+    adapter_dtype="float32",
+    # unsloth_zoo/__init__.py:322-330
+    allocator=EXPANDABLE,
+    counted=(
+        "layers are counted as TRL runs them: Unsloth's own kernels keep less "
+        "(two measured runs, checkpointed, took 10 and 16% less than is said)",
+        "its loss works in chunks of half of the memory that is free, at most 4 GiB "
+        "(unsloth_zoo/fused_losses/cross_entropy_loss.py:229-252), counted as TRL's tiles: "
+        "the driver may show more, and it still fits",
+    ),
+)
+"""Unsloth 2026.10.9, FastLanguageModel on one GPU: an upper bound. Its kernels are Triton's and run on a GPU
+alone, so that its layers cannot be traced on a CPU; benchmarks/results/rivals.json has two runs of it."""
+
+STACKS = (TRL, TRL_SFT, AXOLOTL, LLAMA_FACTORY, UNSLOTH)
 
 PLAIN_LOOP = replace(TRL, name="plain loop", autocast=False)
 """A loop of transformers' and PEFT's own without a trainer, as those that others publish runs of: the head

@@ -9,7 +9,7 @@ from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.models.spec import ModelSpec, Parameter
-from planner.models.storage import is_expert_stack
+from planner.models.storage import adapts_experts, is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.training_setup import ALL_LINEAR
 
@@ -105,7 +105,9 @@ class Adapted:
 
 
 def adapted(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Adapted:
-    """What PEFT puts an adapter on. Routers get one with all-linear alone.
+    """What PEFT puts an adapter on. Routers get one with all-linear alone, and so do linear layers that are
+    named as experts' matrices are (shared experts, dense layers) only where it does not adapt experts: it
+    takes those names for the experts' then (utils/transformers_weight_conversion.py).
 
     Raises:
         FieldError: target_modules names a module that the model does not have.
@@ -117,6 +119,10 @@ def adapted(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Adapted:
         if p.module_class == "Linear" and p.kind == "weight" and not p.is_output_head
     ]
     experts = [p for p in model.parameters if is_expert_stack(p)]
+    if not adapts_experts(model.model_type):
+        experts = []
+    if experts:
+        linears = [p for p in linears if p.module_name not in (*FUSED_EXPERT_NAMES, "down_proj")]
     routers = [p for p in model.parameters if p.module_class.endswith("Router") and p.kind == "weight"]
     if target_modules == ALL_LINEAR:
         return Adapted(
@@ -128,9 +134,9 @@ def adapted(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Adapted:
     return Adapted(linears=tuple(chosen), experts=tuple(experts) if with_experts else (), routers=())
 
 
-def expert_rank(parameter: Parameter, rank: int) -> int:
-    """Rank of one expert's adapter: PEFT doubles that of the fused tensor."""
-    return 2 * rank if parameter.kind == "gate_up_proj" else rank
+def expert_rank(name: str, rank: int) -> int:
+    """Rank of one expert's adapter on the tensor of that name: PEFT doubles that of the fused one."""
+    return 2 * rank if name == "gate_up_proj" else rank
 
 
 def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
@@ -141,7 +147,7 @@ def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
         if adapter.variant.magnitudes:
             tensors.append(_magnitude(p))
     for p in found.experts:
-        tensors += _pair(p.name, p.shape[1:], expert_rank(p, rank), p.count, p.shape[0], width)
+        tensors += _pair(p.name, p.shape[1:], expert_rank(p.kind, rank), p.count, p.shape[0], width)
     for p in found.routers:
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
     return Trained(

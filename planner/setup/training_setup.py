@@ -66,6 +66,7 @@ class TrainingSetup:
     kernels: str = _DEFAULTS["kernels"]
     compile: str = _DEFAULTS["compile"]
     activation_memory_budget: float | None = _DEFAULTS["activation_memory_budget"]
+    base_matmul: str = _DEFAULTS["base_matmul"]
     prepare_for_kbit_training: bool = _DEFAULTS["prepare_for_kbit_training"]
     packing: bool = _DEFAULTS["packing"]
     train_sampling_strategy: str = _DEFAULTS["train_sampling_strategy"]

@@ -148,6 +148,11 @@ def bullets(out: Console, items: Iterable[str]) -> None:
     out.print(Padding(table, (0, 0, 0, 2)))
 
 
+def epochs(passes: float) -> str:
+    """1 epoch, 3 epochs."""
+    return f"{passes:g} epoch{'' if passes == 1 else 's'}"
+
+
 def footnote(out: Console, text: str) -> None:
     """A remark under a table."""
     out.print(Text(text, style="dim"))

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from planner.answers.plan import Duration, OtherCard, Plan
 from planner.gpus.spec import GpuSpec
-from planner.text.figures import bullets, count, dollars, duration, gib, heading, pairs, rate
+from planner.text.figures import bullets, count, dollars, duration, epochs, gib, heading, pairs, rate
 from planner.throughput.shared_step import SharedStep
 
 BOUND_BY = {
@@ -80,9 +80,8 @@ def _duration(found: Duration, plan: Plan) -> Iterator[tuple[str, str]]:
             padding = 1.0 - found.tokens / (plan.data.processed_tokens * plan.schedule.num_train_epochs)
             useful = f"about {rate(found.useful_tokens_per_second)} tokens/s of the data itself"
             yield "useful tokens", f"{useful}; padding is {max(0.0, padding):.0%} of all tokens"
-        passes = plan.schedule.num_train_epochs
-        epochs = f"{passes:g} epoch{'' if passes == 1 else 's'}"
-        yield "time", f"{interval} for {epochs}, {found.steps:,} steps, {count(found.tokens)} tokens"
+        passes = epochs(plan.schedule.num_train_epochs)
+        yield "time", f"{interval} for {passes}, {found.steps:,} steps, {count(found.tokens)} tokens"
     hourly = hourly_price(plan)
     yield (
         "price",

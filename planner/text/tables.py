@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -12,9 +12,23 @@ from planner.gpus.detect import LocalGpu
 from planner.gpus.spec import GpuSpec
 from planner.gpus.target import GpuTarget
 from planner.models.catalog import ModelSummary
-from planner.planning.comparison import LongestLength, Row, SmallestCard
+from planner.planning.comparison import LargestModels, Row, SmallestCard
 from planner.planning.estimation import Estimate
-from planner.text.figures import WIDE, bullets, columns, count, figure, footnote, gib, heading, rate, yes_no
+from planner.text.data import not_trained
+from planner.text.figures import (
+    WIDE,
+    bullets,
+    columns,
+    count,
+    duration,
+    epochs,
+    figure,
+    footnote,
+    gib,
+    heading,
+    rate,
+    yes_no,
+)
 
 VERY_WIDE = 100
 SHOWN_MODELS = 25
@@ -117,47 +131,84 @@ def print_models(out: Console, models: Sequence[ModelSummary]) -> None:
 
 
 def print_rows(out: Console, rows: Sequence[Row]) -> None:
-    """Print models on GPUs, each with its planned setup; prices where one is known and there is room."""
+    """Print models on GPUs, each with its planned setup; prices where one is known and there is room. Of data
+    time and price are of the whole run.
+    """
     wide = out.width >= WIDE
+    of_data = any(one.data is not None for one in rows)
     priced = wide and any(one.usd_per_million_tokens is not None for one in rows)
-    heads, table = _rows(rows, wide=wide, priced=priced)
+    heads, table = _rows(rows, wide=wide, priced=priced, of_data=of_data)
     if priced and _width(heads, table) > out.width:
         priced = False
-        heads, table = _rows(rows, wide=wide, priced=priced)
+        heads, table = _rows(rows, wide=wide, priced=priced, of_data=of_data)
     columns(out, heads, table, indent=0)
     out.print()
     if not all(one.fits for one in rows):
         footnote(out, "Where nothing fits, the figures are those of the smallest setup tried.")
-    if wide:
+    if of_data:
+        for told in dict.fromkeys(_of_data(rows)):
+            footnote(out, told)
+    elif wide:
         footnote(out, "h/M: hours for a million tokens. Speeds follow from published rates, not calibrated.")
     if priced:
-        footnote(out, "$/M: dollars for them; ? where no price is known. plan says whose price it is.")
+        what = "the run" if of_data else "them"
+        unit = "$" if of_data else "$/M"
+        footnote(out, f"{unit}: dollars for {what}; ? where no price is known. plan says whose price it is.")
+
+
+def _of_data(rows: Sequence[Row]) -> Iterator[str]:
+    """What of the data is trained and what is not."""
+    for one in rows:
+        if one.data is not None and one.duration is not None and one.num_train_epochs is not None:
+            yield (
+                f"time: of {epochs(one.num_train_epochs)} of {one.data.examples:,} examples of "
+                f"{one.data.path}, {count(one.duration.tokens)} tokens in all. Speeds follow from published "
+                "rates, not calibrated."
+            )
+    for one in rows:
+        if one.data is not None and (left := not_trained(one.data)):
+            yield f"At {one.max_length:,} tokens: {left}."
 
 
 def _rows(
-    rows: Sequence[Row], *, wide: bool, priced: bool
+    rows: Sequence[Row], *, wide: bool, priced: bool, of_data: bool
 ) -> tuple[list[tuple[str, str]], list[list[str | Text]]]:
     heads = [("model", "name"), ("GPU", "name"), ("fits", "name"), ("peak GiB", "number")]
     if wide:
-        heads += [("length", "number"), ("batch", "number"), ("tokens/s", "number"), ("h/M", "number")]
+        heads += [("length", "number"), ("batch", "number"), ("tokens/s", "number")]
+        heads.append(("time", "name") if of_data else ("h/M", "number"))
     if priced:
-        heads.append(("$/M", "number"))
+        heads.append(("$" if of_data else "$/M", "number"))
     table: list[list[str | Text]] = []
     for one in rows:
         row: list[str | Text] = [one.model, one.gpu, yes_no(one.fits), figure(one.peak_upper_bytes)]
         if wide:
-            hours = one.hours_per_million_tokens
             row += [
                 f"{one.max_length:,}",
                 f"{one.per_device_train_batch_size} x {one.gradient_accumulation_steps}",
                 rate(one.tokens_per_second),
-                "?" if hours is None else f"{hours:.2g}",
+                _time(one),
             ]
         if priced:
-            usd = one.usd_per_million_tokens
-            row.append("?" if usd is None else f"{usd:.2f}" if usd >= 0.005 else "<0.01")
+            row.append(_price(one))
         table.append(row)
     return heads, table
+
+
+def _time(one: Row) -> str:
+    """Of the data's run, else hours for a million tokens."""
+    if one.data is None:
+        hours = one.hours_per_million_tokens
+        return "?" if hours is None else f"{hours:.2g}"
+    return "?" if one.duration is None else duration(one.duration.hours)
+
+
+def _price(one: Row) -> str:
+    """Of the data's run, else of a million tokens."""
+    usd = one.usd_per_million_tokens
+    if one.data is not None:
+        usd = None if one.duration is None else one.duration.usd
+    return "?" if usd is None else f"{usd:.2f}" if usd >= 0.005 else "<0.01"
 
 
 def _width(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Text]]) -> int:
@@ -184,9 +235,7 @@ def print_smallest_cards(out: Console, model: str, cards: Sequence[SmallestCard]
     columns(out, heads, rows, indent=0)
 
 
-def print_longest_lengths(
-    out: Console, target: GpuTarget, method: str, found: Sequence[LongestLength]
-) -> None:
+def print_largest_models(out: Console, target: GpuTarget, method: str, found: LargestModels) -> None:
     """Print the largest models that fit on a card, and how long their sequences may be."""
     out.print(
         Text(
@@ -194,7 +243,7 @@ def print_longest_lengths(
             "by the leanest setup that a plan tries"
         )
     )
-    if not found:
+    if not found.models:
         bullets(out, ["none of the catalog fits"])
         return
     heads = [("model", "name"), ("parameters", "number"), ("longest", "number"), ("peak GiB", "number")]
@@ -205,13 +254,14 @@ def print_longest_lengths(
             f"{one.max_length:,}" + (" *" if one.reaches_model_limit else "  "),
             figure(one.peak_upper_bytes),
         ]
-        for one in found[:SHOWN_MODELS]
+        for one in found.models[:SHOWN_MODELS]
     ]
     columns(out, heads, rows, indent=0)
     out.print()
     footnote(out, "* the longest that the model was made for.")
-    if len(found) > SHOWN_MODELS:
-        footnote(out, f"{len(found) - SHOWN_MODELS} smaller models fit too (--json lists them).")
+    smaller = found.smaller + max(0, len(found.models) - SHOWN_MODELS)
+    if smaller:
+        footnote(out, f"{smaller} smaller models fit too (--json lists them).")
 
 
 def _scaled(value: float | None, unit: float) -> str:

@@ -87,6 +87,7 @@ def _cards(cards: Sequence[CardAdvice]) -> Iterator[str]:
 
 
 def _longest(longest: Longest) -> str:
-    ends = "the model's own window" if longest.reaches_model_limit else "what fits"
-    speed = "" if longest.tokens_per_second is None else f", {rate(longest.tokens_per_second)} tokens/s"
-    return f"Longest: {longest.max_length:,} tokens ({ends}{speed})."
+    ends = "the model's own window" if longest.reaches_model_limit else "more do not fit"
+    speed = "" if longest.tokens_per_second is None else f"{rate(longest.tokens_per_second)} tokens/s, "
+    plan = f"--max-length {longest.max_length}"
+    return f"Longest: {longest.max_length:,} tokens, {ends} ({speed}{plan})."

@@ -33,7 +33,8 @@ Gemma 3's of 256, write and read it again."""
 class LinearWork:
     """Sums over a model's decoder layers that fix its matrix work, for one choice of LoRA targets.
 
-    `active_weights` are weight elements that multiply each token; `linear_weights` those in nn.Linear, which
+    `active_weights` are weight elements that multiply each token, but for those of experts, which are
+    `active_expert_weights`; `linear_weights` those in nn.Linear, which
     QLoRA holds in 4 bits, `expert_weights` those of stacked experts, which it may; `wrapped_*` are sums over
     the layers that an adapter wraps: input and output widths, weight elements, and how many there are.
     `folded_weights` are elements of experts that adapters are folded into, those of fused tensors, whose rank
@@ -42,6 +43,7 @@ class LinearWork:
     """
 
     active_weights: int
+    active_expert_weights: int
     linear_weights: int
     expert_weights: int
     wrapped_inputs: int
@@ -57,11 +59,13 @@ class LinearWork:
 class MatrixFlops(NamedTuple):
     """Floating-point operations of one micro-step's matmuls, multiply and add counted apart.
 
-    `masked_attention` is that of layers whose attention is given a mask, which flash kernels do not take;
-    `wide_masked_attention` that of those among them whose heads are wider than WIDE_HEAD.
+    `experts` are those of a mixture's experts, `layers` the decoder layers' others. `masked_attention` is
+    that of layers whose attention is given a mask, which flash kernels do not take; `wide_masked_attention`
+    that of those among them whose heads are wider than WIDE_HEAD.
     """
 
     layers: float
+    experts: float
     adapter: float
     head: float
     attention: float
@@ -79,7 +83,7 @@ class AdapterFlops(NamedTuple):
 
     `products` are those of tokens with the adapters of linear layers, of one pass; `forward` and `backward`
     what each pass computes of weights alone, whatever its tokens; `folded_gradients` the gradients of weights
-    that adapters are folded into.
+    that adapters are folded into, experts nearly all of them.
     """
 
     products: float
@@ -106,6 +110,7 @@ def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
     work = linear_work(run.model, setup.target_modules)
     recomputed = checkpointed_share(run)
     layers = 2.0 * work.active_weights * tokens
+    experts = 2.0 * work.active_expert_weights * tokens
     head = 2.0 * work.head_weights * tokens
     attention, masked, wide = _attention_flops(run)
     again = _attention_again(run, recomputed)
@@ -114,6 +119,7 @@ def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
     return (
         MatrixFlops(
             layers=layers,
+            experts=experts,
             adapter=adapter.products + adapter.forward,
             head=head,
             attention=attention,
@@ -121,7 +127,8 @@ def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
             wide_masked_attention=wide,
         ),
         MatrixFlops(
-            layers=layers * (1 + recomputed + trained) + adapter.folded_gradients,
+            layers=layers * (1 + recomputed + trained),
+            experts=experts * (1 + recomputed + trained) + adapter.folded_gradients,
             adapter=adapter.products * (2 + recomputed) + adapter.forward * recomputed + adapter.backward,
             head=head * (2 + trained),
             attention=attention * again,
@@ -213,14 +220,15 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
     weights = [p for p in model.parameters if p.in_decoder_layer and len(p.shape) >= 2]
     linears = [p for p in weights if p.module_class == "Linear"]
     return LinearWork(
-        active_weights=_active(weights, model),
+        active_weights=_active([p for p in weights if not _routed(p)], model),
+        active_expert_weights=_active([p for p in weights if _routed(p)], model),
         linear_weights=sum(p.elements * p.count for p in linears),
         expert_weights=sum(p.elements * p.count for p in weights if is_expert_stack(p)),
         wrapped_inputs=sum(p.shape[1] * p.count for p in found.linears),
         wrapped_outputs=sum(p.shape[0] * p.count for p in found.linears),
         wrapped_weights=sum(p.elements * p.count for p in found.linears),
         wrapped_count=sum(p.count for p in found.linears),
-        folded_weights=sum(p.elements * p.count * expert_rank(p, 1) for p in found.experts),
+        folded_weights=sum(p.elements * p.count * expert_rank(p.kind, 1) for p in found.experts),
         folded_router_weights=sum(p.elements * p.count for p in found.routers),
         folded_active_weights=_active(folded, model),
         head_weights=model.vocab_size * model.hidden_size,
@@ -232,9 +240,14 @@ def _active(parameters: Iterable[Parameter], model: ModelSpec) -> int:
     return round(sum(p.elements * p.count * _routed_share(p, model) for p in parameters))
 
 
+def _routed(parameter: Parameter) -> bool:
+    """Whether it is of experts, that tokens are routed to."""
+    return len(parameter.shape) >= 3 or ".experts." in parameter.name
+
+
 def _routed_share(parameter: Parameter, model: ModelSpec) -> float:
     """Share of an expert tensor that multiplies one token; 1 for all other weights."""
-    if len(parameter.shape) < 3 and ".experts." not in parameter.name:
+    if not _routed(parameter):
         return 1.0
     for layer in model.layers:
         if layer.experts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from planner.gpus.card_class import CardClass, card_class
 from planner.gpus.spec import GpuSpec
+from planner.models.spec import ModelSpec
 
 Interval = tuple[float, float]
 
@@ -24,6 +25,21 @@ FEW_SOURCES for every other class."""
 HOST_UNKNOWN: Interval = (0.5, 1.8)
 """What steps that the host decides need, whatever the card: 0.88 to 1.67 on an L40S, 1.20 on an A100 40GB.
 Hosts of one rented kind differ by 1.6 times alone (host_block_seconds of profiles/runs)."""
+
+TRACED: Interval = FEW_SOURCES
+"""What a model without a recipe needs: no rate was fitted to one, and mixtures are forecast too fast by up to
+1.8 times (docs/throughput.md)."""
+UNSEEN: Interval = (0.1, FEW_SOURCES[1])
+"""Where it has functions that were traced as one operation: their reference in torch launches hundreds of
+kernels in a loop over chunks of tokens, which are not counted, and a fused kernel launches one."""
+
+
+def traced_interval(model: ModelSpec, interval: Interval) -> Interval:
+    """An interval widened for what no run has shown of a model that was traced."""
+    if not model.is_traced:
+        return interval
+    least = UNSEEN if model.unseen_kernels else TRACED
+    return min(interval[0], least[0]), max(interval[1], least[1])
 
 
 def published_interval(gpu: GpuSpec, bound_by: str) -> Interval:

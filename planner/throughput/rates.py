@@ -98,9 +98,10 @@ class Rates:
         return self._of(_HOST, work)
 
     def optimizer_seconds(self, work: StepWork, *, host_slower: float = 1.0) -> float:
-        """Time of an optimizer step."""
+        """Time of an optimizer step: the GPU works on one tensor while the host launches the next one's."""
         computed, moved = self.gpu_seconds(work.optimizer_step)
-        return computed + moved + self.host_seconds(work.optimizer_step) * host_slower
+        launched = self.host_seconds(work.optimizer_step) * host_slower
+        return overlapped(computed + moved, launched)
 
     def _of(self, positions: tuple[int, ...], work: ByKind) -> float:
         amounts, seconds = work.numbers, self.seconds.numbers
@@ -122,7 +123,7 @@ class Rates:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rates:
         """Read the JSON form; a kind of work that was told apart later than the file has the rate that both
-        had (WorkKind.once_in).
+        had (WorkKind.once_in), one that was not counted then takes no time (WorkKind.came_later).
 
         Raises:
             InputError: the JSON is not a set of rates.
@@ -140,11 +141,13 @@ class Rates:
 def _rate_in(values: Mapping[str, Any], kind: WorkKind) -> Any:
     if kind.once_in is not None and kind.rate not in values:
         return values[f"{kind.once_in}_seconds"]
+    if kind.came_later:
+        return values.get(kind.rate, 0.0)
     return values[kind.rate]
 
 
 def overlapped(gpu_seconds: float, host_seconds: float) -> float:
-    """Time of a micro-step: the larger of both, and more where they are alike and wait for each other."""
+    """Time of a pass or an update: the larger of both, and more where alike ones wait for each other."""
     larger, smaller = max(gpu_seconds, host_seconds), min(gpu_seconds, host_seconds)
     if not larger:
         return 0.0

@@ -10,8 +10,11 @@ from planner.base.json_codec import WHERE_SET
 from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
+from planner.models.spec import ModelSpec
 from planner.setup.run import TrainingRun
-from planner.throughput.intervals import published_interval
+from planner.throughput.by_kind import positions_of
+from planner.throughput.eight_bit import WIDER, least_flops
+from planner.throughput.intervals import published_interval, traced_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
     UNCALIBRATED,
@@ -94,9 +97,12 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         shared = share_step(run, gpu, rates, work, time, step, slower=slower, host_slower=host)
         micro, step = shared.expected.micro_step, shared.expected.step
     tokens = run.micro_step.tokens * run.parallelism.num_processes
-    roofline = tokens / max(work.total_flops / peak, weight_bytes(run) / bandwidth)
+    flops = least_flops(run.kind, work.total_flops, run.micro_step.tokens)
+    roofline = tokens / max(flops / peak, weight_bytes(run) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
-    low, high = known.interval(gpu, time.bound_by)
+    low, high = traced_interval(run.model, known.interval(gpu, time.bound_by))
+    if setup.base_matmul != "bf16":
+        low, high = low * WIDER[0], high * WIDER[1]
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
     return StepEstimate(
@@ -110,7 +116,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known),
+        basis=_basis(gpu, known) + _of_traced(run.model) + _of_eight_bit(setup.base_matmul),
         sharing=None if shared is None else shared.told,
     )
 
@@ -182,10 +188,13 @@ def _limits(gpu: GpuSpec) -> tuple[float, float]:
     return peak, bandwidth
 
 
+_TRAFFIC = positions_of(*(kind.name for kind in kinds_of("pass", "traffic")))
+
+
 def _moved_bytes(work: StepWork) -> float:
     """Bytes written for later kernels to read, of one micro-step."""
-    traffic = kinds_of("pass", "traffic")
-    return sum(sum(part[kind.name] for kind in traffic) for part in (work.forward, work.backward))
+    forward, backward = work.forward.numbers, work.backward.numbers
+    return sum([forward[at] for at in _TRAFFIC]) + sum([backward[at] for at in _TRAFFIC])
 
 
 def _basis(gpu: GpuSpec, known: KnownRates) -> str:
@@ -199,6 +208,20 @@ def _basis(gpu: GpuSpec, known: KnownRates) -> str:
     return (
         f"rates of {known.reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"
     )
+
+
+def _of_eight_bit(base_matmul: str) -> str:
+    """What the forecast of 8-bit products rests on beside."""
+    return "" if base_matmul == "bf16" else "; 8-bit products as measured on an H200 (docs/eight-bit.md)"
+
+
+def _of_traced(model: ModelSpec) -> str:
+    """What no rate was fitted to, as the end of a basis."""
+    if not model.is_traced:
+        return ""
+    named = ", ".join(model.unseen_kernels)
+    unseen = f", and {named} are counted as one operation each" if named else ""
+    return f"; the model was traced, and no run of one was fitted{unseen}"
 
 
 def forecast(run: TrainingRun, gpu: GpuSpec) -> StepEstimate | None:

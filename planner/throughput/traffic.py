@@ -56,7 +56,7 @@ def weight_bytes(run: TrainingRun) -> float:
             # Backward has what the (last) forward pass made of them.
             total += work.expert_weights * DEQUANTISE * wide * forwards
     elif setup.dtype == "float32":
-        total += work.active_weights * AUTOCAST_WEIGHT * forwards
+        total += (work.active_weights + work.active_expert_weights) * AUTOCAST_WEIGHT * forwards
     if setup.use_dora:
         total += work.wrapped_weights * DORA_NORM * forwards
     if not setup.uses_lora and setup.gradient_accumulation_steps > 1:

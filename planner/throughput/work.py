@@ -17,8 +17,9 @@ from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec, ModelSpec
 from planner.setup.run import RunKind, TrainingRun
-from planner.setup.training_setup import TrainingSetup
+from planner.setup.trained import adapted
 from planner.throughput.by_kind import ByKind, positions_of
+from planner.throughput.eight_bit import CALL_SHARE, KERNEL_BYTES, eight_bit_products, sooner_flops
 from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
 from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
 
@@ -159,9 +160,10 @@ def step_work(run: TrainingRun) -> StepWork:
         sizeless.with_amounts(
             _GROWING,
             (
-                0.0 if single else part.layers,
+                0.0 if single else part.layers - sooner_flops(eight_bit, shape.tokens),
+                0.0 if single else part.experts,
                 0.0 if single_head else part.head,
-                (part.layers if single else 0.0) + (part.head if single_head else 0.0),
+                (part.layers + part.experts if single else 0.0) + (part.head if single_head else 0.0),
                 part.adapter,
                 0.0 if eager else part.attention,
                 part.masked_attention,
@@ -170,8 +172,12 @@ def step_work(run: TrainingRun) -> StepWork:
                 offloaded,
             ),
         )
-        for sizeless, part, tensors in zip(
-            _sizeless(run.kind, decoder), flops, (made.forward, made.backward), strict=True
+        for sizeless, part, tensors, eight_bit in zip(
+            _sizeless(run.kind, decoder),
+            flops,
+            (made.forward, made.backward),
+            eight_bit_products(run.kind),
+            strict=True,
         )
     )
     return StepWork(
@@ -185,6 +191,7 @@ def step_work(run: TrainingRun) -> StepWork:
 
 _GROWING = positions_of(
     "layer_flop",
+    "expert_flop",
     "head_flop",
     "single_flop",
     "adapter_flop",
@@ -203,24 +210,26 @@ def _sizeless(run: RunKind, decoder: DecoderSetup) -> tuple[ByKind, ByKind]:
     setup, model = run.setup, run.model
     made, share = _all_layers(model, decoder), checkpointed_share(run)
     wrapped = linear_work(model, setup.target_modules).wrapped_count
-    python = _python_runs(setup, model, wrapped, made.liger_kernels)
+    forward_8bit, backward_8bit = eight_bit_products(run)
+    python = _python_runs(run, wrapped, made.liger_kernels)
     forward, backward = (
         ByKind.counted(
             "pass",
-            weight_byte=tensors.constant,
+            weight_byte=tensors.constant + KERNEL_BYTES * eight_bit.elements,
             launch=0.0 if setup.compile != "none" else tensors.launches,
             selected_launch=dispatched.launches if setup.selective_checkpointing else 0.0,
             quantized_call=python.quantized * runs,
             lora_call=python.lora * runs,
+            expert_call=python.experts * runs,
             liger_call=python.liger * nodes,
             eager_layer=python.eager_layers * runs,
             compiled_layer=python.compiled_layers,
-            compiled_call=python.compiled * nodes,
+            compiled_call=python.compiled * nodes + CALL_SHARE * eight_bit.products,
         )
-        for tensors, dispatched, runs, nodes in (
-            (made.forward, made.forward, 1.0, 1.0),
+        for tensors, dispatched, runs, nodes, eight_bit in (
+            (made.forward, made.forward, 1.0, 1.0, forward_8bit),
             # Backward nodes of bitsandbytes and Liger are Python too, of PEFT's layers torch's own.
-            (made.backward, made.recomputed, share, 1.0 + share),
+            (made.backward, made.recomputed, share, 1.0 + share, backward_8bit),
         )
     )
     return forward, backward
@@ -229,9 +238,10 @@ def _sizeless(run: RunKind, decoder: DecoderSetup) -> tuple[ByKind, ByKind]:
 @lru_cache(maxsize=8192)
 def _optimizer_step(run: RunKind) -> ByKind:
     optim, trained = run.setup.optim, run.trained
+    moved = trained.elements * OPTIMIZER[optim]
     return ByKind.counted(
         "optimizer_step",
-        optimizer_byte=trained.elements * OPTIMIZER[optim],
+        **{"optimizer_8bit_byte" if optim.endswith("_8bit") else "optimizer_byte": moved},
         optimizer_call=trained.tensor_count * OPTIMIZER_CALLS.get(optim, 1.0),
     )
 
@@ -282,12 +292,15 @@ class _PythonRuns(NamedTuple):
     compiled: int
     compiled_layers: int
     eager_layers: int
+    experts: int
 
 
-def _python_runs(setup: TrainingSetup, model: ModelSpec, wrapped: int, liger: int) -> _PythonRuns:
+def _python_runs(run: RunKind, wrapped: int, liger: int) -> _PythonRuns:
+    setup, model = run.setup, run.model
+    experts = sum(layer.count for layer in model.layers if layer.experts)
     if setup.compile != "none":
         quantized = wrapped if setup.method == "qlora" else 0
-        return _PythonRuns(0, 0, 0, quantized, model.num_hidden_layers, 0)
+        return _PythonRuns(0, 0, 0, quantized, model.num_hidden_layers, 0, 0)
     return _PythonRuns(
         wrapped if setup.method == "qlora" else 0,
         wrapped if setup.method == "lora" else 0,
@@ -295,6 +308,7 @@ def _python_runs(setup: TrainingSetup, model: ModelSpec, wrapped: int, liger: in
         0,
         0,
         model.num_hidden_layers,
+        experts * (1 + len(adapted(model, setup.target_modules).experts) if setup.uses_lora else 1),
     )
 
 

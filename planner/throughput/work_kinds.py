@@ -41,7 +41,8 @@ class WorkKind:
 
     `name` is one unit of it, `start` the seconds that a unit takes where the reference's fit begins, roughly
     an H100's and its host's. `once_in` is the kind that it was counted in before it was told apart: files of
-    rates from then have that one's for both. `doc` says what is counted.
+    rates from then have that one's for both. `came_later` says that it was not counted at all: files from
+    then have none of it, and no time for it. `doc` says what is counted.
     """
 
     name: str
@@ -51,6 +52,7 @@ class WorkKind:
     start: float
     doc: str
     once_in: str | None = None
+    came_later: bool = False
 
     def __post_init__(self) -> None:
         validate.text("kind of work", self.name)
@@ -73,6 +75,15 @@ WORK_KINDS: tuple[WorkKind, ...] = (
         scales_with="matrix",
         start=1 / 6e14,
         doc="floating-point operations of the decoder layers' matrices, in 16 bits",
+    ),
+    WorkKind(
+        name="expert_flop",
+        per="pass",
+        side="matrix",
+        scales_with="matrix",
+        start=1 / 6e14,
+        doc="those of a mixture's experts, in 16 bits: grouped products of the rows routed to each",
+        once_in="layer_flop",
     ),
     WorkKind(
         name="attention_flop",
@@ -157,6 +168,18 @@ WORK_KINDS: tuple[WorkKind, ...] = (
         doc="bytes that the optimizer moves (traffic.OPTIMIZER)",
     ),
     WorkKind(
+        name="optimizer_8bit_byte",
+        per="optimizer_step",
+        side="traffic",
+        # A search in a table of 256 values for each state: processors bound it, not memory. On
+        # the H200 an element takes 30 ps (runs 20261201-846aa1929bd6, -afd014fa197a, -8d2b9b6b9cb1), its
+        # bytes alone 8.
+        scales_with="dequantized",
+        start=1.5e-12,
+        doc="those that an optimizer with states in 8 bits moves",
+        once_in="optimizer_byte",
+    ),
+    WorkKind(
         name="launch",
         per="pass",
         side="host",
@@ -179,6 +202,15 @@ WORK_KINDS: tuple[WorkKind, ...] = (
         scales_with="quantized_call",
         start=3e-5,
         doc="runs of PEFT's Python around a 16-bit layer",
+    ),
+    WorkKind(
+        name="expert_call",
+        per="pass",
+        side="host",
+        scales_with="launch",
+        start=5e-4,
+        doc="runs of transformers' Python around a layer's experts, and of PEFT's around what adapts them",
+        came_later=True,
     ),
     WorkKind(
         name="liger_call",

@@ -12,7 +12,7 @@ from planner.gpus.target import GpuTarget
 from planner.models.catalog import Inspector
 from planner.planning.estimation import Estimate, Estimator
 from planner.trainers.config import TrainerConfig
-from planner.trainers.files import Trainer, read_config, read_yaml, trainer_of
+from planner.trainers.files import Trainer, read_config, read_values, trainer_of
 
 _SHORTEST = 512
 _FUSED: dict[str, dict[str, Any]] = {
@@ -22,27 +22,32 @@ _FUSED: dict[str, dict[str, Any]] = {
     },
     "llamafactory": {"enable_liger_kernel": True},
     "trl": {},
+    "unsloth": {},
 }
 """What removes the logits, where the trainer makes them all at once."""
 _NARROW: dict[str, dict[str, Any]] = {
     "axolotl": {"peft_autocast_adapter_dtype": False},
     "llamafactory": {"pure_bf16": True},
     "trl": {},
+    "unsloth": {},
 }
 _QUANTISED: dict[str, dict[str, Any]] = {
     "axolotl": {"adapter": "qlora", "load_in_4bit": True},
     "llamafactory": {"quantization_bit": 4},
     "trl": {"load_in_4bit": True},
+    "unsloth": {"load_in_4bit": True},
 }
 _WORDS: dict[str, dict[str, str]] = {
     "axolotl": {"batch": "micro_batch_size", "length": "sequence_len", "optim": "optimizer"},
     "llamafactory": {"batch": "per_device_train_batch_size", "length": "cutoff_len", "optim": "optim"},
     "trl": {"batch": "per_device_train_batch_size", "length": "max_length", "optim": "optim"},
+    "unsloth": {"batch": "per_device_train_batch_size", "length": "max_length", "optim": "optim"},
 }
 _CHECKPOINTING: dict[str, dict[str, Any]] = {
     "axolotl": {"gradient_checkpointing": True},
     "llamafactory": {"disable_gradient_checkpointing": False},
     "trl": {"gradient_checkpointing": True},
+    "unsloth": {"use_gradient_checkpointing": "unsloth"},
 }
 
 
@@ -104,7 +109,7 @@ def answer(
     config = read_config(path, target, trainer=trainer, accelerate=accelerate)
     estimator = Estimator(target, allow_network=allow_network, inspector=inspector, stack=config.stack)
     found = estimator.estimate(config.setup)
-    values = dict(read_yaml(path))
+    values = dict(read_values(path))
     which = trainer_of(values, trainer)
     changes: tuple[Change, ...] = ()
     if not found.fits and accelerate is None:

@@ -10,7 +10,7 @@ from planner.base.errors import FieldError, InputError, shorten
 from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget
 from planner.setup.training_setup import TrainingSetup
-from planner.trainers import axolotl, llamafactory, trl_sft
+from planner.trainers import axolotl, llamafactory, trl_sft, unsloth
 from planner.trainers.config import TrainerConfig
 
 MAX_BYTES = 2**20
@@ -19,7 +19,7 @@ MAX_BYTES = 2**20
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trainer:
     """A trainer: its name on the command line, what reads and writes its config, and how it is installed and
-    started with a config of the name `file`.
+    started with a config of the name `file`, a YAML file or what `script` makes of the settings.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Trainer:
     read: Callable[..., TrainerConfig]
     write: Callable[[TrainingSetup, str, float, float], dict[str, Any]]
     lacking: tuple[str, ...]
+    script: Callable[[Mapping[str, Any]], str] | None = None
 
 
 TRAINERS: dict[str, Trainer] = {
@@ -67,10 +68,50 @@ TRAINERS: dict[str, Trainer] = {
         write=trl_sft.write,
         lacking=trl_sft.LACKING,
     ),
+    "unsloth": Trainer(
+        name="unsloth",
+        title="Unsloth",
+        version=unsloth.VERSION,
+        file="unsloth_train.py",
+        install=unsloth.INSTALL,
+        start="python unsloth_train.py",
+        read=unsloth.read,
+        write=unsloth.write,
+        lacking=unsloth.LACKING,
+        script=unsloth.script,
+    ),
 }
 _LLAMA_FACTORY_KEYS = frozenset(
     {"finetuning_type", "stage", "cutoff_len", "template", "dataset_dir", "lora_rank", "lora_target"}
 )
+
+
+def read_values(path: Path) -> Mapping[str, Any]:
+    """The settings of a config: a YAML file's, or those of the calls of a script, which is not run.
+
+    Raises:
+        InputError: it cannot be read, is too large, or holds no settings.
+    """
+    if path.suffix.lower() != ".py":
+        return read_yaml(path)
+    content = _content(path)
+    try:
+        return unsloth.parse(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shorten(str(path))} is no text") from error
+    except InputError as error:
+        raise InputError(f"{shorten(str(path))}: {error}") from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{shorten(str(path))} cannot be read ({error.strerror})") from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{shorten(str(path))} is larger than {MAX_BYTES:,} bytes")
+    return content
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
@@ -81,14 +122,9 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """
     import yaml
 
+    content = _content(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise InputError(f"{shorten(str(path))} is larger than {MAX_BYTES:,} bytes")
         values = yaml.safe_load(content)
-    except OSError as error:
-        raise InputError(f"{shorten(str(path))} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{shorten(str(path))} is no YAML: {shorten(str(error), 120)}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -110,8 +146,11 @@ def trainer_of(values: Mapping[str, Any], name: str | None = None) -> Trainer:
         return TRAINERS["axolotl"]
     if "model_name_or_path" in values:
         return TRAINERS["llamafactory" if _LLAMA_FACTORY_KEYS & values.keys() else "trl"]
+    if "model_name" in values:
+        return TRAINERS["unsloth"]
     raise InputError(
-        "neither base_model (Axolotl) nor model_name_or_path (LLaMA-Factory, trl sft) is in the config"
+        "neither base_model (Axolotl) nor model_name_or_path (LLaMA-Factory, trl sft) "
+        "nor model_name (Unsloth) is in the config"
     )
 
 
@@ -123,7 +162,7 @@ def read_config(
     Raises:
         InputError: a file cannot be read, or asks for what is not planned.
     """
-    values = read_yaml(path)
+    values = read_values(path)
     sharing = None if accelerate is None else _sharing(read_yaml(accelerate))
     count = target.count if sharing is None else int(sharing["num_processes"])
     found = trainer_of(values, trainer).read(values, auto_dtype=target.spec.dtype, gpus=count)

@@ -11,11 +11,17 @@ from planner.gpus.target import resolve_gpu
 from planner.models.catalog import Inspector, resolve_model
 from planner.planning.make_plan import make_plan
 from planner.setup.request import PlanRequest
-from planner.setup.stack import AXOLOTL, LLAMA_FACTORY, TRL_SFT, Stack
+from planner.setup.stack import AXOLOTL, LLAMA_FACTORY, TRL_SFT, UNSLOTH, Stack
+from planner.trainers import unsloth
 from planner.trainers.config import TrainerConfig
 from planner.trainers.files import Trainer
 
-STACK_OF: dict[str, Stack] = {"axolotl": AXOLOTL, "llamafactory": LLAMA_FACTORY, "trl": TRL_SFT}
+STACK_OF: dict[str, Stack] = {
+    "axolotl": AXOLOTL,
+    "llamafactory": LLAMA_FACTORY,
+    "trl": TRL_SFT,
+    "unsloth": UNSLOTH,
+}
 
 
 def plan_for(
@@ -26,7 +32,7 @@ def plan_for(
     allow_network: bool = False,
     inspector: Inspector | None = None,
 ) -> Plan:
-    """The fastest setup that fits and that a trainer has; the smallest where none fits.
+    """The longest sequences that fit by what a trainer has, run the fastest way; the smallest where none fit.
 
     Every layer is checkpointed or none is, and nothing is compiled: what lies between is nobody else's. With
     several GPUs they share the work by DDP.
@@ -65,9 +71,12 @@ def _requests(trainer: Trainer, request: PlanRequest, count: int) -> list[PlanRe
     return found
 
 
-def _rank(plan: Plan) -> tuple[bool, float, int]:
+def _rank(plan: Plan) -> tuple[bool, int, float, int]:
+    """What fits, of that the longest, since what is cut of an example is not learned; then the fastest."""
     hours = float("inf") if plan.duration is None else plan.duration.hours
-    return not plan.fits, hours if plan.fits else 0.0, plan.memory.peak_upper_bytes
+    fits = plan.fits
+    length = plan.setup.max_length if fits else 0
+    return not fits, -length, hours if fits else 0.0, plan.memory.peak_upper_bytes
 
 
 def request_of(config: TrainerConfig, request: PlanRequest) -> PlanRequest:
@@ -111,3 +120,9 @@ def refuse_for(trainer: Trainer, request: PlanRequest) -> None:
         value = request.fixed.get(name)
         if value not in (None, "none", False, "16bit"):
             raise InputError(f"{trainer.title} has no {name}={value}")
+    if trainer.name == "unsloth":
+        fixed = request.fixed
+        count = resolve_gpu(request.gpu, display=request.display).count
+        unsloth.refuse(
+            str(fixed.get("method", "qlora")), str(fixed.get("dtype", "")), fixed.get("use_dora"), count
+        )

@@ -11,6 +11,7 @@ from planner.base.data_files import write_atomically
 from planner.base.errors import InputError, shorten
 from planner.setup.training_setup import TrainingSetup
 from planner.trainers.files import Trainer
+from planner.trainers.planned import STACK_OF
 
 ACCELERATE = "accelerate.yaml"
 _GIB = 2**30
@@ -54,7 +55,7 @@ def config_text(trainer: Trainer, plan: Plan) -> str:
         plan.setup, plan.model.hub_id, plan.schedule.num_train_epochs, plan.schedule.learning_rate
     )
     head = "".join(f"# {line}\n" for line in _head(trainer, plan))
-    return head + _yaml(values)
+    return head + (_yaml(values) if trainer.script is None else trainer.script(values))
 
 
 def start_of(trainer: Trainer, setup: TrainingSetup) -> str:
@@ -92,6 +93,7 @@ def _head(trainer: Trainer, plan: Plan) -> Iterator[str]:
         yield f"Expected with the kernels of TRL: {rate}."
     yield f"Install: {trainer.install}"
     yield f"Start:   {start_of(trainer, plan.setup)}"
+    yield from (f"Counted otherwise: {note}." for note in STACK_OF[trainer.name].counted)
     yield "The data section is to be filled in."
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.models.inspect import inspect_config
 from launcher.runs import keeper
 from launcher.runs.attempts import add_attempt, as_trained, first_attempt, read_attempts
 from launcher.runs.ends import RunExit
@@ -15,6 +16,7 @@ from launcher.runs.events import AttemptEvent, CheckpointEvent, EndEvent, LogEve
 from launcher.runs.folder import RunFolder
 from launcher.runs.job import JobWish, create_planned_run
 from launcher.runs.minding import smaller
+from launcher.runs.record import read_plan
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
@@ -30,8 +32,6 @@ LARGEST = 4
 @functools.cache
 def demo() -> ModelSpec:
     """The model, described in this process: the keeper's asks for one that describes it."""
-    from launcher.models.inspect import inspect_config
-
     return resolve_model(str(small_runs.DEMO / "model"), inspector=inspect_config)
 
 
@@ -98,6 +98,19 @@ def test_a_host_out_of_memory_is_no_reason_for_the_same_again(tmp_path: Path) ->
     add_attempt(run.attempts, first_attempt(run.read_job()))
     end = keeper.AttemptEnd(state="oom", message="", step=0, host_memory=True)
     assert keeper.next_attempt(run, end) is None
+
+
+def test_a_model_whose_name_is_a_folder_is_described_from_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by its name, and described by nothing there: a plan does not say what describes."""
+    run = planned_run(tmp_path)
+    plan = read_plan(run)
+    assert plan is not None
+    monkeypatch.chdir(small_runs.DEMO)
+    assert Path(plan.model.id).is_dir()
+    monkeypatch.setattr("planner.models.inspectors.installed_inspector", inspect_config)
+    assert smaller.model_of(run, plan).id == demo().id
 
 
 def test_what_others_leave_of_the_card_counts_as_the_card(

@@ -130,7 +130,7 @@ def _kept(step: RealStep, module: Any, inputs: dict[str, Any]) -> int:
     dtype = torch.float32 if width == 4 else torch.bfloat16
     leaf = torch.randn(setup.per_device_train_batch_size, setup.max_length, HIDDEN).to(dtype).requires_grad_()
     tables = inputs.get("position_embeddings", ())
-    with LiveBytes([*tensors_of(module), leaf, *tables]) as live:
+    with LiveBytes([*tensors_of(module), leaf, *tables], values=False) as live:
         with step.autocast():
             x = leaf.clone()
             output = module(x, **inputs)

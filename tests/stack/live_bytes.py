@@ -7,19 +7,48 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import bitsandbytes  # noqa: F401 - registers its operations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from launcher.models.tracing.recorder import IN_PLACE
+
+aten, quantised = torch.ops.aten, torch.ops.bitsandbytes
+
+
+def _attention(query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    # Its result lies in memory as the query does; the log of sums is float32 for every type.
+    return torch.zeros_like(query), query.new_zeros(query.shape[:-1], dtype=torch.float32)
+
+
+def _attention_backward(gradient: Any, *inputs: torch.Tensor, **_: Any) -> Any:
+    return tuple(torch.zeros_like(each) for each in inputs[:3])
+
+
+PRODUCTS: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: lambda a, b: a.new_zeros(a.shape[0], b.shape[1]),
+    aten.bmm.default: lambda a, b: a.new_zeros(*a.shape[:2], b.shape[2]),
+    aten.addmm.default: lambda _, a, b, **__: a.new_zeros(a.shape[0], b.shape[1]),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+    quantised.gemm_4bit.default: lambda x, _, shape, *__: x.new_zeros(*x.shape[:-1], shape[0]),
+}
+"""Zeros as large as what these give: half of a step's time is multiplying, and bytes are the same."""
+
 
 class LiveBytes(TorchDispatchMode):
-    """Counts bytes of storages that operations inside the context create and that are still held."""
+    """Counts bytes of storages that operations inside the context create and that are still held.
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    Without `values` no product is computed, for programs in which no value says what is run.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = (), *, values: bool = True) -> None:
         super().__init__()
+        self._instead = IN_PLACE | ({} if values else PRODUCTS)
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peak_operation = ""
@@ -42,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._instead.get(func, func)(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._watch(tensor, tensor.untyped_storage().nbytes(), str(func))

@@ -88,11 +88,11 @@ def first_step(family: str, setup: TrainingSetup, folder: Path) -> RealStep:
     return RealStep(setup=setup, model=model.train(), inputs=inputs)
 
 
-def measure(step: RealStep) -> Measured:
-    """Forward and backward of the decoder stack, without the head."""
+def measure(step: RealStep, *, values: bool = True) -> Measured:
+    """Forward and backward of the decoder stack, without the head; see LiveBytes of `values`."""
     inputs = {name: step.inputs[name] for name in STACK_INPUTS if name in step.inputs}
     gc.collect()
-    with LiveBytes([*tensors_of(step.model), *inputs.values()]) as live:
+    with LiveBytes([*tensors_of(step.model), *inputs.values()], values=values) as live:
         with step.autocast():
             output = step.stack(**inputs, use_cache=False).last_hidden_state
         forward, saved, kept = live.peak_bytes, live.live_bytes, live.by_operation()

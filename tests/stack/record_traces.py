@@ -95,6 +95,7 @@ def record(case: dict[str, Any], folder: Path) -> None:
         device=device,
         attn_implementation=setup.attn_implementation,
         quantization_config=build.quantization_config(setup),
+        quantizes_experts=setup.experts == "4bit",
     )
     rows = random_rows(Profile(setup=setup, padded=padded), STEPS, hf_config.vocab_size)
     recorder = _Recorder()
@@ -136,7 +137,7 @@ def attributed(
         stacks,
         origins,
         weight_elements=frozenset(parameter.elements for parameter in weights),
-        compute_width=DTYPE_WIDTH[setup.dtype],
+        compute_bytes=DTYPE_WIDTH[setup.dtype],
     )
     return {"peak": peak.to_dict(), "head": head_span(events, stacks, origins).to_dict()}
 

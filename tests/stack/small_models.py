@@ -58,8 +58,60 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Families without a recipe: sinks and biased experts; shared experts beside routed ones and a dense layer;
+# Mamba layers beside one of attention, all with experts. None has what no step of a CPU can be compared in.
+SHAPE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "num_experts_per_tok": 2,
+}
+TRACED: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        **SHAPE,
+        "model_type": "gpt_oss",
+        "head_dim": 64,
+        "intermediate_size": 512,
+        "num_local_experts": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 64,
+        "pad_token_id": 0,
+    },
+    "glm4_moe": {
+        **SHAPE,
+        "model_type": "glm4_moe",
+        "head_dim": 64,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "partial_rotary_factor": 0.5,
+    },
+    "granitemoehybrid": {
+        **SHAPE,
+        "model_type": "granitemoehybrid",
+        "intermediate_size": 128,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 256,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_d_state": 32,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 64,
+        "position_embedding_type": "nope",
+        **SCALED,
+    },
+}
 FAMILIES = {
     **DENSE,
+    **TRACED,
     **UNSHARED,
     **PAIRED,
     **EXPERTS,

@@ -169,7 +169,8 @@ def test_decoder_stack(case: Case, tmp_path: Path) -> None:
     """What forward keeps, and the peaks of forward and backward."""
     family, knobs = case
     setup = make_setup(family, **knobs)
-    compare(family, setup, measure(first_step(family, setup, tmp_path)))
+    # No value says here what is run, as a router's do in a mixture.
+    compare(family, setup, measure(first_step(family, setup, tmp_path), values=False))
 
 
 def compare(family: str, setup: TrainingSetup, measured: Measured) -> None:

@@ -26,6 +26,7 @@ from launcher.merging.measuring import Comparison, Measuring, better
 from launcher.merging.merge import Merge
 from launcher.merging.task import MergeTask, MergeWish, read_task
 from launcher.runs.folder import create_run_folder
+from launcher.runs.report.serving import vllm_rank
 from launcher.runs.training_job import TrainingJob
 from launcher.training import build, dataset
 from launcher.training.loading.base_folder import find_base
@@ -639,7 +640,7 @@ def test_too_little_room_is_told_before_anything_is_written(
 
 
 def test_ranks_are_rounded_up_to_what_vllm_accepts() -> None:
-    assert [serving.vllm_rank(rank) for rank in (1, 4, 8, 9, 16, 64, 65, 257, 512, 513)] == [
+    assert [vllm_rank(rank) for rank in (1, 4, 8, 9, 16, 64, 65, 257, 512, 513)] == [
         *(1, 8, 8, 16, 16, 64, 128, 320, 512),
         None,
     ]

@@ -7,7 +7,7 @@ from textual.widgets import Static
 from launcher.tui.screens.help import Help
 from launcher.tui.widgets.sizing.legend import Legend
 from launcher.tui.widgets.sizing.phase_table import PhaseTable
-from launcher.tui.widgets.sizing.text_line import TextLine
+from launcher.tui.widgets.text_line import TextLine
 
 from .conftest import MakeApp, settle
 from .test_sizing_screen import screen_of, shown_text

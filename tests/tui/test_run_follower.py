@@ -94,7 +94,7 @@ def test_a_large_file_is_read_in_slices(tmp_path: Path) -> None:
     folder = synthetic.make_folder(tmp_path / "run")
     synthetic.append(folder.events, synthetic.start(5000), *(synthetic.log(step) for step in range(1, 5001)))
     follower = RunFollower(folder)
-    follower._events.slice_bytes = 50_000
+    follower._events.tail.slice_bytes = 50_000
     polls = 1
     while (snapshot := follower.poll()).behind:
         assert not snapshot.over

@@ -21,6 +21,7 @@ from launcher.tui.screens.run import RunScreen
 from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.text import number
 from launcher.tui.widgets.run.charts import smoothed, speed_title
+from launcher.tui.widgets.run.log_lines import LogLines
 from launcher.tui.widgets.run.log_tail import unfolded
 from launcher.tui.widgets.run.result_panel import ResultPanel
 from planner.planning.make_plan import make_plan
@@ -155,20 +156,20 @@ async def test_the_log_has_the_runs_own_lines_warnings_folded_and_is_searched(
     folder.log("trainer").write_text(noise * 4 + "loading in 4 bits: done\n" + noise)
     async with make_app(run=folder).run_test(size=(40, 12)) as pilot:
         screen = await see(pilot)
-        text = str(screen.query_one("#log-text", Static).content)
+        text = screen.query_one(LogLines).text
         assert "FutureWarning" not in text
         assert "▸ 10 lines of warnings of libraries" in text
         assert "step 240 of 400  loss 1.265  1,468 tokens/s" in text
         assert "step 240: evaluation loss 1.274" in text
         await pilot.press("w")
-        assert "FutureWarning: [b]this[/b]" in str(screen.query_one("#log-text", Static).content)
+        assert "FutureWarning: [b]this[/b]" in screen.query_one(LogLines).text
         await pilot.press("slash", *"STEP 23", "enter")
-        text = str(screen.query_one("#log-text", Static).content)
+        text = screen.query_one(LogLines).text
         assert "step 239 of" in text
         assert "step 240 of" not in text
         assert "11 lines with 'STEP 23'" in text
         await pilot.press("escape")
-        assert "step 240 of" in str(screen.query_one("#log-text", Static).content)
+        assert "step 240 of" in screen.query_one(LogLines).text
 
 
 def test_the_time_left_has_the_range_of_the_recent_steps(

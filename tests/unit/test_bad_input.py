@@ -161,6 +161,7 @@ CASES: dict[str, Make] = {
     ),
     "compare nothing": plain("compare"),
     "compare models without a GPU": plain("compare", "--model", MODEL, "--model", "phi-4"),
+    "compare with data and no GPU": plain("compare", "--model", MODEL, "--data", "x.jsonl"),
     "longest length with a length": plain("compare", "--gpu", "16GB", "--max-length", "512"),
     # models
     "folder without config.json": with_config(None),

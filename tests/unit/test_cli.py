@@ -23,6 +23,7 @@ Cli = Callable[..., Any]
 PLAN = ("plan", "--model", "qwen2.5-0.5b", "--gpu", "16GB")
 SETUP = {"model": "qwen2.5-0.5b", "max_length": 512}
 ESTIMATE_KEYS = [
+    "version",
     "setup",
     "weights_bytes",
     "allocated_bytes",
@@ -183,6 +184,24 @@ def test_ctrl_c_ends_with_130_and_one_line() -> None:
     child.stdin.flush()
     assert json.loads(child.stdout.readline())["fits"]
     child.send_signal(signal.SIGINT)
+    _, talk = child.communicate(timeout=500)
+    assert child.returncode == 130
+    assert talk.splitlines() == ["vramwise: interrupted"]
+
+
+def test_ctrl_c_in_a_batch_that_processes_share(tmp_path: Path) -> None:
+    path = tmp_path / "setups.jsonl"
+    path.write_text((json.dumps(SETUP) + "\n") * 40_000)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", "estimate", "--gpu", "16GB", "--setups", str(path), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    assert json.loads(child.stdout.readline())["fits"]
+    os.killpg(child.pid, signal.SIGINT)
     _, talk = child.communicate(timeout=500)
     assert child.returncode == 130
     assert talk.splitlines() == ["vramwise: interrupted"]

@@ -10,13 +10,13 @@ from pathlib import Path
 from tests.conftest import TOGETHER
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("planner", "launcher")
+PACKAGES = ("planner", "launcher", "vramwise")
 MOST_MODULES, MOST_AT_THE_DOOR = 20, 12
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 60
 
 
 def modules() -> dict[str, Path]:
-    """Every module of both packages by its dotted name."""
+    """Every module of the packages by its dotted name."""
     found = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -26,7 +26,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Modules of both packages that a file imports when it is imported: what it does for type checkers, and
+    """Modules of the packages that a file imports when it is imported: what it does for type checkers, and
     inside functions, is left out.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import planner",
-        "from planner import make_plan, make_request, estimate, resolve_gpu",
+        "from vramwise import make_plan, make_request, estimate, resolve_gpu",
         PLAN.format(arguments=["--model", "qwen2.5-14b", "--gpu", "16GB"]),
         PLAN.format(arguments=["--model", "qwen2.5-14b", "--gpu", "16GB", "--json"]),
         PLAN.format(arguments=["--model", "llama-3.1-70b", "--gpu", "24GB"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from launcher.runs.events import (
     to_line,
 )
 from launcher.runs.folder import RunFolder
-from launcher.runs.report.facts import run_report
+from launcher.runs.report.facts import next_steps, run_report
 from launcher.runs.report.picture import loss_curve
 from launcher.runs.report.writing import write_report
 
@@ -92,6 +93,31 @@ def test_json_page_and_picture_tell_the_same(tmp_path: Path) -> None:
     (line,) = picture.findall(f"{SVG}polyline")
     assert len(line.attrib["points"].split()) == 4
     assert folder.loss_curve.name in page
+
+
+@pytest.mark.parametrize(
+    ("config", "setup", "said"),
+    [
+        ({}, {"lora_r": 4}, "--max-lora-rank 8"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, {}, None),
+        ({}, {"use_dora": True}, None),
+        ({}, {"lora_r": 1024}, None),
+    ],
+    ids=["rank-rounded-up", "experts", "dora", "rank-too-large"],
+)
+def test_vllm_is_suggested_for_what_it_serves_alone(
+    tmp_path: Path, config: dict[str, Any], setup: dict[str, Any], said: str | None
+) -> None:
+    """`merge` knows what vLLM refuses; a report suggests none of that."""
+    folder = run_with(tmp_path, ON_GPU, on_gpu=True)
+    folder.adapter.mkdir()
+    (folder.adapter / "adapter_config.json").write_text(json.dumps(config))
+    job = folder.read_job()
+    job = dataclasses.replace(job, setup=job.setup.replace(**setup))
+    lines = [step.command for step in next_steps(folder, job, "finished")]
+    assert any(line.startswith("vramwise merge") for line in lines)
+    served = [line for line in lines if line.startswith("vllm")]
+    assert [said in line for line in served] == [True] if said else served == []
 
 
 @pytest.mark.parametrize("state", END_STATES)

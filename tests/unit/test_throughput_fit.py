@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from planner.calibration.accuracy import shipped_records
@@ -18,7 +19,9 @@ from planner.calibration.speed_fit import (
     forecast_errors,
     start_for,
     telling,
+    told_kinds,
 )
+from planner.calibration.speed_problem import RatesProblem
 from planner.gpus.catalog import gpu_catalog
 from planner.models.catalog import load_shipped
 from planner.setup.run import TrainingRun
@@ -94,6 +97,29 @@ def test_a_few_runs_move_all_that_they_use_and_leave_the_interval_wide() -> None
     assert before > 0.8
     assert abs(after) < 0.2
     assert (found.low, found.high) == UNCALIBRATED
+
+
+def test_a_rate_that_the_other_gpus_runs_hardly_tell_is_not_held_at_theirs() -> None:
+    """Experts were measured twice on the reference, all else often."""
+    start = known(REFERENCE_GPU)
+    told = told_kinds(shipped_records(), start, load_shipped)
+    assert "layer_flop" in told
+    assert "expert_flop" not in told
+    works = [
+        (slow, step_work(slow.run(load_shipped(slow.setup.model))))
+        for record in shipped_records()
+        if record.environment.gpu_id == "h200" and record.tokens_per_second is not None
+        for slow in elsewhere([record], slower=3.0)
+        if load_shipped(record.setup.model).layers[0].experts
+    ]
+
+    def factor(held: frozenset[str]) -> float:
+        problem = RatesProblem(works, start.seconds, 125.0, start.host_block_seconds, held)
+        found = problem.rates(problem.solve(np.arange(len(works))))
+        return found["expert_flop"] / start.seconds["expert_flop"]
+
+    assert factor(told) > 1.5
+    assert factor(told | {"expert_flop"}) == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_model_is_judged_by_what_others_told() -> None:

@@ -79,13 +79,15 @@ def test_the_fit_solves_for_what_forecasts_add_up() -> None:
     rates, random = known("h100-80gb"), np.random.default_rng(1)
     pairs = [(run, made_up_work(rates, random)) for run in shipped_records()[:20]]
     problem = RatesProblem(pairs, rates.seconds, 1.0, rates.host_block_seconds)
-    found = problem.predict(np.zeros(len(UNKNOWNS) + 2), np.arange(len(pairs)))
-    for (run, work), seconds in zip(pairs, found, strict=True):
+    unchanged, every = np.zeros(len(UNKNOWNS) + 2), np.arange(len(pairs))
+    found, updates = problem.predict(unchanged, every), problem.predict_update(unchanged, every)
+    for (run, work), seconds, update in zip(pairs, found, updates, strict=True):
         slower = host_factor(run, rates.host_block_seconds)
         micro = micro_step_time(rates, work, host_slower=slower).seconds
         step = micro * run.setup.gradient_accumulation_steps
         step += rates.optimizer_seconds(work, host_slower=slower)
         assert seconds == pytest.approx(step, rel=1e-9), run.id
+        assert update == pytest.approx(rates.optimizer_seconds(work, host_slower=slower), rel=1e-9), run.id
 
 
 def factors_of(gpu: str) -> dict[str, float]:
@@ -134,11 +136,13 @@ def test_what_a_rate_scales_with_is_what_microbenchmarks_compare() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_without_a_rate_is_refused_unless_the_kind_was_once_in_another(name: str) -> None:
+def test_a_file_without_a_rate_is_refused_unless_the_kind_was_told_apart_later(name: str) -> None:
     kind = WORK_KINDS[NAMES.index(name)]
     values = known("h100-80gb").to_dict()
     del values[kind.rate]
-    if kind.once_in is None:
+    if kind.came_later:
+        assert Rates.from_dict(values).seconds[name] == 0.0
+    elif kind.once_in is None:
         with pytest.raises(InputError, match=kind.rate):
             Rates.from_dict(values)
     else:
@@ -191,7 +195,7 @@ def test_the_optimizer_steps_over_what_memory_says_is_trained(knobs: dict[str, o
         setup = TrainingSetup.from_dict({"model": name, "max_length": 512, "optim": OPTIM} | knobs)
         trained = TrainingRun(setup=setup, model=model).trained
         step = step_work(TrainingRun(setup=setup, model=model)).optimizer_step
-        assert step["optimizer_byte"] / OPTIMIZER[OPTIM] == trained.elements, name
+        assert step["optimizer_8bit_byte"] / OPTIMIZER[OPTIM] == trained.elements, name
         tensors = sum(tensor.count for tensor in trained.tensors)
         assert step["optimizer_call"] / OPTIMIZER_CALLS.get(OPTIM, 1.0) == tensors, name
 
@@ -209,4 +213,4 @@ def test_what_is_trained_of_a_mixture_is_its_experts_above_all(
     )
     step = step_work(TrainingRun(setup=setup, model=load_shipped(setup.model))).optimizer_step
     assert step["optimizer_call"] == tensors
-    assert round(step["optimizer_byte"] / OPTIMIZER[OPTIM] / 1e6, 1) == millions
+    assert round(step["optimizer_8bit_byte"] / OPTIMIZER[OPTIM] / 1e6, 1) == millions

@@ -31,16 +31,30 @@ _IN_FP32 = frozenset(
     if (found := getattr(owner, name, None)) is not None
 )
 """What CUDA's autocast casts to fp32 (torch docs, amp: "CUDA Ops that can autocast to float32")."""
+_TO_FP32 = frozenset(
+    getattr(owner, name)
+    for owner, names in (
+        (torch, ("cumprod", "cumsum", "prod", "softmax", "sum", "log_softmax")),
+        (torch.Tensor, ("cumprod", "cumsum", "prod", "softmax", "sum", "log_softmax")),
+        (torch.nn.functional, ("softmax", "log_softmax")),
+    )
+    for name in names
+)
+"""Those that it leaves their input, and asks for a result in fp32 (aten autocast_mode.h,
+AT_FORALL_FP32_SET_OPT_DTYPE)."""
 
 
-class _Fp32(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
-    """Casts 16-bit arguments of those functions."""
+class Fp32(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
+    """Casts 16-bit arguments of those functions, or has them return fp32, as CUDA's autocast does."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _IN_FP32 and kwargs.get("dtype") is None:
+        if func in _TO_FP32:
+            if kwargs.get("dtype") is None and _wide(args[0]) is not args[0]:
+                kwargs["dtype"] = torch.float32
+        elif func in _IN_FP32 and kwargs.get("dtype") is None:
             args = tuple(_wide(one) for one in args)
             kwargs = {name: _wide(one) for name, one in kwargs.items()}
         return func(*args, **kwargs)
@@ -58,5 +72,5 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
     if dtype == torch.float32:
         yield
         return
-    with torch.autocast("cpu", dtype=dtype), _Fp32():
+    with torch.autocast("cpu", dtype=dtype), Fp32():
         yield

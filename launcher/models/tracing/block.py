@@ -17,8 +17,10 @@ from planner.models.traced import (
     FREE,
     NO_VALUE,
     PLAIN,
+    PREPARE,
     RUN,
     SAVE,
+    STACK,
     WEIGHT,
     Gradient,
     Step,
@@ -78,7 +80,7 @@ def run_block(
         output = run(x)
     if not isinstance(output, torch.Tensor) or output.grad_fn is None:
         raise InputError("a block returns something other than hidden states")
-    nodes = _graph(output)
+    nodes = _graph(output, calls.unasked)
     forward = recorder.events
     saves.find_savers(nodes)
     recorder.events = []
@@ -143,9 +145,11 @@ class _Backward:
     def run(self, output: torch.Tensor, gradient: torch.Tensor) -> None:
         """Run all of them."""
         handles = [hook for one in self.nodes for hook in self._watch(one)]
+        self.recorder.in_backward = True
         try:
             torch.autograd.backward(output, gradient)
         finally:
+            self.recorder.in_backward = False
             for handle in handles:
                 handle.remove()
 
@@ -171,9 +175,11 @@ class _Backward:
         return Gradient(own=number, view=bool(grad._is_view()))
 
 
-def _graph(output: torch.Tensor) -> list[_Node]:
-    """The nodes that a backward pass runs, in the order in which forward made them; leaves left out."""
-    found: dict[Any, None] = {}
+def _graph(output: torch.Tensor, unasked: list[Any]) -> list[_Node]:
+    """The nodes that a backward pass runs, and those of stacks that it does not reach, in the order in which
+    forward made them; leaves left out.
+    """
+    found: dict[Any, None] = dict.fromkeys(unasked)
     pending = [output.grad_fn]
     while pending:
         node = pending.pop()
@@ -230,19 +236,24 @@ def _described(
     values = _Values(x, calls)
     operations, backward_bytes = [], []
     for one in nodes:
-        inputs = values.read_by(one.node)
-        outputs = tuple(values.of(one.node, index) for index in range(len(one.node._input_metadata)))
+        unasked = any(one.node is node for node in calls.unasked)
+        inputs = () if unasked else values.read_by(one.node)
+        outputs = tuple(
+            values.of(one.node, index) for index in range(0 if unasked else len(one.node._input_metadata))
+        )
         operation, own = _operation(one, inputs, outputs, recorder, calls)
         operations.append(operation)
         backward_bytes.append(own)
-    steps = _steps(forward, saves, nodes, called)
+    placed = {calls.found[call].place: number for call, number in called.items()}
+    steps = _steps(forward, saves, nodes, called, placed)
     made = sorted({INPUT, *(step.number for step in steps if step.action == ALLOCATE), *_made(operations)})
     number = {buffer: index for index, buffer in enumerate(made)}
     return BlockRun(
         buffer_bytes=tuple(recorder.sizes_bytes[buffer] for buffer in made),
         widths=tuple(values.widths),
         steps=tuple(
-            step if step.action == RUN else step._replace(number=number[step.number]) for step in steps
+            step if step.action in (RUN, PREPARE) else step._replace(number=number[step.number])
+            for step in steps
         ),
         operations=tuple(_renumbered(operation, number) for operation in operations),
         backward_bytes=tuple(backward_bytes),
@@ -266,7 +277,7 @@ def _operation(
         operation = TracedOperation(
             kind=call.kind,
             name=call.name,
-            inputs=inputs[: len(call.reads)],
+            inputs=() if call.kind == STACK else inputs[: len(call.reads)],
             outputs=outputs,
             reads=call.reads,
             makes=call.makes,
@@ -308,7 +319,11 @@ def _renumbered(operation: TracedOperation, number: dict[int, int]) -> TracedOpe
 
 
 def _steps(
-    forward: list[tuple[str, int]], saves: _Saves, nodes: list[_Node], called: dict[int, int]
+    forward: list[tuple[str, int]],
+    saves: _Saves,
+    nodes: list[_Node],
+    called: dict[int, int],
+    placed: dict[int, int],
 ) -> list[Step]:
     """The forward pass in order: each operation runs before its first save, and before any later one."""
     steps: list[Step] = []
@@ -330,6 +345,8 @@ def _steps(
                     steps.append(Step(SAVE, buffer, saver))
         if action == "call":
             run_up_to(called[number])
+        elif action == PREPARE and number in placed:
+            steps.append(Step(PREPARE, placed[number]))
         elif action in (ALLOCATE, FREE) and number != INPUT:
             steps.append(Step(action, number))
     run_up_to(len(nodes) - 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no
     @staticmethod
     def forward(ctx: Any, run: Callable[..., list[Any]], recorder: Recorder, *inputs: Any) -> Any:
         with recorder.muted():
-            cost = _cost(run, inputs)
+            cost = _cost(run, inputs, ctx.needs_input_grad[2:])
         kept = torch.empty(cost.kept_bytes, dtype=torch.uint8)
         made = tuple(torch.empty_like(one) for one in cost.outputs)
         torch.empty(cost.forward_bytes, dtype=torch.uint8)
@@ -61,11 +61,11 @@ class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no
         )
 
 
-def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...]) -> _Cost:
-    """Run both passes by themselves."""
+def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...], asked: Sequence[bool]) -> _Cost:
+    """Run both passes by themselves; what is saved depends on which inputs want gradients."""
     recorder = Recorder()
     saved: set[int] = set()
-    own = [one.detach().requires_grad_(one.is_floating_point()) for one in inputs]
+    own = [one.detach().requires_grad_(ask) for one, ask in zip(inputs, asked, strict=True)]
     for one in own:
         recorder.add(one)
 
@@ -81,6 +81,7 @@ def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...]) -> _Cost:
     asking = [one for one in outputs if one.requires_grad]
     grads = [torch.empty_like(one) for one in asking]
     recorder.know(grads)
+    recorder.in_backward = True
     with recorder:
         found = torch.autograd.grad(
             asking, [one for one in own if one.requires_grad], grads, allow_unused=True

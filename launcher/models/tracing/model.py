@@ -15,23 +15,53 @@ from launcher.models.tracing.autocast import autocast
 from launcher.models.tracing.block import BlockRun, run_block, weights_that_ask
 from launcher.models.tracing.fitting import POINTS, Point, joined
 from launcher.models.tracing.fused import fused_as_one
-from launcher.models.tracing.opaque import IMPLEMENTATION, AttentionFacts, Calls, opaque, register_attention
+from launcher.models.tracing.opaque import (
+    IMPLEMENTATION,
+    AttentionFacts,
+    Calls,
+    opaque,
+    register_attention,
+    stacks_of,
+)
 from launcher.models.tracing.parts import kinds_of, parts_of
 from launcher.models.tracing.recorder import Recorder
 from planner.base.errors import InputError
-from planner.models.traced import METHODS, TracedBlock, TracedPass, TracedWay
+from planner.models.storage import adapts_experts
+from planner.models.traced import (
+    ADAPTED,
+    EXPERTS,
+    METHODS,
+    NO_STACKS,
+    ROUTER,
+    TracedBlock,
+    TracedPass,
+    TracedWay,
+)
 
 _DTYPES = (torch.bfloat16, torch.float32)
-_Way = tuple[str, int, bool]
+"""A model with experts is traced in the first alone: torch knows no shapes of grouped products in others."""
+_Way = tuple[str, int, bool, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TracedKind:
-    """Layers of one kind: where they are, what was recorded, and what attention they have (null: none)."""
+    """Layers of one kind: where they are, what was recorded, what attention and what experts they have (null:
+    none).
+    """
 
     indices: tuple[int, ...]
     block: TracedBlock
     attention: AttentionFacts | None
+    experts: ExpertFacts | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFacts:
+    """Experts of a layer: how many, to how many a token is sent, and the width between their products."""
+
+    experts: int
+    per_token: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +69,8 @@ class TracedModel:
     """What tracing found of a model.
 
     `scaled` says that its embeddings are changed before the first layer, `tables` how many pairs of rotary
-    tables its layers get, of `table_features` a row.
+    tables its layers get, of `table_features` a row (a table of complex numbers in fp32 takes as much as a
+    pair of twice its features in 16 bits).
     """
 
     kinds: tuple[TracedKind, ...]
@@ -55,15 +86,18 @@ class _Recorded:
 
     runs: dict[_Way, list[BlockRun]] = field(default_factory=dict)
     attention: list[AttentionFacts] = field(default_factory=list)
+    experts: ExpertFacts | None = None
     fused: set[str] = field(default_factory=set)
 
     def block(self) -> TracedBlock:
         """All of them as one description."""
         passes: dict[TracedPass, int] = {}
         ways = []
-        for (method, width, heads_first), runs in self.runs.items():
+        for (method, width, heads_first, adapted), runs in self.runs.items():
             number = passes.setdefault(joined(runs), len(passes))
-            ways.append(TracedWay(method=method, width=width, heads_first=heads_first, number=number))
+            ways.append(
+                TracedWay(method=method, width=width, heads_first=heads_first, adapted=adapted, number=number)
+            )
         return TracedBlock(passes=tuple(passes), ways=tuple(ways), unseen=tuple(sorted(self.fused)))
 
 
@@ -91,7 +125,8 @@ class ModelTracer:
         register_attention()
         self.model.config._attn_implementation = IMPLEMENTATION
         self.model.train()
-        for dtype in _DTYPES:
+        mixes = any(stacks_of(module) for module in self.model.modules())
+        for dtype in _DTYPES[:1] if mixes else _DTYPES:
             for point in POINTS:
                 with FakeTensorMode():
                     self._materialise(dtype)
@@ -101,8 +136,11 @@ class ModelTracer:
             kinds=tuple(_merged(kinds)),
             norm=self.norm.block(),
             scaled=self.scaled,
-            tables=len(self.tables) // 2,
-            table_features=max((table.shape[-1] for table in self.tables.values()), default=0),
+            tables=sum(2 if table.is_complex() else 1 for table in self.tables.values()) // 2,
+            table_features=max(
+                (table.shape[-1] * (2 if table.is_complex() else 1) for table in self.tables.values()),
+                default=0,
+            ),
         )
 
     def _materialise(self, dtype: torch.dtype) -> None:
@@ -113,12 +151,15 @@ class ModelTracer:
             if index not in self.recorded
             for module in layer.modules()
         }
-        for module in self.model.modules():
+        # transformers modeling_utils.py, _get_dtype_plan: these stay in fp32 beside bf16.
+        kept = set(self.model._keep_in_fp32_modules_strict or ())
+        for path, module in self.model.named_modules():
             if id(module) in skipped:
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    made = torch.empty(parameter.shape, dtype=dtype)
+                    single = any(part in kept for part in (*path.split("."), name))
+                    made = torch.empty(parameter.shape, dtype=torch.float32 if single else dtype)
                     module._parameters[name] = nn.Parameter(made, requires_grad=False)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -176,10 +217,16 @@ class ModelTracer:
                 if isinstance(one, torch.Tensor):
                     self.tables[id(one)] = one
             for way, found, calls in _by_way(
-                module, lambda x: run(x, *args, **kwargs), hidden, outside, dtype
+                module,
+                lambda x: run(x, *args, **kwargs),
+                hidden,
+                outside,
+                dtype,
+                self.model.config.model_type,
             ):
                 recorded.runs.setdefault(way, []).append(found)
                 recorded.attention = calls.attention
+                recorded.experts = recorded.experts or _experts(module, calls)
                 recorded.fused |= set(calls.fused)
             return hidden
 
@@ -192,31 +239,72 @@ def _by_way(
     hidden: torch.Tensor,
     outside: list[torch.Tensor],
     dtype: torch.dtype,
+    model_type: str,
 ) -> Iterator[tuple[_Way, BlockRun, Calls]]:
-    """A block's runs with each method, and with attention that hands back gradients in each layout."""
+    """A block's runs with each method, with attention that hands back gradients in each layout, and with
+    adapters on what stacks it has.
+    """
+    names = {name for one in module.modules() for name in stacks_of(one).values()}
+    stacks: tuple[str, ...] = ADAPTED if ROUTER in names else (NO_STACKS, EXPERTS)
+    if not names or not adapts_experts(model_type):
+        stacks = (NO_STACKS,)
+    known: dict[tuple[str, str], tuple[BlockRun, Calls]] = {}
     for heads_first in (False, True):
-        known: tuple[BlockRun, Calls] | None = None
         for method in METHODS:
-            # A base that is not quantised changes the dtype of products alone.
-            if method != "lora" or known is None or known[1].mixed:
-                calls = Calls(Recorder(), method=method, dtype=dtype, heads_first=heads_first)
-                with (
-                    opaque(module, calls),
-                    fused_as_one(module, calls.recorder) as fused,
-                    weights_that_ask(module, trained=method == "full"),
-                ):
-                    known = run_block(run, hidden, outside, calls), calls
-                calls.fused = tuple(fused)
-            yield (method, dtype.itemsize, heads_first), *known
+            for adapted in stacks if method != "full" else (NO_STACKS,):
+                way = method, adapted
+                if method == "lora" and not known["qlora", adapted][1].mixed:
+                    # A base that is not quantised changes the dtype of products alone.
+                    known[way] = known["qlora", adapted]
+                elif way not in known or known[way][1].lays_out:
+                    calls = Calls(
+                        Recorder(), method=method, dtype=dtype, heads_first=heads_first, adapted=adapted
+                    )
+                    known[way] = _run(module, run, hidden, outside, calls), calls
+                yield (method, dtype.itemsize, heads_first, adapted), *known[way]
+
+
+def _run(
+    module: nn.Module,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    outside: list[torch.Tensor],
+    calls: Calls,
+) -> BlockRun:
+    with (
+        opaque(module, calls),
+        fused_as_one(module, calls.recorder) as fused,
+        weights_that_ask(module, trained=calls.method == "full"),
+    ):
+        found = run_block(run, hidden, outside, calls)
+    calls.fused = tuple(fused)
+    return found
+
+
+def _experts(module: nn.Module, calls: Calls) -> ExpertFacts | None:
+    """What experts a block has: none that reads no stack of them."""
+    stacks = {
+        name: parameter.shape
+        for one in module.modules()
+        for parameter, name in ((one._parameters[key], name) for key, name in stacks_of(one).items())
+        if name != ROUTER and parameter is not None
+    }
+    if not stacks:
+        return None
+    gate_up, down = stacks["gate_up_proj"], stacks["down_proj"]
+    # Products are transposed in some families: the width that both stacks have is that of the stream.
+    inner = next(size for size in down[1:] if 2 * size in gate_up[1:])
+    # A block that says of no token where it goes sends each to every expert.
+    return ExpertFacts(experts=down[0], per_token=calls.routed or down[0], intermediate_size=inner)
 
 
 def _merged(kinds: list[tuple[tuple[int, ...], _Recorded]]) -> Iterator[TracedKind]:
     """Kinds whose traces are equal, as one."""
-    found: dict[tuple[TracedBlock, AttentionFacts | None], list[int]] = {}
+    found: dict[tuple[TracedBlock, AttentionFacts | None, ExpertFacts | None], list[int]] = {}
     for indices, recorded in kinds:
         if len(recorded.attention) > 1:
             raise InputError("a layer runs attention more than once")
         attention = recorded.attention[0] if recorded.attention else None
-        found.setdefault((recorded.block(), attention), []).extend(indices)
-    for (block, attention), positions in found.items():
-        yield TracedKind(indices=tuple(sorted(positions)), block=block, attention=attention)
+        found.setdefault((recorded.block(), attention, recorded.experts), []).extend(indices)
+    for (block, attention, experts), positions in found.items():
+        yield TracedKind(indices=tuple(sorted(positions)), block=block, attention=attention, experts=experts)

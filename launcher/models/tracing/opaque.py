@@ -1,4 +1,4 @@
-"""Linear layers and attention while a block is traced: named, not computed.
+"""Linear layers, attention and stacks of experts while a block is traced: named, not computed.
 
 Their outputs want a gradient whatever feeds them, as those of layers with an adapter do. What of that is so
 in a run is decided when the trace is replayed.
@@ -7,7 +7,9 @@ in a run is decided when the trace is replayed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import nn
 
 from launcher.models.tracing.recorder import Recorder
 from planner.base.errors import InputError
-from planner.models.traced import ATTENTION, LINEAR
+from planner.models.storage import EXPERT_NAMES
+from planner.models.traced import ATTENTION, EXPERTS, LINEAR, NO_STACKS, ROUTER, ROUTERS, STACK
 
 IMPLEMENTATION = "vramwise_traced"
 """The name under which transformers finds the attention of a trace."""
@@ -24,13 +27,16 @@ IMPLEMENTATION = "vramwise_traced"
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One run of a linear layer or of attention: buffers read and made, and what the operation is."""
+    """One run of a linear layer or of attention, or the reading of a stack: buffers read and made, and what
+    the operation is. `place` is the stack's among those of its block.
+    """
 
     kind: str
     name: str
     reads: tuple[int, ...]
     makes: int
     shape: tuple[int, ...] = ()
+    place: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +58,16 @@ class AttentionFacts:
 class Calls:
     """The opaque operations of a block's run, in order."""
 
-    def __init__(self, recorder: Recorder, *, method: str, dtype: torch.dtype, heads_first: bool) -> None:
+    def __init__(
+        self, recorder: Recorder, *, method: str, dtype: torch.dtype, heads_first: bool, adapted: str
+    ) -> None:
         self.recorder = recorder
-        self.method, self.dtype, self.heads_first = method, dtype, heads_first
+        self.method, self.dtype, self.heads_first, self.adapted = method, dtype, heads_first, adapted
         self.found: list[Call] = []
+        # Nodes of stacks without an adapter, which no gradient reaches; how many experts a token is sent to.
+        self.unasked: list[Any] = []
+        self.stacks = 0
+        self.routed: int | None = None
         self.attention: list[AttentionFacts] = []
         # Outputs want a gradient by this one, whatever the block's input does. `mixed`: a linear layer was
         # given another dtype than it computes in. `fused`: functions that a GPU may have a kernel for.
@@ -68,6 +80,11 @@ class Calls:
         self.recorder.events.append(("call", len(self.found)))
         self.found.append(call)
         return len(self.found) - 1
+
+    @property
+    def lays_out(self) -> bool:
+        """Whether a kernel of attention ran, whose gradients' layout `heads_first` says."""
+        return any(call.kind == ATTENTION for call in self.found)
 
     def linear_dtype(self, x: torch.Tensor) -> torch.dtype:
         """Dtype of a linear layer's output: a quantised one returns its input's (bitsandbytes)."""
@@ -136,14 +153,14 @@ def traced_attention(
     softcap: float | None = None,
     s_aux: Any = None,
     **rest: Any,
-) -> tuple[Any, None]:
+) -> tuple[Any, Any]:
     """Attention as transformers calls it (integrations/sdpa_attention.py), for the block that is traced.
 
     Raises:
         InputError: it does what the memory model has no terms for.
     """
+    batch, heads, length, _ = query.shape
     if not _current:
-        batch, heads, length, _ = query.shape
         return query.new_empty((batch, length, heads, value.shape[-1])), None
     for unknown in ("position_bias",):
         if rest.get(unknown) is not None:
@@ -162,6 +179,14 @@ def traced_attention(
             queries_by_heads=query.stride(1) > query.stride(2),
         )
     )
+    if s_aux is not None:
+        # No kernel of torch's sdpa has sinks: what runs is the module's own code, recorded with the rest.
+        with calls.recorder.muted():
+            mask = query.new_empty((batch, 1, length, key.shape[2]))
+            calls.recorder.know([mask])
+        run = sys.modules[type(module).__module__].eager_attention_forward
+        output, weights = run(module, query, key, value, mask, s_aux=s_aux, **rest)
+        return output, weights
     return _Attention.apply(query, key, value, calls.asks, calls), None
 
 
@@ -176,21 +201,115 @@ def register_attention() -> None:
 
 @contextlib.contextmanager
 def opaque(block: nn.Module, calls: Calls) -> Iterator[None]:
-    """Within, a block's linear layers and attention are named and not computed."""
+    """Within, a block's linear layers, attention and stacks are named and not computed."""
     changed = []
-    for path, module in block.named_modules():
-        if type(module) is nn.Linear:
+    with contextlib.ExitStack() as stacks:
+        for path, module in block.named_modules():
             name = path.rpartition(".")[2]
-            module.forward = _forward_of(module, calls, name)
-            changed.append(module)
-    _current.append(calls)
-    try:
-        yield
-    finally:
-        _current.pop()
-        for module in changed:
-            del module.forward
+            if type(module) is nn.Linear:
+                module.forward = _forward_of(module, calls, name)
+                changed.append(module)
+            elif calls.method != "full":
+                stacks.enter_context(_stacks_read(module, calls))
+        _current.append(calls)
+        try:
+            yield
+        finally:
+            _current.pop()
+            for module in changed:
+                del module.forward
 
 
 def _forward_of(module: nn.Linear, calls: Calls, name: str) -> Any:
     return lambda x: _Linear.apply(x, calls.asks, calls, name, module.out_features)
+
+
+class _Stack(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    @staticmethod
+    def forward(ctx: Any, weight: Any, asks: Any, calls: Calls, name: str, place: int) -> Any:
+        with calls.recorder.muted():
+            made = torch.empty_like(weight)
+        makes = calls.recorder.add(made)
+        call = Call(kind=STACK, name=name, reads=(), makes=makes, shape=tuple(weight.shape), place=place)
+        ctx.call = calls.note(call)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return None, None, None, None, None
+
+
+def stacks_of(module: nn.Module) -> dict[str, str]:
+    """Names of a module's parameters that are stacks, with their names in a trace: experts' weights, and the
+    router's that PEFT adapts as a parameter (planner/setup/trained.py).
+    """
+    found = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if name in EXPERT_NAMES and parameter.dim() == 3:
+            found[name] = name
+        elif name == "weight" and parameter.dim() == 2 and type(module).__name__.endswith("Router"):
+            found[name] = ROUTER
+    return found if not isinstance(module, nn.Linear) else {}
+
+
+@contextlib.contextmanager
+def _stacks_read(module: nn.Module, calls: Calls) -> Iterator[None]:
+    """Within, each stack of a module is read by an operation: once in a forward pass, whose end lets go of it
+    (bitsandbytes nn/parametrize.py and PEFT tuners/lora/layer.py cache so).
+    """
+    names = stacks_of(module)
+    if not names:
+        yield
+        return
+    own, run = type(module), module.forward
+    held: dict[str, torch.Tensor] = {}
+    places: dict[str, int] = {}
+
+    def read(name: str) -> torch.Tensor:
+        if not places:
+            return module._parameters[name]
+        if name not in held:
+            held[name] = _read(calls, names[name], module._parameters[name], places[name])
+        return held[name]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for name in reversed(names):
+            places[name] = calls.stacks
+            calls.stacks += 1
+            calls.recorder.events.append(("prepare", places[name]))
+        if ROUTER not in names.values():
+            routed = [one.shape[-1] for one in args if isinstance(one, torch.Tensor) and _counts(one)]
+            calls.routed = routed[0] if routed else None
+        try:
+            return run(*args, **kwargs)
+        finally:
+            held.clear()
+            places.clear()
+
+    properties = {name: property(functools.partial(_read_by, read, name)) for name in names}
+    module.__class__ = type(own.__name__, (own,), {"__module__": own.__module__, **properties})
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        module.__class__ = own
+
+
+def _counts(tensor: torch.Tensor) -> bool:
+    """Whether a tensor says which experts tokens go to."""
+    return bool(tensor.dtype == torch.int64) and tensor.dim() == 2
+
+
+def _read_by(read: Callable[[str], torch.Tensor], name: str, module: nn.Module) -> torch.Tensor:
+    """A property's getter, for any name."""
+    return read(name)
+
+
+def _read(calls: Calls, name: str, weight: torch.Tensor, place: int) -> torch.Tensor:
+    made: torch.Tensor = _Stack.apply(weight, calls.asks, calls, name, place)
+    wanted = (ROUTERS,) if name == ROUTER else (EXPERTS, ROUTERS)
+    if calls.adapted != NO_STACKS and calls.adapted in wanted:
+        return made
+    calls.unasked.append(made.grad_fn)
+    return made.detach()

@@ -33,9 +33,12 @@ def parts_of(model: Any) -> Parts:
     """Find a model's parts.
 
     Raises:
-        InputError: the model is built otherwise, or its layers have experts.
+        InputError: the model is built otherwise.
     """
     base, head, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
+    if base is model:
+        # Llama 4's prefix names a part that only its vision model has.
+        base = getattr(model, "model", model)
     count = model.config.num_hidden_layers
     found = [
         (name, module)
@@ -45,7 +48,6 @@ def parts_of(model: Any) -> Parts:
     if base is model or not isinstance(head, nn.Linear) or len(found) != 1:
         raise InputError(f"{type(model).__name__} is not built of embeddings, one list of layers, and a head")
     path, layers = found[0]
-    _refuse_experts(layers)
     return Parts(
         base=base,
         embedding=embedding,
@@ -64,16 +66,12 @@ def _final_norm(base: Any, embedding: nn.Module, layers: nn.ModuleList) -> nn.Mo
         if module not in (layers, embedding) and any(True for _ in module.parameters())
     ]
     if len(others) != 1:
-        names = ", ".join(name for name, _ in others) or "nothing"
-        raise InputError(f"{type(base).__name__} has {names} where one norm after the layers was expected")
+        names = ", ".join(name for name, _ in others) or "no norm"
+        raise InputError(
+            f"{type(base).__name__} has {names} beside its layers, where one norm is expected: what runs "
+            "there, and what it hands to each layer, is not traced"
+        )
     return others[0][1]
-
-
-def _refuse_experts(layers: nn.ModuleList) -> None:
-    for module in layers.modules():
-        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        if stacked and not isinstance(module, nn.Conv1d):
-            raise InputError(f"{type(module).__name__} has experts, which are not traced")
 
 
 def kinds_of(layers: nn.ModuleList) -> list[tuple[int, ...]]:

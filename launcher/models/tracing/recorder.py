@@ -15,6 +15,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+IN_PLACE = {
+    torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
+    torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+}
+"""What torch's backward formulas do in place unless a mode looks on (FunctionsManual.cpp,
+areAnyTensorSubclassLike): into zeros that they have just made."""
+TEMPORARIES = frozenset({torch.ops.aten._softmax_backward_data.default})
+"""What CUDA computes by way of a product of its first argument's size (ATen native/cuda/SoftMax.cu,
+softmax_backward_cuda_out), where the shapes that a trace runs on see one operation.
+"""
 OUTSIDE = -1
 """The number of storages that were there before: weights, rotary tables, masks."""
 
@@ -23,7 +34,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch has no types h
     """Numbers storages in the order in which they are made, and writes down when each is made and freed.
 
     `events` are those of the pass that is running: ("allocate" | "free", number). `sizes_bytes` has the
-    bytes of each number.
+    bytes of each number. `in_backward` says that what runs are torch's own formulas.
     """
 
     def __init__(self) -> None:
@@ -32,6 +43,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch has no types h
         self.sizes_bytes: list[int] = []
         self._numbers: dict[int, int] = {}
         self._muted = False
+        self.in_backward = False
 
     def know(self, tensors: Iterable[torch.Tensor], number: int = OUTSIDE) -> None:
         """Take storages as there already, under a number."""
@@ -61,12 +73,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch has no types h
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.in_backward:
+            func = IN_PLACE.get(func, func)
+        temporary = None
+        if func in TEMPORARIES and not self._muted:
+            temporary = torch.empty_like(args[0])
+            self.events.append(("allocate", self.add(temporary)))
         result = func(*args, **(kwargs or {}))
         if self._muted:
             return result
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._numbers:
                 self.events.append(("allocate", self.add(tensor)))
+        del temporary
         return result
 
     def _enter(self, tensor: torch.Tensor, number: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from launcher.runs.attempts import Attempt, read_attempts
 from launcher.runs.events import StartEvent, iter_events
 from launcher.runs.folder import RunFolder
-from planner.base.errors import ExitCode, InputError, VramwiseError
+from planner.base.errors import ExitCode, InputError, MissingExtraError, VramwiseError
 
 if TYPE_CHECKING:
     from planner.answers.plan import Plan
@@ -96,7 +96,7 @@ def model_of(folder: RunFolder, plan: Plan) -> ModelSpec:
 
     try:
         return resolve_model(plan.model.id)
-    except InputError:
+    except (InputError, MissingExtraError):  # no such name any more, or a folder's, which has to be described
         return resolve_model(folder.read_job().model_source, inspector=installed_inspector)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import json
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from launcher.runs.kept import checkpoints
 from launcher.runs.record import read_plan
 from launcher.runs.report.advice import Advice, Adviser
 from launcher.runs.report.history import AttemptSpan, History
+from launcher.runs.report.serving import vllm_rank, vllm_refusal
 from launcher.runs.summary import RunSummary
 from launcher.runs.training_job import TrainingJob
 from planner.answers.plan import Plan
@@ -163,7 +165,7 @@ def run_report(folder: RunFolder, *, over: bool = False) -> tuple[RunReport, His
             adapter=str(folder.adapter) if folder.adapter.is_dir() else None,
             adapter_step=None if history.adapter is None else history.adapter.step,
             checkpoints=_checkpoints(folder),
-            memory=() if plan is None else _memory(plan, summary.memory),
+            memory=() if plan is None else memory_figures(plan, summary.memory),
             predicted_tokens_per_second=None if plan is None else predicted_rate(plan),
             tokens_per_second=summary.tokens_per_second,
             gpu=None if plan is None else plan.gpu.spec.id,
@@ -235,7 +237,8 @@ def _checkpoints(folder: RunFolder) -> tuple[CheckpointFigures, ...]:
     )
 
 
-def _memory(plan: Plan, measured: dict[str, MemoryEvent]) -> tuple[PhaseFigures, ...]:
+def memory_figures(plan: Plan, measured: dict[str, MemoryEvent]) -> tuple[PhaseFigures, ...]:
+    """What was planned of each phase beside what was measured."""
     on_gpu = any(event.allocated_bytes is not None for event in measured.values())
     rows = []
     for phase in sorted(plan.memory.phases, key=lambda one: PHASES.index(one.name)):
@@ -288,17 +291,33 @@ def next_steps(folder: RunFolder, job: TrainingJob, state: str) -> tuple[NextSte
             )
         )
     if folder.adapter.is_dir() and job.setup.uses_lora:
-        adapter = f"{name}={folder.adapter}"
-        found += [
-            NextStep(what="merge it into its base", command=line("vramwise", "merge", str(folder.path))),
-            NextStep(
-                what="serve it beside its base",
-                command=line(
-                    *("vllm", "serve", job.model_source, "--enable-lora"),
-                    *("--max-lora-rank", str(job.setup.lora_r), "--lora-modules", adapter),
-                ),
-            ),
-        ]
+        found.append(
+            NextStep(what="merge it into its base", command=line("vramwise", "merge", str(folder.path)))
+        )
+        if _served_unmerged(folder, job):
+            found.append(
+                NextStep(
+                    what="serve it beside its base",
+                    command=line(
+                        *("vllm", "serve", job.model_source, "--enable-lora"),
+                        *("--max-lora-rank", str(vllm_rank(job.setup.lora_r))),
+                        *("--lora-modules", f"{name}={folder.adapter}"),
+                    ),
+                )
+            )
     elif folder.adapter.is_dir():
         found.append(NextStep(what="serve it", command=line("vllm", "serve", str(folder.adapter))))
     return tuple(found)
+
+
+def _served_unmerged(folder: RunFolder, job: TrainingJob) -> bool:
+    """Whether vLLM is known to take the run's adapter as it is."""
+    try:
+        config = json.loads((folder.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        on_experts = bool(config.get("target_parameters"))
+    except (OSError, ValueError, AttributeError):
+        on_experts = False
+    refusal = vllm_refusal(
+        use_dora=job.setup.use_dora, on_experts=on_experts, patterned=False, rank=job.setup.lora_r
+    )
+    return refusal is None

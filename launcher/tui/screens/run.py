@@ -19,6 +19,7 @@ from textual.widgets import Footer, Static
 from launcher.runs import record as run_record
 from launcher.runs import supervisor
 from launcher.runs.folder import RunFolder, anchored
+from launcher.tui.breakpoints import fit_before_composing
 from launcher.tui.run_follower import RunFollower, RunSnapshot
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.text import plain
@@ -29,6 +30,7 @@ from launcher.tui.widgets.run.phase_comparison import PhaseComparison
 from launcher.tui.widgets.run.result_panel import ResultPanel, to_do
 from launcher.tui.widgets.run.run_headline import RunHeadline
 from launcher.tui.widgets.run.stages_panel import StagesPanel
+from launcher.tui.widgets.text_line import TextLine
 from planner.answers.plan import Plan
 from planner.base.errors import VramwiseError
 from planner.text.data import not_trained
@@ -84,9 +86,11 @@ class RunScreen(Screen[None]):
         self._polling = False
         self._seen_alive = False
         self._keys_of_over: bool | None = None
+        self._told: tuple[str, ...] = ()
 
     def compose(self) -> ComposeResult:
         """Headline and stages, curves beside memory, log below; of a run that is over its result first."""
+        fit_before_composing(self)
         yield RunHeadline(id="run-headline")
         yield Static("", id="run-planned", classes="note")
         yield StagesPanel()
@@ -96,7 +100,7 @@ class RunScreen(Screen[None]):
             with Vertical(id="run-memory"):
                 yield Static("memory", classes="heading")
                 yield PhaseComparison()
-                yield Static("GPU", id="gpu-heading", classes="heading")
+                yield TextLine(id="gpu-heading", classes="heading")
                 yield GpuPanel()
             with Vertical(id="run-log"):
                 yield Static("log", classes="heading")
@@ -138,7 +142,7 @@ class RunScreen(Screen[None]):
         stages = self.query_one(StagesPanel)
         stages.snapshot, stages.display = snapshot, bool(snapshot.stages)
         no_gpu = snapshot.on_gpu is False
-        self.query_one("#gpu-heading", Static).update("host memory" if no_gpu else "GPU")
+        self.query_one("#gpu-heading", TextLine).text = Text("host memory" if no_gpu else "GPU")
         self.query_one(GpuPanel).snapshot = snapshot
         self.query_one(LogTail).show(snapshot)
         self._store_when_seen_to_end(snapshot)
@@ -150,12 +154,15 @@ class RunScreen(Screen[None]):
             self.poll()
 
     def _show_planned(self, snapshot: RunSnapshot) -> None:
-        place = self.query_one("#run-planned", Static)
         plan = None if snapshot.prediction is None else snapshot.prediction.plan
         whole = snapshot.job is not None and snapshot.job.max_steps is None
-        told = Text() if plan is None else Text("\n").join(map(Text, planned(plan, whole=whole)))
-        place.update(told)
+        told = () if plan is None else planned(plan, whole=whole)
+        place = self.query_one("#run-planned", Static)
         place.display = bool(told)
+        if told != self._told:
+            # A text that is the same would lay the screen out anew all the same.
+            self._told = told
+            place.update(Text("\n").join(map(Text, told)))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Whether a key is offered: a run that is over cannot be stopped, and no other goes on."""

@@ -9,9 +9,10 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
-from textual.widgets import Footer, Static
+from textual.widgets import Footer
 
 from launcher.tui import cards, knobs
+from launcher.tui.breakpoints import fit_before_composing
 from launcher.tui.command_line import plan_command
 from launcher.tui.explained import Explained, explained
 from launcher.tui.screens import sizing_parts as parts
@@ -30,8 +31,8 @@ from launcher.tui.widgets.sizing.memory_bar import MemoryBar
 from launcher.tui.widgets.sizing.phase_table import PhaseTable
 from launcher.tui.widgets.sizing.setup_list import SetupList
 from launcher.tui.widgets.sizing.speed_panel import SpeedPanel
-from launcher.tui.widgets.sizing.text_line import TextLine
 from launcher.tui.widgets.sizing.verdict_line import VerdictLine
+from launcher.tui.widgets.text_line import TextLine
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
@@ -65,7 +66,22 @@ class SizingScreen(SizingPicks):
         Binding("n", "needs", "Need", id="sizing.needs", tooltip="Which card for these hours"),
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
         Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
+        Binding("f", "app.follow_live", show=False, id="sizing.follow", tooltip="The run that goes on"),
         Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
+        Binding("e", "app.accuracy", show=False, id="sizing.accuracy", tooltip="Accuracy of own runs"),
+        Binding("b", "app.calibrate", show=False, id="sizing.calibrate", tooltip="Calibrate on this GPU"),
+        Binding(
+            "1",
+            "panel(1)",
+            show=False,
+            id="sizing.panel1",
+            key_display=f"1-{len(parts.PANELS)}",
+            tooltip="Go to a panel",
+        ),
+        *(
+            Binding(str(at), f"panel({at})", show=False, id=f"sizing.panel{at}")
+            for at in range(2, len(parts.PANELS) + 1)
+        ),
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
@@ -91,6 +107,7 @@ class SizingScreen(SizingPicks):
 
     def compose(self) -> ComposeResult:
         """The headline over the form and the details."""
+        fit_before_composing(self)
         with Vertical(id="headline"):
             yield TextLine(id="question")
             yield VerdictLine()
@@ -102,18 +119,18 @@ class SizingScreen(SizingPicks):
             with VerticalScroll(id="details"):
                 with Container(id="columns"):
                     with Vertical(id="memory-column"):
-                        yield Static("memory", classes="heading")
+                        yield parts.heading("memory")
                         yield Legend()
-                        yield Static("data", classes="heading")
+                        yield parts.heading("data")
                         yield DataPanel()
                     with Vertical(id="speed-column"):
-                        yield Static("speed", classes="heading")
+                        yield parts.heading("speed")
                         yield SpeedPanel()
-                        yield Static("phases", classes="heading")
+                        yield parts.heading("phases")
                         yield PhaseTable()
-                yield Static("what to change", classes="heading")
+                yield parts.heading("what to change")
                 yield AdvicePanel()
-                yield Static("speed against memory", classes="heading")
+                yield parts.heading("speed against memory")
                 yield FrontierPanel()
         yield Footer(compact=True, show_command_palette=False)
 
@@ -227,6 +244,10 @@ class SizingScreen(SizingPicks):
         self.query_one(Legend).pinned = self.query_one(PhaseTable).pinned = memory
         if pin is not None and self.sizing is not None:
             line.text = parts.pinned(self.sizing, pin, colours(self.app))
+
+    def action_panel(self, number: int) -> None:
+        """Bring a panel into sight, and what of it takes keys into focus."""
+        parts.go_to(self, number)
 
     def action_pin(self) -> None:
         """Pin the setup with its figures; pinned as it is, let go of it."""

@@ -7,6 +7,8 @@ the same wherever live bytes are at their most; where it lies is planner/memory/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.base.units import FP32
 from planner.memory.compiled.kept import Part, kept_sizes
 from planner.memory.layers.base_weight import LinearKind
@@ -100,9 +102,20 @@ class Graph:
         """How a linear layer is held and trained."""
         return self.knobs.kind(part.module)
 
+    def narrow_input(self, readers: Sequence[Part]) -> None:
+        """The input of layers whose forward products are in 8 bits: e4m3, and a scale a token."""
+        if any(self.kind(part).forward_in_8bit(part.inputs, part.outputs) for part in readers):
+            self.put(f"{readers[0].name}_in8", size=readers[0].inputs + FP32)
+
     def product(self, part: Part) -> None:
         """A base layer's product in a forward pass; an NF4 weight is dequantised for it."""
         if part.name in self.buffers:
+            return
+        if self.kind(part).forward_in_8bit(part.inputs, part.outputs):
+            weight = self._eight_bit_weight(part)
+            self.put(part.name)
+            self.tape.product()
+            self.tape.free(weight)
             return
         inner = self._constants(part), self._constants(part), self._weight(part)
         for buffer in inner:
@@ -118,6 +131,14 @@ class Graph:
 
     def input_gradient(self, part: Part, name: str) -> None:
         """The gradient of a base layer's input, under a name."""
+        if self.kind(part).backward_in_8bit(part.inputs, part.outputs):
+            narrow_weight = self._eight_bit_weight(part)
+            # The output's gradient in e4m3; of its scales, and their largest values before, one a token.
+            narrow, scales = self.tape.tokens(part.outputs), self.tape.tokens(2 * FP32)
+            ones = self.tape.fixed(part.inputs * FP32)
+            self.put(name, size=part.inputs * self.width)
+            self.tape.free(narrow_weight, narrow, scales, ones)
+            return
         constants = self._constants(part)
         weight = self._weight(part)
         self._by_operator(constants, inner=True)
@@ -152,6 +173,13 @@ class Graph:
             self._passing.append(self.tape.allocate(size, WORKSPACE))
         else:
             self.tape.allocate(size, GRADIENTS)
+
+    def _eight_bit_weight(self, part: Part) -> Buffer:
+        """The weight in e4m3: a kernel of its own makes it of an NF4 one, inductor's of a 16-bit one."""
+        weight = self.tape.fixed(part.inputs * part.outputs)
+        if self.kind(part).quantized:
+            self._by_operator(weight, inner=False)
+        return weight
 
     def _constants(self, part: Part) -> Buffer | None:
         kind = self.kind(part)

@@ -48,8 +48,11 @@ def _read(graph: Graph, readers: tuple[Part, ...], source: str, kept: frozenset[
             if f"{part.name}_m" in kept:
                 graph.put(f"{part.name}_m")
             graph.put(f"{part.name}_d")
+    graph.narrow_input(readers)
     for part in readers:
         graph.product(part)
+        if part == readers[-1]:
+            graph.drop(f"{readers[0].name}_in8")
         if graph.kind(part).rank:
             graph.put(f"{part.name}_r")
             _let_go(graph, kept, f"{part.name}_d")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
 
 from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
-from planner.memory.decoder.live_bytes import LayerMemory, final_norm_memory, layer_memory, output_width
+from planner.memory.decoder.live_bytes import (
+    LayerMemory,
+    final_norm_memory,
+    final_norm_saves_input,
+    layer_memory,
+    output_width,
+)
 from planner.memory.layers.base_weight import LinearKind
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.models.spec import LayerSpec, ModelSpec
-from planner.models.storage import Storage
+from planner.models.storage import EXACT_ENDS, Storage
 from planner.setup.adapters import Adapter
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import trained_tensors
@@ -72,6 +79,7 @@ class DecoderSetup:
     attention_kernels: tuple[str, ...]
     checkpointed_layers: int
     accumulating: bool
+    base_matmul: str
 
     def __hash__(self) -> int:
         return self._digest
@@ -99,6 +107,8 @@ class DecoderSetup:
             adapter_width=self.trained_width,
             autocast=self.storage.width != FP32,
             accumulating=self.accumulating,
+            eight_bit_forward=self.base_matmul == "fp8",
+            eight_bit_backward=self.base_matmul != "bf16",
             bits=self.storage.bits,
         )
 
@@ -136,6 +146,7 @@ def _decoder_setup(
         attention_kernels=kernels,
         checkpointed_layers=kind.checkpointed_layers,
         accumulating=accumulating,
+        base_matmul=setup.base_matmul,
     )
     return _known.setdefault(found, found)
 
@@ -179,10 +190,42 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
             # What enters the very first layer alone is the embeddings' own output.
             if layer.indices[0] != 0 or first == later:
                 width, indices = later, layer.indices
-            found += _groups_of_kind(decoder, layer, replace(knobs, stream_width=width), indices)
+            own = replace(knobs, stream_width=width)
+            for changed, some in _exact_apart(own, indices, model.num_hidden_layers):
+                found += _groups_of_kind(decoder, layer, changed, some)
             if indices is layer.indices:
                 break
     return tuple(found), final_norm_memory(model.norm_layer, replace(common, stream_width=later))
+
+
+def leaving_width(run: TrainingRun) -> int:
+    """Bytes of an element of the hidden states that leave the last layer, which the final norm does not save:
+    0 where it saves them, and they count with it.
+    """
+    return _leaving_width(run.model, decoder_setup(run))
+
+
+@lru_cache(maxsize=8192)
+def _leaving_width(model: ModelSpec, decoder: DecoderSetup) -> int:
+    last = max(groups_of(model, decoder)[0], key=lambda group: group.indices[-1])
+    width = last.memory.output_width
+    saved = final_norm_saves_input(model.norm_layer, replace(last.knobs, stream_width=width))
+    return 0 if saved else width
+
+
+def _exact_apart(
+    knobs: LayerKnobs, indices: tuple[int, ...], layers: int
+) -> Iterator[tuple[LayerKnobs, tuple[int, ...]]]:
+    """Layers at the ends, whose forward pass is in 16 bits whatever that of the others, and the others."""
+    if not knobs.default.eight_bit_forward:
+        yield knobs, indices
+        return
+    inner = tuple(index for index in indices if EXACT_ENDS <= index < layers - EXACT_ENDS)
+    if inner:
+        yield knobs, inner
+    outer = tuple(index for index in indices if index not in inner)
+    if outer:
+        yield knobs.exact_forward(), outer
 
 
 def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:

@@ -67,6 +67,20 @@ def upcast_bytes(run: RunKind) -> int:
 
 
 @lru_cache(maxsize=512)
+def scales_bytes(run: RunKind) -> tuple[int, ...]:
+    """Bytes of the float32 scales of each weight whose products are in 8 bits, one a row, layer by layer."""
+    if run.setup.base_matmul == "bf16":
+        return ()
+    linears = [
+        (FP32 * part.shape[0], part.count)
+        for part in run.model.parameters
+        if part.in_decoder_layer and part.kind == "weight" and part.module_class == "Linear"
+    ]
+    layers = range(max((count for _, count in linears), default=0))
+    return tuple(size for layer in layers for size, count in linears if layer < count)
+
+
+@lru_cache(maxsize=512)
 def largest_quantized_bytes(model: ModelSpec, storage: Storage) -> int:
     """The largest weight that is quantised, whole again; 0 where none is."""
     sizes = (p.elements * storage.width for p in model.parameters if storage.quantizes(p))

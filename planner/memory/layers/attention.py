@@ -52,7 +52,7 @@ def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Valu
 def attend(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, query: Value, key: Value, value: Value) -> Value:
     """Attention by the kernel that runs; its result is held once, the caller keeps its holds on the rest."""
     width = knobs.default.compute_width
-    parts = ((key, layer.key_value_size), (value, layer.key_value_size), (query, layer.query_size))
+    parts = ((key, layer.key_value_size), (value, layer.value_size), (query, layer.query_size))
     inputs = [cast(tape, part, size, width) for part, size in parts]
     context = _BY_KERNEL[knobs.attention](tape, layer, inputs[2], inputs[0], inputs[1], width)
     tape.free(*(part.buffer for part in inputs))
@@ -133,7 +133,7 @@ def _fused_attention(
     """
     heads = layer.num_attention_heads
     workspace = 2 * FP32 if layer.num_key_value_heads != heads else FP32
-    context = tape.tokens(layer.query_size * width)
+    context = tape.tokens(layer.context_size * width)
     statistics = tape.tokens(heads * FP32)
     tape.select(context, statistics)
     asked = tracked(query, key, value)
@@ -142,13 +142,14 @@ def _fused_attention(
     tape.free(statistics)
     if layer.rotary_concatenated:
         # torch.cat lays queries out head first, attention follows, and transposing back is a copy.
-        context = transposed(tape, context, layer.query_size * width)
+        context = transposed(tape, context, layer.context_size * width)
     result = Value(context, asked, width)
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        grads: list[Buffer | None] = [tape.tokens(layer.query_size * width)]
-        grads += [tape.tokens(layer.key_value_size * width) for _ in range(2)]
+        grads: list[Buffer | None] = [
+            tape.tokens(size * width) for size in (layer.query_size, layer.key_value_size, layer.value_size)
+        ]
         tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
         tape.free(*saved, grad)
         hand_back(tape, (query, key, value), grads)
@@ -212,10 +213,13 @@ def _masked_attention(
     # A single key head is repeated by a view (sdpa_attention.py, repeat_kv: reshape of an expanded tensor).
     shared = heads != layer.num_key_value_heads
     repeats = shared and layer.num_key_value_heads > 1
-    repeated = [tape.tokens(whole) if repeats else hold(v.buffer) for v in (key, value)]
+    context = layer.context_size * width
+    repeated = [
+        tape.tokens(size) if repeats else hold(v.buffer) for v, size in ((key, whole), (value, context))
+    ]
     additive = tape.allocate(Size(per_score=width))
     asked = tracked(query, key, value)
-    result = Value(tape.tokens(whole), asked, width)
+    result = Value(tape.tokens(context), asked, width)
     statistics = tape.tokens(heads * FP32)
     tape.select(result.buffer, statistics)
     read = (query.buffer, *repeated, additive, result.buffer, statistics) if asked else ()
@@ -223,11 +227,11 @@ def _masked_attention(
     tape.free(statistics, additive, *repeated)
     if layer.rotary_concatenated:
         # As without a mask: the output follows the queries' order (padded phi-4 among the records).
-        result.buffer = transposed(tape, result.buffer, whole)
+        result.buffer = transposed(tape, result.buffer, context)
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        grads: list[Buffer | None] = [tape.tokens(whole) for _ in range(3)]
+        grads: list[Buffer | None] = [tape.tokens(size) for size in (whole, whole, context)]
         tape.free(tape.tokens(heads * (4 * layer.head_dim + 4)))
         tape.free(*saved, grad)
         if shared:

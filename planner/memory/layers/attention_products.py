@@ -32,8 +32,11 @@ def _eager(
 ) -> Value:
     query, key, value = inputs
     heads, whole = layer.num_attention_heads, layer.query_size * width
+    context = layer.context_size * width
     repeats = heads != layer.num_key_value_heads
-    repeated = [tape.tokens(whole) if repeats else hold(v.buffer) for v in (key, value)]
+    repeated = [
+        tape.tokens(size) if repeats else hold(v.buffer) for v, size in ((key, whole), (value, context))
+    ]
     # Rotation by torch.cat lays queries and keys out head by head, as repetition does; a projection does not.
     rotated = batched and not layer.rotary_concatenated
     operands = [
@@ -48,14 +51,14 @@ def _eager(
     ]
     tape.free(*operands)
     saved_tanh, saved_weights32, weights = _softmax(tape, layer, scores, width, saves=through_scores)
-    value_operand = tape.tokens(whole) if batched and not repeats else hold(repeated[1])
-    result = Value(tape.tokens(whole), asked, width)
+    value_operand = tape.tokens(context) if batched and not repeats else hold(repeated[1])
+    result = Value(tape.tokens(context), asked, width)
     saved += [
         tape.save(value_operand) if through_scores else None,
         tape.save(weights) if value.requires_grad else None,
     ]
     tape.free(value_operand)
-    result.buffer = transposed(tape, result.buffer, whole)
+    result.buffer = transposed(tape, result.buffer, context)
     tape.free(*repeated)
     # Attention returns its weights beside its output, and the layer holds both until it returns.
     tape.hold_in_layer(weights)
@@ -63,8 +66,8 @@ def _eager(
     def backward() -> None:
         grad = tape.take_grad(result)
         if batched:
-            grad = transposed(tape, grad, whole)
-        value_grad = tape.tokens(whole) if value.requires_grad else None
+            grad = transposed(tape, grad, context)
+        value_grad = tape.tokens(context) if value.requires_grad else None
         weights_grad = tape.allocate(Size(per_score=heads * width)) if through_scores else None
         done = (grad, saved[2], saved[3])
         tape.free(*(reversed(done) if batched else done))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.tape.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
-from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
+from planner.models.storage import ABSMAX_WIDTH, EIGHT_BIT_MULTIPLE, QUANTIZATION_BLOCK
 
 HALF = 2
 """Bytes of an element in float16, which bitsandbytes quantises inputs from."""
@@ -23,7 +23,8 @@ class LinearKind:
     the elements that matrix products are computed in, `weight_width` that of the base weight (of the
     dequantised one, where it is quantised), `adapter_width` that of adapter weights. `autocast` says that
     torch casts the inputs of matrix products. `accumulating` says whether gradients of earlier micro-steps
-    are already there, so that new ones are temporary.
+    are already there, so that new ones are temporary. `eight_bit_*` say which pass
+    computes the frozen weight's product in 8 bits.
     """
 
     quantized: bool
@@ -38,6 +39,16 @@ class LinearKind:
     autocast: bool
     accumulating: bool
     bits: int = 4
+    eight_bit_forward: bool = False
+    eight_bit_backward: bool = False
+
+    def forward_in_8bit(self, inputs: int, outputs: int) -> bool:
+        """Whether a forward product of such a weight is computed in 8 bits."""
+        return self.eight_bit_forward and not (inputs % EIGHT_BIT_MULTIPLE or outputs % EIGHT_BIT_MULTIPLE)
+
+    def backward_in_8bit(self, inputs: int, outputs: int) -> bool:
+        """Whether the gradient of its input is."""
+        return self.eight_bit_backward and not (inputs % EIGHT_BIT_MULTIPLE or outputs % EIGHT_BIT_MULTIPLE)
 
     @property
     def adapter_compute_width(self) -> int:

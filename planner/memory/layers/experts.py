@@ -26,10 +26,8 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     gate_up_elements = layer.experts * 2 * inner * hidden
     down_elements = layer.experts * inner * hidden
     adapted = kind.rank > 0
-    if adapted and not kind.quantized:
-        # torch.nn.utils.parametrize evaluates each parametrisation once when it is registered.
-        for elements in (down_elements, gate_up_elements):
-            tape.free(tape.fixed(elements * width))
+    for elements in (down_elements, gate_up_elements):
+        register_stack(tape, kind, elements)
     saved_router = _router(tape, layer, router, x)
     probabilities = tape.tokens(layer.experts * FP32)
     # Without an adapter in attention the first layer's experts get an input that wants no gradient.
@@ -38,7 +36,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     tape.free(probabilities)
     order = tape.tokens(routed * INT64) if kind.quantized else None
     gathered = tape.tokens(routed * hidden * width)
-    gate_up_weight = _read_weight(tape, kind, gate_up_elements)
+    gate_up_weight = read_stack(tape, kind, gate_up_elements)
     fused = tape.tokens(routed * 2 * inner * width)
     saved_gathered = tape.save(gathered) if adapted or kind.trained else None
     saved_gate_up_weight = tape.save(gate_up_weight) if gate_up_weight and x.requires_grad else None
@@ -47,7 +45,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     saved_fused, saved_activated = tape.save(fused), tape.save(activated)
     saved_product = tape.save(product) if adapted or kind.trained else None
     tape.free(fused, activated)
-    down_weight = _read_weight(tape, kind, down_elements)
+    down_weight = read_stack(tape, kind, down_elements)
     saved_down_weight = tape.save(down_weight) if down_weight and (adapted or x.requires_grad) else None
     outputs = tape.tokens(routed * hidden * width)
     tape.free(product)
@@ -90,7 +88,15 @@ def _weighted_sum(
     return saved_order, Value(tape.tokens(hidden * width), True, width), (summed, reordered)
 
 
-def _read_weight(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
+def register_stack(tape: Tape, kind: LinearKind, elements: int) -> None:
+    """What PEFT's wrapper of a stack does before its module begins: torch.nn.utils.parametrize evaluates each
+    parametrisation once when it is registered.
+    """
+    if kind.rank and not kind.quantized:
+        tape.free(tape.fixed(elements * kind.compute_width))
+
+
+def read_stack(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
     """What is made of a stack where it is read, null where it is used as it lies: dequantised, and with an
     adapter the sum of that and of its product (torch.baddbmm), in which nothing else is kept.
     """

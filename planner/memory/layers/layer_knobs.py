@@ -50,6 +50,14 @@ class LayerKnobs:
         )
         return replace(self, kinds=tuple(kinds))
 
+    def exact_forward(self) -> LayerKnobs:
+        """The same knobs with no forward product in 8 bits."""
+        return replace(
+            self,
+            default=replace(self.default, eight_bit_forward=False),
+            kinds=tuple((name, replace(kind, eight_bit_forward=False)) for name, kind in self.kinds),
+        )
+
     def kind(self, name: str) -> LinearKind:
         """The kind of the linear layer of that module name."""
         for known, kind in self.kinds:

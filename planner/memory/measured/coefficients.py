@@ -239,8 +239,9 @@ def basis_of(
     distance: Distance,
     *,
     replayed: bool,
+    counted: tuple[str, ...] = (),
 ) -> Basis:
-    """What an estimate rests on.
+    """What an estimate rests on; `counted` are the stack's notes.
 
     A model that no run had does not widen the interval: the ordinary one is learned from models held out.
     """
@@ -252,6 +253,7 @@ def basis_of(
         notes.append("no run of this model among the records")
     if distance.outside:
         notes += [*distance.outside, f"interval {distance.factor:.1f} times as wide for it"]
+    notes += counted
     return Basis(
         coefficients=coefficients.name,
         record_count=len(coefficients.record_ids),

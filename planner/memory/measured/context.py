@@ -6,6 +6,7 @@ goes with their number, and what is left is alike everywhere.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from planner.base.units import MIB
@@ -38,6 +39,7 @@ class ContextMemory(NamedTuple):
     spread_bytes: int
 
 
+@lru_cache(maxsize=1024)
 def context_on(
     gpu: GpuSpec, measured_gpu: str, measured_bytes: int, spread_bytes: int
 ) -> ContextMemory | None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.allocators.native import CachingAllocator
-from planner.memory.held.weights import loaded_weights
+from planner.memory.held.weights import loaded_weights, scales_bytes
 from planner.models.spec import ModelSpec
 from planner.models.storage import Storage
 from planner.setup.adapters import Adapter
@@ -34,12 +34,19 @@ def loaded_allocator(run: TrainingRun, allocator: str) -> LoadedAdapter:
         sharded = sharded_weights(run.kind, allocator)
         return LoadedAdapter(sharded.allocator, sharded.peak_bytes, sharded.reserved_bytes)
     upcasts = run.setup.prepare_for_kbit_training
-    return _loaded(run.model, run.storage, run.adapter, run.stack, upcasts, allocator)
+    scales = scales_bytes(run.kind)
+    return _loaded(run.model, run.storage, run.adapter, run.stack, upcasts, scales, allocator)
 
 
 @lru_cache(maxsize=512)
 def _loaded(
-    model: ModelSpec, storage: Storage, adapter: Adapter | None, stack: Stack, upcasts: bool, allocator: str
+    model: ModelSpec,
+    storage: Storage,
+    adapter: Adapter | None,
+    stack: Stack,
+    upcasts: bool,
+    scales: tuple[int, ...],
+    allocator: str,
 ) -> LoadedAdapter:
     loaded = loaded_weights(model, storage, allocator)
     state = loaded.allocator.copy()
@@ -48,6 +55,7 @@ def _loaded(
         _upcast(state, loaded.plain)
     if adapter is not None:
         _add_adapter(state, model, storage, adapter, stack)
+    state.allocate_all(scales)
     # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
     state.empty_cache()
     return LoadedAdapter(state, peak, reserved)

@@ -8,7 +8,13 @@ from typing import NamedTuple
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.held.optimizer import OptimizerMemory, optimizer_memory, trained_bytes
-from planner.memory.held.weights import WeightMemory, largest_quantized_bytes, loaded_weights, upcast_bytes
+from planner.memory.held.weights import (
+    WeightMemory,
+    largest_quantized_bytes,
+    loaded_weights,
+    scales_bytes,
+    upcast_bytes,
+)
 from planner.memory.measured.coefficients import Coefficients, cublas_workspace_bytes
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
 from planner.models.spec import ModelSpec
@@ -67,7 +73,10 @@ def resident_memory(
         adapter_bytes=held.adapter_bytes,
         optimizer=held.optimizer,
         cublas_bytes=cublas_workspace_bytes(gpu, measured) + held.cublaslt_bytes,
-        tables_bytes=rotary + _mask_bytes(run) + INPUT_BYTES_PER_TOKEN * shape.tokens,
+        tables_bytes=sum(scales_bytes(run.kind))
+        + rotary
+        + _mask_bytes(run)
+        + INPUT_BYTES_PER_TOKEN * shape.tokens,
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
     )

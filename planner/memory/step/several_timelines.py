@@ -15,8 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from planner.memory.held.shards import Unit, Units, units_of
-from planner.memory.step.timeline import StepMoment, StepTimeline
-from planner.memory.tape.tape import Moment
+from planner.memory.step.timeline import AtWork, StepMoment, StepTimeline
 from planner.setup.run import TrainingRun
 
 
@@ -128,10 +127,8 @@ class ShardedTimeline(StepTimeline):
             found.append(moment._replace(gathered_bytes=gathered, gradient_bytes=gradients))
         return found
 
-    def _layer_moment(
-        self, name: str, index: int, own: int, size: float, moment: Moment, *, backward: bool = True
-    ) -> StepMoment:
-        found = super()._layer_moment(name, index, own, size, moment, backward=backward)
+    def _layer_moment(self, index: int, own: int, work: AtWork, *, backward: bool = True) -> StepMoment:
+        found = super()._layer_moment(index, own, work, backward=backward)
         unit = self.units.layers[index]
         below = self.units.layers[index - 1] if index else self.units.embedding
         flat = below.flat_bytes if backward else unit.flat_bytes

@@ -41,6 +41,23 @@ class StepMoment(NamedTuple):
         )
 
 
+class AtWork(NamedTuple):
+    """What a layer holds at the peak of a pass, by category."""
+
+    live_bytes: int
+    workspace_bytes: int
+    gradient_bytes: int
+
+    @classmethod
+    def of(cls, moment: Moment, tokens: int, scores: int) -> AtWork:
+        """A moment of its tape in a micro-step of that size."""
+        return cls(
+            int(moment[ACTIVATIONS].at(tokens, scores)),
+            int(moment[WORKSPACE].at(tokens, scores)),
+            int(moment[GRADIENTS].at(tokens, scores)),
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
     """Size of a micro-step: tokens, attention's score elements, bytes a token of the hidden states that enter
@@ -96,8 +113,11 @@ class StepTimeline:
         first = next(group for group in groups if group.indices[0] == 0)
         # The model's forward pass holds the embeddings in a variable even if its first layer keeps nothing.
         self._embeddings_held = 0 if first.memory.keeps_input else shape.hidden_bytes_per_token * tokens
-        self._layers = sum(len(group.indices) for group in groups)
+        self._layers = sum([len(group.indices) for group in groups])
         self._all_gradients = trained.size_bytes
+        # The backward passes' peaks, and what all layers keep: each is asked for more than once.
+        self._backward = [peak(group.memory.backward, tokens, scores) for group in groups]
+        self._kept_by_all = self._below(self._layers)
 
     def largest(self) -> StepMoment:
         """The peak of the step."""
@@ -155,7 +175,7 @@ class StepTimeline:
     @property
     def kept_bytes(self) -> int:
         """What forward keeps for backward, all layers together."""
-        return self._kept_below(self._layers)
+        return self._kept_by_all
 
     def _kept_by(self, group: LayerGroup) -> float:
         """What a layer leaves on the GPU for backward.
@@ -182,9 +202,12 @@ class StepTimeline:
         return min(index, self.stash - 1) * self.offloaded_input_bytes
 
     def _kept_below(self, index: int) -> int:
-        layers = sum(
-            kept * group.count_below(index) for kept, group in zip(self._kept, self.groups, strict=True)
-        )
+        return self._kept_by_all if index == self._layers else self._below(index)
+
+    def _below(self, index: int) -> int:
+        layers = 0.0
+        for kept, group in zip(self._kept, self.groups, strict=True):
+            layers += kept * group.count_below(index)
         embeddings = self.shape.hidden_bytes_per_token * self.shape.tokens if self.offloads and index else 0
         return int(layers) + self._raw_embedding + embeddings
 
@@ -192,17 +215,18 @@ class StepTimeline:
         """What the busiest layer allocates and frees while it is worked on, its saved tensors left out."""
         tokens, scores = self.shape.tokens, self.shape.scores
         return max(
-            int(peak(group.memory.backward, tokens, scores)[0] - at(group.memory.saved, tokens, scores))
-            for group in self.groups
+            [
+                int(size - at(group.memory.saved, tokens, scores))
+                for group, (size, _) in zip(self.groups, self._backward, strict=True)
+            ]
         )
 
     def _gradients_above(self, index: int) -> int:
         if self.shape.accumulating:
             return self._all_gradients
-        layers = sum(
-            gradient * group.count_above(index)
-            for gradient, group in zip(self._gradients, self.groups, strict=True)
-        )
+        layers = 0.0
+        for gradient, group in zip(self._gradients, self.groups, strict=True):
+            layers += gradient * group.count_above(index)
         return int(layers) + self.head.gradient_bytes
 
     def _head_moments(self) -> list[StepMoment]:
@@ -252,42 +276,32 @@ class StepTimeline:
     def _layer_moments(self) -> list[StepMoment]:
         moments = []
         tokens, scores = self.shape.tokens, self.shape.scores
-        for group in self.groups:
-            size, moment = peak(group.memory.backward, tokens, scores)
+        for group, (_, moment) in zip(self.groups, self._backward, strict=True):
+            work = AtWork.of(moment, tokens, scores)
             own = group.input_bytes_per_token * tokens if group.checkpointed else 0
             for index in {group.indices[-1], group.indices[0]}:
                 held = own + (self._fetched_before(index) if group.checkpointed else 0)
-                moments.append(
-                    self._layer_moment(f"backward of decoder layer {index}", index, held, size, moment)
-                )
+                moments.append(self._layer_moment(index, held, work))
             forward = group.memory.forward_saving or group.memory.forward
-            size, moment = peak(forward, tokens, scores)
+            _, moment = peak(forward, tokens, scores)
             index = group.indices[-1]
-            name = f"forward of decoder layer {index}"
             held = own + (self._embeddings_held if index else 0) + self._stashed(index)
             # Selective checkpointing has kept this layer's own by the time its MLP is at work.
             held += group.selected_bytes_per_token * tokens
-            moments.append(self._layer_moment(name, index, held, size, moment, backward=False))
+            moments.append(self._layer_moment(index, held, AtWork.of(moment, tokens, scores), backward=False))
         return moments
 
-    def _layer_moment(
-        self, name: str, index: int, own: int, size: float, moment: Moment, *, backward: bool = True
-    ) -> StepMoment:
-        tokens, scores = self.shape.tokens, self.shape.scores
-        workspace = int(moment[WORKSPACE].at(tokens, scores))
-        gradients = int(moment[GRADIENTS].at(tokens, scores))
-        live = int(moment[ACTIVATIONS].at(tokens, scores))
-        above = (
-            self._gradients_above(index)
-            if backward
-            else (self._all_gradients if self.shape.accumulating else 0)
-        )
+    def _layer_moment(self, index: int, own: int, work: AtWork, *, backward: bool = True) -> StepMoment:
+        if backward:
+            above = self._gradients_above(index)
+        else:
+            above = self._all_gradients if self.shape.accumulating else 0
         return StepMoment(
-            name=name,
-            kept_bytes=self._kept_below(index) + own,
-            live_bytes=live,
-            workspace_bytes=workspace,
-            gradient_bytes=gradients + above,
+            f"{'backward' if backward else 'forward'} of decoder layer {index}",
+            self._kept_below(index) + own,
+            work.live_bytes,
+            work.workspace_bytes,
+            work.gradient_bytes + above,
         )
 
     def _embedding_backward(self) -> StepMoment:

@@ -6,10 +6,13 @@ it was seen to save, only where something asks: nothing asks for that of what co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from planner.memory.layers.attention import attend, hands_back_by_heads
-from planner.memory.layers.base_weight import LinearKind
+from planner.memory.layers.base_weight import LinearKind, weight_gradient
+from planner.memory.layers.experts import read_stack, register_stack
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.linear import early_gradients, linear
 from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
@@ -17,15 +20,23 @@ from planner.models.spec import LayerSpec
 from planner.models.traced import (
     ALLOCATE,
     ATTENTION,
+    EXPERTS,
     FREE,
     LINEAR,
+    NO_STACKS,
+    NO_VALUE,
+    PREPARE,
+    ROUTER,
+    ROUTERS,
     SAVE,
+    STACK,
     WEIGHT,
     Gradient,
     TracedBlock,
     TracedOperation,
     TracedPass,
 )
+from planner.setup.trained import expert_rank
 
 INPUT = 0
 
@@ -35,7 +46,8 @@ def traced_pass(block: TracedBlock, layer: LayerSpec, knobs: LayerKnobs) -> Trac
     kind = knobs.default
     method = "full" if kind.trained else "qlora" if kind.quantized else "lora"
     by_heads = hands_back_by_heads(layer, knobs.attention)
-    return block.pass_of(method, kind.compute_width, heads_first=by_heads)
+    adapted = ROUTERS if knobs.kind(ROUTER).rank else EXPERTS if knobs.kind(EXPERTS).rank else NO_STACKS
+    return block.pass_of(method, kind.compute_width, heads_first=by_heads, adapted=adapted)
 
 
 def run_traced(tape: Tape, block: TracedBlock, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
@@ -61,6 +73,8 @@ def gradients_before_saved(block: TracedPass, layer: LayerSpec, knobs: LayerKnob
             return found + early_gradients(knobs.kind(operation.name), operation.shape[1], width)
         if number in saving or operation.kind == ATTENTION:
             break
+        if operation.kind == STACK:
+            continue
         kept = {one.own for one in operation.gradients if one is not None and one.own >= 0}
         found += [block.sizes[operation.buffers[own]][1] for own in sorted(kept)]
     return found
@@ -73,7 +87,7 @@ class _Replay:
         self, tape: Tape, block: TracedPass, layer: LayerSpec, knobs: LayerKnobs, hidden: Value
     ) -> None:
         self.tape, self.block, self.layer, self.knobs = tape, block, layer, knobs
-        self.buffers: dict[int, Buffer] = {INPUT: hidden.buffer}
+        self.buffers: dict[int, Buffer | None] = {INPUT: hidden.buffer}
         self.values: dict[int, Value] = {INPUT: hidden}
         self.saved: dict[int, list[Buffer | None]] = {}
 
@@ -86,14 +100,29 @@ class _Replay:
             elif action == FREE:
                 tape.free(self.buffers[number])
             elif action == SAVE:
-                if self._asks(block.operations[operation]):
-                    self.saved[operation].append(tape.save(self.buffers[number]))
+                self._save(number, operation)
+            elif action == PREPARE:
+                self._prepare(block.operations[number])
             else:
                 self._operate(number, block.operations[number])
         tape.leave_layer()
         result = self.values[block.result]
-        result.buffer = self.buffers[block.output]
+        result.buffer = self._buffer(block.output)
         return result
+
+    def _buffer(self, number: int) -> Buffer:
+        """A buffer that an operation reads or makes."""
+        found = self.buffers[number]
+        assert found is not None, "a stack that is used as it lies is no operation's input"
+        return found
+
+    def _save(self, number: int, operation: int) -> None:
+        """An operation saves a buffer, where it has a backward pass; a stack that is used as it lies is there
+        anyway.
+        """
+        buffer = self.buffers[number]
+        if buffer is not None and self._asks(self.block.operations[operation]):
+            self.saved[operation].append(self.tape.save(buffer))
 
     def _size(self, index: int) -> Size:
         return Size(*self.block.sizes[index])
@@ -114,16 +143,46 @@ class _Replay:
             parts = [self._read(*one) for one in zip(operation.inputs, operation.reads, strict=True)]
             made = attend(self.tape, self.layer, self.knobs, parts[0], parts[1], parts[2])
             self._make(operation, made)
+        elif operation.kind == STACK:
+            self._read_stack(operation)
         else:
             self._plain(number, operation)
 
     def _read(self, number: int, buffer: int) -> Value:
         """A value as an operation reads it."""
         if number < 0:
-            return Value(self.buffers[buffer], False, self.knobs.default.compute_width)
+            return Value(self._buffer(buffer), False, self.knobs.default.compute_width)
         value = self.values[number]
-        value.buffer = self.buffers[buffer]
+        value.buffer = self._buffer(buffer)
         return value
+
+    def _stack_kind(self, operation: TracedOperation) -> LinearKind:
+        """How a stack is held, and its adapter's rank: experts have their own, a router is in 16 bits."""
+        if operation.name == ROUTER:
+            return replace(self.knobs.kind(ROUTER), quantized=False)
+        kind = self.knobs.kind(EXPERTS)
+        return replace(kind, rank=expert_rank(operation.name, kind.rank))
+
+    def _prepare(self, operation: TracedOperation) -> None:
+        """A module begins that will read a stack of experts (a router's product is computed before)."""
+        if operation.name != ROUTER:
+            register_stack(self.tape, self._stack_kind(operation), math.prod(operation.shape))
+
+    def _read_stack(self, operation: TracedOperation) -> None:
+        kind, elements = self._stack_kind(operation), math.prod(operation.shape)
+        buffer = read_stack(self.tape, kind, elements)
+        self.buffers[operation.makes] = buffer
+        if buffer is None or not operation.outputs:
+            return
+        value = self.values[operation.outputs[0]] = Value(buffer, True, kind.compute_width)
+        trained = kind.rank * adapter_widths(operation.shape)
+
+        def backward() -> None:
+            grad = self.tape.take_grad(value)
+            weight_gradient(self.tape, kind, trained, kind.adapter_width)
+            self.tape.free(grad)
+
+        self.tape.nodes.append(backward)
 
     def _make(self, operation: TracedOperation, made: Value) -> None:
         self.buffers[operation.makes] = made.buffer
@@ -133,7 +192,7 @@ class _Replay:
         asks = self._asks(operation)
         for output in operation.outputs:
             # Its buffer is known where something reads it.
-            self.values[output] = Value(self.buffers[INPUT], asks, self.block.widths[output])
+            self.values[output] = Value(self._buffer(INPUT), asks, self.block.widths[output])
         if asks:
             self.saved[number] = []
             self.tape.nodes.append(self._backward(number, operation))
@@ -154,7 +213,11 @@ class _Replay:
             for value, gradient, buffer in zip(operation.inputs, operation.gradients, handed, strict=True):
                 if gradient is None or buffer is None:
                     continue
-                if value < 0:
+                if value == NO_VALUE:
+                    # torch.cat's backward has gradients of all its parts, asked for or not.
+                    tape.free(buffer)
+                    continue
+                if value == WEIGHT:
                     self._hand_to_weight(buffer)
                     continue
                 view = gradient.view or (gradient.incoming >= 0 and views[gradient.incoming])
@@ -202,6 +265,11 @@ class _Replay:
         if kind.accumulating:
             tape.free(*kept.values())
         return own
+
+
+def adapter_widths(shape: Sequence[int]) -> int:
+    """Elements of a stack's adapter a rank: what goes in and out of each of its matrices."""
+    return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
 
 def _category(kind: LinearKind, *, weight: bool) -> int:

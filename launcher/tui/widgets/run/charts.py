@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Vertical
-from textual.widgets import Static
 
 from launcher.runs.report.facts import predicted_rate
 from launcher.tui.run_facts import Points
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import number
 from launcher.tui.widgets.run.line_plot import LinePlot, PlotData
+from launcher.tui.widgets.text_line import TextLine
 
 LEAST_SPAN = 5
 """Points that the smoothed loss is the mean of, about, and at least; of a long run a twentieth of all."""
@@ -25,7 +25,7 @@ class Charts(Vertical):
         """Headings and plots."""
         for name in ("loss", "rate", "speed"):
             with Vertical(id=f"chart-{name}", classes="chart"):
-                yield Static("", id=f"chart-{name}-title", classes="heading")
+                yield TextLine(id=f"chart-{name}-title", classes="heading")
                 yield LinePlot()
 
     def show(self, snapshot: RunSnapshot) -> None:
@@ -35,7 +35,7 @@ class Charts(Vertical):
             ("rate", rate_title(snapshot), rate_plot(snapshot)),
             ("speed", speed_title(snapshot), speed_plot(snapshot)),
         ):
-            self.query_one(f"#chart-{name}-title", Static).update(Text(title, no_wrap=True))
+            self.query_one(f"#chart-{name}-title", TextLine).text = Text(title, no_wrap=True)
             self.query_one(f"#chart-{name}", Vertical).query_one(LinePlot).data = data
 
 

@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from rich.text import Text
-from textual.reactive import reactive
-from textual.widget import Widget
 
 from launcher.tui.run_facts import Points, of_each_gpu
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import gib, size
 from launcher.tui.themes import colours
+from launcher.tui.widgets.run.snapshot_panel import SnapshotPanel
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _LABEL = 8
@@ -20,12 +19,12 @@ _HOT = 100.0
 """What the course of temperature has at its full height, °C."""
 
 
-class GpuPanel(Widget):
+class GpuPanel(SnapshotPanel):
     """Figures over the courses of memory, utilisation, temperature and power; a line for each of several."""
 
-    DEFAULT_CSS = "GpuPanel { height: auto; }"
-
-    snapshot: reactive[RunSnapshot | None] = reactive(None, layout=True)
+    def shape(self, snapshot: RunSnapshot) -> int:
+        """How many courses there are."""
+        return len(list(courses(snapshot))) + len(snapshot.curves.gpus)
 
     def render(self) -> Text:
         """Draw figures and courses."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Vertical, VerticalScroll
-from textual.widgets import Input, Static
+from textual.containers import Vertical
+from textual.widgets import Input
 
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import plain
 from launcher.tui.themes import Colours, colours
+from launcher.tui.widgets.run.log_lines import Line, LogLines
 
 SHOWN_OUTPUT = 60
 """Lines of the trainer's output that are shown where nothing is searched."""
@@ -35,10 +35,9 @@ class LogTail(Vertical):
         self._drawn: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
-        """The search field over one block of text."""
+        """The search field over the lines."""
         yield Input(placeholder="search the log; enter keeps it, esc ends it", id="log-search", compact=True)
-        with VerticalScroll(id="log-scroll"):
-            yield Static("", id="log-text")
+        yield LogLines(id="log-lines")
 
     def on_mount(self) -> None:
         """Draw the lines anew in another theme's colours."""
@@ -78,7 +77,7 @@ class LogTail(Vertical):
     @on(Input.Submitted, "#log-search")
     def _kept(self, event: Input.Submitted) -> None:
         event.stop()
-        self.query_one("#log-scroll").focus()
+        self.query_one(LogLines).focus()
 
     def _draw(self, *, anew: bool = False) -> None:
         snapshot = self._snapshot
@@ -88,38 +87,27 @@ class LogTail(Vertical):
         if key == self._drawn and not anew:
             return
         self._drawn = key
-        scroll = self.query_one("#log-scroll", VerticalScroll)
-        at_end = scroll.max_scroll_y - scroll.scroll_y <= 1
         shown = colours(self.app)
-        text = (
+        lines = (
             found(snapshot, self._wanted, shown)
             if self._wanted
-            else log_text(snapshot, shown, whole=self._whole)
+            else log_lines(snapshot, shown, whole=self._whole)
         )
-        self.query_one("#log-text", Static).update(text)
-        if at_end or self._wanted:
-            scroll.scroll_end(animate=False)
+        self.query_one(LogLines).show(lines, end=bool(self._wanted))
 
 
-def log_text(snapshot: RunSnapshot, shown: Colours, *, whole: bool = False) -> Text:
+def log_lines(snapshot: RunSnapshot, shown: Colours, *, whole: bool = False) -> list[Line]:
     """Output, the run's own lines, then the last warnings, so that they are in sight."""
-    text = Text()
     told, folded = (list(snapshot.log_lines), 0) if whole else unfolded(snapshot.log_lines)
-    for line in told[-SHOWN_OUTPUT:]:
-        text.append(plain(line) + "\n", shown.muted)
+    lines: list[Line] = [((plain(line), shown.muted),) for line in told[-SHOWN_OUTPUT:]]
     if folded:
-        text.append(f"▸ {folded:,} lines of warnings of libraries: w shows them\n", shown.muted)
-    for line in snapshot.lines:
-        text.append(plain(line) + "\n")
+        lines.append(((f"▸ {folded:,} lines of warnings of libraries: w shows them", shown.muted),))
+    lines += [((plain(line), ""),) for line in snapshot.lines]
     recent = snapshot.warnings[-_SHOWN_WARNINGS:]
     if snapshot.warning_count > len(recent):
-        text.append(f"{snapshot.warning_count - len(recent):,} earlier warnings\n", shown.warning)
-    for message in recent:
-        text.append(f"! {plain(message)}\n", shown.warning)
-    if not text:
-        text.append("nothing yet", shown.muted)
-    text.rstrip()
-    return text
+        lines.append(((f"{snapshot.warning_count - len(recent):,} earlier warnings", shown.warning),))
+    lines += [((f"! {plain(message)}", shown.warning),) for message in recent]
+    return lines or [(("nothing yet", shown.muted),)]
 
 
 def unfolded(lines: Iterable[str]) -> tuple[list[str], int]:
@@ -136,18 +124,17 @@ def unfolded(lines: Iterable[str]) -> tuple[list[str], int]:
     return kept, folded
 
 
-def found(snapshot: RunSnapshot, wanted: str, shown: Colours) -> Text:
+def found(snapshot: RunSnapshot, wanted: str, shown: Colours) -> list[Line]:
     """The lines that hold a text, whatever its case, the text marked."""
-    hits = Text()
-    count, small = 0, wanted.casefold()
+    hits: list[Line] = []
+    small, bold = wanted.casefold(), f"bold {shown.primary}"
     for line in (*snapshot.log_lines, *snapshot.lines, *(f"! {one}" for one in snapshot.warnings)):
         told = plain(line)
         at = told.casefold().find(small)
         if at < 0:
             continue
-        count += 1
-        hits.append(told[:at], shown.muted)
-        hits.append(told[at : at + len(wanted)], f"bold {shown.primary}")
-        hits.append(told[at + len(wanted) :] + "\n", shown.muted)
-    hits.append(f"{count:,} line{'' if count == 1 else 's'} with {plain(wanted, 60)!r}", shown.warning)
+        end = at + len(wanted)
+        hits.append(((told[:at], shown.muted), (told[at:end], bold), (told[end:], shown.muted)))
+    count = len(hits)
+    hits.append(((f"{count:,} line{'' if count == 1 else 's'} with {plain(wanted, 60)!r}", shown.warning),))
     return hits

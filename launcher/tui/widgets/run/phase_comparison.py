@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.text import Text
-from textual.reactive import reactive
-from textual.widget import Widget
 
 from launcher.runs.events import MemoryEvent
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import size
 from launcher.tui.themes import Colours, colours
+from launcher.tui.widgets.run.snapshot_panel import SnapshotPanel
 from planner.memory.breakdown import PHASES, PhaseMemory
 
 _FIGURES = 10
@@ -33,12 +32,12 @@ class Compared:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-class PhaseComparison(Widget):
+class PhaseComparison(SnapshotPanel):
     """Two bars a phase: predicted above, measured below."""
 
-    DEFAULT_CSS = "PhaseComparison { height: auto; }"
-
-    snapshot: reactive[RunSnapshot | None] = reactive(None, layout=True)
+    def shape(self, snapshot: RunSnapshot) -> tuple[int, str, bool | None]:
+        """How many phases there are, what stands below them, and whether each has two lines."""
+        return len(compare(snapshot)), _footnote(snapshot), snapshot.on_gpu
 
     def render(self) -> Text:
         """Draw the bars over the widget's width."""

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.text import Text
-from textual.reactive import reactive
-from textual.widget import Widget
 
 from launcher.runs.folder import RunFolder
 from launcher.runs.report.facts import NextStep, next_steps, predicted_rate
 from launcher.tui.run_follower import RunSnapshot
 from launcher.tui.text import duration, gib, number, plain
 from launcher.tui.themes import Colours, colours
+from launcher.tui.widgets.run.snapshot_panel import SnapshotPanel
 
 _LABEL = 10
 
 
-class ResultPanel(Widget):
+class ResultPanel(SnapshotPanel):
     """Duration, result, where it is, and next steps, each with the key that copies its line."""
 
-    DEFAULT_CSS = "ResultPanel { height: auto; }"
-
-    snapshot: reactive[RunSnapshot | None] = reactive(None, layout=True)
+    def shape(self, snapshot: RunSnapshot) -> int:
+        """Of a run that is over each snapshot counts; of one that goes on nothing is shown."""
+        return snapshot.event_count if snapshot.over else 0
 
     def render(self) -> Text:
         """Draw the lines; none while the run goes on."""

@@ -1,0 +1,1 @@
+"""Matrix products of the frozen base in 8 bits."""
