@@ -17,6 +17,7 @@ python -m pip install --quiet bitsandbytes==0.50.2 numpy==2.4.6
 
 python -W ignore - <<'EOF'
 import gc
+import sys
 import weakref
 
 import bitsandbytes as bnb
@@ -66,5 +67,5 @@ if (eight, four) == (3 * each, 0):
     print("ok: layers in 8 bits keep their inputs beyond a checkpoint")
 else:
     print("changed: they keep what layers in 4 bits do")
-    raise SystemExit(1)
+    sys.exit(1)
 EOF

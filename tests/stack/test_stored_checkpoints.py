@@ -172,14 +172,7 @@ def test_it_is_merged_into_what_it_stands_for(name: str, place: Path) -> None:
     whole = loaded(folder, dtype="bfloat16").dequantize().to(torch.bfloat16).float()
     theirs = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload().to(torch.bfloat16).state_dict()
     assert set(ours) == set(weights_in(place / "base"))
-    # 8 bits: transformers scales by a rounded 1 / 127 (integrations/bitsandbytes.py, dequantize_bnb_weight).
-    step = 2**-7 if name == "eight" else 0.0
-    wrong = [
-        one
-        for one in ours
-        if not torch.allclose(ours[one].float(), theirs[one].float(), rtol=step, atol=step / 50)
-    ]
-    assert wrong == []
+    assert [one for one in ours if not torch.equal(ours[one], theirs[one])] == []
 
 
 def test_bitsandbytes_keeps_inputs_still() -> None:

@@ -113,5 +113,8 @@ class DequantisedSlice:
 
 
 def dequantised_from_int8(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weights in 8 bits as the gradient of their inputs is made of (autograd/_functions.py, MatMul8bitLt)."""
-    return packed.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+    """Weights in 8 bits as bitsandbytes dequantises them, then in `dtype`."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    found: torch.Tensor = int8_vectorwise_dequant(packed, scales).to(dtype)
+    return found
