@@ -10,13 +10,15 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast gpu-test check lint types coverage cold-start serve docs wheel clean FORCE
+.PHONY: demo test test-fast gpu-test check lint types coverage cold-start serve docs site wheel clean FORCE
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv$(if $(LATEST),-latest)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip would compile 13,000 files, half of its time: a third of them are ever imported, and compiled then.
+INSTALL := $(PIP) install --quiet --no-compile
 # What is installed: the locked releases, or the newest beside the torch that the formulas are proven with.
 LOCK := $(if $(LATEST),$(VENV)/torch.txt,constraints.txt)
 # Without an NVIDIA driver CUDA's torch is of no use: the demo then takes what the tests take.
@@ -31,7 +33,9 @@ demo: $(VENV)/.demo
 	$(BIN)/plan --model qwen2.5-14b --gpu 16GB
 	$(BIN)/vramwise demo
 
-test: $(VENV)/.dev $(if $(LATEST),,lint types)
+# Each of lint and types takes one core.
+test: $(VENV)/.dev
+	$(if $(LATEST),,$(MAKE) --no-print-directory --output-sync --jobs=2 lint types)
 	$(PYTEST) --durations=20
 
 test-fast:
@@ -66,11 +70,15 @@ serve: $(VENV)/.demo
 docs:
 	$(BIN)/python -m tests.write_docs
 
+# The documentation as pages, in site/; a link that leads nowhere fails.
+site: $(VENV)/.dev
+	$(BIN)/zensical build --strict --clean
+
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf .venv .venv-latest build dist
+	rm -rf .venv .venv-latest build dist site .cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "vramwise needs Python 3.11 or newer (with venv)" >&2; exit 2; }
@@ -78,12 +86,12 @@ $(VENV)/bin/python:
 	$(PIP) install --quiet --constraint constraints.txt --upgrade pip
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable ".[train]"
+	$(INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable ".[train]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(LOCK) $(if $(LATEST),FORCE) | $(VENV)/bin/python
-	$(PIP) install --quiet $(if $(LATEST),--upgrade --upgrade-strategy eager) \
-	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train]" --group dev
+	$(INSTALL) $(if $(LATEST),--upgrade --upgrade-strategy eager) \
+	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train,web]" --group dev
 	touch $@
 
 .venv-latest/torch.txt: constraints.txt | .venv-latest/bin/python

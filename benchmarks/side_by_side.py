@@ -1,8 +1,10 @@
-"""CPU time of this tree beside another one: `python -m benchmarks.side_by_side OTHER_TREE`.
+"""Time of this tree beside another one: `python -m benchmarks.side_by_side OTHER_TREE`.
 
-Both are run in turn by the same interpreter, so that what else the machine does falls on both; what counts is
-the ratio of the medians of user and system seconds, children included. Writes
-benchmarks/results/side_by_side.json.
+Both are run in turn by the same interpreter, so that what else the machine does falls on both. Of each
+command the medians are told in seconds by the clock, which is what a person waits and falls with the cores
+that share the work, and in seconds of user and system time, children included, which is what is spent; and
+the ratios.
+Writes benchmarks/results/side_by_side.json.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.estimate_throughput import distinct_lines
 from benchmarks.results import write_result
@@ -45,34 +48,48 @@ def main() -> None:
             ("compare --gpu 12GB", ("compare", "--gpu", "12GB"), ("compare", "--gpu", "12GB")),
         ):
             found[name] = beside(((other, theirs), (HERE, ours)), args.runs, Path(folder))
-            print(name, found[name])
+            print(name, {kind: times["ratio"] for kind, times in found[name].items()})
     write_result("side_by_side", {"other": _commit(other), "commands": found})
 
 
 def beside(
     pair: Sequence[tuple[Path, Sequence[str]]], runs: int, folder: Path
-) -> dict[str, float | list[float]]:
-    """CPU seconds of two trees, run in turn, after a first run of each that compiles its modules."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+) -> dict[str, dict[str, float | list[float]]]:
+    """Seconds of two trees, run in turn, after a first run of each that compiles its modules."""
+    seconds: tuple[list[Seconds], list[Seconds]] = ([], [])
     for number in range(runs + 1):
         for (tree, command), found in zip(pair, seconds, strict=True):
-            took = _cpu_seconds(tree, command, folder)
+            took = _seconds(tree, command, folder)
             if number:
-                found.append(round(took, 3))
-    other, own = (statistics.median(found) for found in seconds)
+                found.append(took)
     return {
-        "other_median_seconds": other,
-        "median_seconds": own,
-        "ratio": round(own / other, 3),
-        "other_seconds": seconds[0],
-        "seconds": seconds[1],
+        "wall": _compared(*([one.wall for one in found] for found in seconds)),
+        "cpu": _compared(*([one.cpu for one in found] for found in seconds)),
     }
 
 
-def _cpu_seconds(tree: Path, command: Sequence[str], folder: Path) -> float:
+class Seconds(NamedTuple):
+    """How long a command took: by the clock, and of user and system time."""
+
+    wall: float
+    cpu: float
+
+
+def _compared(other: list[float], own: list[float]) -> dict[str, float | list[float]]:
+    theirs, ours = statistics.median(other), statistics.median(own)
+    return {
+        "other_median_seconds": theirs,
+        "median_seconds": ours,
+        "ratio": round(ours / theirs, 3),
+        "other_seconds": other,
+        "seconds": own,
+    }
+
+
+def _seconds(tree: Path, command: Sequence[str], folder: Path) -> Seconds:
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONPYCACHEPREFIX": str(folder / "compiled")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", _PROGRAM, *command],
         check=True,
@@ -80,8 +97,9 @@ def _cpu_seconds(tree: Path, command: Sequence[str], folder: Path) -> float:
         env=environment,
         stdout=subprocess.DEVNULL,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return Seconds(round(wall, 3), round(cpu, 3))
 
 
 def _commit(tree: Path) -> str:

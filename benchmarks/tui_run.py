@@ -8,7 +8,7 @@ Drives the screen without a terminal (Textual's Pilot), each in a process of its
 - `flow`: 10,000 events in 10 s of a run that is alive, while a key is pressed every 100 ms by another thread:
   from the press to the paint of what it does, and whether every event was counted.
 - `hour`: an hour of a run that logs a step and a sample a second, polled as often as in an hour, as fast as
-  it goes: the peak of resident memory.
+  it goes, with what the application does each minute: the peak of resident memory.
 
 Writes benchmarks/results/tui_run.json.
 """
@@ -222,6 +222,8 @@ async def hour(root: Path, minutes: float) -> dict[str, Any]:
                 before = screen.snapshot
                 screen.poll()
                 await _until(lambda was=before: screen.snapshot is not was)
+                if poll % round(app.COLLECT_SECONDS / POLL_SECONDS) == 0:
+                    timed.collect_if_idle()
                 if poll % (polls // 6) == 0:
                     held.append(resident_bytes())
             snapshot = screen.snapshot

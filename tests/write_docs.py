@@ -22,7 +22,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import external_runs, guide_claims, memory_tables, scaling_table, wanted_cards
+from benchmarks import (
+    cookbook,
+    external_runs,
+    guide_claims,
+    memory_tables,
+    published_outcomes,
+    scaling_table,
+    wanted_cards,
+)
 from launcher import cli
 from planner.commands.knobs import default_of_option
 from planner.commands.program import guarded
@@ -32,6 +40,7 @@ from planner.setup.card_limits import BFLOAT16, CARD_LIMITS, CardLimit
 from planner.setup.cuda_allocator import EXPANDABLE_SETTING, VARIABLE
 from planner.setup.knob import METHODS, SECTIONS, Knob, plain
 from planner.setup.knobs import KNOBS
+from tests.man_page import man_page
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -43,13 +52,20 @@ SEVERAL_GPUS = ROOT / "docs" / "several-gpus.md"
 CLAIMS = ROOT / "docs" / "claims.md"
 RECORDS = ROOT / "docs" / "records.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+INDEX = ROOT / "docs" / "index.md"
+OTHER_TRAINERS = ROOT / "docs" / "other-trainers.md"
+COOKBOOK = ROOT / "docs" / "cookbook.md"
+MAN = ROOT / "docs" / "man" / "vramwise.1"
 SCHEMAS = {name: ROOT / "docs" / "schema" / f"{name}.json" for name in SCHEMA_NAMES}
+_NO_FOLDER = str(ROOT / "tests" / "no-such-folder")
 PACKAGES = ("planner", "launcher", "vramwise")
 _ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- end of rooms -->\n)", re.DOTALL)
 _EXTERNAL = re.compile(r"(<!-- external runs -->\n).*?(<!-- end of external runs -->\n)", re.DOTALL)
 _SCALING = re.compile(r"(<!-- scaling -->\n).*?(<!-- end of scaling -->\n)", re.DOTALL)
 _CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end of claims -->\n)", re.DOTALL)
 _WANTED = re.compile(r"(<!-- wanted cards -->\n).*?(<!-- end of wanted cards -->\n)", re.DOTALL)
+_COOKBOOK = re.compile(r"(<!-- cookbook -->\n).*?(<!-- end of cookbook -->\n)", re.DOTALL)
+_OUTCOMES = re.compile(r"(<!-- outcomes -->\n).*?(<!-- end of outcomes -->\n)", re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- output: ([^|\n]+?)(?: \| head -(\d+))? -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 _PREAMBLE = "# Commands\n\nThe help of every command. `make docs` writes this file; a test compares it.\n"
 _KNOBS_PREAMBLE = """# Knobs
@@ -73,7 +89,7 @@ def output_of(arguments: Sequence[str]) -> str:
     quiet = {
         "COLUMNS": "80",
         "NO_COLOR": "1",
-        "VRAMWISE_DATA_DIR": str(ROOT / "tests" / "no-such-folder"),
+        "VRAMWISE_DATA_DIR": _NO_FOLDER,
         VARIABLE: EXPANDABLE_SETTING,
     }
     with mock.patch.dict(os.environ, quiet), contextlib.redirect_stdout(io.StringIO()) as out:
@@ -144,8 +160,12 @@ def _conditions(knob: Knob) -> str:
 
 def readme(text: str) -> str:
     """README.md with its quotations as they are now."""
-    printed = _OUTPUT.sub(lambda match: match[1] + _printed(match[2], match[3]) + match[5], text)
-    return memory_tables.written(printed)
+    return memory_tables.written(printed(text))
+
+
+def printed(text: str) -> str:
+    """A page with the outputs that it quotes as they are now."""
+    return _OUTPUT.sub(lambda match: match[1] + _printed(match[2], match[3]) + match[5], text)
 
 
 def _printed(command: str, lines: str | None) -> str:
@@ -196,6 +216,18 @@ def records(text: str) -> str:
     return _WANTED.sub(lambda match: match[1] + wanted_cards.table() + match[2], text)
 
 
+def cards(text: str) -> str:
+    """docs/cookbook.md with the plans for each size of card as they are now."""
+    with mock.patch.dict(os.environ, {VARIABLE: EXPANDABLE_SETTING, "VRAMWISE_DATA_DIR": _NO_FOLDER}):
+        return _COOKBOOK.sub(lambda match: match[1] + cookbook.table() + match[2], text)
+
+
+def outcomes(text: str) -> str:
+    """docs/other-trainers.md with what is said of configs whose outcome is published as it is now."""
+    with mock.patch.dict(os.environ, {VARIABLE: EXPANDABLE_SETTING, "VRAMWISE_DATA_DIR": _NO_FOLDER}):
+        return _OUTCOMES.sub(lambda match: match[1] + published_outcomes.table() + match[2], text)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns 1 when something is out of date."""
     written: dict[Path, Callable[[str], str]] = {
@@ -208,6 +240,10 @@ def main(arguments: Sequence[str]) -> int:
         RECORDS: records,
         ARCHITECTURE: architecture,
         MEMORY: memory_tables.written,
+        INDEX: printed,
+        COOKBOOK: cards,
+        OTHER_TRAINERS: outcomes,
+        MAN: lambda _: man_page(),
         **{path: lambda _, name=name: output_of(["schema", name]) for name, path in SCHEMAS.items()},
     }
     named = {ROOT / page for page in arguments if page != "--check"}

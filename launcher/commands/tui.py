@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from functools import partial
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.commands.runs_folder import add_runs_option, command_for, runs_root
-from planner.base.errors import InputError, VramwiseError
+from planner.base import validate
+from planner.base.errors import InputError, MissingExtraError, VramwiseError
 from planner.base.settings import Session, card_asked_for, keep_session, load_session, load_settings
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "qwen2.5-14b"
 DEFAULT_GPU = "16GB"
+DEFAULT_PORT = 8000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="what a run needs and is not on this machine may be fetched from the Hugging Face Hub",
     )
+    parser.add_argument(
+        "--web", action="store_true", help="show it in a browser of this machine: prints the address to open"
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="N", help=f"with --web: the port to serve on (default: {DEFAULT_PORT})"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +60,12 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InputError: no terminal, or an argument that names nothing.
+        MissingExtraError: a browser is asked for, and what serves it is not installed.
     """
+    if args.port is not None and not args.web:
+        raise InputError("--port is of --web: in a terminal nothing is served")
+    if args.web:
+        return _serve(args)
     # A server that shows Textual applications in a browser names the driver through which it talks to them.
     served = bool(os.environ.get("TEXTUAL_DRIVER"))
     if not (served or (sys.stdin.isatty() and sys.stdout.isatty())):
@@ -68,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     kept = load_settings()
     gpu, display, price = card_asked_for(args.gpu, display=args.display, price_per_hour=None)
     card = first_card(gpu, DEFAULT_GPU, display=display)
-    if args.run is not None and not (args.run / "job.json").is_file():
-        raise InputError(f"{args.run}: not a run folder (no job.json)")
+    _refuse_no_run(args.run)
 
     opened = partial(_opened, args, card.spec.dtype)
     wished = args.model or load_session().model or DEFAULT_MODEL
@@ -101,6 +114,48 @@ def run(args: argparse.Namespace) -> int:
         again = command_for("follow", folder)
         print(f"run {plain(folder.path.name, 100)} goes on: {plain(again)}", file=sys.stderr)
     return app.return_code or 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    """Serve the interface to a browser until Ctrl-C.
+
+    Raises:
+        InputError: the port cannot be taken, or a folder is none of a run.
+        MissingExtraError: what serves it is not installed.
+    """
+    port = validate.integer(
+        "port", DEFAULT_PORT if args.port is None else args.port, minimum=1, maximum=65535
+    )
+    if importlib.util.find_spec("textual_serve") is None:
+        raise MissingExtraError("--web", "textual-serve", "'vramwise[web]'")
+    _refuse_no_run(args.run)
+    from launcher.web.server import command_line, serve
+
+    def opened(address: str) -> None:
+        print(f"open {address}\nCtrl-C ends it; runs go on", flush=True)
+
+    serve(command_line(_words(args)), port=port, opened=opened)
+    return 0
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """The arguments that the interface itself takes, for another process."""
+    named = {
+        "model": args.model,
+        "gpu": args.gpu,
+        "data": args.data or None,
+        "runs": args.runs,
+        "run": args.run,
+    }
+    words = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
+    return words + [
+        f"--{name.replace('_', '-')}" for name in ("display", "allow_download") if vars(args)[name]
+    ]
+
+
+def _refuse_no_run(path: Path | None) -> None:
+    if path is not None and not (path / "job.json").is_file():
+        raise InputError(f"{path}: not a run folder (no job.json)")
 
 
 def _opened(args: argparse.Namespace, dtype: str) -> tuple[ModelSpec, TrainingSetup]:

@@ -99,7 +99,9 @@ def _quantized_bytes(skeleton: Skeleton) -> int:
     assert config is not None
     constant = ABSMAX_WIDTH
     element = 0.5 + constant / QUANTIZATION_BLOCK
-    if config.bnb_4bit_use_double_quant:
+    if config.load_in_8bit:
+        element = 1.0
+    elif config.bnb_4bit_use_double_quant:
         element = 0.5 + (1 + constant / NESTED_BLOCK) / QUANTIZATION_BLOCK
     total = 0.0
     for group in skeleton.groups:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
+from launcher.training.loading.eight_bits import keep_no_inputs
 from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
@@ -83,7 +84,7 @@ def torch_dtype(setup: TrainingSetup) -> torch.dtype:
 
 
 def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
-    """bitsandbytes' 4-bit configuration for qlora, else None.
+    """bitsandbytes' configuration for qlora, of 4 bits or 8, else None.
 
     The compute dtype is the load dtype: another one makes bitsandbytes cast each dequantised weight.
     """
@@ -92,6 +93,8 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
     import torch
     from transformers import BitsAndBytesConfig
 
+    if setup.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=setup.bnb_4bit_quant_type,
@@ -121,7 +124,7 @@ def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> L
         use_rslora=setup.use_rslora,
         use_dora=setup.use_dora,
         bias="none",
-        init_lora_weights=True,
+        init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
         task_type="CAUSAL_LM",
         exclude_modules=_linear_routers(model) or None,
     )
@@ -174,6 +177,8 @@ def load_model(
 
     if setup.experts == "4bit":
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
+    if setup.load_in_8bit:
+        keep_no_inputs()
     chosen: dict[str, Any] = {"quantization_config": quantization_config(setup)}
     checkpoint = stored_in(source, allow_download=allow_download)
     if checkpoint is not None:
@@ -273,15 +278,6 @@ def build_trainer(
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
-    if setup.base_matmul != "bf16":
-        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
-    if setup.compile == "regional":
-        from launcher.training.compilation import compile_decoder_layers
-
-        compiled = compile_decoder_layers(
-            trainer.model, activation_memory_budget=setup.activation_memory_budget
-        )
-        trainer.add_callback(compiled)
     return trainer
 
 
@@ -306,11 +302,21 @@ def use_card(setup: TrainingSetup) -> None:
 
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     """What no argument of the trainer sets."""
+    trainer.loraplus_lr_ratio = setup.loraplus_lr_ratio
     if setup.distributed == "ddp":
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)
+    if setup.base_matmul != "bf16":
+        trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
+    if setup.compile == "regional":
+        from launcher.training.compilation import compile_decoder_layers
+
+        compiled = compile_decoder_layers(
+            trainer.model, activation_memory_budget=setup.activation_memory_budget
+        )
+        trainer.add_callback(compiled)
 
 
 def _prepared(model: PreTrainedModel, setup: TrainingSetup) -> PreTrainedModel:

@@ -52,6 +52,9 @@ class LaunchedTrainer(RankedTrainer):
 
     left_in_16bit: tuple[str, ...] = ()
     """Layers without the 8-bit products that the setup asks for: no such product takes their shape."""
+    optimizer: Any
+    loraplus_lr_ratio: float | None = None
+    """How many times lora_A's rate lora_B learns with, null for one rate (https://arxiv.org/abs/2402.12354)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +63,25 @@ class LaunchedTrainer(RankedTrainer):
         self._random_states = RandomStates()
         self._staged: Path | None = None
         self._updates_from = -1  # the step whose weights an update has begun to change
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, with PEFT's groups of rates where there are two."""
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            found: torch.optim.Optimizer = super().create_optimizer(model)
+            return found
+        from peft.optimizers import create_loraplus_optimizer
+
+        trained: Any = self.model if model is None else model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        made: torch.optim.Optimizer = create_loraplus_optimizer(
+            trained,
+            kind,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        self.optimizer = made
+        return made
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Save checkpoints by a saver of the run from here on."""
@@ -177,12 +199,14 @@ class QuietHeap(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Freeze what is alive."""
+        self._thaws = gc.get_freeze_count() == 0
         gc.collect()
         gc.freeze()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Let it be collected again."""
-        gc.unfreeze()
+        """Let it be collected again, but where libraries were frozen before: those are there to stay."""
+        if self._thaws:
+            gc.unfreeze()
 
 
 @dataclass(slots=True)

@@ -266,6 +266,7 @@ def _equip(
 ) -> None:
     """Have the longest micro-batch go first, trackers told, and what is done said from here on."""
     from launcher.training.heart import HeartbeatCallback
+    from launcher.training.products.agreement import check_layers
     from launcher.training.rehearsal import Rehearsal
 
     trainer.tell = functools.partial(_warn, writer)
@@ -276,16 +277,7 @@ def _equip(
             trainer.add_callback(callback)
     compiles = job.setup.compile != "none"
     tell = functools.partial(stages.enter, "rehearsing")
-    if trainer.left_in_16bit:
-        names = ", ".join(trainer.left_in_16bit[:3])
-        trainer.tell(
-            f"{len(trainer.left_in_16bit)} linear layers keep 16-bit products, 8-bit ones take sizes "
-            f"in multiples of 16: {names}"
-        )
-    if compiles and not trainer.shards:
-        from launcher.training.products.agreement import LayerCheck
-
-        trainer.add_callback(LayerCheck(trainer, job.setup.base_matmul, trainer.tell))
+    check_layers(trainer, job.setup, functools.partial(stages.enter, "compiling"))
     trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
     trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
     # The rehearsal is the first to run the layers, and so to compile them.

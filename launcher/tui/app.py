@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from textual import on, work
+from textual import events, on, work
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.message import Message
@@ -20,7 +21,11 @@ from launcher.runs.job import model_source
 from launcher.runs.report.facts import plan_or_none
 from launcher.runs.training_job import TrainingJob
 from launcher.tui import runs, starting
+from launcher.tui.breakpoints import HEIGHTS, WIDTHS
 from launcher.tui.cards import Card, card_of
+from launcher.tui.pauses import collect_idle
+from launcher.tui.screens.accuracy import AccuracyScreen
+from launcher.tui.screens.calibrate import CalibrateScreen
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.help import Help
 from launcher.tui.screens.reading import Opening, Reading
@@ -38,6 +43,9 @@ from planner.base.settings import change_setting, settings_path
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
 
+COLLECT_SECONDS, IDLE_SECONDS = 60.0, 2.0
+"""How often what is not needed is collected, and how long nothing was pressed before."""
+
 
 class VramwiseApp(App[None]):
     """Sizing first, with a run over it when a run folder is given.
@@ -52,17 +60,8 @@ class VramwiseApp(App[None]):
 
     TITLE = "vramwise"
     CSS_PATH = "app.tcss"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
-        (0, "-narrow"),
-        (76, "-normal"),
-        (118, "-wide"),
-    ]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [  # type: ignore[misc]
-        (0, "-tiny"),
-        (16, "-short"),
-        (30, "-tall"),
-        (40, "-high"),
-    ]
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = WIDTHS  # type: ignore[misc]
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = HEIGHTS  # type: ignore[misc]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("question_mark", "help", "Help", id="app.help", tooltip="Keys, and where numbers are from"),
         Binding("ctrl+q", "quit", "Quit", id="app.quit", priority=True, tooltip="Leave; runs go on"),
@@ -143,6 +142,7 @@ class VramwiseApp(App[None]):
         self._data = data
         self.allow_download = allow_download
         self._started: list[starting.Started] = []
+        self._touched = time.monotonic()
         self._followed: dict[Path, RunFolder] = {} if run is None else {run.path: run}
 
     def get_css_variables(self) -> dict[str, str]:
@@ -156,10 +156,22 @@ class VramwiseApp(App[None]):
         if self._keeps:
             self.theme_changed_signal.subscribe(self, lambda theme: self.keep_settings({"theme": theme.name}))
         self._handle_signals()
+        self.set_interval(COLLECT_SECONDS, self.collect_if_idle)
         if self._first is not None:
             self._open(self._first)
         elif self._opening is not None:
             self.push_screen(Reading(self._opening), self._opened)
+
+    async def on_event(self, event: events.Event) -> None:
+        """Note when a key or the mouse was used."""
+        if isinstance(event, events.InputEvent):
+            self._touched = time.monotonic()
+        await super().on_event(event)
+
+    def collect_if_idle(self) -> None:
+        """Collect what is not needed any more, unless somebody is at work."""
+        if time.monotonic() - self._touched > IDLE_SECONDS:
+            collect_idle()
 
     def _opened(self, found: tuple[ModelSpec, TrainingSetup] | str | None) -> None:
         """Go on with the model that was described; without one there is nothing to show."""
@@ -301,6 +313,14 @@ class VramwiseApp(App[None]):
     def action_open_run(self) -> None:
         """Show the runs."""
         self.push_screen(RunsScreen(self._runs_root))
+
+    def action_accuracy(self) -> None:
+        """Show predicted beside measured of the person's own runs."""
+        self.push_screen(AccuracyScreen(self._runs_root))
+
+    def action_calibrate(self) -> None:
+        """Ask for minutes, then measure this GPU."""
+        self.push_screen(CalibrateScreen())
 
     def follow_path(self, path: str) -> None:
         """Show a run by the path of its folder."""

@@ -15,9 +15,20 @@ def shorten_pauses() -> None:
     """Leave what is loaded out of later collections, and go through the rest seldom.
 
     A full collection looks at 100,000 objects and more, widgets and estimates, and stops all threads for 50
-    to 100 ms (measured; docs.python.org/3/library/gc.html#gc.freeze). What stays for want of one is little:
-    cycles of closed screens.
+    to 100 ms (measured; docs.python.org/3/library/gc.html#gc.freeze). What stays for want of one is little,
+    cycles of closed screens, but that of a run that is followed for hours is not: collect_idle.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 10, FULL_AFTER)
+
+
+def collect_idle() -> None:
+    """Collect all once, and leave what stays out of later collections: for a moment without keys.
+
+    Each poll of a run leaves a cycle of a worker, its task and its context (textual/worker.py), 6 KiB: 90 MB
+    an hour. Since the last call few objects were made, so that this takes 10 ms, at first 60 to 120.
+    """
+    if gc.get_threshold()[2] == FULL_AFTER:
+        gc.collect()
+        gc.freeze()

@@ -30,7 +30,7 @@ from planner.setup.run import TrainingRun
 LOG_LINES = 2000
 LOG_BYTES = 2**18
 """Of the trainer's output, what is read and searched."""
-CATCH_UP_SECONDS = 0.8
+CATCH_UP_SECONDS = 1.0
 """Of a long file that is thinned, slices are read for so long before a snapshot is shown."""
 
 
@@ -136,14 +136,16 @@ class RunFollower:
         alive = is_alive(self.folder)
         self._read_job()
         until = time.monotonic() + CATCH_UP_SECONDS
-        while True:
-            self._read_slices()
-            tails = self._events, self._samples
-            if not any(one.thinning for one in tails) or time.monotonic() > until:
-                break
+        self._read_events()
+        self._read_samples()
+        while (self._events.thinning or self._samples.thinning) and time.monotonic() < until:
+            if self._events.thinning:
+                self._read_events()
+            if self._samples.thinning:
+                self._read_samples()
         return self._snapshot(alive, self.clock())
 
-    def _read_slices(self) -> None:
+    def _read_events(self) -> None:
         before = self._events.left_out
         lines = self._events.read_new()
         if self._events.tail.restarted:
@@ -154,7 +156,9 @@ class RunFollower:
         now = self.clock()
         for line in lines:
             self._take(from_line(line), now)
-        samples = self._samples.read_new()
+
+    def _read_samples(self) -> None:
+        samples, now = self._samples.read_new(), self.clock()
         # A minute of samples means little once most are left out.
         asked = not self._samples.thinning
         for line in samples:

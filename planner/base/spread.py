@@ -1,4 +1,4 @@
-"""spread: pieces of work that do not need each other, shared out among processes, their results in order."""
+"""Work shared out among processes: pieces that do not need each other, or one beside another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NoReturn, TypeVar
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar, cast
 
 from planner.base.errors import VramwiseError
 
@@ -43,9 +44,7 @@ def spread(work: Callable[[int], T], pieces: int, processes: int) -> Generator[T
     if processes <= 1:
         yield from map(work, range(pieces))
         return
-    # What is written so far must not be written by each process once more.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     workers: list[_Worker] = []
     try:
         for _ in range(processes):
@@ -54,6 +53,39 @@ def spread(work: Callable[[int], T], pieces: int, processes: int) -> Generator[T
     finally:
         for worker in workers:
             worker.end()
+
+
+@contextmanager
+def beside(work: Callable[[], T], processes: int) -> Iterator[Callable[[], T]]:
+    """What gives the result of `work`, which another process begins with at once; with no more than one of
+    `processes` this one works it out when it is asked for.
+
+    Raises:
+        VramwiseError: when it is asked for: what the work raised, or the process ended before it was done.
+    """
+    if processes <= 1:
+        yield work
+        return
+    _flush()
+    worker = _Worker(lambda _: work(), [])
+
+    def result() -> T:
+        _, failed, found = worker.take()
+        if failed:
+            raise found
+        return cast("T", found)
+
+    try:
+        worker.give(0)
+        yield result
+    finally:
+        worker.end()
+
+
+def _flush() -> None:
+    """Write what is to be written, which each process would write once more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _in_order(workers: list[_Worker], pieces: int) -> Iterator[Any]:

@@ -22,7 +22,13 @@ def add_knobs(parser: argparse.ArgumentParser, knobs: tuple[Knob, ...] = KNOBS) 
             group.add_argument(flag, dest=name, action=SwitchOnce, default=None, help=shown)
         elif knob.kind == "choice":
             group.add_argument(
-                flag, dest=name, action=StoreOnce, choices=knob.choices, help=shown, metavar="NAME"
+                flag,
+                dest=name,
+                action=StoreOnce,
+                type=partial(_word, knob),
+                choices=knob.choices,
+                help=shown,
+                metavar="NAME",
             )
         else:
             kind: Any = {"int": whole_number, "float": real_number, "names": partial(_names, knob)}[knob.kind]
@@ -54,6 +60,11 @@ def _worded(value: KnobValue) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return plain(value)
+
+
+def _word(knob: Knob, text: str) -> str:
+    knob.refuse(text)
+    return text
 
 
 def _names(knob: Knob, text: str) -> str | tuple[str, ...]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError
 from planner.base.settings import card_asked_for
+from planner.base.spread import usable_processes
 from planner.commands.knobs import add_knobs, given_knobs
 from planner.commands.program import StoreOnce, real_number, say, whole_number
 from planner.setup.request import PlanRequest
-from planner.trainers.names import TRAINER_NAMES
+from planner.trainers.names import JOB_SERVICES, TRAINER_NAMES
 
 if TYPE_CHECKING:
     from planner.data.lengths import DatasetStats
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=StoreOnce,
         type=Path,
         metavar="FILE",
-        help="save the plan, for train --plan: the JSON of --json; with --for a folder for the config",
+        help="save the plan, for train --plan: the JSON of --json; with --for or --job a folder",
     )
     parser.add_argument(
         "--for",
@@ -40,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TRAINER_NAMES,
         metavar="TRAINER",
         help=f"plan for another trainer, and write its config into -o DIR: {', '.join(TRAINER_NAMES)}",
+    )
+    parser.add_argument(
+        "--job",
+        action=StoreOnce,
+        choices=JOB_SERVICES,
+        metavar="SERVICE",
+        help="write the plan and a job that rents the card and trains it, into -o DIR: sky, dstack",
     )
     parser.add_argument(
         "--from",
@@ -156,7 +164,8 @@ def plan_from(args: argparse.Namespace) -> Plan:
         allow_network=args.allow_download,
         inspector=getattr(args, "inspector", None),
         longest=args.longest,
-        whole=args.full or args.explain or args.json or args.output is not None,
+        whole=args.full or args.explain or args.json or (args.output is not None and args.job is None),
+        processes=usable_processes(),
     )
 
 
@@ -183,6 +192,8 @@ def _plan_for_trainer(args: argparse.Namespace, request: PlanRequest, stats: Dat
     trainer = TRAINERS[args.trainer]
     if args.output is None:
         raise InputError("plan --for writes a config: name the folder for it with -o DIR")
+    if args.job is not None:
+        raise InputError("--for and --job exclude each other: a job runs vramwise train")
     refuse_for(trainer, request)
     return plan_for(
         trainer,
@@ -206,6 +217,17 @@ def _write_for_trainer(plan: Plan, name: str, folder: Path) -> None:
         say(f"written: {path}")
     say(f"install {trainer.title}: {trainer.install}")
     say(f"start it there: {start_of(trainer, plan.setup)}")
+
+
+def _write_job(plan: Plan, service: str, folder: Path | None) -> None:
+    """Write the plan with a job that rents its card, and say how to start it."""
+    from planner.jobs.written import start_of, write_job
+
+    if folder is None:
+        raise InputError("plan --job writes files: name the folder for them with -o DIR")
+    for path in write_job(plan, service, folder.expanduser()):
+        say(f"written: {path}")
+    say(f"start it there: {start_of(service)}")
 
 
 def _as_json(plan: Plan) -> str:
@@ -235,6 +257,8 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_from(args)
     if args.trainer is not None:
         _write_for_trainer(plan, args.trainer, args.output.expanduser())
+    elif args.job is not None:
+        _write_job(plan, args.job, args.output)
     elif args.output is not None:
         _save(plan, args.output.expanduser())
     if args.json:

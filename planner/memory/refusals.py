@@ -72,6 +72,9 @@ def _accept(run: RunKind) -> None:
     _refuse_on_experts(run)
     if model.checkpoint is not None:
         _refuse_of_checkpoint(run, model.checkpoint)
+    if setup.load_in_8bit and setup.dtype == "float16":
+        # Inputs are in float16 already then, and what is counted for their casts is not asked for.
+        raise NotModelledError("load_in_8bit=true with dtype", setup.dtype)
     if model.is_traced:
         _refuse_traced(run)
     if setup.kernels == "liger":
@@ -194,6 +197,7 @@ def _refuse_compiled(run: RunKind) -> None:
         ("kernels", "none"),
         ("use_dora", False),
         ("prepare_for_kbit_training", False),
+        ("load_in_8bit", False),
     ):
         if getattr(setup, name) != measured:
             raise NotModelledError(f"compile=regional with {name}", getattr(setup, name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from planner.base.values import dataclass
 from planner.memory.breakdown import Component, PhaseMemory
@@ -90,7 +90,7 @@ def _text(name: str, title: str, origin: str) -> ComponentText:
 
 
 COMPONENTS = (
-    _text("weights_4bit", "weights in 4 bits", "half a byte for each quantised weight"),
+    _text("weights_4bit", "weights in {held} bits", "{share} for each quantised weight"),
     _text(
         "weights_unquantized",
         "weights kept in {bits} bits",
@@ -99,7 +99,7 @@ COMPONENTS = (
     _text(
         "quantization_constants",
         "quantisation constants",
-        "bitsandbytes: one constant per 64 weights, themselves quantised with double quantisation",
+        "bitsandbytes: {constants}",
     ),
     _text("adapter", "adapter", "rank x (inputs + outputs) of each target module"),
     _text("gradients", "gradients", "in the trained parameters' dtype, alive at the peak"),
@@ -172,6 +172,7 @@ def components(
     texts = _component_texts(
         () if run.parallelism.is_single else (None, run.parallelism.strategy),
         run.storage.width * 8,
+        run.storage.bits,
         run.setup.optim,
         run.stack.head_words,
         "torch's allocator replayed" if replayed else "measured",
@@ -185,14 +186,34 @@ def components(
     )
 
 
+def _of_storage(held: int) -> dict[str, object]:
+    """What is said of weights that are quantised to so many bits."""
+    four = "one constant per 64 weights, themselves quantised with double quantisation"
+    share, constants = ("half a byte", four) if held == 4 else ("a byte", "one constant for each output")
+    return {"held": held, "share": share, "constants": constants}
+
+
 @lru_cache(maxsize=512)
 def _component_texts(
-    shared: tuple[str | None, ...], bits: int, optim: str, head: str, reserve: str, coefficients: str
+    shared: tuple[str | None, ...],
+    bits: int,
+    held: int,
+    optim: str,
+    head: str,
+    reserve: str,
+    coefficients: str,
 ) -> tuple[ComponentText, ...]:
     """Those of COMPONENTS that a run has, with its words; of OF_SEVERAL it has those of `shared` ways."""
-    fill = partial(str.format, bits=bits, optim=optim, head=head, reserve=reserve, coefficients=coefficients)
+    words: dict[str, object] = {
+        "bits": bits,
+        "optim": optim,
+        "head": head,
+        "reserve": reserve,
+        "coefficients": coefficients,
+    }
+    words |= _of_storage(held)
     return tuple(
-        _text(row.name, fill(row.title), fill(row.origin))
+        _text(row.name, row.title.format(**words), row.origin.format(**words))
         for row in COMPONENTS
         if row.name not in OF_SEVERAL or OF_SEVERAL[row.name] in shared
     )

@@ -85,8 +85,10 @@ def read_quantisation(config: Mapping[str, Any], name: str, *, instead: str) -> 
         raise InputError(f"{name} describes weights quantised by {called or shorten(method)}: {instead}")
     if (four, eight) not in ((True, False), (False, True)):
         raise InputError(f"{name} describes bitsandbytes weights in neither 4 nor 8 bits")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    plain = dtype if dtype in DTYPE_WIDTH else None
     if eight:
-        raise InputError(f"{name} describes bitsandbytes weights in 8 bits, which are not trained: {instead}")
+        return _eight(found, name, dtype=plain)
     quant_type = found.get("bnb_4bit_quant_type", "fp4")
     double = found.get("bnb_4bit_use_double_quant", False)
     stored_as = found.get("bnb_4bit_quant_storage", "uint8")
@@ -96,14 +98,24 @@ def read_quantisation(config: Mapping[str, Any], name: str, *, instead: str) -> 
     if stored_as not in STORAGE_TYPES:
         expected = ", ".join(STORAGE_TYPES)
         raise InputError(f"{name}: bnb_4bit_quant_storage is {shorten(stored_as)}; expected {expected}")
-    dtype = config.get("dtype") or config.get("torch_dtype")
     return Checkpoint(
         bits=4,
         quant_type=quant_type,
         double_quant=double,
-        dtype=dtype if dtype in DTYPE_WIDTH else None,
+        dtype=plain,
         kept=_kept(found, name),
     )
+
+
+def _eight(found: Mapping[str, Any], name: str, *, dtype: str | None) -> Checkpoint:
+    threshold = found.get("llm_int8_threshold", 6.0)
+    whole = found.get("llm_int8_has_fp16_weight", False)
+    if whole is not False or not isinstance(threshold, int | float) or threshold <= 0:
+        raise InputError(
+            f"{name}: llm_int8_threshold is {shorten(threshold)}, llm_int8_has_fp16_weight {shorten(whole)}; "
+            "expected a number above 0, false"
+        )
+    return Checkpoint(bits=8, quant_type=None, double_quant=False, dtype=dtype, kept=_kept(found, name))
 
 
 def _kept(found: Mapping[str, Any], name: str) -> tuple[str, ...] | None:

@@ -91,7 +91,9 @@ def _stored_bytes(spec: ModelSpec, checkpoint: Checkpoint) -> int:
         four = parameter.module_class in QUANTIZED_CLASSES and parameter.kind == "weight"
         if four and not parameter.kept and not parameter.is_output_head:
             size = parameter.elements // 2 + parameter.elements // 64 * constants
+            if checkpoint.bits == 8:
+                size = parameter.elements + 4 * parameter.shape[0]
         else:
-            size = 2 * parameter.elements
+            size = checkpoint.plain_width * parameter.elements
         total += size * parameter.count
     return total

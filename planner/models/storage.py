@@ -37,15 +37,16 @@ three quarters of what 8-bit products add to the loss at once come from there (d
 class Storage:
     """How base weights are held.
 
-    `quantized` says that bitsandbytes holds what it can in 4 bits, with constants that `double_quant`
-    quantises again; `width` is the bytes of an element that stays as it is, and of a dequantised one.
-    `experts` says that the launcher holds stacks of experts in 4 bits too
+    `quantized` says that bitsandbytes holds what it can in `bits`: in 4 with constants that `double_quant`
+    quantises again, in 8 with one for each output. `width` is the bytes of an element that stays as it is,
+    and of a dequantised one. `experts` says that the launcher holds stacks of experts in 4 bits too
     (launcher/training/loading/quantised_experts.py). `stored` is the width of what stays as it is in a file
     whose weights are quantised already, null where they are quantised while they are loaded; it is `recast`
     after loading where the file has another dtype.
     """
 
     quantized: bool
+    bits: int = 4
     double_quant: bool
     width: int
     experts: bool = False
@@ -53,7 +54,7 @@ class Storage:
     recast: bool = False
 
     def quantizes(self, parameter: Parameter) -> bool:
-        """Whether the parameter is held in 4 bits."""
+        """Whether the parameter is held in 4 bits, or in 8."""
         return self.quantized and (is_quantizable(parameter) or (self.experts and is_expert_stack(parameter)))
 
 

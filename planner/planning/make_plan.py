@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from planner.answers.plan import Alternative, FrontierPoint, Plan, PlannedModel, WayFigures
+from planner.base.spread import beside
 from planner.data.lengths import DatasetStats
 from planner.gpus.spec import GpuSpec
 from planner.gpus.target import GpuTarget, resolve_gpu
@@ -46,6 +48,7 @@ def make_plan(
     longest: bool = False,
     whole: bool = True,
     stack: Stack = TRL,
+    processes: int = 1,
 ) -> Plan:
     """Choose the fastest setup that fits and say what it needs.
 
@@ -57,6 +60,7 @@ def make_plan(
     is to be used than it has, or one that is known already. With `longest` the plan says how long sequences
     may be, which takes as long as choosing does. Not `whole`, it has what the short page shows: what is said
     of other methods, ranks and cards takes a search each. `stack` is the trainer that memory is counted for.
+    With several `processes` (planner.base.spread) the longest sequences are looked for beside the rest.
 
     Raises:
         InputError: model, GPU, data or knobs are not usable.
@@ -70,14 +74,19 @@ def make_plan(
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
     asked = Asked(request, with_processes(request, target), model, stats, runs=Runs(model, stack))
+    if not longest:
+        return _as_asked(asked, whole=whole)
+    look = partial(longest_context, request, target, asked.evaluator)
+    with beside(look, processes) as found:
+        return replace(_as_asked(asked, whole=whole), longest=found())
+
+
+def _as_asked(asked: Asked, *, whole: bool) -> Plan:
+    """The plan without the longest sequences."""
     plan = _plan(asked)
     if whole:
-        plan = _with_all_around(asked, plan)
-    elif not plan.fits:
-        plan = replace(plan, advice=advice(asked, most=SHOWN_ADVICE))
-    if longest:
-        plan = replace(plan, longest=longest_context(request, target, asked.evaluator))
-    return plan
+        return _with_all_around(asked, plan)
+    return plan if plan.fits else replace(plan, advice=advice(asked, most=SHOWN_ADVICE))
 
 
 def _plan(asked: Asked) -> Plan:

@@ -148,7 +148,9 @@ def _free_savings(asked: Asked, setup: TrainingSetup) -> Iterator[Change]:
     dtype = asked.target.spec.dtype
     if setup.dtype == "float32":
         yield change(f"{dtype} instead of float32", "what most people train in", dtype=dtype)
-    if setup.method == "qlora" and not setup.bnb_4bit_use_double_quant:
+    if setup.load_in_8bit and asked.model.checkpoint is None:
+        yield change("a base in 4 bits instead of 8", "QLoRA's own", load_in_8bit=False)
+    elif setup.method == "qlora" and not (setup.load_in_8bit or setup.bnb_4bit_use_double_quant):
         yield change("double quantisation", "no loss known", bnb_4bit_use_double_quant=True)
     if setup.optim not in MEMORY_SAVING_OPTIMIZERS:
         yield change(f"{OPTIM} instead of {setup.optim}", "states of 8 bits", optim=OPTIM)

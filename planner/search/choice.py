@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.base.values import dataclass
 from planner.search.evaluator import Candidate, Evaluator
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput import compile_seconds
 
 # Forecasts closer than this are a tie, which the setup with less memory wins.
@@ -49,16 +50,20 @@ def finish_seconds(candidate: Candidate, tokens: int) -> float | None:
 
 def fastest(fitting: list[Tried], tokens: int) -> Tried | None:
     """The first to be done; within a tie one that offloads nothing, of the least memory. Without forecasts,
-    the largest micro-batch.
+    the largest micro-batch that needs no offloading, else the largest.
     """
     if not fitting:
         return None
     times = [finish_seconds(one.candidate, tokens) for one in fitting]
     known = [seconds for seconds in times if seconds is not None]
     if len(known) < len(times):
-        return max(fitting, key=lambda one: one.candidate.setup.per_device_train_batch_size)
+        return max(fitting, key=lambda one: _unforecast(one.candidate.setup))
     best = min(known)
     tied = [one for one, seconds in zip(fitting, known, strict=True) if seconds <= best * (1 + SPEED_TIE)]
     return min(
         tied, key=lambda one: (one.candidate.setup.activation_offloading, one.candidate.peak_upper_bytes)
     )
+
+
+def _unforecast(setup: TrainingSetup) -> tuple[bool, int]:
+    return not setup.activation_offloading, setup.per_device_train_batch_size

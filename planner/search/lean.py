@@ -26,6 +26,9 @@ CLEARLY_FITS = 0.9
 fits: replayed, of 1,420 leanest setups (every model of the catalog at 512 tokens, all methods on one card,
 QLoRA on two more) none needed more than 1.8% more."""
 
+FURTHER = 512
+"""Tokens beyond the longest sequences at which nothing fits either."""
+
 
 def leanest(
     base: TrainingSetup, evaluator: Evaluator, *, effective_batch_size: int, fixed: Mapping[str, Any]
@@ -123,4 +126,12 @@ def longest_that_fits(
             evaluator, setups[index], start=best or start_length, limit=limit, confirm=True
         )
         best = found if best is None else max(best, found or 0)
+    # Memory does not rise with every step: blocks may fit better at a longer one.
+    while best is not None and best + FURTHER <= limit:
+        worth = [setups[index] for guess, index in guesses if guess >= WORTH_A_REPLAY * best]
+        further = [one.replace(max_length=best + FURTHER) for one in worth or setups]
+        longer = next((one for one in further if evaluator.decide(one)), None)
+        if longer is None:
+            break
+        best = longest_length(evaluator, longer, start=longer.max_length, limit=limit, confirm=True)
     return best

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal
 
 from planner.base import validate
-from planner.base.errors import FieldError
+from planner.base.errors import FieldError, InputError
 from planner.base.values import dataclass
 
 Kind = Literal["choice", "int", "float", "bool", "names"]
@@ -86,7 +86,8 @@ class Knob:
     """One key of TrainingSetup, named as TRL, PEFT and bitsandbytes name it.
 
     `help` says in a few words what it is. `choices` are what a choice accepts, and the words that names
-    accept in place of a list; `bounds` the smallest and the largest number. Null is accepted where `null`
+    accept in place of a list; `refused` are words that people know and that cannot work, each with why and
+    with which release; `bounds` the smallest and the largest number. Null is accepted where `null`
     says what it stands for. A knob without default is `required`.
 
     `methods` are those that use it. For the others a value that is not the default is refused, or `kept` for
@@ -108,6 +109,7 @@ class Knob:
     required: bool = False
     null: str = ""
     choices: tuple[str, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
     bounds: tuple[float, float] | None = None
     methods: tuple[str, ...] = METHODS
     kept: bool = False
@@ -148,6 +150,16 @@ class Knob:
         if self.form is not None:
             return self.form.label
         return self.name.replace("_", " ") if self.line is None else self.line.label
+
+    def refuse(self, value: object) -> None:
+        """Refuse a word that cannot work, by why.
+
+        Raises:
+            InputError: it is one.
+        """
+        for word, why in self.refused:
+            if value == word:
+                raise InputError(f"{self.name} {word}: {why}")
 
     def in_words(self, value: object) -> str:
         """The knob at a value, in a few words."""
@@ -191,8 +203,14 @@ def _check(knob: Knob) -> Check:
     if knob.kind == "bool":
         return partial(validate.boolean, name)
     if knob.kind == "choice":
-        return partial(validate.choice, name, accepted=knob.choices)
+        accept = partial(validate.choice, name, accepted=knob.choices)
+        return partial(_choice, knob, accept) if knob.refused else accept
     return partial(_names, name, knob.choices)
+
+
+def _choice(knob: Knob, accept: Check, value: object) -> None:
+    knob.refuse(value)
+    accept(value)
 
 
 def _names(name: str, words: tuple[str, ...], value: object) -> None:

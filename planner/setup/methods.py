@@ -30,7 +30,9 @@ def experts_held(setup: TrainingSetup, model: ModelSpec) -> str:
     it, else what the knob is by default.
     """
     held = next(knob for knob in KNOBS if knob.name == "experts")
-    allowed = all(getattr(setup, need.other) != need.other_than for need in held.needs)
+    allowed = not setup.load_in_8bit and all(
+        getattr(setup, need.other) != need.other_than for need in held.needs
+    )
     # A checkpoint that is quantised already was made by bitsandbytes, which leaves experts in 16 bits.
     has_experts = model.checkpoint is None and any(layer.experts for layer in model.layers)
     return "4bit" if has_experts and allowed and setup.method in held.methods else str(held.default)
@@ -61,8 +63,10 @@ def as_stored_request(request: PlanRequest, model: ModelSpec) -> PlanRequest:
 
 def stored_knobs(checkpoint: Checkpoint) -> dict[str, KnobValue]:
     """Knobs that a quantised checkpoint decides, at its values."""
-    assert checkpoint.quant_type is not None
+    if checkpoint.quant_type is None:
+        return {"load_in_8bit": True}
     return {
+        "load_in_8bit": False,
         "bnb_4bit_quant_type": checkpoint.quant_type,
         "bnb_4bit_use_double_quant": checkpoint.double_quant,
     }

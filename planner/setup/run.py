@@ -92,6 +92,7 @@ class RunKind:
         checkpoint = self.model.checkpoint
         return Storage(
             quantized=self.setup.method == "qlora",
+            bits=8 if self.setup.load_in_8bit else 4,
             double_quant=self.setup.bnb_4bit_use_double_quant,
             width=DTYPE_WIDTH[self.setup.dtype],
             experts=self.setup.experts == "4bit",

@@ -24,6 +24,35 @@ _LORA = ("qlora", "lora")
 _POWERS = tuple(2**k for k in range(11))
 _LENGTHS = tuple(sorted({2**k for k in range(7, 21)} | {3 * 2**k for k in range(7, 19)}))
 
+_STAND_STILL = (
+    "its values start at 1, and TRL 1.16 holds them in bfloat16 on a quantised base, where 1 and a step of "
+    "1e-3 is 1: nothing moves (findings/bf16-ia3-stands-still.sh); use qlora or lora"
+)
+_REFUSED_METHODS = (("ia3", _STAND_STILL), ("ln_tuning", _STAND_STILL))
+_REWRITES = "and on 16 it rewrites the base that a merge and servers read"
+_REFUSED_INITS = (
+    ("pissa", f"PEFT 0.21.2 raises TypeError on weights in 4 or 8 bits, {_REWRITES}"),
+    ("corda", f"PEFT 0.21.2 raises TypeError on weights in 4 or 8 bits, {_REWRITES}"),
+    (
+        "orthogonal",
+        "PEFT 0.21.2 raises RuntimeError on weights in 4 bits, whose shape is that of their bytes",
+    ),
+    (
+        "loftq",
+        "PEFT 0.21.2 makes its own 4 bits of a 16-bit base, and has none on a base that is in 4 already",
+    ),
+    (
+        "olora",
+        "PEFT 0.21.2 rewrites the base with it: the adapter would not fit what a merge and servers read",
+    ),
+    ("eva", "PEFT 0.21.2 needs a pass over the data before training for it, which is not run"),
+)
+_PROJECTED = "is for full fine-tuning, and its projections are not counted; with an adapter"
+_REFUSED_OPTIMIZERS = (
+    ("galore_adamw", f"{_PROJECTED} it does nothing (galore-torch 1.0)"),
+    ("apollo_adamw", f"{_PROJECTED} its states are 16 times AdamW's (apollo-torch 1.0.3)"),
+)
+
 TRAINING_KNOBS: tuple[Knob, ...] = (
     Knob(
         name="max_length",
@@ -41,6 +70,7 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         help="how to train",
         default="qlora",
         choices=METHODS,
+        refused=_REFUSED_METHODS,
         unset="{default}",
         counted=Counted(together=True),
         form=Form(
@@ -111,6 +141,31 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         kept=True,
         unset="{default}",
         counted=Counted(),
+    ),
+    Knob(
+        name="load_in_8bit",
+        kind="bool",
+        section="training",
+        help="hold the base in 8 bits instead of 4",
+        default=False,
+        methods=("qlora",),
+        needs=(
+            # AttributeError: 'NoneType' object has no attribute 'unsqueeze' (tuners/lora/dora.py).
+            Need(
+                other="use_dora",
+                other_than=True,
+                told="use_dora false: DoRA fails on weights in 8 bits (PEFT 0.21.2)",
+            ),
+            Need(other="experts", other_than="4bit", told="experts 16bit"),
+            Need(other="prepare_for_kbit_training", other_than=True, told="prepare_for_kbit_training false"),
+            # FSDP2 makes plain parameters of them: "'Parameter' object has no attribute 'CB'".
+            Need(
+                other="distributed",
+                other_than="fsdp",
+                told="one GPU or distributed ddp: sharded, its constants are lost (bitsandbytes 0.50.2)",
+            ),
+        ),
+        counted=WHERE_SET,
     ),
     Knob(
         name="experts",
@@ -229,12 +284,39 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         methods=_LORA,
     ),
     Knob(
+        name="init_lora_weights",
+        kind="choice",
+        section="training",
+        help="how lora_A begins",
+        default="default",
+        choices=("default", "gaussian"),
+        refused=_REFUSED_INITS,
+        methods=_LORA,
+        unset="{default}",
+    ),
+    Knob(
+        name="loraplus_lr_ratio",
+        kind="float",
+        section="training",
+        help="LoRA+: how much faster lora_B learns than lora_A",
+        null="one rate for both",
+        bounds=(1.0, 1000.0),
+        methods=_LORA,
+        needs=(
+            # Its temporaries would be those of one of two groups, which is not counted.
+            Need(other="optim", other_than="adamw_torch", told="another optim, such as adamw_torch_fused"),
+            Need(other="distributed", other_than="fsdp", told="one GPU or distributed ddp"),
+        ),
+        unset="one rate for both",
+    ),
+    Knob(
         name="optim",
         kind="choice",
         section="training",
         help="optimizer",
         default="paged_adamw_8bit",
         choices=OPTIMIZERS,
+        refused=_REFUSED_OPTIMIZERS,
         planned=OPTIM,
         unset=f"{{planned}}; {FASTER_OPTIM} if faster",
         counted=Counted(),

@@ -14,6 +14,11 @@ LEAST_TOLD = 0.01
 METHOD_TITLES = {"qlora": "QLoRA", "lora": "16-bit LoRA", "full": "full fine-tuning"}
 
 
+def method_title(setup: TrainingSetup) -> str:
+    """What people call how a setup trains."""
+    return "8-bit LoRA" if setup.load_in_8bit else METHOD_TITLES[setup.method]
+
+
 def print_methods(out: Console, plan: Plan) -> None:
     """Print what a plan for each method answers, the smallest cards that take it, and what else differs."""
     if len(plan.methods) < 2:

@@ -15,6 +15,7 @@ from rich.console import Console
 from planner.answers.plan import Advice, Plan
 from planner.setup.card_limits import torch_build
 from planner.setup.options import option
+from planner.setup.request import DEFAULT_RANK
 from planner.text.choice import how, what_else
 from planner.text.data import not_trained
 from planner.text.figures import NARROW, bar, bullets, figure, footnote, gib, heading, pairs, rate
@@ -77,14 +78,22 @@ def _setup(plan: Plan) -> Iterator[tuple[str, str]]:
     lines = dict(setup_lines(plan))
     for label in ("method", "adapter"):
         if label in lines:
-            yield label, lines[label]
+            yield label, lines[label] + (_usual_rank(plan) if label == "adapter" else "")
     yield "batch", f"{lines['length']}: {lines['batch']}"
     yield "training", f"{lines['optimizer']}, learning rate {lines['learning rate']}"
     layers = [("checkpointing", lines["checkpointing"]), ("attention", plan.model.attn_implementation)]
     layers += knob_lines(plan.setup)
     yield "layers", ", ".join(f"{label} {value}" for label, value in layers)
+    if "learning" in lines:
+        yield "learning", lines["learning"]
     if plan.data is not None and (lacking := not_trained(plan.data)):
         yield "data", lacking
+
+
+def _usual_rank(plan: Plan) -> str:
+    """That the usual rank does not fit, where a lower one was taken for it."""
+    lower = plan.setup.lora_r < DEFAULT_RANK and "lora_r" not in plan.request.fixed
+    return f" (rank {DEFAULT_RANK} does not fit)" if plan.fits and lower else ""
 
 
 def _memory(out: Console, plan: Plan, shown: int) -> None:
@@ -131,6 +140,8 @@ def _train_command(plan: Plan) -> str:
     ):
         if value is not None:
             words += option(name, value)
+    if request.allow_8bit:
+        words += option("allow_8bit", True)
     data = "FILE" if request.data is None else request.data
     return f"{shlex.join(words)} --data {shlex.quote(data)}"
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from planner.answers.plan import CardAdvice, Longest, Plan
-from planner.text.choice import METHOD_TITLES
+from planner.text.choice import method_title
 from planner.text.figures import gib, rate
 from planner.text.ways import way_sentences
 
@@ -32,7 +32,7 @@ def card_title(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> Text:
     word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
-    method = METHOD_TITLES[plan.setup.method]
+    method = method_title(plan.setup)
     length = f"{plan.setup.max_length:,} tokens"
     one = "one of " if plan.gpu.count > plan.setup.num_processes else ""
     experts = ", experts in 4 bits," if plan.setup.experts == "4bit" else ""
@@ -87,6 +87,7 @@ def _cards(cards: Sequence[CardAdvice]) -> Iterator[str]:
 
 
 def _longest(longest: Longest) -> str:
-    ends = "the model's own window" if longest.reaches_model_limit else "what fits"
-    speed = "" if longest.tokens_per_second is None else f", {rate(longest.tokens_per_second)} tokens/s"
-    return f"Longest: {longest.max_length:,} tokens ({ends}{speed})."
+    ends = "the model's own window" if longest.reaches_model_limit else "more do not fit"
+    speed = "" if longest.tokens_per_second is None else f"{rate(longest.tokens_per_second)} tokens/s, "
+    plan = f"--max-length {longest.max_length}"
+    return f"Longest: {longest.max_length:,} tokens, {ends} ({speed}{plan})."

@@ -13,6 +13,7 @@ from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.setup.run import TrainingRun
 from planner.throughput.by_kind import positions_of
+from planner.throughput.eight_bit import WIDER, least_flops
 from planner.throughput.intervals import published_interval, traced_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
 from planner.throughput.rates import (
@@ -77,6 +78,8 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         NotModelledError: a knob whose work is not counted.
     """
     setup = run.setup
+    if setup.load_in_8bit:
+        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
@@ -94,9 +97,12 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         shared = share_step(run, gpu, rates, work, time, step, slower=slower, host_slower=host)
         micro, step = shared.expected.micro_step, shared.expected.step
     tokens = run.micro_step.tokens * run.parallelism.num_processes
-    roofline = tokens / max(work.total_flops / peak, weight_bytes(run) / bandwidth)
+    flops = least_flops(run.kind, work.total_flops, run.micro_step.tokens)
+    roofline = tokens / max(flops / peak, weight_bytes(run) / bandwidth)
     rate = min(tokens * setup.gradient_accumulation_steps / step, roofline)
     low, high = traced_interval(run.model, known.interval(gpu, time.bound_by))
+    if setup.base_matmul != "bf16":
+        low, high = low * WIDER[0], high * WIDER[1]
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
     return StepEstimate(
@@ -110,7 +116,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known) + _of_traced(run.model),
+        basis=_basis(gpu, known) + _of_traced(run.model) + _of_eight_bit(setup.base_matmul),
         sharing=None if shared is None else shared.told,
     )
 
@@ -202,6 +208,11 @@ def _basis(gpu: GpuSpec, known: KnownRates) -> str:
     return (
         f"rates of {known.reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"
     )
+
+
+def _of_eight_bit(base_matmul: str) -> str:
+    """What the forecast of 8-bit products rests on beside."""
+    return "" if base_matmul == "bf16" else "; 8-bit products as measured on an H200 (docs/eight-bit.md)"
 
 
 def _of_traced(model: ModelSpec) -> str:

@@ -32,6 +32,8 @@ _ATTENTION = {
 }
 _BACKENDS = {"flash": "flash_attention_2", "sdp": "sdpa", "flex": "flex_attention"}
 _FUSED = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+_CUT_PLUGIN = "CutCrossEntropyPlugin"
+"""axolotl/integrations/cut_cross_entropy/args.py: cut_cross_entropy is true where nothing else is said."""
 _LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation")
 _OPTIMIZERS = {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit"}
 _REFUSED = {
@@ -219,6 +221,7 @@ def _attention(keys: Keys) -> str | None:
 
 def _stack(keys: Keys) -> Stack:
     found = AXOLOTL
+    _switch_by_plugin(keys)
     for key in _FUSED:
         if keys.note(key, "counted as TRL's tiled log-probabilities; its own tiles were not traced"):
             found = replace(
@@ -233,6 +236,14 @@ def _stack(keys: Keys) -> Stack:
     return found
 
 
+def _switch_by_plugin(keys: Keys) -> None:
+    """The plugin of cut cross entropy is on where the config lists it and says nothing else of it."""
+    plugins = keys.take("plugins") or ()
+    listed = isinstance(plugins, list) and any(str(one).endswith(_CUT_PLUGIN) for one in plugins)
+    if listed and keys.take(_FUSED[0]) is None:
+        keys.imply(_FUSED[0], value=True)
+
+
 def _liger(keys: Keys) -> bool:
     asked = [key for key in (*_LIGER, "liger_swiglu", "liger_layer_norm") if keys.take(key)]
     if all(key in asked or (key == "liger_glu_activation" and "liger_swiglu" in asked) for key in _LIGER):
@@ -243,12 +254,15 @@ def _liger(keys: Keys) -> bool:
 
 
 def _sharing(keys: Keys, gpus: int) -> dict[str, Any]:
-    sharded = bool(keys.take("fsdp_config") or keys.take("fsdp"))
+    config = keys.take("fsdp_config")
+    sharded = bool(config or keys.take("fsdp"))
     version = keys.integer("fsdp_version", 2)
     if gpus == 1:
         if sharded:
             keys.notes.append("fsdp_config: on one GPU nothing is shared out")
         return {}
+    if isinstance(config, dict) and (config.get("offload_params") or config.get("fsdp_offload_params")):
+        raise InputError("fsdp_config: offload_params is not planned: weights on the host")
     if sharded and version != 2:
         keys.notes.append("fsdp_version: counted as FSDP2")
     return {"num_processes": gpus, "distributed": "fsdp" if sharded else "ddp"}

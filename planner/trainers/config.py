@@ -50,13 +50,19 @@ class Keys:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
         self._taken: list[str] = []
+        self._implied: dict[str, Any] = {}
         self.notes: list[str] = []
 
     def take(self, key: str) -> Any:
         """A key's value as it is; None where it is null or not there."""
         if key in self._values and key not in self._taken:
             self._taken.append(key)
-        return self._values.get(key)
+        found = self._values.get(key)
+        return self._implied.get(key) if found is None else found
+
+    def imply(self, key: str, *, value: Any) -> None:
+        """A key's value that follows from others of the file, which has it not."""
+        self._implied[key] = value
 
     def text(self, key: str, default: str | None = None) -> str | None:
         """A text.

@@ -1,5 +1,6 @@
-"""Names of the trainers on the command line: all that its options need to know."""
+"""Names of trainers and of services that rent cards: all that the command line's options need to know."""
 
 from __future__ import annotations
 
 TRAINER_NAMES = ("axolotl", "llamafactory", "trl", "unsloth")
+JOB_SERVICES = ("sky", "dstack")

@@ -38,7 +38,19 @@ def write_files(trainer: Trainer, plan: Plan, folder: Path) -> tuple[Path, ...]:
 
 
 def config_text(trainer: Trainer, plan: Plan) -> str:
-    """The config of a plan for a trainer, as its file has it."""
+    """The config of a plan for a trainer, as its file has it.
+
+    Raises:
+        InputError: a knob that is not written, or with which the trainer would need other memory.
+    """
+    for name, plain in (("loraplus_lr_ratio", None), ("init_lora_weights", "default")):
+        if getattr(plan.setup, name) != plain:
+            raise InputError(f"{name} is not written for {trainer.title}: leave it out")
+    if plan.setup.load_in_8bit:
+        raise InputError(
+            f"load_in_8bit is not written for {trainer.title}: there bitsandbytes keeps the input of every "
+            "product of weights in 8 bits beyond its checkpoint"
+        )
     values = trainer.write(
         plan.setup, plan.model.hub_id, plan.schedule.num_train_epochs, plan.schedule.learning_rate
     )

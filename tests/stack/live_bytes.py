@@ -100,6 +100,8 @@ def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             found += constants_of(state)
+        if getattr(parameter, "SCB", None) is not None:
+            found.append(parameter.SCB)
     return found
 
 

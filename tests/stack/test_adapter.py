@@ -113,6 +113,16 @@ def test_half_an_expert_is_refused(targets: list[str]) -> None:
         ).trained
 
 
+@pytest.mark.parametrize(("init", "raised"), [("pissa", TypeError), ("orthogonal", RuntimeError)])
+def test_what_is_refused_of_4_bits_is_what_peft_refuses(init: str, raised: type[Exception]) -> None:
+    """PEFT 0.21.2. Where this fails it can do it now: planner/setup/training_knobs.py, _REFUSED_INITS."""
+    setup = make_setup("llama", lora_r=4, target_modules=["v_proj"])
+    config = build.lora_config(setup)
+    config.init_lora_weights = init
+    with pytest.raises(raised):
+        get_peft_model(load_model("llama", setup), config)
+
+
 def test_a_head_is_never_adapted() -> None:
     setup = make_setup("llama", method="lora")
     model = get_peft_model(load_model("llama", setup), build.lora_config(setup))

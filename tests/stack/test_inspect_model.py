@@ -17,6 +17,7 @@ from launcher.models.write_catalog import CONFIGS, describe, read_table, spec_te
 from planner.base.errors import InputError
 from planner.models.catalog import MODELS, load_shipped, resolve_model
 from planner.models.spec import LayerSpec
+from tests import describing
 from tests.each import for_each
 
 ENTRIES = {entry.id: entry for entry in read_table()}
@@ -181,7 +182,6 @@ def test_what_is_not_understood_is_named(config: dict[str, Any], message: str) -
         inspect_config(config, model_id="x", hub_id="x")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -192,7 +192,7 @@ def test_what_is_not_understood_is_named(config: dict[str, Any], message: str) -
     ],
 )
 def test_config_that_transformers_cannot_build_is_one_line(config: dict[str, Any]) -> None:
-    with pytest.raises(InputError) as caught:
+    with describing.here(), pytest.raises(InputError, match="could not build the model") as caught:
         inspect_in_child(config, model_id="x", hub_id="x")
     assert "\n" not in str(caught.value)
 

@@ -612,10 +612,13 @@ def test_what_cannot_be_merged_is_answered_in_a_line(cli: Cli, tmp_path: Path) -
     assert "give --data FILE, or --no-measure" in refused(cli(bare, "--base", "original"))
     packed = tmp_path / "packed"
     packed.mkdir()
-    config = {**json.loads((DEMO / "config.json").read_text()), "quantization_config": {"load_in_8bit": True}}
+    config = {
+        **json.loads((DEMO / "config.json").read_text()),
+        "quantization_config": {"quant_method": "gptq"},
+    }
     (packed / "config.json").write_text(json.dumps(config))
     said = refused(cli(bare, "--model", packed, "--base", "original", "--no-measure"))
-    assert "describes quantised weights: give the model they were made from" in said
+    assert "describes weights quantised by GPTQ: give the model they were made from" in said
 
 
 def test_too_little_room_is_told_before_anything_is_written(

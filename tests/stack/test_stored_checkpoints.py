@@ -9,17 +9,20 @@ import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.models.inspect import inspect_config
 from launcher.training import build
 from launcher.training.callbacks import decoder_layers
+from launcher.training.loading.eight_bits import keep_no_inputs
 from planner.base.errors import InputError
 from planner.memory.allocators.native import rounded
 from planner.memory.held.weights import loaded_weights
@@ -49,7 +52,9 @@ STORED: dict[str, dict[str, Any]] = {
         "bnb_4bit_use_double_quant": True,
         "llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp", "self_attn.k_proj"],
     },
+    "eight": {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "model.layers.2.self_attn"]},
 }
+QUANTISED = (bnb.nn.Params4bit, bnb.nn.Int8Params)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,9 @@ def stored(name: str, place: Path) -> Path:
         load_model(
             FAMILY, TrainingSetup(model=FAMILY, max_length=8, method="full", dtype="float32")
         ).save_pretrained(place / "base")
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16, **STORED[name])
+    four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float16}
+    knobs = STORED[name] if name == "eight" else {**four, **STORED[name]}
+    quantised = BitsAndBytesConfig(**knobs)
     model = AutoModelForCausalLM.from_pretrained(
         place / "base", dtype=torch.float16, quantization_config=quantised, device_map={"": CPU}
     )
@@ -92,9 +99,13 @@ def test_bytes_are_those_of_the_folder(name: str, place: Path) -> None:
     model = loaded(folder)
     run = TrainingRun(setup=setup_of(folder), model=spec_at(folder))
     expected = loaded_weights(run.model, run.storage, EXPANDABLE).memory
-    quantised = [p for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)]
-    plain = [p for p in model.parameters() if not isinstance(p, bnb.nn.Params4bit)]
-    constants = [tensor for p in quantised for tensor in constants_of(p.quant_state)]
+    quantised = [p for p in model.parameters() if isinstance(p, QUANTISED)]
+    plain = [p for p in model.parameters() if not isinstance(p, QUANTISED)]
+    constants = [
+        tensor
+        for p in quantised
+        for tensor in ([p.SCB] if isinstance(p, bnb.nn.Int8Params) else constants_of(p.quant_state))
+    ]
     assert expected.quantized_bytes == sum(p.nbytes for p in quantised)
     assert expected.constants_bytes == sum(tensor.nbytes for tensor in constants)
     assert expected.unquantized_bytes == sum(p.nbytes for p in plain)
@@ -115,6 +126,9 @@ def test_bytes_are_those_of_the_folder(name: str, place: Path) -> None:
 @for_each(STORED)
 def test_products_are_computed_as_the_plan_says(name: str, place: Path) -> None:
     model = loaded(stored(name, place))
+    if name == "eight":
+        assert {p.dtype for p in model.parameters()} == {torch.float32, torch.int8}
+        return
     four = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert {module.compute_dtype for module in four} == {torch.float32}
     assert {module.weight.quant_state.dtype for module in four} == {torch.float32}
@@ -149,15 +163,38 @@ def test_live_bytes_are_planned(
         test_live_bytes.compare(str(folder), setup, real_steps.measure(step))
 
 
-def test_it_is_merged_into_what_it_stands_for(place: Path) -> None:
-    folder = stored("dynamic", place)
-    adapter = adapter_on(place / "base", place / "adapter")
-    merged_by_us(folder, [adapter], place / "ours", base="dequantised")
-    ours = weights_in(place / "ours" / "merged")
-    whole = loaded(folder, dtype="bfloat16").dequantize().float()
+@for_each(["dynamic", "eight"])
+def test_it_is_merged_into_what_it_stands_for(name: str, place: Path) -> None:
+    folder = stored(name, place)
+    adapter = adapter_on(place / "base", place / f"{name}-adapter")
+    merged_by_us(folder, [adapter], place / f"{name}-ours", base="dequantised")
+    ours = weights_in(place / f"{name}-ours" / "merged")
+    whole = loaded(folder, dtype="bfloat16").dequantize().to(torch.bfloat16).float()
     theirs = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload().to(torch.bfloat16).state_dict()
     assert set(ours) == set(weights_in(place / "base"))
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    # 8 bits: transformers scales by a rounded 1 / 127 (integrations/bitsandbytes.py, dequantize_bnb_weight).
+    step = 2**-7 if name == "eight" else 0.0
+    wrong = [
+        one
+        for one in ours
+        if not torch.allclose(ours[one].float(), theirs[one].float(), rtol=step, atol=step / 50)
+    ]
+    assert wrong == []
+
+
+def test_bitsandbytes_keeps_inputs_still() -> None:
+    """Where this fails, launcher/training/loading/eight_bits.py can go (and its finding be corrected)."""
+    keep_no_inputs()
+    weight, scales, _ = bnb.functional.int8_vectorwise_quant(torch.randn(8, 16).half())
+    state = bnb.MatmulLtState(CB=weight, SCB=scales)
+    state.has_fp16_weights, state.threshold = False, 6.0
+    x = torch.randn(4, 16)
+    for product in (MatMul8bitFp, MatMul8bitLt):
+        kept = SimpleNamespace(needs_input_grad=(True, False, False, False, False))
+        product.forward.__wrapped__(kept, x, weight, None, None, state)
+        assert any(value is x for value in (getattr(kept, "A", None), *getattr(kept, "tensors", ())))
+        product.forward(kept, x, weight, None, None, state)
+        assert not any(value is x for value in (getattr(kept, "A", None), *getattr(kept, "tensors", ())))
 
 
 @for_each([{"method": "lora"}, {"bnb_4bit_quant_type": "nf4"}, {"bnb_4bit_use_double_quant": False}])

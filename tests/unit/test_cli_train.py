@@ -25,6 +25,7 @@ from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
+from tests import describing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Cli = Callable[..., Any]
@@ -70,7 +71,8 @@ def start(tmp_path: Path, *extra: str) -> subprocess.Popen[str]:
 
 @functools.cache
 def described(config: str, model_id: str, hub_id: str) -> ModelSpec:
-    return inspect_in_child(json.loads(config), model_id=model_id, hub_id=hub_id)
+    with describing.here():
+        return inspect_in_child(json.loads(config), model_id=model_id, hub_id=hub_id)
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from planner.answers.plan import Plan
 from planner.base.errors import FieldError, InputError, NotModelledError
@@ -17,6 +19,7 @@ from planner.setup.cuda_allocator import EXPANDABLE
 from planner.setup.request import make_request
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
+from planner.text.short import print_short
 from planner.throughput.traffic import weight_bytes
 
 MIXTURE = "qwen3-30b-a3b"
@@ -37,6 +40,9 @@ def test_a_mixture_of_30_billion_fits_on_24_gb_at_the_highest_rank_that_does() -
     assert plan.fits
     assert (plan.setup.experts, plan.setup.lora_r, plan.setup.target_modules) == ("4bit", 8, "all-linear")
     assert any("rank 8" in line and "do not fit" in line for line in plan.assumptions)
+    page = io.StringIO()
+    print_short(Console(file=page, width=80), plan)
+    assert "rank 8, alpha 16, all linear layers (rank 16 does not fit)" in page.getvalue()
     assert not plan_of(max_length=2048, lora_r=16).fits
     on_attention = plan_of(max_length=2048, target_modules=ATTENTION)
     assert on_attention.fits

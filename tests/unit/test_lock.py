@@ -21,11 +21,11 @@ def locked() -> list[Requirement]:
 
 
 def asked_for() -> list[Requirement]:
-    """What the project, its training extra and its developers need, as pyproject.toml says."""
+    """What the project, its extras and its developers need, as pyproject.toml says."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = [
         *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["train"],
+        *(text for extra in project["project"]["optional-dependencies"].values() for text in extra),
         *project["dependency-groups"]["dev"],
     ]
     return [Requirement(text) for text in wanted]

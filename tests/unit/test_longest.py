@@ -17,6 +17,7 @@ from planner.planning.comparison import largest_models, smallest_cards
 from planner.planning.make_plan import make_plan
 from planner.search.evaluator import Evaluator
 from planner.search.lean import longest_that_fits
+from planner.setup.cuda_allocator import VARIABLE
 from planner.setup.request import make_request
 from planner.setup.training_setup import METHODS
 
@@ -71,7 +72,20 @@ def test_the_longest_context_is_in_the_headline_and_the_json(capsys: pytest.Capt
     assert longest["setup"]["max_length"] == longest["max_length"]
     assert run_command("plan", COMMANDS["plan"], asked) == 0
     headline = " ".join(capsys.readouterr().out.split("\n\n")[0].split())
-    assert f"Longest: {longest['max_length']:,} tokens (what fits" in headline
+    length = longest["max_length"]
+    assert f"Longest: {length:,} tokens, more do not fit (" in headline
+    assert f"--max-length {length})." in headline
+
+
+def test_the_longest_is_looked_for_beyond_a_length_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen otherwise: 16,512 tokens were the longest, and 17,024 fitted."""
+    monkeypatch.setenv(VARIABLE, "expandable_segments:False")
+    longest = make_plan(make_request("falcon3-3b", gpu="8GB"), longest=True, whole=False).longest
+    assert longest is not None
+    assert not plan_of("falcon3-3b", "8GB", max_length=16064).fits
+    assert longest.max_length > 16064
+    assert plan_of("falcon3-3b", "8GB", max_length=longest.max_length).fits
+    assert not plan_of("falcon3-3b", "8GB", max_length=longest.max_length + 512).fits
 
 
 def test_the_largest_models_of_a_card_are_as_long_as_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:

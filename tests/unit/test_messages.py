@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ import pytest
 
 from launcher.models.inspect import _FAMILIES
 from planner.base import data_files
+from planner.base.errors import InputError
 from planner.models import hub_config
 from planner.models.checkpoint import METHOD_NAMES
+from planner.setup.knob import Knob
+from planner.setup.knobs import KNOBS
+from planner.setup.training_setup import TrainingSetup
+from tests import describing
+from tests.each import for_each
 
 Cli = Callable[..., Any]
 LLAMA: dict[str, Any] = {
@@ -223,6 +230,51 @@ def test_stored_4_bit_weights_are_planned_as_they_are(tmp_path: Path, cli: Cli) 
     assert estimated["setup"]["bnb_4bit_quant_type"] == "fp4"
 
 
+def test_stored_8_bit_weights_are_planned_in_8_bits(tmp_path: Path, cli: Cli) -> None:
+    eight = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}
+    place = folder(tmp_path, json.dumps({**config_of("smollm2-135m"), "quantization_config": eight}))
+    stored, loaded = (
+        json.loads(cli("plan", model, "24GB", "--json", *more).out)
+        for model, more in ((place, ()), ("smollm2-135m", ("--load-in-8bit",)))
+    )
+    for plan in (stored, loaded):
+        assert plan["setup"]["load_in_8bit"]
+        # Of 30 layers the seven linear ones: attention's four and the MLP's three.
+        assert component(plan, "weights_4bit") == 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+        assert plan["speed"] is None
+        assert not plan["setup"]["activation_offloading"]
+    assert component(stored, "weights_4bit") == component(loaded, "weights_4bit")
+    said = refused(cli, "plan", place, "24GB", "--no-load-in-8bit")
+    assert "load_in_8bit: 'false' is not accepted; expected true, as" in said
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (("--load-in-8bit", "--use-dora"), "DoRA fails on weights in 8 bits (PEFT 0.21.2)"),
+        (("--load-in-8bit", "--compile", "regional"), "compile=regional with load_in_8bit"),
+        (("--load-in-8bit", "--dtype", "float16"), "load_in_8bit=true with dtype"),
+        (("--load-in-8bit", "--method", "lora"), "load_in_8bit applies to qlora"),
+        (("--loraplus-lr-ratio", "8", "--optim", "adamw_torch"), "needs another optim"),
+        (("--loraplus-lr-ratio", "0.5"), "1 to 1000"),
+    ],
+)
+def test_variants_that_do_not_go_together_are_refused(knobs: tuple[str, ...], said: str, cli: Cli) -> None:
+    assert said in refused(cli, "plan", "smollm2-135m", "24GB", *knobs)
+
+
+@for_each([(knob, word, why) for knob in KNOBS for word, why in knob.refused], name=lambda one: one[1])
+def test_what_cannot_work_is_refused_with_why_and_since_which_release(
+    refusal: tuple[Knob, str, str], cli: Cli
+) -> None:
+    knob, word, why = refusal
+    assert re.search(r"\d+\.\d", why), "no release"
+    told = refused(cli, "plan", "smollm2-135m", "24GB", f"--{knob.name.replace('_', '-')}", word)
+    assert told == f"vramwise: {knob.name} {word}: {why}\n"
+    with pytest.raises(InputError, match=re.escape(why)):
+        TrainingSetup(model="m", max_length=8, **{knob.name: word})
+
+
 def component(plan: dict[str, Any], name: str) -> int:
     return next(one["size_bytes"] for one in plan["memory"]["components"] if one["name"] == name)
 
@@ -236,7 +288,6 @@ def test_the_planned_types_are_those_of_the_catalog() -> None:
     assert len({name.removesuffix("_text") for name in hub_config.RECIPE_TYPES}) == len(_FAMILIES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -253,7 +304,8 @@ def test_a_refused_architecture_says_whose_limit_it_is(
     pytest.importorskip("transformers")
     where = tmp_path / "some-20b"
     where.mkdir()
-    refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
+    with describing.here():
+        refusal = refused(cli, "plan", folder(where, json.dumps({**LLAMA, **config})), "24GB")
     assert said in refusal
     assert "of about its size there are" in refusal
 

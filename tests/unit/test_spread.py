@@ -12,7 +12,7 @@ from typing import NoReturn
 import pytest
 
 from planner.base.errors import FieldError, VramwiseError
-from planner.base.spread import spread, usable_processes
+from planner.base.spread import beside, spread, usable_processes
 
 
 def gone(pid: int) -> bool:
@@ -98,3 +98,19 @@ def test_nothing_is_forked_beside_another_thread(monkeypatch: pytest.MonkeyPatch
     assert usable_processes() == len(os.sched_getaffinity(0))
     monkeypatch.setattr(threading, "active_count", lambda: 2)
     assert usable_processes() == 1
+
+
+def test_work_beside_other_work() -> None:
+    here = os.getpid()
+    with beside(os.getpid, 2) as found:
+        other = found()
+    assert other != here
+    assert gone(other)
+    with beside(os.getpid, 1) as found:
+        assert found() == here
+
+    def refuse() -> NoReturn:
+        raise FieldError("lora_r", 3, "another one")
+
+    with beside(refuse, 2) as refused, pytest.raises(FieldError, match="lora_r: 3"):
+        refused()

@@ -31,6 +31,7 @@ from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
 from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
+from tests import describing
 
 from .test_gpu_hardware import FakeNvml, use
 
@@ -43,7 +44,8 @@ NOT_HERE = "no run is started in this test"
 @functools.cache
 def demo_model() -> ModelSpec:
     """The demo's model, which is none of the catalog, as a child process describes it."""
-    return resolve_model(str(MODEL), inspector=inspect.inspect_in_child)
+    with describing.here():
+        return resolve_model(str(MODEL), inspector=inspect.inspect_in_child)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import published_outcomes
 from launcher import cli
 from planner.base.errors import InputError
 from planner.gpus.target import resolve_gpu
@@ -433,3 +434,42 @@ def test_a_script_for_unsloth_says_what_is_counted_otherwise_and_is_python(
         given = [word for word in arguments if more[0] != "--gpu" or word not in ("--gpu", "12GB")]
         with pytest.raises(InputError, match=told):
             cli.run([*given, *more])
+
+
+def test_a_plugin_of_axolotl_switches_its_loss_on_unless_the_config_says_otherwise() -> None:
+    plugins = {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}
+    fused = read("axolotl", SMALLEST["axolotl"] | plugins)
+    assert fused.stack.head_tokens == TRL_SFT.head_tokens
+    assert "plugins" in fused.used
+    assert "cut_cross_entropy" not in (*fused.used, *fused.unused)
+    for more in (
+        plugins | {"cut_cross_entropy": False},
+        {"plugins": ["axolotl.integrations.liger.LigerPlugin"]},
+    ):
+        assert read("axolotl", SMALLEST["axolotl"] | more).stack.head_tokens is None
+
+
+def test_weights_on_the_host_are_refused_where_gpus_share_them() -> None:
+    config = SMALLEST["axolotl"] | {"fsdp_config": {"fsdp_offload_params": True}}
+    with pytest.raises(InputError, match="offload_params"):
+        read("axolotl", config, gpus=2)
+    assert read("axolotl", config).setup.num_processes == 1
+
+
+def test_verdicts_agree_with_published_outcomes() -> None:
+    """All but that of a paged optimizer, whose state is counted on the card."""
+    found = list(published_outcomes.verdicts())
+    assert len(found) >= 14
+    wrong = [one.outcome for one in found if not one.agrees]
+    assert [one.settings["optimizer"] for one in wrong] == ["paged_adamw_8bit"]
+    for one in found:
+        reader = TRAINERS[one.outcome.trainer]
+        assert reader.read(one.outcome.settings, auto_dtype="bfloat16", gpus=1).unused == (), (
+            one.outcome.config
+        )
+        assert one.outcome.source
+    # Since 2025, those of today's stack: within an eighth.
+    stated = {one.outcome.config: one for one in found if one.outcome.stated_bytes is not None}
+    for name in ("devstral", "think"):
+        (one,) = [one for config, one in stated.items() if name in config]
+        assert one.memory.peak_bytes == pytest.approx(one.outcome.stated_bytes, rel=0.125)

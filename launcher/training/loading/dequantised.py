@@ -1,7 +1,9 @@
-"""Weights that are stored in 4 bits, read as the plain weights that they stand for.
+"""Weights that are stored in 4 or 8 bits, read as the plain weights that they stand for.
 
-bitsandbytes stores a weight's packed elements and its constants as tensors of their own, and the rest as JSON
-in one more (bitsandbytes functional.py, QuantState.as_dict with packed=True).
+In 4 bits bitsandbytes stores a weight's packed elements and its constants as tensors of their own, and the
+rest as JSON in one more (bitsandbytes functional.py, QuantState.as_dict with packed=True); in 8 bits a
+constant for each output, `SCB`, and the layout, which is of rows (nn/modules.py,
+Linear8bitLt._save_to_state_dict).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
+SCALES, LAYOUT = ".SCB", ".weight_format"
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -34,11 +37,18 @@ def as_plain(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         if found is not None:
             weight = found["weight"]
             parts[weight] = (name, *(one for one in _constants(weight) if one in tensors))
-    constants = {one for names in parts.values() for one in names}
+    scaled = [name for name in tensors if name.endswith(SCALES)]
+    eight = {f"{name.removesuffix(SCALES)}.weight": name for name in scaled}
+    constants = {one for names in parts.values() for one in names} | set(scaled)
+    constants |= {f"{name.removesuffix(SCALES)}{LAYOUT}" for name in scaled}
     plain = {}
     for name, tensor in tensors.items():
         if name in parts:
             plain[name] = _described(name, tensor, parts[name], tensors)
+        elif name in eight:
+            scales = tensors[eight[name]]
+            held = tensor.size_bytes + scales.size_bytes
+            plain[name] = replace(tensor, dtype="F16", held_bytes=held, parts=((eight[name], scales.file),))
         elif name not in constants:
             plain[name] = tensor
     return plain
@@ -88,12 +98,20 @@ class DequantisedSlice:
         return self.tensor.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        packed = self.packed[...]
+        if next(iter(self.constants)).endswith(SCALES):
+            (scales,) = self.constants.values()
+            return dequantised_from_int8(packed, scales[...], self.dtype)[index]
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         prefix = len(self.name) + 1
         told = {name[prefix:]: value[...] for name, value in self.constants.items()}
-        packed = self.packed[...]
         state = QuantState.from_dict(told, device=packed.device)
         state.dtype = self.dtype
         found: torch.Tensor = dequantize_4bit(packed, state)[index]
         return found
+
+
+def dequantised_from_int8(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights in 8 bits as the gradient of their inputs is made of (autograd/_functions.py, MatMul8bitLt)."""
+    return packed.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))

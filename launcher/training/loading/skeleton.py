@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.training.loading.base_folder import BaseFolder
-from launcher.training.loading.dequantised import DequantisedSlice
+from launcher.training.loading.dequantised import DequantisedSlice, dequantised_from_int8
 from launcher.training.loading.quantised_experts import is_stack, quantised
 from launcher.training.loading.stored_tensor import StoredTensor
 from planner.base.errors import InputError, shorten
@@ -165,6 +165,9 @@ class Skeleton:
 
         if self.quantization is not None and self._is_quantized_stack(name):
             return dequantize_4bit(*quantised(value.data, self.quantization)).cpu()
+        scales = getattr(value, "SCB", None)
+        if scales is not None:
+            return dequantised_from_int8(value.data, scales, self.dtype).cpu()
         state = getattr(value, "quant_state", None)
         if state is None:
             return value.detach().cpu()

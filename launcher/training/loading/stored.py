@@ -53,7 +53,8 @@ def stored_config(source: str, *, dtype: torch.dtype, allow_download: bool) -> P
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=not allow_download)
-    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    if config.quantization_config["load_in_4bit"]:
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     return config
 
 

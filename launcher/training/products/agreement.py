@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from trl import SFTTrainer
 
 from launcher.training.products.base_linear import plain_products, use_plain
 from launcher.training.rehearsal import nothing_kept, targets
+from planner.models.storage import EIGHT_BIT_MULTIPLE
+from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from launcher.training.callbacks import LaunchedTrainer
@@ -57,12 +59,19 @@ class Agreement:
 class LayerCheck(TrainerCallback):  # type: ignore[misc]
     """Compares a layer before the first step, and has all run plain where they disagree.
 
-    `tell` is given a sentence either way. Must come after the callbacks that change how layers are run. Not
-    for layers that FSDP2 shards, whose hooks gather for whole passes.
+    `say` is given a sentence where they agree, `warn` where they do not. Must come after the callbacks that
+    change how layers are run. Not for layers that FSDP2 shards, whose hooks gather for whole passes.
     """
 
-    def __init__(self, trainer: LaunchedTrainer, base_matmul: str, tell: Callable[[str], None]) -> None:
-        self._trainer, self._base_matmul, self._tell = trainer, base_matmul, tell
+    def __init__(
+        self,
+        trainer: LaunchedTrainer,
+        base_matmul: str,
+        *,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._trainer, self._base_matmul, self._say, self._warn = trainer, base_matmul, say, warn
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,41 +79,68 @@ class LayerCheck(TrainerCallback):  # type: ignore[misc]
         """Compare one layer, on what the first rows of the data give it."""
         trainer, begun = self._trainer, time.monotonic()
         layers = _layers(trainer.model)
-        # Those at the ends are unlike the others: what enters the first may ask for no gradient, and all of
-        # them may keep 16-bit products.
-        layer = layers[len(layers) // 2]
-        count = 1 if args.packing else args.per_device_train_batch_size
-        rows = [trainer.train_dataset[index % len(trainer.train_dataset)] for index in range(count)]
-        seen: list[Agreement] = []
-        trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-        batch = trainer.data_collator(rows)
-        with (
-            suppress(_ComparedError),
-            nothing_kept(trainer),
-            _compared(layer, LIMITS[self._base_matmul], seen),
-        ):
-            SFTTrainer.training_step(trainer, trainer.model_wrapped, batch, targets(rows))
-        disagrees = not seen or not seen[0].found
-        if trainer.ranks.any(disagrees):
+        found = self._compare(args, layers[len(layers) // 2])
+        if trainer.ranks.any(found is None):
+            self._say(
+                "no layer is compared with the plain one: both ways at once take more memory than there is"
+            )
+            return
+        assert found is not None
+        if trainer.ranks.any(not found.found):
             for one in layers:
                 run_plain(one)
-            why = f" ({seen[0].in_words()})" if seen and disagrees else ""
-            self._tell(
+            why = "" if found.found else f" ({found.in_words()})"
+            self._warn(
                 f"a layer as it would run differs from the plain one{why}: all layers run plain, slower"
             )
             return
-        self._tell(
-            f"a layer agrees with the plain one ({seen[0].in_words()}; {time.monotonic() - begun:.0f} s)"
+        took = time.monotonic() - begun
+        self._say(f"a layer agrees with the plain one ({found.in_words()}; {took:.0f} s)")
+
+    def _compare(self, args: TrainingArguments, layer: nn.Module) -> Agreement | None:
+        """A layer in the middle compared; None where memory is too short for it.
+
+        Those at the ends are unlike the others: what enters the first may ask for no gradient, and all of
+        them may keep 16-bit products.
+        """
+        trainer = self._trainer
+        # Packed rows are one, padded to the length of all.
+        count = 1 if args.packing else args.per_device_train_batch_size
+        rows = [trainer.train_dataset[index % len(trainer.train_dataset)] for index in range(count)]
+        trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        batch, limits = trainer.data_collator(rows), LIMITS[self._base_matmul]
+        try:
+            with nothing_kept(trainer), _compared(layer, limits):
+                SFTTrainer.training_step(trainer, trainer.model_wrapped, batch, targets(rows))
+        except _ComparedError as compared:
+            return compared.found
+        except torch.OutOfMemoryError:
+            return None
+        raise AssertionError("the layer was not called")
+
+
+def check_layers(trainer: LaunchedTrainer, setup: TrainingSetup, say: Callable[[str], None]) -> None:
+    """Have a run's layers compared where they are changed, and warn of those that keep 16-bit products."""
+    if trainer.left_in_16bit:
+        trainer.tell(
+            f"{len(trainer.left_in_16bit)} linear layers keep 16-bit products, for 8-bit ones take sizes in "
+            f"multiples of {EIGHT_BIT_MULTIPLE}: {', '.join(trainer.left_in_16bit[:3])}"
         )
+    if setup.compile != "none" and not trainer.shards:
+        trainer.add_callback(LayerCheck(trainer, setup.base_matmul, say=say, warn=trainer.tell))
 
 
 class _ComparedError(Exception):
     """Ends the forward pass once the layer was compared."""
 
+    def __init__(self, found: Agreement) -> None:
+        super().__init__()
+        self.found = found
+
 
 @contextmanager
-def _compared(layer: nn.Module, limits: Sides, seen: list[Agreement]) -> Iterator[None]:
-    """Have the layer compared as soon as it is called, which ends the pass.
+def _compared(layer: nn.Module, limits: Sides) -> Iterator[None]:
+    """Have the layer compared as soon as it is called, which ends the pass by _ComparedError.
 
     What calls a compiled module is replaced: a hook would be compiled with it.
     """
@@ -112,8 +148,7 @@ def _compared(layer: nn.Module, limits: Sides, seen: list[Agreement]) -> Iterato
 
     def compare(*given: Any, **named: Any) -> None:
         layer._compiled_call_impl = compiled
-        seen.append(agreement(layer, given, named, limits))
-        raise _ComparedError
+        raise _ComparedError(agreement(layer, given, named, limits))
 
     layer._compiled_call_impl = compare
     try:

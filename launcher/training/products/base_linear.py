@@ -41,15 +41,15 @@ class EightBitLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbyt
         return made.to(x.dtype)
 
 
-class EightBitLinear(nn.Linear):
+class EightBitLinear(nn.Linear):  # type: ignore[misc]  # torch has no types here
     """A 16-bit linear layer with 8-bit products."""
 
     forward_in_8bit: bool
     eight_bit_scales: torch.Tensor
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As torch's, in the dtype of the weight."""
-        inputs = input.to(self.weight.dtype)
+        inputs = x.to(self.weight.dtype)
         made = _Product.apply(inputs, self.weight, None, self.eight_bit_scales, None, _forward_in_8bit(self))
         return made if self.bias is None else made + self.bias.to(made.dtype)
 
@@ -59,7 +59,7 @@ def _forward_in_8bit(module: EightBitLinear4bit | EightBitLinear) -> bool:
     return module.forward_in_8bit and module.training
 
 
-class _Product(torch.autograd.Function):
+class _Product(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
     """x times the transpose of a frozen weight."""
 
     @staticmethod

@@ -80,13 +80,14 @@ def dequantised(
     levels = code[((packed.view(torch.uint8).reshape(-1, 1) >> shifts) & 15).int()]
     scales = absmax
     if nested is not None:
-        assert nested_code is not None and offset is not None
+        assert nested_code is not None
+        assert offset is not None
         wide = nested.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
         scales = nested_code[absmax.int()] * wide + offset
     return (levels.reshape(-1, block) * scales.reshape(-1, 1)).reshape(-1, columns)
 
 
-@torch.library.custom_op("vramwise::nf4_to_e4m3", mutates_args=())
+@torch.library.custom_op("vramwise::nf4_to_e4m3", mutates_args=())  # type: ignore[untyped-decorator]
 def _nf4_to_e4m3(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -110,7 +111,7 @@ def _nf4_to_e4m3(
     return eight.t().contiguous() if transposed else eight
 
 
-@_nf4_to_e4m3.register_fake
+@_nf4_to_e4m3.register_fake  # type: ignore[untyped-decorator]
 def _(
     packed: torch.Tensor,
     absmax: torch.Tensor,

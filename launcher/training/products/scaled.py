@@ -51,4 +51,5 @@ def scaled_product(
 
 
 FAST_ACCUMULATION = True
-"""Sums in the tensor cores' own registers: 14 bits or so on Hopper (https://arxiv.org/abs/2412.19437, 3.3.2)."""
+"""Sums in the tensor cores' own registers: 14 bits or so on Hopper (https://arxiv.org/abs/2412.19437, 3.3.2),
+which adds nothing to an error of 3.75% (docs/eight-bit.md) and is a tenth faster."""

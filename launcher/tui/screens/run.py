@@ -19,6 +19,7 @@ from textual.widgets import Footer, Static
 from launcher.runs import record as run_record
 from launcher.runs import supervisor
 from launcher.runs.folder import RunFolder, anchored
+from launcher.tui.breakpoints import fit_before_composing
 from launcher.tui.run_follower import RunFollower, RunSnapshot
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.text import plain
@@ -89,6 +90,7 @@ class RunScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """Headline and stages, curves beside memory, log below; of a run that is over its result first."""
+        fit_before_composing(self)
         yield RunHeadline(id="run-headline")
         yield Static("", id="run-planned", classes="note")
         yield StagesPanel()

@@ -45,6 +45,7 @@ class RunsScreen(Screen[None]):
         Binding("l", "load", "Load", id="runs.load", tooltip="Load the run's setup into sizing"),
         Binding("r", "resume", "Resume", id="runs.resume", tooltip="Go on from the last checkpoint"),
         Binding("x", "delete", "Delete", id="runs.delete", tooltip="Delete a run that is over; asks"),
+        Binding("a", "app.accuracy", "Accuracy", id="runs.accuracy", tooltip="Predicted beside measured"),
         Binding("escape", "back", "Back", id="runs.back", tooltip="Back"),
     ]
 

@@ -12,6 +12,7 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
 from launcher.tui import cards, knobs
+from launcher.tui.breakpoints import fit_before_composing
 from launcher.tui.command_line import plan_command
 from launcher.tui.explained import Explained, explained
 from launcher.tui.screens import sizing_parts as parts
@@ -66,6 +67,8 @@ class SizingScreen(SizingPicks):
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
         Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
         Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
+        Binding("e", "app.accuracy", show=False, id="sizing.accuracy", tooltip="Accuracy of own runs"),
+        Binding("b", "app.calibrate", show=False, id="sizing.calibrate", tooltip="Calibrate on this GPU"),
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
@@ -91,6 +94,7 @@ class SizingScreen(SizingPicks):
 
     def compose(self) -> ComposeResult:
         """The headline over the form and the details."""
+        fit_before_composing(self)
         with Vertical(id="headline"):
             yield TextLine(id="question")
             yield VerdictLine()

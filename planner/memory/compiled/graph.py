@@ -132,12 +132,12 @@ class Graph:
     def input_gradient(self, part: Part, name: str) -> None:
         """The gradient of a base layer's input, under a name."""
         if self.kind(part).backward_in_8bit(part.inputs, part.outputs):
-            weight = self._eight_bit_weight(part)
+            narrow_weight = self._eight_bit_weight(part)
             # The output's gradient in e4m3; of its scales, and their largest values before, one a token.
             narrow, scales = self.tape.tokens(part.outputs), self.tape.tokens(2 * FP32)
             ones = self.tape.fixed(part.inputs * FP32)
             self.put(name, size=part.inputs * self.width)
-            self.tape.free(weight, narrow, scales, ones)
+            self.tape.free(narrow_weight, narrow, scales, ones)
             return
         constants = self._constants(part)
         weight = self._weight(part)

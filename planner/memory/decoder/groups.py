@@ -109,6 +109,7 @@ class DecoderSetup:
             accumulating=self.accumulating,
             eight_bit_forward=self.base_matmul == "fp8",
             eight_bit_backward=self.base_matmul != "bf16",
+            bits=self.storage.bits,
         )
 
 

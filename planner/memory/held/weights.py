@@ -19,6 +19,8 @@ from planner.setup.run import RunKind
 CODE_BYTES = 16 * 4
 NESTED_CODE_BYTES = 256 * 4
 OFFSET_BYTES = 4
+SCALE_WIDTH = 4
+"""Bytes of the constant of an output, with weights in 8 bits (fp32)."""
 TOLD_BYTES = 256
 """Block size, types and shape of a stored weight, as JSON in a tensor: half a block of the allocator's."""
 
@@ -131,11 +133,17 @@ class _Loading:
         self.packed_bytes = self.constants_bytes = 0
         for parameter in parameters:
             if storage.stored is not None and storage.quantizes(parameter):
-                self._read(parameter.elements, storage.double_quant)
+                if storage.bits == 8:
+                    self._read_eight(parameter)
+                else:
+                    self._read(parameter.elements, storage.double_quant)
                 continue
             whole = self._take(parameter.elements * (storage.stored or storage.width))
             if storage.quantizes(parameter):
-                self._quantize(parameter.elements, storage.double_quant)
+                if storage.bits == 8:
+                    self._quantize_eight(parameter)
+                else:
+                    self._quantize(parameter.elements, storage.double_quant)
                 self.events.append(free(whole))
             else:
                 self.plain.append((whole, parameter.elements))
@@ -164,6 +172,25 @@ class _Loading:
         self._take(blocks)
         self.events += [free(shifted), free(absmax)]
         self.constants_bytes += blocks + nested + CODE_BYTES + OFFSET_BYTES + NESTED_CODE_BYTES
+
+    def _quantize_eight(self, parameter: Parameter) -> None:
+        """bitsandbytes' int8_vectorwise_quant of a weight, by a float16 copy (nn/modules.py, Int8Params)."""
+        copy = self._take(parameter.elements * 2)
+        self._hold_eight(parameter)
+        self.events.append(free(copy))
+
+    def _read_eight(self, parameter: Parameter) -> None:
+        """A weight that is stored in 8 bits; its layout, a byte, is read and goes."""
+        layout = self._take(1)
+        self._hold_eight(parameter)
+        self.events.append(free(layout))
+
+    def _hold_eight(self, parameter: Parameter) -> None:
+        constants = parameter.shape[0] * SCALE_WIDTH
+        self._take(constants)
+        self._take(parameter.elements)
+        self.packed_bytes += parameter.elements
+        self.constants_bytes += constants
 
     def _read(self, elements: int, double_quant: bool) -> None:
         """A weight that is stored in 4 bits, with its constants, each a tensor of the file (transformers

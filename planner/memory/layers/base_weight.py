@@ -6,20 +6,25 @@ nn/modules.py (Linear4bit.forward: casts to the compute dtype and back).
 
 from __future__ import annotations
 
+from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.tape.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
 from planner.models.storage import ABSMAX_WIDTH, EIGHT_BIT_MULTIPLE, QUANTIZATION_BLOCK
+
+HALF = 2
+"""Bytes of an element in float16, which bitsandbytes quantises inputs from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearKind:
     """How one linear layer is held and trained.
 
-    `rank` is 0 without an adapter. `compute_width` is the width of the elements that matrix products are
-    computed in, `weight_width` that of the base weight (of the dequantised one, where it is quantised),
-    `adapter_width` that of adapter weights. `autocast` says that torch casts the inputs of matrix products.
-    `accumulating` says whether gradients of earlier micro-steps are already there, so that new ones are
-    temporary. `eight_bit_*` say which pass computes the frozen weight's product in 8 bits.
+    Where it is quantised it is so in `bits`. `rank` is 0 without an adapter. `compute_width` is the width of
+    the elements that matrix products are computed in, `weight_width` that of the base weight (of the
+    dequantised one, where it is quantised), `adapter_width` that of adapter weights. `autocast` says that
+    torch casts the inputs of matrix products. `accumulating` says whether gradients of earlier micro-steps
+    are already there, so that new ones are temporary. `eight_bit_*` say which pass
+    computes the frozen weight's product in 8 bits.
     """
 
     quantized: bool
@@ -33,6 +38,7 @@ class LinearKind:
     adapter_width: int
     autocast: bool
     accumulating: bool
+    bits: int = 4
     eight_bit_forward: bool = False
     eight_bit_backward: bool = False
 
@@ -52,6 +58,8 @@ class LinearKind:
 
 def base_forward(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) -> Value:
     """The base layer's product; a quantised one returns it in the dtype of its input."""
+    if kind.quantized and kind.bits == 8:
+        return _eight_bit_forward(tape, x, inputs, outputs)
     narrow = tape.tokens(inputs * kind.compute_width) if x.width != kind.compute_width else None
     if not kind.quantized:
         result = tape.tokens(outputs * kind.compute_width)
@@ -72,6 +80,30 @@ def base_forward(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: i
     return Value(result, x.requires_grad, x.width)
 
 
+def _eight_bit_forward(tape: Tape, x: Value, inputs: int, outputs: int) -> Value:
+    """bitsandbytes' product of weights in 8 bits: the input is cast to float16 and quantised a row at a time,
+    the product of both is of 32 bits, and is scaled to float16, then cast. Columns of the input with outliers
+    (above 6 in size) would add their own copies; a handful of thousands have them, and none is counted.
+
+    Sources: bitsandbytes autograd/_functions.py (MatMul8bitLt.forward), backends/cuda/ops.py
+    (int8_vectorwise_quant, int8_mm_dequant), backends/default/ops.py (int8_mixed_scaled_mm). It keeps the
+    input beyond a checkpoint; the launcher lets it go (launcher/training/loading/eight_bits.py).
+    """
+    narrow = tape.tokens(inputs * HALF)
+    scales = tape.tokens(FP32)
+    quantised = tape.tokens(inputs)
+    sizes = tape.tokens(inputs * HALF)
+    outliers = tape.tokens(inputs)
+    tape.free(sizes)
+    tape.free(narrow, outliers)
+    product = tape.tokens(outputs * FP32)
+    tape.product()
+    result = tape.tokens(outputs * HALF)
+    cast = tape.tokens(outputs * x.width)
+    tape.free(product, result, scales, quantised)
+    return Value(cast, x.requires_grad, x.width)
+
+
 def base_backward(
     tape: Tape, kind: LinearKind, x: Value, grad: Buffer, width: int, inputs: int, outputs: int
 ) -> None:
@@ -81,9 +113,8 @@ def base_backward(
         tape.free(grad)
         grad = narrow
     if kind.quantized:
-        constants = (
-            tape.fixed(inputs * outputs / QUANTIZATION_BLOCK * ABSMAX_WIDTH) if kind.double_quant else None
-        )
+        nested = kind.double_quant and kind.bits == 4
+        constants = tape.fixed(inputs * outputs / QUANTIZATION_BLOCK * ABSMAX_WIDTH) if nested else None
         weight = tape.fixed(inputs * outputs * kind.weight_width)
         tape.free(constants)
         x_grad = tape.tokens(inputs * kind.compute_width)

@@ -25,7 +25,7 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
                 lambda: base_backward(tape, kind, x, tape.take_grad(base), base.width, inputs, outputs)
             )
         return base
-    if kind.quantized:
+    if kind.quantized and kind.bits == 4:
         # PEFT clones what bitsandbytes returns (tuners/lora/bnb.py).
         clone = tape.tokens(outputs * base.width)
         tape.free(base.buffer)

@@ -1,0 +1,1 @@
+"""What was measured on this machine: own runs beside predictions, and calibration."""

@@ -1,0 +1,1 @@
+"""The terminal interface in a browser of this machine."""
