@@ -43,7 +43,8 @@ from planner.base.importing import uncollected
 if TYPE_CHECKING:
     import torch
 
-    from launcher.training.callbacks import EventCallback, LaunchedTrainer, MemoryMeter
+    from launcher.training.callbacks import EventCallback, LaunchedTrainer
+    from launcher.training.memory_meter import MemoryMeter
 
 NOT_KEPT = "no checkpoints are saved, so the adapter is that of the last step and not of the best evaluation"
 
@@ -167,8 +168,8 @@ def _run(
 
     with uncollected():
         from launcher.training import saving
-        from launcher.training.callbacks import MemoryMeter  # noqa: F401 - with the trainer's own imports
         from launcher.training.evaluation import early_end
+        from launcher.training.memory_meter import MemoryMeter  # noqa: F401 - with the trainer's own imports
 
     device = _device(job, gpu, writer, ranks)
     join(ranks, on_gpu=device.type == "cuda")
@@ -197,7 +198,7 @@ def _run(
 
 
 def _meter(writer: EventWriter, gpu: ChosenGpu | None, device: torch.device, ranks: Ranks) -> MemoryMeter:
-    from launcher.training.callbacks import MemoryMeter
+    from launcher.training.memory_meter import MemoryMeter
 
     used = gpu.used_since_start if gpu else _unknown
     return MemoryMeter(writer.write, device.type == "cuda", used, ranks)

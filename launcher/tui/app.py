@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual import events, on, work
-from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.theme import Theme
@@ -23,6 +22,7 @@ from launcher.runs.training_job import TrainingJob
 from launcher.tui import runs, starting
 from launcher.tui.breakpoints import HEIGHTS, WIDTHS
 from launcher.tui.cards import Card, card_of
+from launcher.tui.live import FollowsLive
 from launcher.tui.pauses import collect_idle
 from launcher.tui.screens.accuracy import AccuracyScreen
 from launcher.tui.screens.calibrate import CalibrateScreen
@@ -47,7 +47,7 @@ COLLECT_SECONDS, IDLE_SECONDS = 60.0, 2.0
 """How often what is not needed is collected, and how long nothing was pressed before."""
 
 
-class VramwiseApp(App[None]):
+class VramwiseApp(FollowsLive):
     """Sizing first, with a run over it when a run folder is given.
 
     Sizing opens with `model` and `setup`, or with what `opening` reads while a screen says so; if
@@ -187,6 +187,13 @@ class VramwiseApp(App[None]):
         self.push_screen(first)
         if self._run is not None:
             self.push_screen(RunScreen(self._run))
+        else:
+            self.look_for_live()
+
+    @property
+    def runs_root(self) -> Path:
+        """Where run folders are looked for and made."""
+        return self._runs_root
 
     @property
     def model_name(self) -> str | None:

@@ -24,6 +24,11 @@ LEFT_OVER_BYTES = 2 * MIB
 """What the driver's figure may move by while a model is loaded, beyond the allocator's segments."""
 LOADED_BYTES = 16 * MIB
 """What kernels that only earlier runs in the process used may add to its context."""
+BALANCED_UNTIL = "2026-12-01T12:20:00+00:00"
+"""When the launcher left out TRL's loss for balanced experts (launcher/training/arguments.py), which keeps
+the router logits of all layers: a mixture's run from before held what today's does not, 12,288 bytes a token
+for Qwen3-30B-A3B.
+"""
 Resolve = Callable[[str], ModelSpec]
 
 
@@ -92,7 +97,9 @@ def own_process_bytes(record: RunRecord, clean_bytes: int = 0) -> int | None:
 
 
 def samples_of(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> list[Sample]:
-    """Samples of a GPU's runs that ran to their end, with full sequences, and are modelled."""
+    """Samples of a GPU's runs that ran to their end, with full sequences, are modelled, and did what runs do
+    today.
+    """
     found = []
     clean = clean_context_bytes(records, gpu.id)
     for record in records:
@@ -102,7 +109,10 @@ def samples_of(records: Sequence[RunRecord], gpu: GpuSpec, resolve: Resolve) -> 
         # What one GPU needs and does is learned from runs on one.
         if not record.fills_its_length or record.setup.num_processes > 1:
             continue
-        run, allocator = record.run(resolve(record.setup.model)), record.allocator
+        model = resolve(record.setup.model)
+        if record.created < BALANCED_UNTIL and any(layer.experts for layer in model.layers):
+            continue
+        run, allocator = record.run(model), record.allocator
         bare = dataclasses.replace(coefficients_for(gpu.id, allocator), gpu=gpu.id, workspace_bytes=0)
         try:
             breakdown = estimate_memory(run, gpu=gpu, allocator=allocator)

@@ -3,7 +3,8 @@
 Exit code 0 whether or not a setup fits (3 where a --config does not), 2 when a line is not a setup; the other
 lines are still answered.
 Up to 200 lines each get a replay of torch's allocator; longer files, and what comes after that on stdin, the
-fitted reserve, which is quicker and less exact. `basis` says which.
+fitted reserve, which is quicker and less exact. `basis` says which. On Linux the lines of a file are shared
+out among the cores that this process may use.
 """
 
 from __future__ import annotations

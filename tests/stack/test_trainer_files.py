@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,3 +145,65 @@ def test_axolotl_and_llama_factory_know_every_key_that_is_written() -> None:
     for name, known in (("axolotl", schemas), ("llamafactory", parameters)):
         unknown = {key for values in written(name) for key in values if key not in known}
         assert unknown == set(), name
+
+
+VALIDATIONS = {
+    "axolotl": """
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.config import AxolotlInputConfig
+
+card = {"bf16": True, "fp8": False, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_89", "tf32": True}
+
+def taken(values):
+    assert set(values) <= set(AxolotlInputConfig.model_fields)
+    there = {"torch_version": "2.13.0"}
+    found = validate_config(DictDefault(values), capabilities=card, env_capabilities=there)
+    return [found.sequence_len, found.micro_batch_size, found.lora_r or 0]
+""",
+    "llamafactory": """
+from llamafactory.hparams import get_train_args
+
+def taken(values):
+    _, data, training, finetuning, _ = get_train_args({**values, "use_cpu": True})
+    return [data.cutoff_len, training.per_device_train_batch_size, finetuning.lora_rank]
+""",
+}
+"""What each trainer's own validation makes of a file's settings: length, batch, rank."""
+
+
+@pytest.mark.skipif(WHEELS is None, reason="VRAMWISE_TRAINERS names no folder with unpacked wheels")
+@pytest.mark.parametrize("trainer", VALIDATIONS)
+def test_a_trainer_s_own_validation_takes_what_is_written(trainer: str) -> None:
+    root = Path(WHEELS or "")
+    if not (root / f"{trainer}-packages").is_dir():
+        pytest.skip(f"{trainer}-packages, what it needs beside, is not there")
+    # Full fine-tuning is in 16 bits there, which no validation takes on a CPU.
+    setups = [setup for setup in SETUPS if setup.method != "full" or trainer == "axolotl"]
+    values = [TRAINERS[trainer].write(setup, HUB, 3.0, 2e-4) for setup in setups]
+    code = (
+        VALIDATIONS[trainer]
+        + "\nimport json, sys\nprint(json.dumps([taken(v) for v in json.load(sys.stdin)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(root / name) for name in (trainer, f"{trainer}-packages")),
+            "AXOLOTL_DO_NOT_TRACK": "1",
+        },
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # LLaMA-Factory takes a token off packed rows (hparams/data_args.py:189).
+    less = [s.packing and trainer == "llamafactory" for s in setups]
+    wanted = [
+        [s.max_length - one, s.per_device_train_batch_size, s.lora_r if s.uses_lora else 0]
+        for s, one in zip(setups, less, strict=True)
+    ]
+    assert found == wanted

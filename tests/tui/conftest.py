@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,18 @@ from planner.setup import defaults
 from planner.setup.training_setup import TrainingSetup
 
 MakeApp = Callable[..., VramwiseApp]
+Scene = Callable[[Pilot[None], Path], Awaitable[None]]
+"""What is seen in an app that others have been seen in, with a folder of its own."""
+
+
+def joins(scenes: list[Scene]) -> Callable[[Scene], Scene]:
+    """Add a scene to those that a test plays."""
+
+    def added(scene: Scene) -> Scene:
+        scenes.append(scene)
+        return scene
+
+    return added
 
 
 @pytest.fixture
@@ -53,3 +65,30 @@ async def settle(pilot: Pilot[None]) -> None:
         with contextlib.suppress(WorkerCancelled):
             await pilot.app.workers.wait_for_complete()
         await pilot.pause()
+
+
+async def play(
+    scenes: Iterable[Scene],
+    pilot: Pilot[None],
+    folder: Path,
+    *,
+    begin: Callable[[Pilot[None]], Awaitable[None]] = settle,
+) -> None:
+    """Look at all scenes in one app, which takes a second to open, each after `begin`; tell of all that are
+    wrong, by name.
+    """
+    seen, wrong = 0, []
+    for scene in scenes:
+        seen += 1
+        own = folder / scene.__name__
+        own.mkdir()
+        try:
+            await begin(pilot)
+            await scene(pilot, own)
+        except AssertionError as error:
+            wrong.append(f"{scene.__name__}: {error}")
+        except BaseException as error:
+            error.add_note(f"in {scene.__name__}")
+            raise
+    assert seen, "there is nothing to look at"
+    assert not wrong, "\n".join(wrong)

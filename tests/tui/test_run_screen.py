@@ -10,7 +10,9 @@ from textual.pilot import Pilot
 
 from launcher.runs import record as run_record
 from launcher.runs.events import StageEvent, WarningEvent
+from launcher.runs.folder import RunFolder
 from launcher.tui import run_follower
+from launcher.tui.app import VramwiseApp
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.screens.run import RunScreen, planned
 from launcher.tui.screens.runs import RunsScreen
@@ -21,10 +23,12 @@ from planner.planning.make_plan import make_plan
 from planner.setup.request import make_request
 
 from . import synthetic
-from .conftest import MakeApp, settle
+from .conftest import MakeApp, Scene, joins, play, settle
 from .test_sizing_screen import shown_text
 
 SIZE = (120, 40)
+FOLLOWED: list[Scene] = []
+"""Of runs whose trainer is alive."""
 
 
 @pytest.fixture
@@ -42,48 +46,52 @@ async def see(pilot: Pilot[None]) -> RunScreen:
     return screen
 
 
-@pytest.mark.usefixtures("alive")
-async def test_a_growing_run_is_followed(make_app: MakeApp, tmp_path: Path) -> None:
+async def look_at(pilot: Pilot[None], folder: RunFolder) -> RunScreen:
+    """Follow a run, in the place of one that is followed."""
+    assert isinstance(pilot.app, VramwiseApp)
+    pilot.app.follow(folder)
+    await pilot.pause()
+    return await see(pilot)
+
+
+@joins(FOLLOWED)
+async def a_growing_run_is_followed(pilot: Pilot[None], tmp_path: Path) -> None:
     folder = synthetic.make_folder(tmp_path / "run")
-    async with make_app(run=folder).run_test(size=SIZE) as pilot:
-        await see(pilot)
-        assert "STARTING" in shown_text(pilot)
-        synthetic.append(folder.events, synthetic.start(10), *(synthetic.log(step) for step in (1, 2, 3)))
-        await see(pilot)
-        text = shown_text(pilot)
-        assert "RUNNING" in text
-        assert "step 3 of 10" in text
-        assert "left" in text
-        synthetic.append(folder.events, synthetic.memory("step", 3, 14.02))
-        folder.log("trainer").write_text("hello from the trainer\n")
-        await see(pilot)
-        assert "14.02 GiB" in shown_text(pilot)
-        assert "hello from the trainer" in shown_text(pilot)
-        synthetic.append(folder.events, synthetic.log(10), synthetic.end("finished", 10))
-        await see(pilot)
-        text = shown_text(pilot)
-        assert "FINISHED" in text
-        assert "left" not in text.splitlines()[3]
+    await look_at(pilot, folder)
+    assert "STARTING" in shown_text(pilot)
+    synthetic.append(folder.events, synthetic.start(10), *(synthetic.log(step) for step in (1, 2, 3)))
+    await see(pilot)
+    text = shown_text(pilot)
+    assert "RUNNING" in text
+    assert "step 3 of 10" in text
+    assert "left" in text
+    synthetic.append(folder.events, synthetic.memory("step", 3, 14.02))
+    folder.log("trainer").write_text("hello from the trainer\n")
+    await see(pilot)
+    assert "14.02 GiB" in shown_text(pilot)
+    assert "hello from the trainer" in shown_text(pilot)
+    synthetic.append(folder.events, synthetic.log(10), synthetic.end("finished", 10))
+    await see(pilot)
+    text = shown_text(pilot)
+    assert "FINISHED" in text
+    assert "left" not in text.splitlines()[3]
 
 
-@pytest.mark.usefixtures("alive")
-async def test_what_is_done_before_the_first_step_is_shown_with_its_seconds(
-    make_app: MakeApp, tmp_path: Path
+@joins(FOLLOWED)
+async def what_is_done_before_the_first_step_is_shown_with_its_seconds(
+    pilot: Pilot[None], tmp_path: Path
 ) -> None:
     folder = synthetic.make_folder(tmp_path / "run")
-    async with make_app(run=folder).run_test(size=SIZE) as pilot:
-        await see(pilot)
-        assert "starting Python and the training stack, " in shown_text(pilot)
-        told = StageEvent(time=time.time() - 131, stage="loading", message="loading the [b]weights[/b]")
-        synthetic.append(folder.events, told)
-        await see(pilot)
-        assert re.search(r"loading the \[b\]weights\[/b\], \d+ min \d\d s", shown_text(pilot))
-        synthetic.append(folder.events, synthetic.start(10), StageEvent(time=time.time(), stage="training"))
-        synthetic.append(folder.events, synthetic.log(1))
-        await see(pilot)
-        assert re.search(
-            r"✔ loading the \[b\]weights\[/b\] 2 min \d\d s   ▸ training \d s", shown_text(pilot)
-        )
+    await look_at(pilot, folder)
+    assert "starting Python and the training stack, " in shown_text(pilot)
+    told = StageEvent(time=time.time() - 131, stage="loading", message="loading the [b]weights[/b]")
+    synthetic.append(folder.events, told)
+    await see(pilot)
+    assert re.search(r"loading the \[b\]weights\[/b\], \d+ min \d\d s", shown_text(pilot))
+    synthetic.append(folder.events, synthetic.start(10), StageEvent(time=time.time(), stage="training"))
+    synthetic.append(folder.events, synthetic.log(1))
+    await see(pilot)
+    assert re.search(r"✔ loading the \[b\]weights\[/b\] 2 min \d\d s   ▸ training \d s", shown_text(pilot))
 
 
 async def test_a_dead_run_is_shown(make_app: MakeApp, tmp_path: Path) -> None:
@@ -97,43 +105,40 @@ async def test_a_dead_run_is_shown(make_app: MakeApp, tmp_path: Path) -> None:
         assert "3 of 1,204 examples are longer" in text
 
 
-@pytest.mark.usefixtures("alive")
-async def test_predicted_stands_beside_measured(make_app: MakeApp, tmp_path: Path) -> None:
+@joins(FOLLOWED)
+async def predicted_stands_beside_measured(pilot: Pilot[None], tmp_path: Path) -> None:
     folder = synthetic.half_way(tmp_path / "run")
-    async with make_app(run=folder).run_test(size=SIZE) as pilot:
-        screen = await see(pilot)
-        assert screen.snapshot is not None
-        step = next(row for row in compare(screen.snapshot) if row.phase == "step")
-        assert step.measured_bytes == int(14.02 * synthetic.GIB)
-        assert step.predicted_bytes is not None
-        assert step.error == pytest.approx(step.predicted_bytes / step.measured_bytes - 1)
+    screen = await look_at(pilot, folder)
+    assert screen.snapshot is not None
+    step = next(row for row in compare(screen.snapshot) if row.phase == "step")
+    assert step.measured_bytes == int(14.02 * synthetic.GIB)
+    assert step.predicted_bytes is not None
+    assert step.error == pytest.approx(step.predicted_bytes / step.measured_bytes - 1)
 
 
-@pytest.mark.usefixtures("alive")
-async def test_on_the_cpu_host_memory_is_not_compared_with_a_gpus(make_app: MakeApp, tmp_path: Path) -> None:
+@joins(FOLLOWED)
+async def on_the_cpu_host_memory_is_not_compared_with_a_gpus(pilot: Pilot[None], tmp_path: Path) -> None:
     folder = synthetic.make_folder(tmp_path / "run")
     synthetic.append(folder.events, synthetic.start(5), synthetic.memory("step", 1, None), synthetic.log(1))
-    async with make_app(run=folder).run_test(size=SIZE) as pilot:
-        await see(pilot)
-        text = shown_text(pilot)
-        assert "on the CPU" in text
-        assert "planned" not in text
+    await look_at(pilot, folder)
+    text = shown_text(pilot)
+    assert "on the CPU" in text
+    assert "planned" not in text
 
 
-@pytest.mark.usefixtures("alive")
-async def test_stop_asks_and_then_writes_the_file(make_app: MakeApp, tmp_path: Path) -> None:
+@joins(FOLLOWED)
+async def stop_asks_and_then_writes_the_file(pilot: Pilot[None], tmp_path: Path) -> None:
     folder = synthetic.half_way(tmp_path / "run")
-    async with make_app(run=folder).run_test(size=SIZE) as pilot:
-        await see(pilot)
-        await pilot.press("s")
-        assert isinstance(pilot.app.screen, Confirm)
-        await pilot.press("n")
-        await settle(pilot)
-        assert not folder.stop.exists()
-        await pilot.press("s", "y")
-        await see(pilot)
-        assert folder.stop.exists()
-        assert "STOPPING" in shown_text(pilot)
+    await look_at(pilot, folder)
+    await pilot.press("s")
+    assert isinstance(pilot.app.screen, Confirm)
+    await pilot.press("n")
+    await settle(pilot)
+    assert not folder.stop.exists()
+    await pilot.press("s", "y")
+    await see(pilot)
+    assert folder.stop.exists()
+    assert "STOPPING" in shown_text(pilot)
 
 
 @pytest.mark.usefixtures("alive")
@@ -171,33 +176,37 @@ async def test_a_path_that_is_no_run_is_refused(make_app: MakeApp, tmp_path: Pat
         assert "No run folder" in shown_text(pilot)
 
 
-@pytest.mark.usefixtures("alive")
-async def test_markup_and_control_characters_are_shown_not_obeyed(make_app: MakeApp, tmp_path: Path) -> None:
+@joins(FOLLOWED)
+async def markup_and_control_characters_are_shown_not_obeyed(pilot: Pilot[None], tmp_path: Path) -> None:
     folder = synthetic.make_folder(tmp_path / "run", data="/data/[bold]x.jsonl")
     evil = "[red]warn[/red] \x1b]0;title\x07 \x1b[2J"
     synthetic.append(folder.events, synthetic.start(), WarningEvent(time=1.0, message=evil))
     folder.log("trainer").write_bytes(b"[blink]log[/blink] \x1b[31mred\x1b[0m \x9b31m\n")
-    async with make_app(run=folder).run_test(size=SIZE) as pilot:
-        await see(pilot)
+    await look_at(pilot, folder)
+    text = shown_text(pilot)
+    assert "[bold]x.jsonl" in text
+    assert "[red]warn[/red]" in text
+    assert "[blink]log[/blink]" in text
+    assert not any(ord(character) < 32 and character != "\n" for character in text)
+    assert "\x9b" not in text
+
+
+@joins(FOLLOWED)
+async def state_progress_and_loss_are_in_sight_at_every_size(pilot: Pilot[None], tmp_path: Path) -> None:
+    folder = synthetic.half_way(tmp_path / "run")
+    for size in ((60, 20), (80, 24), (160, 50), SIZE):
+        await pilot.resize_terminal(*size)
+        await look_at(pilot, folder)
         text = shown_text(pilot)
-        assert "[bold]x.jsonl" in text
-        assert "[red]warn[/red]" in text
-        assert "[blink]log[/blink]" in text
-        assert not any(ord(character) < 32 and character != "\n" for character in text)
-        assert "\x9b" not in text
+        assert "RUNNING" in text, size
+        assert "step 240 of 400" in text, size
+        assert any(0x2800 < ord(character) < 0x2900 for character in text), size
 
 
 @pytest.mark.usefixtures("alive")
-@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40), (160, 50)])
-async def test_state_progress_and_loss_are_in_sight_at_every_size(
-    make_app: MakeApp, tmp_path: Path, size: tuple[int, int]
-) -> None:
-    async with make_app(run=synthetic.half_way(tmp_path / "run")).run_test(size=size) as pilot:
-        await see(pilot)
-        text = shown_text(pilot)
-        assert "RUNNING" in text
-        assert "step 240 of 400" in text
-        assert any(0x2800 < ord(character) < 0x2900 for character in text)
+async def test_what_is_shown_of_a_run_that_is_followed(make_app: MakeApp, tmp_path: Path) -> None:
+    async with make_app().run_test(size=SIZE) as pilot:
+        await play(FOLLOWED, pilot, tmp_path)
 
 
 @pytest.mark.usefixtures("alive")

@@ -38,8 +38,9 @@ def test_the_hook_s_command_is_one_that_there_is() -> None:
     assert args.gpu == "24GB"
     assert args.files == [Path("axolotl.yml"), Path("conf/sft.yaml")]
     named = re.compile(hook["files"])
-    assert all(named.search(name) for name in ("axolotl.yml", "conf/sft.yaml", "llamafactory-8b.yaml"))
-    assert not named.search("docker-compose.yml")
+    ours = ("axolotl.yml", "conf/sft.yaml", "llamafactory-8b.yaml", "unsloth_train.py")
+    assert all(named.search(name) for name in ours)
+    assert not any(named.search(name) for name in ("docker-compose.yml", "train.py"))
 
 
 @pytest.mark.parametrize(("length", "code"), [(512, 0), (65_536, 3)])

@@ -78,16 +78,15 @@ class AccuracyScreen(Screen[None]):
     def _draw(self) -> None:
         shown, runs = colours(self.app), self._runs or ()
         self.query_one("#accuracy-title", Static).update(self._title(shown))
-        memory = errors_of([run.memory_error for run in runs])
-        speed = errors_of([run.speed_error for run in runs])
+        memory, speed = self._headings()
         for name, title, data in (
-            ("memory", heading("memory, GiB", memory), scatter(memory_points(runs), "measured, GiB")),
-            ("speed", heading("tokens/s", speed), scatter(speed_points(runs), "measured, tokens/s")),
+            ("memory", memory, scatter(memory_points(runs), "measured, GiB")),
+            ("speed", speed, scatter(speed_points(runs), "measured, tokens/s")),
         ):
             place = self.query_one(f"#accuracy-{name}", Vertical)
             place.query_one(Static).update(Text(title, no_wrap=True))
             place.query_one(LinePlot).data = data
-        self.query_one("#accuracy-plots").display = bool(runs)
+        self.query_one("#accuracy-plots").set_class(bool(runs), "shown")
         table = self.query_one(DataTable)
         table.clear(columns=True)
         lines = [_cells(run, shown) for run in runs]
@@ -97,8 +96,19 @@ class AccuracyScreen(Screen[None]):
         for cells in lines:
             table.add_row(*cells)
 
+    def on_resize(self) -> None:
+        """Say in words what there is no room to draw, or draw it."""
+        self._draw()
+
+    def _headings(self) -> tuple[str, str]:
+        runs = self._runs or ()
+        return (
+            heading("memory, GiB", errors_of([run.memory_error for run in runs])),
+            heading("tokens/s", errors_of([run.speed_error for run in runs])),
+        )
+
     def _title(self, shown: Colours) -> Text:
-        text = Text("Accuracy", f"bold {shown.primary}")
+        text = Text().append("Accuracy", f"bold {shown.primary}")
         if self._runs is None:
             return text.append("  reading ...", shown.muted)
         if not self._runs:
@@ -106,7 +116,10 @@ class AccuracyScreen(Screen[None]):
                 "  no run of yours has been measured on a GPU yet. Each that ends is; b measures this GPU",
                 shown.muted,
             )
-        text.append(f"  {len(self._runs):,} runs of yours, predicted beside measured", shown.muted)
+        text.append(f"  {len(self._runs):,} runs of yours beside what was predicted", shown.muted)
+        if self.has_class("-tiny"):
+            # There the plots have no room.
+            text.append("\n" + "\n".join(self._headings()))
         for one in self._unread[:1]:
             text.append(f"  ! {plain(one, 120)}", shown.warning)
         return text

@@ -135,9 +135,7 @@ class CalibrateScreen(Screen[None]):
         self._said.append(((plain(heard.text), ""),))
         if heard.total is not None:
             self.query_one(ProgressBar).update(total=heard.total, progress=heard.ended or 0)
-        place = self.query_one(LogLines)
-        place.show(self._said)
-        place.scroll_end(animate=False)
+        self.query_one(LogLines).show(self._said, end=True)
 
     @on(Ended)
     def _end(self, event: Ended) -> None:
@@ -193,7 +191,7 @@ class CalibrateScreen(Screen[None]):
         self.query_one("#calibrate-models", Static).update(by_model(self._runs, shown))
 
     def _title(self, shown: Colours) -> Text:
-        text = Text("Calibrate", f"bold {shown.primary}")
+        text = Text().append("Calibrate", f"bold {shown.primary}")
         if self._told:
             return text.append(f"  ! {self._told}", shown.warning)
         if self.measuring:
@@ -201,8 +199,7 @@ class CalibrateScreen(Screen[None]):
         if self._runs:
             return text.append("  done: plans rest on these runs from now on", shown.success)
         return text.append(
-            "  trains models of published shapes for some steps on this GPU, fits memory and speed to what "
-            "they took, and lets plans rest on it. ctrl+s begins",
+            "  ctrl+s measures this GPU by training models for some steps; plans then rest on it",
             shown.muted,
         )
 

@@ -9,7 +9,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
-from textual.widgets import Footer, Static
+from textual.widgets import Footer
 
 from launcher.tui import cards, knobs
 from launcher.tui.breakpoints import fit_before_composing
@@ -66,9 +66,22 @@ class SizingScreen(SizingPicks):
         Binding("n", "needs", "Need", id="sizing.needs", tooltip="Which card for these hours"),
         Binding("c", "copy_command", "Copy", id="sizing.command", tooltip="Copy the command line"),
         Binding("o", "app.open_run", "Runs", id="sizing.runs", tooltip="The runs, to follow one"),
+        Binding("f", "app.follow_live", show=False, id="sizing.follow", tooltip="The run that goes on"),
         Binding("k", "keep", "Keep", show=False, id="sizing.keep", tooltip="Keep card, display, price"),
         Binding("e", "app.accuracy", show=False, id="sizing.accuracy", tooltip="Accuracy of own runs"),
         Binding("b", "app.calibrate", show=False, id="sizing.calibrate", tooltip="Calibrate on this GPU"),
+        Binding(
+            "1",
+            "panel(1)",
+            show=False,
+            id="sizing.panel1",
+            key_display=f"1-{len(parts.PANELS)}",
+            tooltip="Go to a panel",
+        ),
+        *(
+            Binding(str(at), f"panel({at})", show=False, id=f"sizing.panel{at}")
+            for at in range(2, len(parts.PANELS) + 1)
+        ),
         Binding("escape", "leave_field", "Leave field", show=False, id="sizing.leave"),
     ]
 
@@ -106,18 +119,18 @@ class SizingScreen(SizingPicks):
             with VerticalScroll(id="details"):
                 with Container(id="columns"):
                     with Vertical(id="memory-column"):
-                        yield Static("memory", classes="heading")
+                        yield parts.heading("memory")
                         yield Legend()
-                        yield Static("data", classes="heading")
+                        yield parts.heading("data")
                         yield DataPanel()
                     with Vertical(id="speed-column"):
-                        yield Static("speed", classes="heading")
+                        yield parts.heading("speed")
                         yield SpeedPanel()
-                        yield Static("phases", classes="heading")
+                        yield parts.heading("phases")
                         yield PhaseTable()
-                yield Static("what to change", classes="heading")
+                yield parts.heading("what to change")
                 yield AdvicePanel()
-                yield Static("speed against memory", classes="heading")
+                yield parts.heading("speed against memory")
                 yield FrontierPanel()
         yield Footer(compact=True, show_command_palette=False)
 
@@ -231,6 +244,10 @@ class SizingScreen(SizingPicks):
         self.query_one(Legend).pinned = self.query_one(PhaseTable).pinned = memory
         if pin is not None and self.sizing is not None:
             line.text = parts.pinned(self.sizing, pin, colours(self.app))
+
+    def action_panel(self, number: int) -> None:
+        """Bring a panel into sight, and what of it takes keys into focus."""
+        parts.go_to(self, number)
 
     def action_pin(self) -> None:
         """Pin the setup with its figures; pinned as it is, let go of it."""

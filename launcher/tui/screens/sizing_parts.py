@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.text import Text
+from textual.screen import Screen
+from textual.widgets import Static
 
 from launcher.tui import cards, knobs
 from launcher.tui.screens.picker import Remark, Row
@@ -17,7 +19,31 @@ from launcher.tui.widgets.sizing.memory_bar import BarData, BarPart
 from planner.models.catalog import ModelSummary
 from planner.text.figures import count, dollars, duration, rate
 
+PANELS = (
+    ("knobs", "#form-scroll", "#knob-max_length"),
+    ("memory", "Legend", ""),
+    ("data", "DataPanel", ""),
+    ("speed", "SpeedPanel", ""),
+    ("phases", "PhaseTable", ""),
+    ("what to change", "AdvicePanel", "AdvicePanel *"),
+    ("speed against memory", "FrontierPanel", "FrontierPanel *"),
+)
+"""Title of each panel, the widget it is, and what of it takes the focus; its number is the key to it."""
 _VERDICT_COLOURS = {Verdict.FITS: "success", Verdict.TIGHT: "warning", Verdict.DOES_NOT_FIT: "error"}
+
+
+def heading(title: str) -> Static:
+    """A panel's heading, with the number that leads there."""
+    number = next(at for at, panel in enumerate(PANELS, 1) if panel[0] == title)
+    return Static(Text(f"{number} {title}"), classes="heading")
+
+
+def go_to(screen: Screen[Any], number: int) -> None:
+    """Bring the panel of a number to the top, and give the focus to what of it takes one."""
+    _, place, focus = PANELS[number - 1]
+    takes = [one for one in screen.query(focus) if one.focusable] if focus else []
+    screen.set_focus(takes[0] if takes else None, scroll_visible=False)
+    screen.query_one(place).scroll_visible(animate=False, top=True)
 
 
 def question(sizing: Sizing, muted: str) -> Text:

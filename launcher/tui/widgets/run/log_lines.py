@@ -25,6 +25,7 @@ class LogLines(ScrollView, can_focus=True):
         self._lines: list[Line] = []
         self._rows: list[Line] = []
         self._width = 0
+        self._stays_at_end = True
 
     @property
     def text(self) -> str:
@@ -36,18 +37,22 @@ class LogLines(ScrollView, can_focus=True):
         """Whether the last line is in sight."""
         return self.max_scroll_y - self.scroll_y <= 1
 
-    def show(self, lines: Iterable[Line]) -> None:
-        """Show these lines."""
+    def show(self, lines: Iterable[Line], *, end: bool = False) -> None:
+        """Show these lines: their last where the last was in sight, or where `end` is wanted."""
+        self._stays_at_end = end or not self._width or self.at_end
         self._lines = list(lines)
         self._break()
+        self._go_to_end()
+
+    def _go_to_end(self) -> None:
+        if self._stays_at_end:
+            self.scroll_to(y=self.max_scroll_y, animate=False, force=True, immediate=True)
 
     def on_resize(self) -> None:
         """Break the lines anew at another width, and stay at the end."""
-        at_end = self.at_end
         if self.scrollable_content_region.width != self._width:
             self._break()
-        if at_end:
-            self.scroll_end(animate=False)
+        self._go_to_end()
 
     def _break(self) -> None:
         self._width = self.scrollable_content_region.width

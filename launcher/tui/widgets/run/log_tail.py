@@ -87,16 +87,13 @@ class LogTail(Vertical):
         if key == self._drawn and not anew:
             return
         self._drawn = key
-        place = self.query_one(LogLines)
-        at_end = place.at_end
         shown = colours(self.app)
-        place.show(
+        lines = (
             found(snapshot, self._wanted, shown)
             if self._wanted
             else log_lines(snapshot, shown, whole=self._whole)
         )
-        if at_end or self._wanted:
-            place.scroll_end(animate=False)
+        self.query_one(LogLines).show(lines, end=bool(self._wanted))
 
 
 def log_lines(snapshot: RunSnapshot, shown: Colours, *, whole: bool = False) -> list[Line]:

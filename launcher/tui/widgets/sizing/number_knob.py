@@ -11,9 +11,14 @@ from textual.widgets import Input
 
 from launcher.tui.knobs import Row, step
 
+_STAY = frozenset({"backspace", "delete"})
+"""Keys that edit a number without ending it."""
+
 
 class NumberKnob(Input):
-    """Takes digits only, so that letters stay free for the screen's keys."""
+    """Takes digits only, so that letters stay free for the screen's keys; but within a number that is being
+    typed a letter is a slip, of which "4k" keeps no settings: it is answered by a hint.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(
@@ -40,14 +45,29 @@ class NumberKnob(Input):
             tooltip=row.help,
         )
         self.row = row
+        self._typing = False
 
     def check_consume_key(self, key: str, character: str | None) -> bool:
-        """Whether a key edits the number."""
-        return character is not None and _edits(character)
+        """Whether a key edits the number, or is a slip within one."""
+        return character is not None and (_edits(character) or self._slips(character))
+
+    def _slips(self, character: str) -> bool:
+        return self._typing and character.isalpha()
 
     async def _on_key(self, event: events.Key) -> None:
-        if event.is_printable and not _edits(event.character or ""):
+        character = event.character or ""
+        if event.is_printable and not _edits(character):
             event.prevent_default()
+            if self._slips(character):
+                event.stop()
+                hint = f"{self.row.label} is a number: enter ends it, then {character} is a key again"
+                self.app.notify(hint, timeout=3, markup=False)
+        else:
+            self._typing = event.is_printable or (self._typing and event.key in _STAY)
+
+    def _on_blur(self, event: events.Blur) -> None:
+        self._typing = False
+        super()._on_blur(event)
 
     def action_step(self, direction: int) -> None:
         """Go to the next usual value."""
