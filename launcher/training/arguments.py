@@ -117,9 +117,9 @@ def _loss() -> dict[str, Any]:
         "label_smoothing_factor": 0.0,
         "average_tokens_across_devices": True,
         # TRL takes a mixture's loss for balanced experts wherever its config has a coefficient, though
-        # published configs ask for none (output_router_logits). It writes the experts of all layers' tokens
-        # as one_hot (transformers load_balancing_loss_func): 4 GB for Qwen3-Next at 2,048 tokens. And it
-        # fails where a config calls the number of experts otherwise (Llama 4).
+        # published configs ask for none (output_router_logits; findings/balance-loss-nobody-asked-for.sh).
+        # What that keeps of every layer's router no plan counts, and it fails where a config calls the
+        # number of experts otherwise (Llama 4).
         "router_aux_loss_coef": 0.0,
     }
 

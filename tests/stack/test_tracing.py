@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 from launcher.models import inspect
 from launcher.models.inspect import inspect_config
 from launcher.models.traced_spec import describe_traced
-from launcher.models.tracing import recorder
+from launcher.models.tracing import model, recorder
 from launcher.models.tracing.autocast import Fp32
 from planner.memory import estimate_memory
 from planner.memory.decoder.live_bytes import at
@@ -58,8 +58,8 @@ SETUPS: list[dict[str, Any]] = [
 @functools.lru_cache(maxsize=8)
 def traced(family: str) -> ModelSpec:
     """A family's small model described by tracing, whether it has a recipe or not."""
-    model = inspect._build(dict(small_models.FAMILIES[family]), family)
-    return describe_traced(model, model_id=family, hub_id=family, aliases=(), note="")
+    built = inspect._build(dict(small_models.FAMILIES[family]), family)
+    return describe_traced(built, model_id=family, hub_id=family, aliases=(), note="")
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
@@ -72,7 +72,7 @@ def test_families_with_a_recipe_agree_with_it(family: str) -> None:
     assert spec.embedding_multiplier == recipe.embedding_multiplier
     for knobs in SETUPS:
         fixed = {"model": family, "max_length": 512, "per_device_train_batch_size": 2}
-        runs = [TrainingRun(setup=TrainingSetup(**fixed, **knobs), model=model) for model in (spec, recipe)]
+        runs = [TrainingRun(setup=TrainingSetup(**fixed, **knobs), model=one) for one in (spec, recipe)]
         found, expected = (estimate_memory(run, replay=True) for run in runs)
         assert found.allocated_bytes == pytest.approx(expected.allocated_bytes, rel=0.01), knobs
         assert found.reserved_bytes == pytest.approx(expected.reserved_bytes, rel=0.02), knobs
@@ -116,8 +116,11 @@ def test_an_unheard_of_model_trains_in_the_bytes_that_were_planned(
 
 @pytest.fixture
 def casting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A CPU that runs as a GPU; torch's CPU makes no product before a softmax's backward."""
+    """A CPU that runs as a GPU, whose traces are of QLoRA alone; torch's CPU makes no product before a
+    softmax's backward.
+    """
     monkeypatch.setattr(recorder, "TEMPORARIES", frozenset())
+    monkeypatch.setattr(model, "METHODS", ("qlora",))
     traced.cache_clear()
     with like_cuda():
         yield

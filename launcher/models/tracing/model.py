@@ -185,7 +185,7 @@ class ModelTracer:
         try:
             with autocast(dtype):
                 self.parts.base(input_ids=ids, use_cache=False)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             # The model's own code, and torch's where an operation asks for contents that fake tensors lack.
             what = str(error).strip().partition("\n")[0][:200]
             raise InputError(f"its forward pass does not run without contents: {what}") from error
