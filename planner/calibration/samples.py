@@ -25,9 +25,9 @@ LEFT_OVER_BYTES = 2 * MIB
 LOADED_BYTES = 16 * MIB
 """What kernels that only earlier runs in the process used may add to its context."""
 BALANCED_UNTIL = "2026-12-01T12:20:00+00:00"
-"""When the launcher left out TRL's loss for balanced experts (launcher/training/arguments.py), which keeps the
-router logits of all layers: a mixture's run from before held what today's does not, 12,288 bytes a token for
-Qwen3-30B-A3B.
+"""When the launcher left out TRL's loss for balanced experts (launcher/training/arguments.py), which keeps
+the router logits of all layers: a mixture's run from before held what today's does not, 12,288 bytes a token
+for Qwen3-30B-A3B.
 """
 Resolve = Callable[[str], ModelSpec]
 
