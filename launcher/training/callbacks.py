@@ -193,6 +193,8 @@ class QuietHeap(TrainerCallback):  # type: ignore[misc]
     million objects of the libraries again and again: 8% of a step's time on the host.
     """
 
+    _thaws = True
+
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Freeze what is alive."""
         self._thaws = gc.get_freeze_count() == 0

@@ -21,7 +21,6 @@ from launcher.runs.report.facts import plan_or_none
 from launcher.runs.training_job import TrainingJob
 from launcher.tui import runs, starting
 from launcher.tui.beginning.live import FollowsLive
-from launcher.tui.breakpoints import HEIGHTS, WIDTHS
 from launcher.tui.cards import Card, card_of
 from launcher.tui.pauses import collect_idle
 from launcher.tui.screens.accuracy import AccuracyScreen
@@ -37,6 +36,7 @@ from launcher.tui.screens.waiting import Waiting
 from launcher.tui.sizing import Sizing, Verdict
 from launcher.tui.text import gib, plain
 from launcher.tui.themes import DARK, LIGHT, completed
+from launcher.tui.widgets.breakpoints import HEIGHTS, WIDTHS
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError, UnknownNameError, VramwiseError
 from planner.base.settings import change_setting, settings_path

@@ -19,10 +19,10 @@ from textual.widgets import Footer, Static
 from launcher.runs import record as run_record
 from launcher.runs import supervisor
 from launcher.runs.folder import RunFolder, anchored
-from launcher.tui.breakpoints import fit_before_composing
 from launcher.tui.run_follower import RunFollower, RunSnapshot
 from launcher.tui.screens.confirm import Confirm
 from launcher.tui.text import plain
+from launcher.tui.widgets.breakpoints import fit_before_composing
 from launcher.tui.widgets.run.charts import Charts
 from launcher.tui.widgets.run.gpu_panel import GpuPanel
 from launcher.tui.widgets.run.log_tail import LogTail

@@ -12,7 +12,6 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer
 
 from launcher.tui import cards, knobs
-from launcher.tui.breakpoints import fit_before_composing
 from launcher.tui.command_line import plan_command
 from launcher.tui.explained import Explained, explained
 from launcher.tui.screens import sizing_parts as parts
@@ -22,6 +21,7 @@ from launcher.tui.screens.sizing_picks import SizingPicks
 from launcher.tui.sizing import Sizing, Wishes, size_up
 from launcher.tui.text import plain
 from launcher.tui.themes import colours
+from launcher.tui.widgets.breakpoints import fit_before_composing
 from launcher.tui.widgets.sizing.advice_panel import AdvicePanel
 from launcher.tui.widgets.sizing.data_panel import DataPanel
 from launcher.tui.widgets.sizing.frontier_panel import FrontierPanel
