@@ -12,7 +12,7 @@ from launcher.runs.report.facts import memory_figures, predicted_rate
 from launcher.runs.summary import RunSummary
 from launcher.training import build
 from launcher.training.callbacks import EventCallback, PartialCheckpointing, QuietHeap
-from launcher.training.memory_meter import MemoryMeter
+from launcher.training.watching.memory_meter import MemoryMeter
 from planner.answers.plan import Plan
 from vramwise.arguments import refuse_in_script
 from vramwise.comparison import Comparison, Difference

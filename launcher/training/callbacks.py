@@ -22,10 +22,10 @@ from launcher.runs.events import (
     LogEvent,
     StartEvent,
 )
-from launcher.training.memory_meter import MemoryMeter
 from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
 from launcher.training.several import whole
 from launcher.training.several.ranked_trainer import RankedTrainer
+from launcher.training.watching.memory_meter import MemoryMeter
 from planner.base.errors import InputError, VramwiseError
 
 

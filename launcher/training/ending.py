@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 
 from launcher.runs.ends import RunExit, exit_code
 from launcher.runs.events import EndEvent, EventWriter
-from launcher.training.patience import NO_ROOM, DiskError
+from launcher.training.watching.patience import NO_ROOM, DiskError
 from planner.base.errors import InputError, VramwiseError
 
 # Said by torch's CPU allocator, by CUDA calls outside torch's allocator, and by cuBLAS.

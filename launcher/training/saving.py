@@ -19,10 +19,10 @@ from launcher.runs.folder import RunFolder
 from launcher.runs.kept import checkpoints
 from launcher.runs.training_job import TrainingJob
 from launcher.training.evaluation import BestCheckpoint, best_checkpoint, weight_files
-from launcher.training.patience import PatientWriter
 from launcher.training.several.random_states import random_state, set_random_state
 from launcher.training.several.ranks import ALONE, Ranks
 from launcher.training.several.whole import is_sharded, trained_weights
+from launcher.training.watching.patience import PatientWriter
 
 KEPT_LOGS = 10
 """Entries of the trainer's own log that a checkpoint keeps: all that was logged is in events.jsonl, and a

@@ -34,9 +34,9 @@ from launcher.runs.record import read_plan
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
-from launcher.training.patience import PatientWriter
 from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
 from launcher.training.stages import Stages
+from launcher.training.watching.patience import PatientWriter
 from planner.base.errors import InputError, shorten
 from planner.base.importing import uncollected
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from launcher.training.callbacks import EventCallback, LaunchedTrainer
-    from launcher.training.memory_meter import MemoryMeter
+    from launcher.training.watching.memory_meter import MemoryMeter
 
 NOT_KEPT = "no checkpoints are saved, so the adapter is that of the last step and not of the best evaluation"
 
@@ -169,7 +169,7 @@ def _run(
     with uncollected():
         from launcher.training import saving
         from launcher.training.evaluation import early_end
-        from launcher.training.memory_meter import MemoryMeter  # noqa: F401 - with the trainer's own imports
+        from launcher.training.watching.memory_meter import MemoryMeter  # noqa: F401 - with the trainer's own imports
 
     device = _device(job, gpu, writer, ranks)
     join(ranks, on_gpu=device.type == "cuda")
@@ -198,7 +198,7 @@ def _run(
 
 
 def _meter(writer: EventWriter, gpu: ChosenGpu | None, device: torch.device, ranks: Ranks) -> MemoryMeter:
-    from launcher.training.memory_meter import MemoryMeter
+    from launcher.training.watching.memory_meter import MemoryMeter
 
     used = gpu.used_since_start if gpu else _unknown
     return MemoryMeter(writer.write, device.type == "cuda", used, ranks)
@@ -266,9 +266,9 @@ def _equip(
     trainer: LaunchedTrainer, folder: RunFolder, job: TrainingJob, writer: EventWriter, stages: Stages
 ) -> None:
     """Have the longest micro-batch go first, trackers told, and what is done said from here on."""
-    from launcher.training.heart import HeartbeatCallback
     from launcher.training.products.agreement import check_layers
     from launcher.training.rehearsal import Rehearsal
+    from launcher.training.watching.heart import HeartbeatCallback
 
     trainer.tell = functools.partial(_warn, writer)
     if job.track:

@@ -41,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def tries_often() -> None:
-    from launcher.training import patience
+    from launcher.training.watching import patience
 
     patience.RETRY_SECONDS = 0.3
 

@@ -34,7 +34,7 @@ def has_no_room() -> None:
 
 
 def tries_often() -> None:
-    from launcher.training import patience
+    from launcher.training.watching import patience
 
     patience.RETRY_SECONDS = 0.3
 

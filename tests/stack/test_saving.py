@@ -22,8 +22,8 @@ from launcher.runs.kept.checkpoints import MANIFEST
 from launcher.runs.training_job import TrainingJob
 from launcher.training.callbacks import EvaluationStoppedError, LaunchedTrainer
 from launcher.training.evaluation import protected_steps
-from launcher.training.patience import PatientWriter
 from launcher.training.saving import CheckpointSaver, SavingTimes, save_adapter
+from launcher.training.watching.patience import PatientWriter
 from planner.planning.needs import checkpoint_bytes
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
