@@ -59,6 +59,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 QLORA = TrainingSetup(model="m", max_length=64, lora_r=4, dtype="float32", experts="4bit")
 STACKS = ("gate_up_proj", "down_proj")
+ROUTERS_COSINE = 0.8
+"""A router's gradient is what experts differ by, and a token between two of them goes to the other one once they
+are rounded: 0.86 to 0.97 over three draws of tokens, where all other adapters have 0.95 and more.
+"""
 
 
 def model_of(family: str) -> Any:
@@ -131,7 +135,8 @@ def test_each_adapter_gets_the_gradient_of_16_bits(family: str, experts: bool, c
         assert torch.allclose(gradient, same[name], rtol=1e-3, atol=1e-7), name
         other = wide[name]
         assert other is not None
-        assert cosine_similarity(gradient.flatten(), other.flatten(), dim=0) >= 0.94, name
+        least = ROUTERS_COSINE if "mlp.gate" in name else 0.94
+        assert cosine_similarity(gradient.flatten(), other.flatten(), dim=0) >= least, name
     assert (torch_parametrize._cache_enabled, len(torch_parametrize._cache)) == (0, 0)
 
 
