@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import subprocess
 import sys
 import traceback
@@ -26,6 +27,7 @@ def _run(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedPro
         mock.patch.object(sys, "stdin", io.StringIO(input)),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        _logged_to(err),
     ):
         try:
             code = int(inspect.main())
@@ -33,6 +35,16 @@ def _run(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedPro
             traceback.print_exc()
             code = 1
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _logged_to(stream: io.StringIO) -> Iterator[None]:
+    """What transformers logs, whose handler has held on to stderr since it was imported."""
+    with contextlib.ExitStack() as stack:
+        for handler in logging.getLogger("transformers").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                stack.enter_context(mock.patch.object(handler, "stream", stream))
+        yield
 
 
 @contextlib.contextmanager
