@@ -111,7 +111,7 @@ def test_time_saved_is_that_of_the_passes_in_8_bits() -> None:
 
 def test_measured_runs_needed_what_is_counted_and_ran_as_forecast_beside_16_bits() -> None:
     """Bars: memory within 1%; of speed what the same setup in 16 bits is off by, and a tenth."""
-    records = list(read_records(ROOT / "benchmarks" / "results" / "eight_bit_runs.jsonl"))
+    records = list(read_records(ROOT / "profiles" / "runs" / "eight_bit" / "h200.jsonl"))
     gpu = gpu_catalog().get("h200")
     off = {}
     for record in records:
