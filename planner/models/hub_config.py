@@ -275,4 +275,24 @@ def relevant_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             fields.pop("layer_types", None)
     if "num_local_experts" in fields and config.get("model_type") == "qwen3_moe":
         fields["num_experts"] = fields.pop("num_local_experts")
+    if config.get("model_type") == "gemma4_text":
+        return _with_global_heads(fields)
     return fields
+
+
+def _with_global_heads(fields: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 4's fields with its heads of full attention as its config has them, where transformers has written
+    them layer by layer (configuration_gemma4.py); as they are where they differ from layer to layer.
+    """
+    by_layer, types = fields.get("per_layer_config"), fields.get("layer_types")
+    if not isinstance(by_layer, Mapping) or not isinstance(types, list):
+        return fields
+    full = [index for index, kind in enumerate(types) if kind == "full_attention"]
+    named = sorted(int(name) for name in by_layer if str(name).isdecimal())
+    layers = [one for one in by_layer.values() if isinstance(one, Mapping)]
+    heads = {(one.get("head_dim"), one.get("num_key_value_heads")) for one in layers}
+    if named != full or len(layers) != len(full) or len(heads) != 1:
+        return fields
+    width, count = heads.pop()
+    rest = {name: value for name, value in fields.items() if name != "per_layer_config"}
+    return {**rest, "global_head_dim": width, "num_global_key_value_heads": count}

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -187,5 +188,6 @@ def test_the_merged_model_answers_as_the_adapter_on_its_base_in_4_bits(demo: Dem
     untrained = answers(AutoModelForCausalLM.from_pretrained(DEMO / "model"), tokenizer)
     assert all(text.startswith("Ahoy! ") for text in by_adapter), by_adapter
     assert not any(text.startswith("Ahoy! ") for text in untrained), untrained
-    # Greedy text may part where two tokens are as likely as each other.
-    assert sum(one == other for one, other in zip(by_adapter, by_merged, strict=True)) >= 2, by_merged
+    # Greedy text parts where two tokens are as likely as each other, a name for another: processors decide.
+    alike = [SequenceMatcher(None, *both).ratio() for both in zip(by_adapter, by_merged, strict=True)]
+    assert min(alike) > 0.8, (by_adapter, by_merged)

@@ -60,8 +60,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 QLORA = TrainingSetup(model="m", max_length=64, lora_r=4, dtype="float32", experts="4bit")
 STACKS = ("gate_up_proj", "down_proj")
 ROUTERS_COSINE = 0.8
-"""A router's gradient is what experts differ by, and a token between two of them goes to the other one once they
-are rounded: 0.86 to 0.97 over three draws of tokens, where all other adapters have 0.95 and more.
+"""A router's gradient is what experts differ by, and a token between two of them goes to the other one once
+they are rounded: 0.86 to 0.97 over three draws of tokens, where all other adapters have 0.95 and more.
 """
 
 

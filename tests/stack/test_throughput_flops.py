@@ -109,7 +109,7 @@ def test_layers_adapter_and_attention_are_counted_to_the_operation(
     )
     real = model()
     flops = matrix_flops(TrainingRun(setup=setup, model=spec(real)))
-    expected = flops.layers + flops.adapter + flops.attention
+    expected = flops.layers + flops.experts + flops.adapter + flops.attention
     # The rotation's angles are a batched matmul of its own: positions by frequencies, once a forward.
     rotary = 2 * setup.max_length * (HIDDEN // HEADS // 2)
     assert counted(setup, real) == pytest.approx(expected + rotary, rel=1e-3)
@@ -141,6 +141,6 @@ def test_adapters_of_experts_are_counted_as_peft_folds_them(
     real.set_attn_implementation("eager")
     real.set_experts_implementation("eager")
     flops = matrix_flops(TrainingRun(setup=setup, model=spec_of(family)))
-    expected = flops.layers + flops.adapter + flops.attention
+    expected = flops.layers + flops.experts + flops.adapter + flops.attention
     rotary = 2 * setup.max_length * (64 // 2)
     assert counted(setup, real) == pytest.approx(expected + rotary, rel=1e-3)

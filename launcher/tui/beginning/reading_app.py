@@ -40,6 +40,7 @@ class ReadingApp(App[Found]):
         # A name that is none is refused by the interface itself.
         self.theme = theme if theme in self.available_themes else DARK.name
         self._opening = opening
+        self._left = False
 
     def get_css_variables(self) -> dict[str, str]:
         """The theme's variables, with those that this interface needs beside Textual's."""
@@ -51,8 +52,17 @@ class ReadingApp(App[Found]):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, partial(self.exit, return_code=128 + number))
-        self.push_screen(Reading(self._opening), self.exit)
+        self.push_screen(Reading(self._opening), self._hand_on)
         self.set_timer(0.1, self._import_rest)
+
+    async def action_quit(self) -> None:
+        """Leave; what is read meanwhile opens nothing any more."""
+        self._left = True
+        await super().action_quit()
+
+    def _hand_on(self, found: tuple[ModelSpec, TrainingSetup] | str | None) -> None:
+        if not self._left:
+            self.exit(found)
 
     @work(thread=True, group="imports")
     def _import_rest(self) -> None:
