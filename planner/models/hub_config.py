@@ -281,8 +281,8 @@ def relevant_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_global_heads(fields: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 4's fields with its heads of full attention as its config has them, where transformers has written
-    them layer by layer (configuration_gemma4.py); as they are where they differ from layer to layer.
+    """Gemma 4's fields with its heads of full attention as its config has them, where transformers has
+    written them layer by layer (configuration_gemma4.py); as they are where they differ from layer to layer.
     """
     by_layer, types = fields.get("per_layer_config"), fields.get("layer_types")
     if not isinstance(by_layer, Mapping) or not isinstance(types, list):
