@@ -83,10 +83,14 @@ def _norm_backward(
     weighted = tape.tokens(size * product)
     if kind.trained:
         # The weight's gradient: a product per element, reduced over tokens with a global scratch buffer.
+        # Reduced by the engine, when the node has let go of the gradient that it was given
+        # (torch/csrc/autograd/engine.cpp, call_function).
         elementwise = tape.tokens(size * product)
+        tape.free(grad)
         tape.free(tape.tokens(size * NORM_SCRATCH_WIDTH), elementwise, saved_scaled)
         weight_gradient(tape, kind, size, kind.adapter_width)
-    tape.free(grad)
+    else:
+        tape.free(grad)
     grad = weighted
     if product != FP32:
         wide = tape.tokens(size * FP32)
