@@ -311,7 +311,7 @@ def test_most_runs_as_launched_reserve_what_was_said() -> None:
 
 
 def test_a_trained_norm_lets_go_of_its_gradient_before_its_weights_gradient_is_reduced() -> None:
-    """Gemma's norms multiply in fp32, so that this decides a step's peak: to 0.02% of what a run allocated."""
+    """Gemma's norms multiply in fp32: this decides a step's peak, to 0.02% of what a run allocated."""
     (record,) = (one for one in shipped_records() if one.id == "20261201-9a9cffed1a62")
     run = record.run(load_shipped(record.setup.model))
     found = replay_steps(run, gpu=gpu_catalog().get("h200"), allocator=record.allocator)
