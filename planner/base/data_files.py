@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from planner.base.errors import InputError
+from planner.base.errors import InputError, shorten
 
 T = TypeVar("T")
 PROFILES = Path(__file__).resolve().parent.parent.parent / "profiles"
@@ -61,3 +61,20 @@ def write_atomically(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_all(folder: Path, texts: Mapping[str, str]) -> tuple[Path, ...]:
+    """Write texts by their names into a folder, each file whole or not at all; the files that were written.
+
+    Raises:
+        InputError: one cannot be written.
+    """
+    found = []
+    for name, text in texts.items():
+        path = folder / name
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise InputError(f"{shorten(str(path))} cannot be written ({error.strerror})") from error
+        found.append(path)
+    return tuple(found)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.answers.plan import Plan
-from planner.base.data_files import write_atomically
-from planner.base.errors import InputError, shorten
+from planner.base.data_files import write_all
 from planner.jobs.job import RentedJob, job_of
 from planner.planning.made_with import to_keep
 
@@ -32,15 +31,7 @@ def write_job(plan: Plan, service: str, folder: Path) -> tuple[Path, ...]:
         PLAN: json.dumps(to_keep(plan).to_dict(), indent=2, allow_nan=False) + "\n",
         FILES[service]: job_text(plan, job, service),
     }
-    found = []
-    for name, text in texts.items():
-        path = folder / name
-        try:
-            write_atomically(path, text)
-        except OSError as error:
-            raise InputError(f"{shorten(str(path))} cannot be written ({error.strerror})") from error
-        found.append(path)
-    return tuple(found)
+    return write_all(folder, texts)
 
 
 def start_of(service: str) -> str:

@@ -213,6 +213,19 @@ def positive(key: str, value: int | None) -> int:
     return validate.integer(key, value, minimum=1, maximum=2**24)
 
 
+def schedule(setup: TrainingSetup, epochs: float, learning_rate: float) -> dict[str, Any]:
+    """Batches, schedule and optimizer by the names of TrainingArguments, which trainers take over."""
+    return {
+        "per_device_train_batch_size": setup.per_device_train_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "optim": setup.optim,
+    }
+
+
 def kept_knobs(setup: TrainingSetup, trainer: str, lacking: Collection[str]) -> None:
     """Refuse a setup with knobs that a trainer does not have.
 

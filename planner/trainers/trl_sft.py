@@ -11,7 +11,16 @@ from typing import Any
 from planner.base.errors import InputError
 from planner.setup.stack import TRL_SFT
 from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
-from planner.trainers.config import Keys, TrainerConfig, alpha_of, by_ddp, kept_knobs, positive, required
+from planner.trainers.config import (
+    Keys,
+    TrainerConfig,
+    alpha_of,
+    by_ddp,
+    kept_knobs,
+    positive,
+    required,
+    schedule,
+)
 
 VERSION = "1.16.0"
 INSTALL = f"uv venv && uv pip install 'trl[peft,quantization]=={VERSION}'"
@@ -111,13 +120,7 @@ def write(setup: TrainingSetup, model: str, epochs: float, learning_rate: float)
     found |= {
         "max_length": setup.max_length,
         "packing": setup.packing,
-        "per_device_train_batch_size": setup.per_device_train_batch_size,
-        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
-        "num_train_epochs": epochs,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
-        "optim": setup.optim,
+        **schedule(setup, epochs, learning_rate),
         "bf16": setup.dtype == "bfloat16",
         "fp16": setup.dtype == "float16",
         "gradient_checkpointing": setup.gradient_checkpointing,

@@ -14,7 +14,7 @@ from typing import Any
 from planner.base.errors import InputError, shorten
 from planner.setup.stack import UNSLOTH
 from planner.setup.training_setup import ALL_LINEAR, TrainingSetup
-from planner.trainers.config import Keys, TrainerConfig, alpha_of, kept_knobs, positive, required
+from planner.trainers.config import Keys, TrainerConfig, alpha_of, kept_knobs, positive, required, schedule
 
 VERSION = "2026.10.9"
 INSTALL = f"uv venv --python 3.12 && uv pip install unsloth=={VERSION} 'trl==1.15.0' 'transformers==5.17.0'"
@@ -185,13 +185,7 @@ def write(setup: TrainingSetup, model: str, epochs: float, learning_rate: float)
         "random_state": SEED,
         "max_length": setup.max_length,
         "packing": setup.packing,
-        "per_device_train_batch_size": setup.per_device_train_batch_size,
-        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
-        "num_train_epochs": epochs,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
-        "optim": setup.optim,
+        **schedule(setup, epochs, learning_rate),
         "train_sampling_strategy": setup.train_sampling_strategy,
         "output_dir": "out",
     }

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from planner.answers.plan import Plan
-from planner.base.data_files import write_atomically
-from planner.base.errors import InputError, shorten
+from planner.base.data_files import write_all
+from planner.base.errors import InputError
 from planner.setup.training_setup import TrainingSetup
 from planner.trainers.files import Trainer
 from planner.trainers.planned import STACK_OF
@@ -26,15 +26,7 @@ def write_files(trainer: Trainer, plan: Plan, folder: Path) -> tuple[Path, ...]:
     texts = {trainer.file: config_text(trainer, plan)}
     if trainer.name == "trl" and plan.setup.num_processes > 1:
         texts[ACCELERATE] = _yaml(accelerate_of(plan.setup))
-    found = []
-    for name, text in texts.items():
-        path = folder / name
-        try:
-            write_atomically(path, text)
-        except OSError as error:
-            raise InputError(f"{shorten(str(path))} cannot be written ({error.strerror})") from error
-        found.append(path)
-    return tuple(found)
+    return write_all(folder, texts)
 
 
 def config_text(trainer: Trainer, plan: Plan) -> str:
