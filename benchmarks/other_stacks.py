@@ -125,7 +125,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def judge(arguments: argparse.Namespace) -> None:
-    """Compare with what the same YAML is estimated at; rows of the result that were not measured anew stay."""
+    """Compare with what the same YAML is estimated at; rows of the result not measured anew stay."""
     lines = [json.loads(line) for line in arguments.measured.read_text(encoding="utf-8").splitlines()]
     held = {line["name"]: line for line in lines if line.get("allocated_bytes")}
     rows = {row["name"]: row for row in json.loads(RESULT.read_text(encoding="utf-8"))["rows"]}
