@@ -50,12 +50,12 @@ def weigh_by_sinks(tape: Tape, layer: LayerSpec, context: Value, statistics: Buf
             grad = cast
         to_context = tape.tokens(size * FP32)
         product = tape.tokens(size * FP32)
-        to_share = tape.tokens(heads * FP32)
-        tape.free(product, grad, *saved[3:])
         if casts:
             own = tape.tokens(size * width)
             tape.free(to_context)
             to_context = own
+        to_share = tape.tokens(heads * FP32)
+        tape.free(product, grad, *saved[3:])
         to_scores = tape.tokens(2 * heads * FP32)
         tape.free(to_scores, to_share, *saved[:3])
         tape.add_grad(context, to_context)
