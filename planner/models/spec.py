@@ -266,9 +266,13 @@ class ModelSpec:
     @cached_fact
     def has_biased_linear(self) -> bool:
         """Whether the decoder layers have a Linear with a bias, which torch computes by cuBLASLt."""
-        return any(
-            p.module_class == "Linear" and p.kind == "bias" and p.in_decoder_layer for p in self.parameters
-        )
+        return bool(self.biased_linears)
+
+    @cached_fact
+    def biased_linears(self) -> tuple[str, ...]:
+        """Module names of the decoder layers' Linears that have a bias."""
+        found = (p for p in self.parameters if p.module_class == "Linear" and p.kind == "bias")
+        return tuple(sorted({p.module_name for p in found if p.in_decoder_layer}))
 
     @cached_fact
     def scales_embeddings_outside(self) -> bool:

@@ -171,6 +171,9 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
     trained = trained_tensors(model, decoder.adapter, decoder.storage.width)
     ranks = (*trained.ranks, ("router", trained.router_rank))
     kinds = tuple((name, decoder.linear_kind(rank)) for name, rank in ranks)
+    if decoder.adapter is None:
+        biased = replace(decoder.linear_kind(0), biased=True)
+        kinds = (*((name, biased) for name in model.biased_linears), *kinds)
     common = LayerKnobs(
         kinds=(*kinds, ("experts", decoder.expert_kind(trained.experts_rank))),
         default=decoder.linear_kind(0),

@@ -20,6 +20,10 @@ from planner.memory.layers.rotary import rotate
 from planner.memory.tape.tape import Buffer, Size, Tape, Value
 from planner.models.spec import LayerSpec
 
+BACKWARD_CONSTANT = 512
+"""Bytes beside what tokens take of a fused kernel's scratch buffer in its backward pass (seen in an H200's
+allocations of whole runs of gemma-3-1b and qwen2.5-1.5b)."""
+
 
 def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Value:
     """The attention block from normed input to the output projection's result, held once."""
@@ -88,9 +92,11 @@ def _norms_late(layer: LayerSpec) -> bool:
 
 def _by_heads(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, name: str, x: Value) -> Value:
     """A projection seen head by head. Its gradient comes back head by head, and is copied, from rotation and
-    from matrix products; flash attention's own gradient of values has the projection's layout.
+    from matrix products; flash attention's own gradient of values has the projection's layout, and so has one
+    head of any kernel (PyTorch copies what a view cannot say).
     """
-    if knobs.liger or not x.requires_grad:
+    heads = layer.num_attention_heads if name == "q" else layer.num_key_value_heads
+    if knobs.liger or not x.requires_grad or heads == 1:
         return x
     own_layout = not hands_back_by_heads(layer, knobs.attention)
     if own_layout if name == "v" else not layer.rotary:
@@ -151,7 +157,8 @@ def _fused_attention(
         grads: list[Buffer | None] = [
             tape.tokens(size * width) for size in (layer.query_size, layer.key_value_size, layer.value_size)
         ]
-        tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
+        scratch = heads * (workspace * layer.head_dim + FP32)
+        tape.free(tape.allocate(Size(constant=BACKWARD_CONSTANT, per_token=scratch)))
         tape.free(*saved, grad)
         hand_back(tape, (query, key, value), grads)
 
@@ -245,7 +252,8 @@ def _masked_attention(
     def backward() -> None:
         grad = tape.take_grad(result)
         grads: list[Buffer | None] = [tape.tokens(size) for size in (whole, whole, context)]
-        tape.free(tape.tokens(heads * (4 * layer.head_dim + 4)))
+        scratch = heads * FP32 * (layer.head_dim + 1)
+        tape.free(tape.allocate(Size(constant=BACKWARD_CONSTANT, per_token=scratch)))
         tape.free(*saved, grad)
         if shared:
             sum_heads(tape, (query, key, value), grads, (2, 1), layer.key_value_size * width)

@@ -19,6 +19,8 @@ class InputsReplay:
         self.eager = run.attention == "eager"
         self.masks = run.mask_windows
         self.raw_embedding = run.keeps_raw_embedding
+        self.raw = 1 + self.raw_embedding
+        """Where masks and tables begin in what `run` returns."""
 
     def run(self, allocator: CachingAllocator) -> list[int]:
         """The embeddings' block, then what stays until the micro-step ends: masks, tables, raw embeddings."""

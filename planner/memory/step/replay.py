@@ -217,6 +217,8 @@ class StepReplay:
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
         self.allocator.free_all(inputs)
+        if self.sharding is None:
+            self.allocator.free(self._take(self.optimizer.clipping_bytes))
         self.optimizer.step(self.allocator, first=first)
         self.allocator.free_all(self._taken_gradients())
         if self.sharding is not None:
@@ -253,8 +255,11 @@ class StepReplay:
         leaf = not self.trains_all or offload is not None
         gradient = self._backward(layers, slots, gradient, leaf=leaf, last=last)
         if layers[0].program.outgoing is not None:
-            self._embedding_backward(later=later)
-            allocator.free(gradient)
+            if self.trains_all:
+                # Masks and tables are the layers', and end with the first one's backward pass.
+                allocator.free_all(held[self.inputs.raw :])
+                del held[self.inputs.raw :]
+            self._embedding_backward(gradient, later=later)
         if sharding is not None:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
@@ -384,15 +389,23 @@ class StepReplay:
             raise AssertionError("the final norm's input has no gradient")
         return own[norm.outgoing]
 
-    def _embedding_backward(self, *, later: bool) -> None:
-        """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
+    def _embedding_backward(self, gradient: int, *, later: bool) -> None:
+        """The embedding's dense gradient, of `gradient`, which ends: added to the head's where tied, or to an
+        earlier one.
+        """
         if not self.trains_all:
+            self.allocator.free(gradient)
             return
+        if self.model.embedding_multiplier:
+            scaled = self._take(self.inputs.stream_bytes)
+            self.allocator.free(gradient)
+            gradient = scaled
         vocab, hidden = self.model.vocab_size, self.model.hidden_size
         block = self._take(vocab * hidden * self.width)
         scratch = embedding_scratch_bytes(self.tokens, vocab, hidden)
         if scratch:
             self.allocator.free(self._take(scratch))
+        self.allocator.free(gradient)
         if later or self.model.tied_embeddings:
             self.allocator.free(block)
         else:
