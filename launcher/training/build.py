@@ -20,6 +20,7 @@ from launcher.training.loading.stored import hold_in, refuse_other, stored_confi
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import refuse_other_dropout_masks
+from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
 
@@ -308,6 +309,10 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)
+    if setup.experts_matmul == SLICED:
+        from launcher.training.products.sliced_experts import use_sliced_experts
+
+        use_sliced_experts(trainer.model)
     if setup.base_matmul != "bf16":
         trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
     if setup.compile == "regional":

@@ -49,6 +49,7 @@ class TrainingSetup:
     bnb_4bit_quant_type: str = _DEFAULTS["bnb_4bit_quant_type"]
     load_in_8bit: bool = _DEFAULTS["load_in_8bit"]
     experts: str = _DEFAULTS["experts"]
+    experts_matmul: str = _DEFAULTS["experts_matmul"]
     lora_r: int = _DEFAULTS["lora_r"]
     lora_alpha: int | None = _DEFAULTS["lora_alpha"]
     lora_dropout: float = _DEFAULTS["lora_dropout"]

@@ -91,7 +91,9 @@ class DecoderSetup:
 
     def expert_kind(self, rank: int) -> LinearKind:
         """A stack of experts with an adapter of that rank (0: without one)."""
-        return replace(self.linear_kind(rank), quantized=self.storage.quantized and self.storage.experts)
+        quantized = self.storage.quantized and self.storage.experts
+        sliced = quantized and self.storage.slices_experts
+        return replace(self.linear_kind(rank), quantized=quantized, sliced=sliced)
 
     def linear_kind(self, rank: int) -> LinearKind:
         """A linear layer with an adapter of that rank (0: without one)."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from planner.base.units import FP32
 from planner.memory.layers.attention_products import batched_eager_attention, eager_attention, math_attention
+from planner.memory.layers.attention_sinks import weigh_by_sinks
 from planner.memory.layers.elementwise import again, cast, copy, hold, split
 from planner.memory.layers.heads import hand_back, sum_heads, tracked, transposed
 from planner.memory.layers.layer_knobs import LayerKnobs
@@ -173,7 +174,12 @@ def repeats_keys(layer: LayerSpec, kernel: str) -> bool:
     heads = layer.num_attention_heads
     if layer.num_key_value_heads == heads:
         return False
-    return kernel == "masked" or (kernel == "flex" and heads & (heads - 1) != 0)
+    return kernel == "masked" or (kernel == "flex" and not flexes_shared(heads))
+
+
+def flexes_shared(heads: int) -> bool:
+    """Whether flex attention takes shared keys of so many query heads as they are."""
+    return heads & (heads - 1) == 0
 
 
 def _flex_attention(
@@ -188,9 +194,11 @@ def _flex_attention(
     asked = tracked(query, key, value)
     read = (query.buffer, *inputs, context, statistics) if asked else ()
     saved = [tape.save(buffer) for buffer in read]
-    tape.free(statistics, *inputs)
-    if layer.rotary_concatenated:
-        context = transposed(tape, context, whole)
+    tape.free(*inputs)
+    if not layer.attention_sinks:
+        tape.free(statistics)
+        if layer.rotary_concatenated:
+            context = transposed(tape, context, whole)
     result = Value(context, asked, width)
 
     def backward() -> None:
@@ -208,7 +216,12 @@ def _flex_attention(
 
     if asked:
         tape.nodes.append(backward)
-    return result
+    if not layer.attention_sinks:
+        return result
+    weighed = weigh_by_sinks(tape, layer, result, statistics)
+    if layer.rotary_concatenated:
+        weighed.buffer = transposed(tape, weighed.buffer, whole)
+    return weighed
 
 
 def _masked_attention(

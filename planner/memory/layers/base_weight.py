@@ -28,8 +28,9 @@ class LinearKind:
     the elements that matrix products are computed in, `weight_width` that of the base weight (of the
     dequantised one, where it is quantised), `adapter_width` that of adapter weights. `autocast` says that
     torch casts the inputs of matrix products. `accumulating` says whether gradients of earlier micro-steps
-    are already there, so that new ones are temporary. `biased` says that a bias is trained too. `eight_bit_*`
-    say which pass computes the frozen weight's product in 8 bits.
+    are already there, so that new ones are temporary. `sliced` says of a stack of experts that products with
+    it dequantise a few experts at a time, `biased` that a bias is trained too. `eight_bit_*` say which pass
+    computes the frozen weight's product in 8 bits.
     """
 
     quantized: bool
@@ -44,6 +45,7 @@ class LinearKind:
     autocast: bool
     accumulating: bool
     bits: int = 4
+    sliced: bool = False
     biased: bool = False
     eight_bit_forward: bool = False
     eight_bit_backward: bool = False
