@@ -19,7 +19,8 @@ from launcher.training.loading.eight_bits import keep_no_inputs
 from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.setup.adapters import uncommon_knob
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
 
@@ -52,6 +53,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     if setup.dtype == "float16" and setup.method == "full":
         raise InputError("dtype=float16 with method full: gradients of float16 weights cannot be unscaled")
     refuse_other_dropout_masks(setup)
+    _refuse_uncommon(setup)
     if setup.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
         raise MissingExtraError("kernels=liger", "the package liger-kernel")
     if setup.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -67,6 +69,13 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     for name in ("kernels", "compile"):
         if getattr(setup, name) != "none":
             raise InputError(f"{name}={getattr(setup, name)} needs a GPU")
+
+
+def _refuse_uncommon(setup: TrainingSetup) -> None:
+    name = uncommon_knob(setup)
+    for other, tried in PLAIN_WITH_UNCOMMON if name is not None else ():
+        if getattr(setup, other) != tried:
+            raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 
 
 def substitutions(setup: TrainingSetup, *, on_gpu: bool) -> list[str]:
@@ -115,7 +124,8 @@ def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> L
         return None
     from peft import LoraConfig
 
-    targets = setup.target_modules
+    targets, tokens = setup.target_modules, setup.trainable_token_indices
+    saved, tied = _saved_whole(setup, model)
     return LoraConfig(
         r=setup.lora_r,
         lora_alpha=setup.alpha,
@@ -123,11 +133,29 @@ def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> L
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=setup.use_rslora,
         use_dora=setup.use_dora,
-        bias="none",
+        bias=setup.bias,
+        modules_to_save=saved,
+        ensure_weight_tying=tied,
+        trainable_token_indices=None if tokens is None else list(tokens),
         init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
         task_type="CAUSAL_LM",
         exclude_modules=_linear_routers(model) or None,
     )
+
+
+def _saved_whole(setup: TrainingSetup, model: PreTrainedModel | None) -> tuple[list[str] | None, bool]:
+    """modules_to_save for PEFT, and whether it is to keep two of them one tensor.
+
+    Asked to keep embedding and head tied, PEFT wants the embedding named, and copies the head by itself where
+    that is named too.
+    """
+    if not isinstance(setup.modules_to_save, tuple):
+        return None, False
+    if model is None or not model.config.get_text_config().tie_word_embeddings:
+        return list(setup.modules_to_save), False
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return [name.rpartition(".")[2]], True
 
 
 def _linear_routers(model: PreTrainedModel | None) -> list[str]:
@@ -306,6 +334,10 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     if setup.distributed == "ddp":
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
+    if uncommon_knob(setup) is not None:
+        from launcher.training.beside import hold_beside
+
+        hold_beside(trainer.model)
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)
     if setup.base_matmul != "bf16":

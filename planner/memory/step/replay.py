@@ -108,7 +108,7 @@ class StepReplay:
     """One run's training through an allocator of its own."""
 
     def __init__(self, run: TrainingRun, sizes: CudaSizes, allocator: str) -> None:
-        self.setup, self.model, self.trains_all = run.setup, run.model, run.adapter is None
+        self.setup, self.model, self.trained = run.setup, run.model, run.trained
         self.width = run.storage.width
         self.tokens, self.scores = run.micro_step.tokens, run.micro_step.scores
         self.workspace_bytes = sizes.workspace_bytes
@@ -162,7 +162,7 @@ class StepReplay:
         """
         allocator = self.allocator
         # The first step's second micro-step would leave adapters' small gradients where they are.
-        short = not self.trains_all
+        short = not (self.trained.embedding or self.trained.head)
         steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
         begun: object = None
         for step in range(steps):
@@ -250,7 +250,7 @@ class StepReplay:
         if first and self.biased and self.setup.gradient_checkpointing:
             self._take(CUBLASLT_WORKSPACE_BYTES)
         # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
-        leaf = not self.trains_all or offload is not None
+        leaf = not self.trained.reaches_embedding or offload is not None
         gradient = self._backward(layers, slots, gradient, leaf=leaf, last=last)
         if layers[0].program.outgoing is not None:
             self._embedding_backward(later=later)
@@ -385,15 +385,17 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, *, later: bool) -> None:
-        """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
-        if not self.trains_all:
+        """The embedding's dense gradient: added to the head's where tied, or to an earlier one; where single
+        rows are trained, it goes once they have theirs.
+        """
+        if not self.trained.reaches_embedding:
             return
         vocab, hidden = self.model.vocab_size, self.model.hidden_size
         block = self._take(vocab * hidden * self.width)
         scratch = embedding_scratch_bytes(self.tokens, vocab, hidden)
         if scratch:
             self.allocator.free(self._take(scratch))
-        if later or self.model.tied_embeddings:
+        if later or self.model.tied_embeddings or not self.trained.embedding:
             self.allocator.free(block)
         else:
             self.gradients.append(block)
