@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
+from launcher.training.adapters import hold_beside, lora_config
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
 from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
@@ -27,7 +28,6 @@ from planner.throughput.torch_attention import repeats_keys
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import (
         BitsAndBytesConfig,
         PreTrainedModel,
@@ -111,63 +111,6 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
         bnb_4bit_compute_dtype=torch_dtype(setup),
         # FSDP2 shards floating point alone; the bits are the same.
         bnb_4bit_quant_storage=torch_dtype(setup) if setup.distributed == "fsdp" else torch.uint8,
-    )
-
-
-def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
-    """PEFT's configuration for qlora and lora, else None.
-
-    Routers of `model` that are linear layers by descent and return more than their product get no adapter
-    (Llama 4's): PEFT would take them with all the linear layers, and fail in the first step.
-    """
-    if not setup.uses_lora:
-        return None
-    from peft import LoraConfig
-
-    targets, tokens = setup.target_modules, setup.trainable_token_indices
-    saved, tied = _saved_whole(setup, model)
-    return LoraConfig(
-        r=setup.lora_r,
-        lora_alpha=setup.alpha,
-        lora_dropout=setup.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=setup.use_rslora,
-        use_dora=setup.use_dora,
-        bias=setup.bias,
-        modules_to_save=saved,
-        ensure_weight_tying=tied,
-        trainable_token_indices=None if tokens is None else list(tokens),
-        init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
-        task_type="CAUSAL_LM",
-        exclude_modules=_linear_routers(model) or None,
-    )
-
-
-def _saved_whole(setup: TrainingSetup, model: PreTrainedModel | None) -> tuple[list[str] | None, bool]:
-    """modules_to_save for PEFT, and whether it is to keep two of them one tensor.
-
-    Asked to keep embedding and head tied, PEFT wants the embedding named, and copies the head by itself where
-    that is named too.
-    """
-    if not isinstance(setup.modules_to_save, tuple):
-        return None, False
-    if model is None or not model.config.get_text_config().tie_word_embeddings:
-        return list(setup.modules_to_save), False
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    return [name.rpartition(".")[2]], True
-
-
-def _linear_routers(model: PreTrainedModel | None) -> list[str]:
-    from torch import nn
-
-    found = [] if model is None else list(model.named_modules())
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in found
-            if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
-        }
     )
 
 
@@ -335,8 +278,6 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     if uncommon_knob(setup) is not None:
-        from launcher.training.beside import hold_beside
-
         hold_beside(trainer.model)
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)

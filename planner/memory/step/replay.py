@@ -385,9 +385,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, *, later: bool) -> None:
-        """The embedding's dense gradient: added to the head's where tied, or to an earlier one; where single
-        rows are trained, it goes once they have theirs.
-        """
+        """The embedding's dense gradient: added to one that is there; gone where single rows are trained."""
         if not self.trained.reaches_embedding:
             return
         vocab, hidden = self.model.vocab_size, self.model.hidden_size
