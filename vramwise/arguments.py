@@ -6,7 +6,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from launcher.runs.training_job import TrainingJob
-from launcher.training import build
+from launcher.training import adapters, build
 from launcher.training.arguments import how_it_runs, optimisation
 from planner.answers.plan import Plan
 from planner.base.errors import InputError
@@ -61,7 +61,7 @@ def lora_config(plan: Plan) -> LoraConfig | None:
         InputError: the plan cannot be run by a script.
     """
     refuse_in_script(plan.setup)
-    return build.lora_config(plan.setup)
+    return adapters.lora_config(plan.setup)
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
