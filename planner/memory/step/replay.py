@@ -82,7 +82,7 @@ class StepReplay:
     """One run's training through an allocator of its own."""
 
     def __init__(self, run: TrainingRun, sizes: CudaSizes, allocator: str) -> None:
-        self.setup, self.model, self.trains_all = run.setup, run.model, run.adapter is None
+        self.setup, self.model, self.trained = run.setup, run.model, run.trained
         self.width = run.storage.width
         self.tokens, self.scores = run.micro_step.tokens, run.micro_step.scores
         self.workspace_bytes = sizes.workspace_bytes
@@ -141,7 +141,7 @@ class StepReplay:
         """
         allocator = self.allocator
         # The first step's second micro-step would leave adapters' small gradients where they are.
-        short = not self.trains_all
+        short = not (self.trained.embedding or self.trained.head)
         steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
         begun: object = None
         for step in range(steps):
@@ -243,10 +243,10 @@ class StepReplay:
         if first and self.biased and self.setup.gradient_checkpointing:
             self._take(CUBLASLT_WORKSPACE_BYTES)
         # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
-        leaf = not self.trains_all or offload is not None
+        leaf = not self.trained.reaches_embedding or offload is not None
         gradient = self._backward(layers, slots, gradient, leaf=leaf, last=last)
         if layers[0].program.outgoing is not None:
-            if self.trains_all:
+            if self.trained.reaches_embedding:
                 # Masks and tables are the layers', and end with the first one's backward pass.
                 allocator.free_all(held[self.inputs.raw :])
                 del held[self.inputs.raw :]
@@ -382,10 +382,10 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient, of `gradient`, which ends: added to the head's where tied, or to an
-        earlier one.
+        """The embedding's dense gradient, of `gradient`, which ends: added to one that is there; gone where
+        single rows are trained.
         """
-        if not self.trains_all:
+        if not self.trained.reaches_embedding:
             self.allocator.free(gradient)
             return
         if self.model.embedding_multiplier:
@@ -398,7 +398,7 @@ class StepReplay:
         if scratch:
             self.allocator.free(self._take(scratch))
         self.allocator.free(gradient)
-        if later or self.model.tied_embeddings:
+        if later or self.model.tied_embeddings or not self.trained.embedding:
             self.allocator.free(block)
         else:
             self.gradients.append(block)
