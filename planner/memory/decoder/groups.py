@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -44,14 +43,6 @@ class LayerGroup:
     layer: LayerSpec
     knobs: LayerKnobs
     input_requires_grad: bool
-
-    def count_below(self, index: int) -> int:
-        """How many of these layers lie below a position."""
-        return bisect_left(self.indices, index)
-
-    def count_above(self, index: int) -> int:
-        """How many lie above a position."""
-        return len(self.indices) - bisect_right(self.indices, index)
 
 
 @dataclass(frozen=True, kw_only=True)
