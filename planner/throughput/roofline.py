@@ -105,6 +105,12 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         low, high = low * WIDER[0], high * WIDER[1]
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
+    if (known_speed := run.stack.measured_speed) is not None:
+        # Where the host decides, other kernels are launched as often as is known of nobody.
+        times = known_speed.least if time.bound_by == "launches" else known_speed.expected
+        times = min(times, roofline / rate)
+        low, high = low * known_speed.least / times, high * known_speed.most / times
+        rate, micro, step = rate * times, micro / times, step / times
     return StepEstimate(
         seconds_per_micro_step=micro,
         seconds_per_optimizer_step=step,
@@ -116,7 +122,10 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known) + _of_traced(run.model) + _of_eight_bit(setup.base_matmul),
+        basis=_basis(gpu, known)
+        + _of_traced(run.model)
+        + _of_eight_bit(setup.base_matmul)
+        + ("" if known_speed is None else f"; {known_speed.words}"),
         sharing=None if shared is None else shared.told,
     )
 
