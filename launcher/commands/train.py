@@ -13,16 +13,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.commands.engine import (
-    UNSLOTH,
-    OtherEngine,
-    add_engine,
-    engine_asked,
-    plan_for_engine,
-    say_of_engine,
-    taken,
-    wish_for,
-)
 from launcher.commands.interrupts import sigterm_as_ctrl_c
 from launcher.commands.nodes import add_nodes, nodes_wish
 from launcher.commands.runs_folder import add_runs_option, refuse_taken, run_name, runs_root
@@ -36,6 +26,16 @@ from launcher.commands.waiting import (
 )
 from launcher.runs import stack
 from launcher.runs.trackers import TRACKERS, checked, require
+from launcher.training.engines.asked import (
+    UNSLOTH,
+    OtherEngine,
+    add_engine,
+    engine_asked,
+    plan_for_engine,
+    say_of_engine,
+    taken,
+    wish_for,
+)
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError, MissingExtraError
 from planner.base.settings import card_asked_for

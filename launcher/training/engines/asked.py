@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,18 +153,26 @@ def plan_for_engine(
 
 
 def taken(own: Plan, theirs: Plan) -> bool:
-    """Whether Unsloth's plan is taken by itself, said with the figures of both: where it trains as long
-    sequences and is forecast to be done first, or ours does not fit.
+    """Whether Unsloth's plan is taken by itself, said with the figures of both: where it trains longer
+    sequences, or as long ones faster, or ours does not fit. Its own compilation at the start is not known.
     """
-    from planner.trainers.planned import rank
-
-    better = rank(theirs)[:3] < rank(own)[:3]
+    better = _order(theirs) < _order(own)
     say(
         f"Unsloth is forecast at {_speed(theirs)}, this program's own trainer at {_speed(own)}: "
         f"{'Unsloth' if better else 'the latter'} is taken "
         f"(--engine {OWN_ENGINE if better else UNSLOTH} for the other)"
     )
     return better
+
+
+def _order(plan: Plan) -> tuple[bool, int, float]:
+    """By which two plans are ordered, the one to take first."""
+    if not plan.fits:
+        return True, 0, 0.0
+    duration, speed = plan.duration, plan.speed
+    if duration is not None and duration.steps is not None:
+        return False, -plan.setup.max_length, duration.hours
+    return False, -plan.setup.max_length, math.inf if speed is None else -speed.tokens_per_second
 
 
 def _speed(plan: Plan) -> str:
