@@ -113,6 +113,8 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         low, high = low * WIDER[0], high * WIDER[1]
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
+    times, low, high = _of_stack(run, time.bound_by, roofline / rate, (low, high))
+    rate, micro, step = rate * times, micro / times, step / times
     return StepEstimate(
         seconds_per_micro_step=micro,
         seconds_per_optimizer_step=step,
@@ -124,10 +126,26 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known) + _of_traced(run.model) + _of_eight_bit(setup.base_matmul),
+        basis=_basis(gpu, known)
+        + _of_traced(run.model)
+        + _of_eight_bit(setup.base_matmul)
+        + ("" if run.stack.measured_speed is None else f"; {run.stack.measured_speed.words}"),
         sharing=None if shared is None else shared.told,
         first_step=first_step(run),
     )
+
+
+def _of_stack(
+    run: TrainingRun, bound_by: str, most: float, interval: tuple[float, float]
+) -> tuple[float, float, float]:
+    """How many times as fast a stack is as TRL's kernels, `most` at the most, and the interval about that."""
+    measured, (low, high) = run.stack.measured_speed, interval
+    if measured is None:
+        return 1.0, low, high
+    # Nobody has measured it where the host decides, or without checkpoints.
+    known = bound_by != "launches" and run.setup.gradient_checkpointing
+    times = min(measured.expected if known else measured.least, most)
+    return times, low * measured.least / times, high * measured.most / times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
