@@ -42,7 +42,7 @@ CASES = (
         hub_id="meta-llama/Llama-3.2-3B",
         allocator="native",
         layers=8,
-        keys={**_QLORA, "dataset_name": "data", "max_length": 2048, BATCH: 4},
+        keys={**_QLORA, "dtype": "bfloat16", "dataset_name": "data", "max_length": 2048, BATCH: 4},
     ),
     Case(
         name="trl sft, LoRA without checkpointing",

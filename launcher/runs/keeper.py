@@ -29,6 +29,7 @@ from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.kept import checkpoints
 from launcher.runs.minding import ranks, stopping
+from launcher.runs.minding.compiled_cache import cache_environment
 from launcher.runs.minding.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
 from launcher.runs.minding.hang import HangLimits, HangWatch, Silence
 from launcher.runs.minding.smaller import ask_for_smaller
@@ -364,13 +365,19 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR...]", file=sys.stderr)
         return RunExit.BAD_INPUT
     gpu = [int(one) for one in arguments[1:]]
-    allocator = allocator_environment(os.environ)
+    variables = allocator_environment(os.environ) | cache_environment(os.environ)
     try:
         # The folder may be renamed while the run goes on.
         with anchored(RunFolder(Path(arguments[0]).resolve())) as folder, hold_lock(folder, "keeper"):
             code = Keeper(
                 folder,
+<<<<<<< HEAD
+                start_trainer=lambda: spawn(
+                    folder, "trainer", _TRAINERS[_ranks_here(folder) > 0], variables, descriptors=gpu
+                ),
+=======
                 start_trainer=lambda: spawn(folder, "trainer", _trainer(folder), allocator, descriptors=gpu),
+>>>>>>> s6-eco
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
                 ranks_here=lambda: _ranks_here(folder),
                 ranks_in_all=lambda: _job(folder).setup.num_processes,

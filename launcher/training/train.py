@@ -30,13 +30,13 @@ from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.minding.ranks import RankEnd, lock_name, stacks_file, tell_end
-from launcher.runs.record import read_plan
+from launcher.runs.record import whole_plan
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
 from launcher.training.opening import begin_attempt, refuse_started, set_environment
 from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
-from launcher.training.stages import Stages
+from launcher.training.stages import Stages, compiling_words
 from launcher.training.watching.patience import PatientWriter
 from planner.base.errors import InputError, shorten
 from planner.base.importing import uncollected
@@ -245,10 +245,12 @@ def _equip(
     compiles = job.setup.compile != "none"
     tell = functools.partial(stages.enter, "rehearsing")
     check_layers(trainer, job.setup, functools.partial(stages.enter, "compiling"))
-    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
+    plan = whole_plan(folder)
+    planned = None if plan is None else plan.memory.reserved_bytes
+    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=planned))
     trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
     # The rehearsal is the first to run the layers, and so to compile them.
-    stages.enter("compiling" if compiles else "rehearsing")
+    stages.enter("compiling" if compiles else "rehearsing", compiling_words(plan) if compiles else "")
 
 
 def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter, ranks: Ranks) -> torch.device:
@@ -340,15 +342,6 @@ def _environment(device: torch.device) -> dict[str, str | int | float | None]:
 
 def _warn(writer: EventWriter, message: str) -> None:
     writer.write(WarningEvent(time=time.time(), message=shorten(message, 500).strip("'\"")))
-
-
-def _planned_bytes(folder: RunFolder) -> int | None:
-    """What the plan has for a step's reserve; None for a job made by hand, or where the file is damaged."""
-    try:
-        plan = read_plan(folder)
-    except InputError:
-        return None
-    return None if plan is None else plan.memory.reserved_bytes
 
 
 if __name__ == "__main__":

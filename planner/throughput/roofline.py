@@ -13,6 +13,7 @@ from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.setup.run import TrainingRun
 from planner.throughput.by_kind import positions_of
+from planner.throughput.compilation import FirstStep, first_step
 from planner.throughput.eight_bit import WIDER, least_flops
 from planner.throughput.intervals import published_interval, traced_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
@@ -48,7 +49,8 @@ class StepEstimate:
     `_high` are its interval, `roofline_tokens_per_second` what the matmuls and weights alone allow at the
     published (or a higher measured) rate, which no run exceeds. `matrix_flops` and `bytes_moved` are of one
     micro-step on one GPU. `bound_by` is "compute", "bandwidth" or "launches". `basis` says on what it rests.
-    `sharing` is what several GPUs say to each other, null for one.
+    `sharing` is what several GPUs say to each other, null for one. `first_step` is the wait for the first
+    step beyond a usual one, null where nothing is compiled.
     """
 
     seconds_per_micro_step: float
@@ -63,6 +65,12 @@ class StepEstimate:
     calibrated: bool
     basis: str
     sharing: SharedStep | None = field(default=None, metadata=WHERE_SET)
+    first_step: FirstStep | None = field(default=None, metadata=WHERE_SET)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that compilation adds to a run."""
+        return 0.0 if self.first_step is None else self.first_step.seconds
 
 
 def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
@@ -123,6 +131,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         + _of_eight_bit(setup.base_matmul)
         + ("" if run.stack.measured_speed is None else f"; {run.stack.measured_speed.words}"),
         sharing=None if shared is None else shared.told,
+        first_step=first_step(run),
     )
 
 
