@@ -24,7 +24,7 @@ class LinearKind:
     dequantised one, where it is quantised), `adapter_width` that of adapter weights. `autocast` says that
     torch casts the inputs of matrix products. `accumulating` says whether gradients of earlier micro-steps
     are already there, so that new ones are temporary. `eight_bit_*` say which pass
-    computes the frozen weight's product in 8 bits.
+    computes the frozen weight's product in 8 bits. `frozen_down` says that lora_A is not trained.
     """
 
     quantized: bool
@@ -41,6 +41,7 @@ class LinearKind:
     bits: int = 4
     eight_bit_forward: bool = False
     eight_bit_backward: bool = False
+    frozen_down: bool = False
 
     def forward_in_8bit(self, inputs: int, outputs: int) -> bool:
         """Whether a forward product of such a weight is computed in 8 bits."""
