@@ -7,8 +7,9 @@ from functools import lru_cache
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.checkpoint import Checkpoint
 from planner.models.spec import ModelSpec
+from planner.setup.adapters import uncommon_knob
 from planner.setup.defaults import FASTER_OPTIM
-from planner.setup.knob import plain
+from planner.setup.knob import KnobValue, plain
 from planner.setup.methods import stored_knobs
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_knobs import SLICED
@@ -78,6 +79,7 @@ def _accept(run: RunKind) -> None:
         raise NotModelledError("load_in_8bit=true with dtype", setup.dtype)
     if model.is_traced:
         _refuse_traced(run)
+    _refuse_uncommon(run)
     if setup.kernels == "liger":
         _refuse_liger(run)
     if setup.checkpointed_layers is not None and setup.checkpointed_layers > model.num_hidden_layers:
@@ -149,6 +151,38 @@ def _refuse_traced(run: RunKind) -> None:
     ):
         if getattr(setup, name) != traced:
             raise NotModelledError(f"{name} of a traced model", getattr(setup, name))
+
+
+PLAIN_WITH_UNCOMMON: tuple[tuple[str, KnobValue], ...] = (
+    ("num_processes", 1),
+    ("compile", "none"),
+    ("kernels", "none"),
+    ("base_matmul", "bf16"),
+    ("experts", "16bit"),
+    ("prepare_for_kbit_training", False),
+    ("activation_offloading", False),
+)
+"""What was traced with knobs that train something else than pairs of matrices (planner/setup/adapters.py)."""
+
+
+def _refuse_uncommon(run: RunKind) -> None:
+    """Refuse what has not been traced with such a knob, naming both.
+
+    Raises:
+        NotModelledError: it has another value, or the model is traced.
+    """
+    setup = run.setup
+    name = uncommon_knob(setup)
+    if name is None:
+        return
+    for other, traced in PLAIN_WITH_UNCOMMON:
+        if getattr(setup, other) != traced:
+            raise NotModelledError(f"{name} with {other}", getattr(setup, other))
+    if setup.dtype == "float16":
+        # The launcher holds all that it trains in float32 then, whole modules too.
+        raise NotModelledError(f"{name} with dtype", setup.dtype)
+    if run.model.is_traced:
+        raise NotModelledError(f"{name} of a traced model", plain(getattr(setup, name)))
 
 
 def _refuse_on_experts(run: RunKind) -> None:

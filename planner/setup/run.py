@@ -125,7 +125,9 @@ class RunKind:
         and the model scales them outside the embedding's own module.
         """
         setup = self.setup
-        return self.model.scales_embeddings_outside and setup.uses_lora and setup.gradient_checkpointing
+        if not self.model.scales_embeddings_outside or self.trained.reaches_embedding:
+            return False
+        return setup.uses_lora and setup.gradient_checkpointing
 
 
 MAX_KNOWN = 8192

@@ -32,7 +32,7 @@ def command(runs: Path, name: str, *more: str) -> list[str]:
     return [
         *(sys.executable, "-m", "launcher.cli", "train", f"--name={name}", f"--runs={runs}"),
         *(f"--model={DEMO / 'model'}", f"--data={DEMO / 'data' / 'train.jsonl'}", *SETTINGS[:3]),
-        *("--epochs=1", *more),
+        *("--epochs=1", "--compile=none", *more),
     ]
 
 
@@ -59,6 +59,7 @@ def until(child: subprocess.Popen[str], words: str) -> str:
     """What it says up to the line that has these words."""
     said = ""
     for line in child.stdout or ():
+        print(line, end="")
         said += line
         if words in line:
             return said

@@ -33,7 +33,8 @@ from planner.memory.measured.coefficients import (
 )
 from planner.memory.measured.cuda_terms import managed_process_bytes
 from planner.memory.measured.files import coefficients_for, coefficients_name
-from planner.memory.step.replay import ReplayedMemory, replay_steps
+from planner.memory.step.replay import replay_steps
+from planner.memory.step.replayed import ReplayedMemory
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.setup.run import TrainingRun

@@ -163,7 +163,12 @@ def peak(moments: Moments, tokens: int, scores: int) -> tuple[float, Moment]:
 
 def at(moment: Moment, tokens: int, scores: int) -> float:
     """Bytes of a moment, all categories together."""
-    return sum(size.at(tokens, scores) for size in moment)
+    a, b, c = moment
+    return (
+        (a[0] + tokens * a[1] + scores * a[2])
+        + (b[0] + tokens * b[1] + scores * b[2])
+        + (c[0] + tokens * c[1] + scores * c[2])
+    )
 
 
 __all__ = [
