@@ -17,7 +17,13 @@ from launcher.runs.training_job import TrainingJob
 from launcher.training.adapters import freeze_down, hold_beside, lora_config
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
-from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
+from launcher.training.loading.stored import (
+    hold_in,
+    is_microscaled_in,
+    refuse_other,
+    stored_config,
+    stored_in,
+)
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import PLAIN_WITH_LORAFA, PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
@@ -148,7 +154,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if setup.experts == "4bit":
+    if setup.experts == "4bit" or is_microscaled_in(source, allow_download=allow_download):
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
     if setup.load_in_8bit:
         keep_no_inputs()
@@ -183,12 +189,11 @@ def _load_by_layer(
     from launcher.training.loading.base_folder import find_base
     from launcher.training.loading.by_layer import load_by_layer
 
-    quantization = quantization_config(setup)
-    assert quantization is not None
     return load_by_layer(
         find_base(source, allow_download=allow_download),
         dtype=torch_dtype(setup),
-        quantization_config=quantization,
+        quantization_config=quantization_config(setup),
+        quantizes_experts=setup.experts == "4bit",
         attn_implementation=setup.attn_implementation,
         device=device,
     )
