@@ -36,14 +36,12 @@ if TYPE_CHECKING:
 ADAPTER_STEPS = 2
 FULL_STEPS = 3
 """Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
-where all weights are trained, its gradients' holes settle in the third, and so do the blocks of whole layers
-where none is checkpointed."""
+where all weights are trained, holes of gradients, and blocks of layers kept whole, settle in the third."""
 MAX_KNOWN = 4096
-"""Replays that are remembered."""
 INT64 = 8
 
 _WHOLE: dict[tuple[TrainingRun, CudaSizes, str], ReplayedMemory] = {}
-"""Replays that ran to their end."""
+"""Replays that ran to their end, MAX_KNOWN of them at most."""
 
 
 def replay_steps(
@@ -382,9 +380,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient, of `gradient`, which ends: added to one that is there; gone where
-        single rows are trained.
-        """
+        """The embedding's dense gradient, of `gradient`, which ends: kept where trained and the first."""
         if not self.trained.reaches_embedding:
             self.allocator.free(gradient)
             return
