@@ -185,7 +185,7 @@ def _timeline(run: TrainingRun) -> StepTimeline:
     groups, final_norm = layer_groups(run)
     shape, model = run.micro_step, run.model
     head = head_shape(run, final_norm.output_width)
-    embedding = model.vocab_size * model.hidden_size * run.storage.width if run.adapter is None else 0
+    table, trained = model.vocab_size * model.hidden_size * run.storage.width, run.trained
     parts: dict[str, Any] = {
         "groups": groups,
         "offloads": run.setup.activation_offloading,
@@ -193,10 +193,11 @@ def _timeline(run: TrainingRun) -> StepTimeline:
         "raw_embedding": run.keeps_raw_embedding,
         "final_norm": final_norm,
         "head": logits_memory(head) if head.whole else head_memory(head),
-        "trained": run.trained,
-        "embedding_gradient_bytes": embedding,
+        "trained": trained,
+        "embedding_gradient_bytes": table if trained.reaches_embedding else 0,
         "embedding_scratch_bytes": embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),
         "tied": model.tied_embeddings,
+        "embedding_copy_bytes": table if trained.token_rows else 0,
         "shape": StepShape(
             tokens=shape.tokens,
             scores=shape.scores,

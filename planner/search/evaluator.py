@@ -9,7 +9,7 @@ from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory import MemoryBreakdown, estimate_memory, surely_exceeds
 from planner.models.spec import ModelSpec
-from planner.setup.card_limits import EIGHT_BIT, TRITON
+from planner.setup.card_limits import EIGHT_BIT, FLEX_CAPABILITY, TRITON
 from planner.setup.run import Runs, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
@@ -96,6 +96,15 @@ class Evaluator:
     def compiles(self) -> bool:
         """Whether torch's compiler has a backend for the card (Triton: compute capability 7.0 and up)."""
         return self.gpu.compute_capability is not None and self.gpu.compute_capability >= TRITON
+
+    @property
+    def flexes_sinks(self) -> bool:
+        """Whether the model's attention has sinks, which flex attention computes without a matrix of scores,
+        and the card runs that.
+        """
+        capability = self.gpu.compute_capability
+        has = any(layer.attention_sinks for layer in self.model.layers)
+        return has and capability is not None and capability >= FLEX_CAPABILITY
 
     @property
     def multiplies_8bit(self) -> bool:

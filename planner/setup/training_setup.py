@@ -24,7 +24,7 @@ __all__ = ["ALL_LINEAR", "FIELD_NAMES", "MAX_LENGTH", "METHODS", "OPTIMIZERS", "
 
 # Untyped: a row's default is of any knob's type. A test compares the rows' kinds with the fields' types.
 _DEFAULTS: dict[str, Any] = {knob.name: knob.default for knob in KNOBS}
-_LISTS = tuple(knob.name for knob in KNOBS if knob.kind == "names")
+_LISTS = tuple(knob.name for knob in KNOBS if knob.kind in ("names", "indices"))
 _check_knobs = setup_check(KNOBS)
 
 
@@ -51,10 +51,14 @@ class TrainingSetup:
     bnb_4bit_quant_type: str = _DEFAULTS["bnb_4bit_quant_type"]
     load_in_8bit: bool = _DEFAULTS["load_in_8bit"]
     experts: str = _DEFAULTS["experts"]
+    experts_matmul: str = _DEFAULTS["experts_matmul"]
     lora_r: int = _DEFAULTS["lora_r"]
     lora_alpha: int | None = _DEFAULTS["lora_alpha"]
     lora_dropout: float = _DEFAULTS["lora_dropout"]
     target_modules: str | tuple[str, ...] = _DEFAULTS["target_modules"]
+    bias: str = _DEFAULTS["bias"]
+    modules_to_save: str | tuple[str, ...] | None = _DEFAULTS["modules_to_save"]
+    trainable_token_indices: tuple[int, ...] | None = _DEFAULTS["trainable_token_indices"]
     use_dora: bool = _DEFAULTS["use_dora"]
     use_rslora: bool = _DEFAULTS["use_rslora"]
     init_lora_weights: str = _DEFAULTS["init_lora_weights"]

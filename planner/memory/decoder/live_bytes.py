@@ -48,7 +48,7 @@ def layer_memory(
 ) -> LayerMemory:
     """Count one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
     width = layer.hidden_size * knobs.stream_width
-    tape = Tape(saves=True)
+    tape = Tape(saves=True, recomputes=checkpointed)
     # The timeline counts checkpoints; any other input is there at least until the forward pass is done.
     hidden = Value(tape.tokens(0 if checkpointed else width), input_requires_grad or checkpointed)
     early = [tape.tokens(size) for size in gradients_before(layer, knobs)] if checkpointed else []

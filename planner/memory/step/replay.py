@@ -82,7 +82,7 @@ class StepReplay:
     """One run's training through an allocator of its own."""
 
     def __init__(self, run: TrainingRun, sizes: CudaSizes, allocator: str) -> None:
-        self.setup, self.model, self.trains_all = run.setup, run.model, run.adapter is None
+        self.setup, self.model, self.trained = run.setup, run.model, run.trained
         self.width = run.storage.width
         self.tokens, self.scores = run.micro_step.tokens, run.micro_step.scores
         self.workspace_bytes = sizes.workspace_bytes
@@ -141,7 +141,7 @@ class StepReplay:
         """
         allocator = self.allocator
         # The first step's second micro-step would leave adapters' small gradients where they are.
-        short = not self.trains_all
+        short = not (self.trained.embedding or self.trained.head)
         steps = ADAPTER_STEPS if short and self.setup.gradient_checkpointing else FULL_STEPS
         begun: object = None
         for step in range(steps):
@@ -199,6 +199,8 @@ class StepReplay:
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
         self.allocator.free_all(inputs)
+        if self.sharding is None:
+            self.allocator.free(self._take(self.optimizer.clipping_bytes))
         self.optimizer.step(self.allocator, first=first)
         self.allocator.free_all(self._taken_gradients())
         if self.sharding is not None:
@@ -241,11 +243,14 @@ class StepReplay:
         if first and self.biased and self.setup.gradient_checkpointing:
             self._take(CUBLASLT_WORKSPACE_BYTES)
         # PEFT makes a leaf of the embeddings' output, and offloading passes it over: it stays to the end.
-        leaf = not self.trains_all or offload is not None
+        leaf = not self.trained.reaches_embedding or offload is not None
         gradient = self._backward(layers, slots, gradient, leaf=leaf, last=last)
         if layers[0].program.outgoing is not None:
-            self._embedding_backward(later=later)
-            allocator.free(gradient)
+            if self.trained.reaches_embedding:
+                # Masks and tables are the layers', and end with the first one's backward pass.
+                allocator.free_all(held[self.inputs.raw :])
+                del held[self.inputs.raw :]
+            self._embedding_backward(gradient, later=later)
         if sharding is not None:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
@@ -376,16 +381,24 @@ class StepReplay:
             raise AssertionError("the final norm's input has no gradient")
         return own[norm.outgoing]
 
-    def _embedding_backward(self, *, later: bool) -> None:
-        """The embedding's dense gradient: added to the head's where tied, or to an earlier one."""
-        if not self.trains_all:
+    def _embedding_backward(self, gradient: int, *, later: bool) -> None:
+        """The embedding's dense gradient, of `gradient`, which ends: added to one that is there; gone where
+        single rows are trained.
+        """
+        if not self.trained.reaches_embedding:
+            self.allocator.free(gradient)
             return
+        if self.model.embedding_multiplier:
+            scaled = self._take(self.inputs.stream_bytes)
+            self.allocator.free(gradient)
+            gradient = scaled
         vocab, hidden = self.model.vocab_size, self.model.hidden_size
         block = self._take(vocab * hidden * self.width)
         scratch = embedding_scratch_bytes(self.tokens, vocab, hidden)
         if scratch:
             self.allocator.free(self._take(scratch))
-        if later or self.model.tied_embeddings:
+        self.allocator.free(gradient)
+        if later or self.model.tied_embeddings or not self.trained.embedding:
             self.allocator.free(block)
         else:
             self.gradients.append(block)

@@ -73,7 +73,8 @@ class StepShape:
 
 class StepTimeline:
     """Moments of a step for one setup. With `offloads` saved tensors are moved to the host, and `stash` of
-    them are on the GPU until their copies are done.
+    them are on the GPU until their copies are done. `embedding_copy_bytes` are those of a copy of
+    the embedding, made for each forward pass, where single rows of it are trained.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class StepTimeline:
         embedding_gradient_bytes: int,
         embedding_scratch_bytes: int,
         tied: bool,
+        embedding_copy_bytes: int,
         raw_embedding: bool,
         offloads: bool,
         stash: int,
@@ -99,6 +101,7 @@ class StepTimeline:
         self.embedding_gradient_bytes = embedding_gradient_bytes
         self.embedding_scratch_bytes = embedding_scratch_bytes
         self.tied = tied
+        self.embedding_copy_bytes = embedding_copy_bytes
         self.shape = shape
         tokens, scores = shape.tokens, shape.scores
         self._indices = [group.indices for group in groups]
@@ -159,6 +162,14 @@ class StepTimeline:
                 workspace_bytes=0,
                 gradient_bytes=0,
                 head_bytes=self.head.forward_bytes,
+            )
+        if self.embedding_copy_bytes > live + workspace + hidden // 2:
+            return StepMoment(
+                name="embedding",
+                kept_bytes=hidden // 2,
+                live_bytes=0,
+                workspace_bytes=self.embedding_copy_bytes,
+                gradient_bytes=0,
             )
         return StepMoment(
             name="forward of a decoder layer",
@@ -282,8 +293,10 @@ class StepTimeline:
         )
 
     def _embedding_backward(self) -> StepMoment:
-        """The embedding's dense gradient; a second one for a moment when another is there to add it to."""
-        temporary = self.shape.accumulating or self.tied
+        """The embedding's dense gradient; a second one for a moment when another is there to add it to, or
+        rows of it are all that is wanted.
+        """
+        temporary = self.shape.accumulating or self.tied or self.embedding_copy_bytes > 0
         return StepMoment(
             name="backward of the embedding",
             kept_bytes=0,
