@@ -26,17 +26,13 @@ from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.logits import LogitsReplay
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
-from planner.memory.step.replayed import CudaSizes, OverRoomError, ReplayedMemory
+from planner.memory.step.replayed import ADAPTER_STEPS, FULL_STEPS, CudaSizes, OverRoomError, ReplayedMemory
 from planner.setup.run import TrainingRun
 
 if TYPE_CHECKING:
     from planner.memory.step.buckets import BucketReplay
     from planner.memory.step.sharding import ShardReplay
 
-ADAPTER_STEPS = 2
-FULL_STEPS = 3
-"""Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
-where all weights are trained, holes of gradients, and blocks of layers kept whole, settle in the third."""
 MAX_KNOWN = 4096
 INT64 = 8
 
