@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Plan, PlannedModel
 from planner.setup.adapters import UNCOMMON
@@ -27,6 +26,9 @@ from planner.text.speed import print_other_cards, print_speed
 from planner.text.verdict import print_verdict
 from planner.text.ways import print_ways
 from planner.throughput.torch_attention import TORCH_KERNELS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:

@@ -13,6 +13,7 @@ from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.run import TrainingRun
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.by_kind import positions_of
 from planner.throughput.compilation import FirstStep, first_step
 from planner.throughput.eight_bit import WIDER, least_flops
@@ -87,10 +88,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         NotModelledError: a knob whose work is not counted.
     """
     setup = run.setup
-    if setup.load_in_8bit:
-        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
-    if setup.optim in UNCOMMON_OPTIMIZERS:
-        raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
+    _refuse_untimed(setup)
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
@@ -136,6 +134,13 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         sharing=None if shared is None else shared.told,
         first_step=first_step(run),
     )
+
+
+def _refuse_untimed(setup: TrainingSetup) -> None:
+    if setup.load_in_8bit:
+        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
+    if setup.optim in UNCOMMON_OPTIMIZERS:
+        raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
 
 
 def _of_stack(

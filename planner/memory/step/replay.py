@@ -26,24 +26,18 @@ from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.logits import LogitsReplay
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
-from planner.memory.step.replayed import CudaSizes, OverRoomError, ReplayedMemory
+from planner.memory.step.replayed import ADAPTER_STEPS, FULL_STEPS, CudaSizes, OverRoomError, ReplayedMemory
 from planner.setup.run import TrainingRun
 
 if TYPE_CHECKING:
     from planner.memory.step.buckets import BucketReplay
     from planner.memory.step.sharding import ShardReplay
 
-ADAPTER_STEPS = 2
-FULL_STEPS = 3
-"""Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
-where all weights are trained, its gradients' holes settle in the third, and so do the blocks of whole layers
-where none is checkpointed."""
 MAX_KNOWN = 4096
-"""Replays that are remembered."""
 INT64 = 8
 
 _WHOLE: dict[tuple[TrainingRun, CudaSizes, str], ReplayedMemory] = {}
-"""Replays that ran to their end."""
+"""Replays that ran to their end, MAX_KNOWN of them at most."""
 
 
 def replay_steps(
@@ -382,9 +376,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient, of `gradient`, which ends: added to one that is there; gone where
-        single rows are trained.
-        """
+        """The embedding's dense gradient, of `gradient`, which ends: kept where trained and the first."""
         if not self.trained.reaches_embedding:
             self.allocator.free(gradient)
             return
