@@ -371,13 +371,7 @@ def main(arguments: list[str]) -> int:
         with anchored(RunFolder(Path(arguments[0]).resolve())) as folder, hold_lock(folder, "keeper"):
             code = Keeper(
                 folder,
-<<<<<<< HEAD
-                start_trainer=lambda: spawn(
-                    folder, "trainer", _TRAINERS[_ranks_here(folder) > 0], variables, descriptors=gpu
-                ),
-=======
-                start_trainer=lambda: spawn(folder, "trainer", _trainer(folder), allocator, descriptors=gpu),
->>>>>>> s6-eco
+                start_trainer=lambda: spawn(folder, "trainer", _trainer(folder), variables, descriptors=gpu),
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
                 ranks_here=lambda: _ranks_here(folder),
                 ranks_in_all=lambda: _job(folder).setup.num_processes,

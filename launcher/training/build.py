@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
-from launcher.training.adapters import hold_beside, lora_config
+from launcher.training.adapters import freeze_down, hold_beside, lora_config
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
 from launcher.training.loading.stored import (
@@ -26,9 +26,9 @@ from launcher.training.loading.stored import (
 )
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_LORAFA, PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
 from planner.setup.adapters import uncommon_knob
-from planner.setup.training_knobs import SLICED
+from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
 
@@ -80,7 +80,8 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
 
 def _refuse_uncommon(setup: TrainingSetup) -> None:
     name = uncommon_knob(setup)
-    for other, tried in PLAIN_WITH_UNCOMMON if name is not None else ():
+    also = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
+    for other, tried in (*also, *PLAIN_WITH_UNCOMMON) if name is not None else ():
         if getattr(setup, other) != tried:
             raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 
@@ -280,6 +281,9 @@ def use_card(setup: TrainingSetup) -> None:
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     """What no argument of the trainer sets."""
     trainer.loraplus_lr_ratio = setup.loraplus_lr_ratio
+    if setup.optim == LORAFA:
+        trainer.lorafa = True
+        freeze_down(trainer.model)
     if setup.distributed == "ddp":
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
