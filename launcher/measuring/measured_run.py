@@ -39,6 +39,7 @@ def load_config(model_id: str) -> PretrainedConfig:
     """transformers' config of a catalog model or of a folder, of its language part where it is multimodal."""
     from transformers import AutoConfig
 
+    from planner.models.checkpoint import is_dequantised
     from planner.models.hub_config import text_part
 
     folder = Path(model_id)
@@ -46,6 +47,8 @@ def load_config(model_id: str) -> PretrainedConfig:
     values = json.loads(path.read_text(encoding="utf-8"))
     text, _ = text_part(values)
     text.pop("auto_map", None)
+    if is_dequantised(text):
+        text.pop("quantization_config")
     return AutoConfig.for_model(text.pop("model_type"), **text)
 
 

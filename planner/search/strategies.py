@@ -151,15 +151,17 @@ def choices(
 def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> tuple[Mode, ...]:
     """Ways to execute layers that the fixed knobs leave open and that this card and data allow.
 
-    Compiled layers want batches of one shape. Under FSDP2 they are compiled where that is asked for alone:
-    two ranks on CPUs do (tests/stack/test_compiled_shards.py), nobody has timed them on GPUs.
+    Compiled layers and flex attention want batches of one shape. Under FSDP2 layers are compiled where that
+    is asked for alone: two ranks on CPUs do (tests/stack/test_compiled_shards.py), nobody has timed them on
+    GPUs.
     """
     if base.distributed == FSDP or base.base_matmul != BF16:
         return (EAGER,)
     found: tuple[Mode, ...] = (EAGER,)
-    if "attn_implementation" not in fixed and base.attn_implementation is None and evaluator.flexes_sinks:
-        found = (EAGER, FLEX)
     one_shape = base.packing or not evaluator.padded
+    open_attention = "attn_implementation" not in fixed and base.attn_implementation is None
+    if open_attention and one_shape and evaluator.flexes_sinks:
+        found = (EAGER, FLEX)
     if "compile" not in fixed and one_shape and evaluator.compiles:
         found = (*found, COMPILED)
     compiles = COMPILED in found or base.compile != "none"
