@@ -111,6 +111,10 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
         refuse_taken(root, args.name)
     stack.require("train")
     require(args.track)
+    from launcher.training import build
+
+    if args.task is not None:
+        build.refuse_task(args.task)
     on_gpu = _has_gpu()
     plan, wish = _planned(args, saved, on_gpu=on_gpu)
     nodes = wish.nnodes
@@ -120,9 +124,6 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
     if full or not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
-
-    from launcher.training import build
-
     build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     if wish.eval_data is not None:
         _say_of_evaluation(dataclasses.replace(wish, data=wish.eval_data), plan)

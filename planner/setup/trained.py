@@ -8,6 +8,7 @@ from planner.base.errors import FieldError, InputError
 from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
+from planner.models.scored import is_scored
 from planner.models.spec import ModelSpec, Parameter
 from planner.models.storage import adapts_experts, is_expert_stack
 from planner.setup.adapters import Adapter
@@ -79,20 +80,21 @@ def trained_tensors(model: ModelSpec, adapter: Adapter | None, width: int) -> Tr
 
 
 def _full(model: ModelSpec, width: int) -> Trained:
-    tensors = tuple(
-        TrainedTensor(
-            name=p.name,
-            elements=p.elements,
-            element_width=width,
-            count=p.count,
-            shape=p.shape,
-            in_decoder_layer=p.in_decoder_layer,
-            is_embedding=p.module_class.endswith("Embedding") or p.module_class.endswith("WordEmbedding"),
-        )
-        for p in model.parameters
-        if not p.tied
-    )
+    tensors = tuple(_whole(p, width) for p in model.parameters if not p.tied)
     return Trained(tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_width=width)
+
+
+def _whole(p: Parameter, width: int) -> TrainedTensor:
+    """A parameter that is trained itself."""
+    return TrainedTensor(
+        name=p.name,
+        elements=p.elements,
+        element_width=width,
+        count=p.count,
+        shape=p.shape,
+        in_decoder_layer=p.in_decoder_layer,
+        is_embedding=p.module_class.endswith("Embedding") or p.module_class.endswith("WordEmbedding"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +152,10 @@ def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
         tensors += _pair(p.name, p.shape[1:], expert_rank(p.kind, rank), p.count, p.shape[0], width)
     for p in found.routers:
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
+    if is_scored(model):
+        # PEFT trains the head of a sequence classification whole, beside a copy of it (peft_model.py,
+        # PeftModelForSequenceClassification).
+        tensors.append(_whole(model.parameters[-1], width))
     return Trained(
         tensors=tuple(tensors),
         ranks=tuple((p.module_name, rank) for p in found.linears),

@@ -32,6 +32,7 @@ class Resident:
 
     `buckets_bytes` are those that DDP averages gradients in: as much as the gradients, and there to the end
     (torch nn/parallel/distributed.py; gradient_as_bucket_view is false). `trained` is this GPU's share.
+    `reference_bytes` is a second model, which a task compares with where no adapter can be disabled.
     """
 
     weights: WeightMemory
@@ -43,6 +44,7 @@ class Resident:
     tables_bytes: int
     largest_dequantized_bytes: int
     buckets_bytes: int = 0
+    reference_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -55,6 +57,7 @@ class Resident:
             + self.cublas_bytes
             + self.tables_bytes
             + self.buckets_bytes
+            + self.reference_bytes
         )
 
 
@@ -79,6 +82,7 @@ def resident_memory(
         + INPUT_BYTES_PER_TOKEN * shape.tokens,
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
+        reference_bytes=held.weights.allocated_bytes if run.kind.holds_reference else 0,
     )
 
 
