@@ -24,7 +24,7 @@ QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
 FEW_HAVE = (
     *("traced", "traced_norm", "checkpoint", "kept"),
-    *("value_head_dim", "attention_sinks", "fp32_routing"),
+    *("value_head_dim", "attention_sinks", "fp32_routing", "loops"),
 )
 """Fields that JSON leaves out where there is nothing to say."""
 
@@ -307,7 +307,8 @@ class ModelSpec:
         there is nothing.
         """
         values = asdict(self)
-        for part in (values, *values["layers"], *values["parameters"]):
+        traced = [one["traced"] for one in (*values["layers"], {"traced": values["traced_norm"]})]
+        for part in (values, *values["layers"], *values["parameters"], *filter(None, traced)):
             for name in FEW_HAVE:
                 if name in part and not part[name]:
                     del part[name]

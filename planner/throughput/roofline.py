@@ -220,7 +220,7 @@ def _of_traced(model: ModelSpec) -> str:
     if not model.is_traced:
         return ""
     named = ", ".join(model.unseen_kernels)
-    unseen = f", and {named} are counted as one operation each" if named else ""
+    unseen = f", and {named} are counted as transformers' reference in torch runs them" if named else ""
     return f"; the model was traced, and no run of one was fitted{unseen}"
 
 

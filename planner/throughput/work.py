@@ -13,6 +13,7 @@ from typing import NamedTuple
 from planner.base.values import dataclass
 from planner.memory.decoder.groups import DecoderSetup, decoder_setup, groups_of
 from planner.models.spec import LayerSpec, ModelSpec
+from planner.setup.micro_step import MicroStep
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import adapted
 from planner.throughput.by_kind import ByKind, positions_of
@@ -74,6 +75,9 @@ def step_work(run: TrainingRun) -> StepWork:
             strict=True,
         )
     )
+    if run.model.unseen_kernels:
+        inside = _inside(run.model, decoder, positions=shape.scores // shape.tokens, run=shape)
+        forward, backward = (one.plus(more, 1) for one, more in zip((forward, backward), inside, strict=True))
     total = sum(part.total for part in flops)
     for count, adapters in ((setup.objective.policy_passes, True), (setup.reference_passes, False)):
         if count:
@@ -86,6 +90,30 @@ def step_work(run: TrainingRun) -> StepWork:
         micro_step=_ONE_MICRO_STEP,
         optimizer_step=_optimizer_step(run.kind),
     )
+
+
+def _inside(
+    model: ModelSpec, decoder: DecoderSetup, *, positions: int, run: MicroStep
+) -> tuple[ByKind, ByKind]:
+    """What both passes launch and write inside functions that were traced as one operation each, on rows of
+    so many positions: transformers' reference in torch, a loop along the row.
+    """
+    launches, written = [0.0, 0.0], [0.0, 0.0]
+    for part in groups_of(model, decoder)[0]:
+        loops = None if part.layer.traced is None else part.layer.traced.loops
+        if loops is None:
+            continue
+        again = (loops.forward,) if part.checkpointed else ()
+        for at, works in enumerate(((loops.forward,), (loops.backward, *again))):
+            for work in works:
+                once, per_token, per_score = work.written
+                launches[at] += len(part.indices) * (work.launches + work.per_position * positions)
+                written[at] += len(part.indices) * (once + per_token * run.tokens + per_score * run.scores)
+    forward, backward = (
+        ByKind.counted("pass", launch=launch, written_byte=size)
+        for launch, size in zip(launches, written, strict=True)
+    )
+    return forward, backward
 
 
 def _pass_alone(

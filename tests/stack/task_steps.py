@@ -36,6 +36,20 @@ SHORTER = 3
 """Tokens by which rejected answers are shorter than chosen ones, so that batches are padded."""
 
 
+class Course(LiveBytes):
+    """Says of its peak whether that was in a pass that keeps nothing."""
+
+    keeps_nothing = False
+
+    def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.peak_bytes
+        result = super().__torch_dispatch__(*args, **kwargs)
+        if self.peak_bytes > before:
+            in_backward = torch._C._current_graph_task_id() != -1
+            self.keeps_nothing = not torch.is_grad_enabled() and not in_backward
+        return result
+
+
 class _MeasuredError(Exception):
     """Ends the trainer after its first step."""
 
@@ -55,12 +69,12 @@ def gpu_head() -> Iterator[None]:
         yield
 
 
-def step_of(family: str, setup: TrainingSetup, folder: Path) -> LiveBytes:
+def step_of(family: str, setup: TrainingSetup, folder: Path) -> Course:
     """The first step of the setup's task, forward and backward, from a collated batch on.
 
     Prompts have one token.
     """
-    reached: list[LiveBytes] = []
+    reached: list[Course] = []
     with _quiet():
         trainer, held = _TRAINERS[setup.task](family, setup, folder)
         run = trainer.training_step
@@ -68,7 +82,7 @@ def step_of(family: str, setup: TrainingSetup, folder: Path) -> LiveBytes:
         def measured(model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> None:
             given = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
             gc.collect()
-            with LiveBytes([*tensors_of(trainer.model), *held, *given], values=False) as live:
+            with Course([*tensors_of(trainer.model), *held, *given], values=False) as live:
                 run(model, inputs, num_items_in_batch)
             reached.append(live)
             raise _MeasuredError

@@ -14,6 +14,7 @@ from planner.memory.decoder.program import layer_program
 from planner.memory.decoder.programs import ProgramSizes, SizedProgram
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.output import OutputReplay
+from planner.memory.step.resident import mask_bytes
 from planner.memory.step.timeline import AtWork, StepMoment, StepTimeline
 from planner.setup.run import TrainingRun
 
@@ -21,12 +22,15 @@ from planner.setup.run import TrainingRun
 def reference_moments(run: TrainingRun, timeline: StepTimeline, tables_bytes: int) -> list[StepMoment]:
     """Moments of the reference's pass that can be a step's peak; none where it has none.
 
-    `tables_bytes` are masks and rotary tables, which it makes anew.
+    `tables_bytes` are masks and rotary tables, which it makes anew; the policy's own masks are held by
+    checkpoints alone.
     """
     if not run.setup.reference_passes:
         return []
     shape, held = timeline.shape, timeline.between_passes()
     hidden = shape.hidden_bytes_per_token * shape.tokens
+    if not run.setup.gradient_checkpointing:
+        tables_bytes -= mask_bytes(run)
     moments = []
     for group in layer_groups(run)[0]:
         _, moment = peak(

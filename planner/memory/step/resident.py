@@ -78,7 +78,7 @@ def resident_memory(
         cublas_bytes=cublas_workspace_bytes(gpu, measured) + held.cublaslt_bytes,
         tables_bytes=sum(scales_bytes(run.kind))
         + rotary
-        + _mask_bytes(run)
+        + mask_bytes(run)
         + INPUT_BYTES_PER_TOKEN * shape.tokens,
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
@@ -146,7 +146,7 @@ def _cublaslt_bytes(run: RunKind) -> int:
     return threads * CUBLASLT_WORKSPACE_BYTES if run.model.has_biased_linear else 0
 
 
-def _mask_bytes(run: TrainingRun) -> int:
+def mask_bytes(run: TrainingRun) -> int:
     """Attention masks, one for each kind of layer that needs one: additive for eager, boolean for sdpa."""
     width = run.storage.width if run.attention == "eager" else 1
     return len(run.mask_windows) * run.micro_step.scores * width
