@@ -14,20 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
+from launcher.training.adapters import freeze_down, hold_beside, lora_config
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
-from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
+from launcher.training.loading.stored import (
+    hold_in,
+    is_microscaled_in,
+    refuse_other,
+    stored_config,
+    stored_in,
+)
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_LORAFA, PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.setup.adapters import uncommon_knob
 from planner.setup.objective import SFT
+from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import (
         BitsAndBytesConfig,
         PreTrainedModel,
@@ -67,6 +75,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     if setup.dtype == "float16" and setup.method == "full":
         raise InputError("dtype=float16 with method full: gradients of float16 weights cannot be unscaled")
     refuse_other_dropout_masks(setup)
+    _refuse_uncommon(setup)
     if setup.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
         raise MissingExtraError("kernels=liger", "the package liger-kernel")
     if setup.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -82,6 +91,14 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     for name in ("kernels", "compile"):
         if getattr(setup, name) != "none":
             raise InputError(f"{name}={getattr(setup, name)} needs a GPU")
+
+
+def _refuse_uncommon(setup: TrainingSetup) -> None:
+    name = uncommon_knob(setup)
+    also = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
+    for other, tried in (*also, *PLAIN_WITH_UNCOMMON) if name is not None else ():
+        if getattr(setup, other) != tried:
+            raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 
 
 def substitutions(setup: TrainingSetup, *, on_gpu: bool) -> list[str]:
@@ -120,44 +137,6 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
     )
 
 
-def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
-    """PEFT's configuration for qlora and lora, else None.
-
-    Routers of `model` that are linear layers by descent and return more than their product get no adapter
-    (Llama 4's): PEFT would take them with all the linear layers, and fail in the first step.
-    """
-    if not setup.uses_lora:
-        return None
-    from peft import LoraConfig
-
-    targets = setup.target_modules
-    return LoraConfig(
-        r=setup.lora_r,
-        lora_alpha=setup.alpha,
-        lora_dropout=setup.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=setup.use_rslora,
-        use_dora=setup.use_dora,
-        bias="none",
-        init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
-        task_type="CAUSAL_LM",
-        exclude_modules=_linear_routers(model) or None,
-    )
-
-
-def _linear_routers(model: PreTrainedModel | None) -> list[str]:
-    from torch import nn
-
-    found = [] if model is None else list(model.named_modules())
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in found
-            if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
-        }
-    )
-
-
 def load_tokenizer(source: str, *, allow_download: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, without remote code.
 
@@ -190,7 +169,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if setup.experts == "4bit":
+    if setup.experts == "4bit" or is_microscaled_in(source, allow_download=allow_download):
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
     if setup.load_in_8bit:
         keep_no_inputs()
@@ -225,12 +204,11 @@ def _load_by_layer(
     from launcher.training.loading.base_folder import find_base
     from launcher.training.loading.by_layer import load_by_layer
 
-    quantization = quantization_config(setup)
-    assert quantization is not None
     return load_by_layer(
         find_base(source, allow_download=allow_download),
         dtype=torch_dtype(setup),
-        quantization_config=quantization,
+        quantization_config=quantization_config(setup),
+        quantizes_experts=setup.experts == "4bit",
         attn_implementation=setup.attn_implementation,
         device=device,
     )
@@ -318,11 +296,20 @@ def use_card(setup: TrainingSetup) -> None:
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     """What no argument of the trainer sets."""
     trainer.loraplus_lr_ratio = setup.loraplus_lr_ratio
+    if setup.optim == LORAFA:
+        trainer.lorafa = True
+        freeze_down(trainer.model)
     if setup.distributed == "ddp":
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
+    if uncommon_knob(setup) is not None:
+        hold_beside(trainer.model)
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)
+    if setup.experts_matmul == SLICED:
+        from launcher.training.products.sliced_experts import use_sliced_experts
+
+        use_sliced_experts(trainer.model)
     if setup.base_matmul != "bf16":
         trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
     if setup.compile == "regional":

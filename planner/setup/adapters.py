@@ -5,36 +5,66 @@ from __future__ import annotations
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.setup.stack import Stack
+from planner.setup.training_knobs import LORAFA
 from planner.setup.training_setup import TrainingSetup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterVariant:
     """A kind of low-rank adapter. `magnitudes` says that it trains a vector of one value an output beside its
-    two matrices, in fp32 whatever they are in, and folds base and adapter into one weight for its norm.
+    two matrices, in fp32 whatever they are in, and folds base and adapter into one weight for its norm;
+    `frozen_down` that lora_A stays as it began, so that no layer keeps its input for it.
     """
 
     name: str
     magnitudes: bool
+    frozen_down: bool = False
+
+
+UNCOMMON: tuple[tuple[str, object], ...] = (
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
+)
+"""Knobs that train something else than a pair of matrices, with the value that does not: what was measured,
+and what other trainers' files hold, is without them.
+"""
+
+
+UNCOMMON_OPTIMIZERS = (LORAFA,)
+"""Optimizers that want, or are, another way to train."""
+
+
+def uncommon_knob(setup: TrainingSetup) -> str | None:
+    """The first of them that is used; `optim` where it is one of those optimizers."""
+    if setup.optim in UNCOMMON_OPTIMIZERS:
+        return "optim"
+    return next((name for name, plain in UNCOMMON if getattr(setup, name) != plain), None)
 
 
 LORA = AdapterVariant(name="lora", magnitudes=False)
 DORA = AdapterVariant(name="dora", magnitudes=True)
 """PEFT tuners/lora/dora.py."""
-VARIANTS = (LORA, DORA)
+LORA_FA = AdapterVariant(name="lora-fa", magnitudes=False, frozen_down=True)
+"""https://arxiv.org/abs/2308.03303; PEFT optimizers/lorafa.py."""
+VARIANTS = (LORA, DORA, LORA_FA)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
     """An adapter: its kind, its rank, the modules that carry it, and the bytes of an element of its matrices.
 
-    `target_modules` is TrainingSetup's.
+    `target_modules` is TrainingSetup's, and so are `bias` and `modules_to_save`, what is trained beside the
+    adapter; `token_rows` is how many tokens' embeddings are.
     """
 
     variant: AdapterVariant
     rank: int
     target_modules: str | tuple[str, ...]
     width: int
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    token_rows: int = 0
 
 
 def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
@@ -45,10 +75,14 @@ def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
     """
     if not setup.uses_lora:
         return None
+    saved = setup.modules_to_save
     narrow = setup.method == "qlora" and setup.dtype != "float16"
     return Adapter(
-        variant=DORA if setup.use_dora else LORA,
+        variant=DORA if setup.use_dora else LORA_FA if setup.optim == LORAFA else LORA,
         rank=setup.lora_r,
         target_modules=setup.target_modules,
         width=stack.adapter_width if narrow else FP32,
+        bias=setup.bias,
+        modules_to_save=saved if isinstance(saved, tuple) else (),
+        token_rows=len(setup.trainable_token_indices or ()),
     )

@@ -19,6 +19,7 @@ from planner.setup.micro_step import MicroStep, micro_step
 from planner.setup.parallelism import Parallelism
 from planner.setup.stack import TRL, Stack
 from planner.setup.trained import Trained, trained_tensors
+from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
 
 _SIZES = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -103,6 +104,7 @@ class RunKind:
             double_quant=self.setup.bnb_4bit_use_double_quant,
             width=DTYPE_WIDTH[self.setup.dtype],
             experts=self.setup.experts == "4bit",
+            slices_experts=self.setup.experts_matmul == SLICED,
             stored=None if checkpoint is None else checkpoint.plain_width,
             recast=checkpoint is not None and checkpoint.dtype != self.setup.dtype,
         )
@@ -130,7 +132,9 @@ class RunKind:
         and the model scales them outside the embedding's own module.
         """
         setup = self.setup
-        return self.model.scales_embeddings_outside and setup.uses_lora and setup.gradient_checkpointing
+        if not self.model.scales_embeddings_outside or self.trained.reaches_embedding:
+            return False
+        return setup.uses_lora and setup.gradient_checkpointing
 
 
 MAX_KNOWN = 8192

@@ -5,6 +5,8 @@ from __future__ import annotations
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
 from planner.setup.knob import METHODS, WHERE_SET, Counted, Form, Knob, Line, Need
 
+LORAFA = "lorafa"
+"""PEFT's optimizer for LoRA-FA, which transformers has no name for: lora_A stays frozen."""
 OPTIMIZERS = (
     "adamw_torch",
     "adamw_torch_fused",
@@ -15,10 +17,13 @@ OPTIMIZERS = (
     "lion_8bit",
     "paged_lion_8bit",
     "sgd",
+    LORAFA,
 )
 ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
 MAX_LENGTH = 2**24
+WHOLE, SLICED = "whole", "sliced"
+"""experts_matmul: all of a layer's experts dequantised at once, or a few at a time in each product."""
 _MAX_RANK = 2**14
 _LORA = ("qlora", "lora")
 _POWERS = tuple(2**k for k in range(11))
@@ -43,7 +48,8 @@ _REFUSED_INITS = (
     ),
     (
         "olora",
-        "PEFT 0.21.2 rewrites the base with it: the adapter would not fit what a merge and servers read",
+        "PEFT 0.21.2 takes what lora_A and lora_B begin with from the base and quantises that anew: 9% of a "
+        "weight in 4 bits is lost before the first step, and a merge and servers read the base as it was",
     ),
     ("eva", "PEFT 0.21.2 needs a pass over the data before training for it, which is not run"),
 )
@@ -200,6 +206,26 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         line=Line(place=0, label="experts"),
     ),
     Knob(
+        name="experts_matmul",
+        kind="choice",
+        section="training",
+        help="products with experts in 4 bits: by all of a layer's dequantised at once, or a few at a time",
+        default=WHOLE,
+        choices=(WHOLE, SLICED),
+        methods=("qlora",),
+        needs=(
+            Need(
+                other="experts",
+                other_than="16bit",
+                told="experts 4bit",
+                subject="experts_matmul {value}",
+            ),
+        ),
+        unset="{default}; sliced where nothing fits otherwise",
+        counted=Counted(default=False),
+        line=Line(place=8, label="expert products"),
+    ),
+    Knob(
         name="lora_r",
         kind="int",
         section="training",
@@ -265,6 +291,37 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
                 ("gate_proj", "up_proj", "down_proj"),
             ),
         ),
+    ),
+    Knob(
+        name="bias",
+        kind="choice",
+        section="training",
+        help="biases of the base that are trained",
+        default="none",
+        choices=("none", "lora_only", "all"),
+        methods=("lora",),
+        unset="{default}",
+        counted=Counted(default=False, together=True),
+    ),
+    Knob(
+        name="modules_to_save",
+        kind="names",
+        section="training",
+        help="modules that are trained whole beside the adapter: embed_tokens,lm_head",
+        null="none",
+        methods=_LORA,
+        unset="{default}",
+        counted=Counted(others="a list", default=False, together=True),
+    ),
+    Knob(
+        name="trainable_token_indices",
+        kind="indices",
+        section="training",
+        help="ids of tokens whose embeddings are trained beside the adapter",
+        null="none",
+        methods=_LORA,
+        unset="{default}",
+        counted=Counted(others="a list", default=False, together=True),
     ),
     Knob(
         name="use_dora",

@@ -31,7 +31,7 @@ TRACED: Interval = FEW_SOURCES
 1.8 times (docs/throughput.md)."""
 LOOPS: Interval = HOST_UNKNOWN
 """Where it has functions that a fused kernel may compute, counted as transformers' reference in torch runs
-them: four runs of two families on an H200, which no rate was fitted to, need 0.83 to 1.29."""
+them: seven runs of three families on an H200, which no rate was fitted to, need 0.84 to 1.31."""
 UNCOUNTED: Interval = (0.1, HOST_UNKNOWN[1])
 """Where such functions were traced as one operation and nothing is known of what they launch: their reference
 launches hundreds of kernels in a loop over chunks of tokens."""

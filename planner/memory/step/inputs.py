@@ -19,11 +19,19 @@ class InputsReplay:
         self.eager = run.attention == "eager"
         self.masks = run.mask_windows
         self.raw_embedding = run.keeps_raw_embedding
+        self.raw = 1 + self.raw_embedding
+        """Where masks and tables begin in what `run` returns."""
+        rows = run.trained.token_rows
+        self.copy_bytes = run.model.vocab_size * run.model.hidden_size * self.width if rows else 0
 
     def run(self, allocator: CachingAllocator) -> list[int]:
         """The embeddings' block, then what stays until the micro-step ends: masks, tables, raw embeddings."""
         take = allocator.allocate
+        # The table with the trained rows in it (peft tuners/trainable_tokens/layer.py, get_merged_weights).
+        copy = take(self.copy_bytes) if self.copy_bytes else None
         held = [take(self.stream_bytes)]
+        if copy is not None:
+            allocator.free(copy)
         if self.raw_embedding:
             held.append(take(self.stream_bytes))
         elif self.model.embedding_multiplier:
