@@ -37,7 +37,7 @@ KNOBS: tuple[Knob, ...] = (
         ),
         unset="{default}",
         counted=Counted(default=False, together=True),
-        line=Line(place=8, label="task"),
+        line=Line(place=10, label="task"),
     ),
     Knob(
         name="precompute_ref_log_probs",
@@ -51,7 +51,7 @@ KNOBS: tuple[Knob, ...] = (
             if name not in _COMPARING
         ),
         counted=WHERE_SET,
-        line=Line(place=9, label="reference computed before"),
+        line=Line(place=11, label="reference computed before"),
     ),
     Knob(
         name="gradient_checkpointing",

@@ -129,10 +129,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known)
-        + _of_traced(run.model)
-        + _of_eight_bit(setup.base_matmul)
-        + ("" if run.stack.measured_speed is None else f"; {run.stack.measured_speed.words}"),
+        basis=_basis(gpu, known) + _of_run(run),
         sharing=None if shared is None else shared.told,
         first_step=first_step(run),
     )
@@ -238,6 +235,12 @@ def _basis(gpu: GpuSpec, known: KnownRates) -> str:
     return (
         f"rates of {known.reference} ({runs} runs) at {gpu.id}'s published rates; not calibrated on this GPU"
     )
+
+
+def _of_run(run: TrainingRun) -> str:
+    """What a run's forecast rests on beside rates, as the end of a basis."""
+    stack = "" if run.stack.measured_speed is None else f"; {run.stack.measured_speed.words}"
+    return _of_traced(run.model) + _of_eight_bit(run.setup.base_matmul) + stack
 
 
 def _of_eight_bit(base_matmul: str) -> str:
