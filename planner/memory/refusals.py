@@ -11,6 +11,7 @@ from planner.setup.adapters import uncommon_knob
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import KnobValue, plain
 from planner.setup.methods import stored_knobs
+from planner.setup.objective import SFT
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
@@ -60,6 +61,8 @@ def _accept(run: RunKind) -> None:
         _refuse_compiled(run)
     if run.parallelism.shards:
         _refuse_sharded(run)
+    if setup.objective is not SFT:
+        _refuse_of_task(setup)
     if attention not in MODELLED_ATTENTION:
         raise NotModelledError("attn_implementation", attention)
     if any(layer.attention_softcap for layer in model.layers) and attention == "sdpa":
@@ -88,6 +91,27 @@ def _accept(run: RunKind) -> None:
             setup.checkpointed_layers,
             f"at most {model.num_hidden_layers}, the decoder layers",
         )
+
+
+def _refuse_of_task(setup: TrainingSetup) -> None:
+    """Refuse what TRL's other trainers do not do, or what no step of theirs was seen with.
+
+    For the reference's pass TRL takes checkpoints off and puts them on again, on all layers and as they were
+    made first (trl/models/utils.py, disable_gradient_checkpointing).
+    """
+    for name, counted in (
+        ("distributed", (None, "ddp")),
+        ("activation_offloading", (False,)),
+        ("compile", ("none",)),
+        ("checkpointed_layers", (None,)),
+        ("selective_checkpointing", (False,)),
+        ("prepare_for_kbit_training", (False,)),
+        ("bias", ("none",)),
+        ("modules_to_save", (None,)),
+        ("trainable_token_indices", (None,)),
+    ):
+        if getattr(setup, name) not in counted:
+            raise NotModelledError(f"task={setup.task} with {name}", getattr(setup, name))
 
 
 def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:

@@ -11,6 +11,7 @@ from planner.search.evaluator import Evaluator
 from planner.setup.card_limits import FLEX_CAPABILITY
 from planner.setup.knobs import BF16
 from planner.setup.methods import as_stored, experts_held
+from planner.setup.objective import SFT
 from planner.setup.parallelism import FSDP
 from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import TrainingSetup
@@ -102,7 +103,7 @@ def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any
     """Ways to make batches that the fixed knobs leave open. Grouping by length is for a person to ask for: it
     learns long examples more slowly than random batches do (docs/search.md).
     """
-    if not chooses_batches(evaluator):
+    if not chooses_batches(evaluator) or base.objective is not SFT:
         yield AS_GIVEN
         return
     if not base.packing:
@@ -155,7 +156,7 @@ def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -
     is asked for alone: two ranks on CPUs do (tests/stack/test_compiled_shards.py), nobody has timed them on
     GPUs.
     """
-    if base.distributed == FSDP or base.base_matmul != BF16:
+    if base.distributed == FSDP or base.base_matmul != BF16 or base.objective is not SFT:
         return (EAGER,)
     found: tuple[Mode, ...] = (EAGER,)
     one_shape = base.packing or not evaluator.padded

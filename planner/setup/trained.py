@@ -9,6 +9,7 @@ from planner.base.errors import FieldError, InputError
 from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
+from planner.models.scored import is_scored
 from planner.models.spec import ModelSpec, Parameter
 from planner.models.storage import adapts_experts, is_expert_stack
 from planner.setup.adapters import Adapter
@@ -102,19 +103,7 @@ def trained_tensors(model: ModelSpec, adapter: Adapter | None, width: int) -> Tr
 
 
 def _full(model: ModelSpec, width: int) -> Trained:
-    tensors = tuple(
-        TrainedTensor(
-            name=p.name,
-            elements=p.elements,
-            element_width=width,
-            count=p.count,
-            shape=p.shape,
-            in_decoder_layer=p.in_decoder_layer,
-            is_embedding=p.is_embedding,
-        )
-        for p in model.parameters
-        if not p.tied
-    )
+    tensors = tuple(_whole(p, width) for p in model.parameters if not p.tied)
     return Trained(
         tensors=tensors,
         ranks=(),
@@ -123,6 +112,19 @@ def _full(model: ModelSpec, width: int) -> Trained:
         element_width=width,
         embedding=True,
         head=True,
+    )
+
+
+def _whole(p: Parameter, width: int) -> TrainedTensor:
+    """A parameter that is trained itself."""
+    return TrainedTensor(
+        name=p.name,
+        elements=p.elements,
+        element_width=width,
+        count=p.count,
+        shape=p.shape,
+        in_decoder_layer=p.in_decoder_layer,
+        is_embedding=p.is_embedding,
     )
 
 
@@ -257,6 +259,10 @@ def _adapter(model: ModelSpec, adapter: Adapter, base_width: int) -> Trained:
         tensors += _pair(p.name, p.shape[1:], expert_rank(p.kind, rank), p.count, p.shape[0], width)
     for p in found.routers:
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
+    if is_scored(model):
+        # PEFT trains the head of a sequence classification whole, beside a copy of it (peft_model.py,
+        # PeftModelForSequenceClassification).
+        tensors.append(_whole(model.parameters[-1], width))
     beside = _beside(model, adapter, found.linears, base_width)
     frozen = [t for t in tensors if adapter.variant.frozen_down and t.name.endswith(".lora_A")]
     return Trained(

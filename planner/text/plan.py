@@ -130,7 +130,7 @@ def knob_lines(setup: TrainingSetup, knobs: tuple[Knob, ...] = KNOBS) -> Iterato
 def _a_step(plan: Plan) -> str:
     rows, per_row = plan.setup.effective_batch_size, plan.schedule.examples_per_row
     if per_row is None:
-        return f"{rows} sequences"
+        return f"{rows} {plan.setup.objective.examples}"
     each = "row" if rows == 1 else "rows"
     about = plan.schedule.effective_batch_size
     return f"{rows} {each} of {per_row:.2g} examples, about {about} examples"

@@ -129,7 +129,7 @@ def _decoder_setup(
     found = DecoderSetup(
         storage=kind.storage,
         adapter=kind.adapter,
-        dropout=setup.lora_dropout > 0,
+        dropout=setup.lora_dropout > 0 and setup.objective.drops_out,
         stream_width=stream_width,
         trained_width=_trained_width(kind),
         liger=setup.kernels == "liger",

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import MIN_BLOCK
 from planner.memory.decoder.groups import layer_groups
-from planner.memory.decoder.live_bytes import LayerMemory, at
+from planner.memory.decoder.live_bytes import at
 from planner.memory.decoder.program import norm_program
 from planner.memory.decoder.programs import ProgramSizes, SizedProgram, replayed_layers
 from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_shape
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
-from planner.memory.step.head import HeadReplay
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
-from planner.memory.step.logits import LogitsReplay
-from planner.memory.step.offload import OffloadReplay
+from planner.memory.step.offload import offload_replay
 from planner.memory.step.optimizer import OptimizerReplay
+from planner.memory.step.output import output_replay
+from planner.memory.step.reference import passes_alone
 from planner.memory.step.replayed import ADAPTER_STEPS, FULL_STEPS, CudaSizes, OverRoomError, ReplayedMemory
 from planner.setup.run import TrainingRun
 
@@ -77,9 +78,8 @@ class StepReplay:
 
     def __init__(self, run: TrainingRun, sizes: CudaSizes, allocator: str) -> None:
         self.setup, self.model, self.trained = run.setup, run.model, run.trained
-        self.width = run.storage.width
         self.tokens, self.scores = run.micro_step.tokens, run.micro_step.scores
-        self.workspace_bytes = sizes.workspace_bytes
+        self.width, self.workspace_bytes = run.storage.width, sizes.workspace_bytes
         self.loaded = loaded_allocator(run, allocator)
         self.allocator = self.loaded.allocator.copy()
         self.sharding: ShardReplay | None = None
@@ -105,26 +105,17 @@ class StepReplay:
         last = max(groups, key=lambda group: group.indices[-1])
         norm = norm_program(run.model.norm_layer, replace(last.knobs, stream_width=last.memory.output_width))
         self.norm = programs.of(norm)
-        head = head_shape(run, final_norm.output_width)
-        self.head: HeadReplay | LogitsReplay = LogitsReplay(head) if head.whole else HeadReplay(head)
+        self.head = output_replay(head_shape(run, final_norm.output_width))
         self.optimizer = OptimizerReplay(run)
+        self.policy, self.reference = passes_alone(run, programs, self.inputs, self.norm, self.head)
         self.biased = run.model.has_biased_linear
-        self.offload = self._offload(run, final_norm) if run.setup.activation_offloading else None
+        kept = int(at(final_norm.saved, self.tokens, self.scores))
+        self.offload = offload_replay(run, self.allocator, self.inputs.stream_bytes, kept)
         self.gradients: list[int] = []
         self.room: int | None = None
         """Bytes above which the step at work ends the replay: what it reserves it keeps."""
         self.whole = True
         """Whether all steps were replayed."""
-
-    def _offload(self, run: TrainingRun, final_norm: LayerMemory) -> OffloadReplay:
-        saved = int(at(final_norm.saved, self.tokens, self.scores))
-        return OffloadReplay(
-            self.allocator,
-            input_bytes=self.inputs.stream_bytes,
-            norm_bytes=saved,
-            waits=run.setup.kernels == "liger",
-            stash=run.stack.offload_stash,
-        )
 
     def play(self, limit_bytes: int | None = None, room_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
@@ -221,6 +212,7 @@ class StepReplay:
         allocator, offload, sharding = self.allocator, self.offload, self.sharding
         later = self._adds(later=later, last=last)
         layers = [layer.of(new=first, later=later) for layer in self.layers]
+        self.policy.run(allocator)
         if sharding is not None:
             sharding.before_embedding()
         held = self.inputs.run(allocator)
@@ -364,6 +356,7 @@ class StepReplay:
             workspace_bytes=self.workspace_bytes if first else 0,
             later=later,
             between=None if self.sharding is None else self.sharding.end_forward,
+            reference=partial(self.reference.run, allocator) if self.reference.passes else None,
         )
         self.gradients += kept
         own[norm.incoming] = gradient

@@ -134,6 +134,18 @@ class StepTimeline:
         """Every moment of the decoder stack and of the head that can be the peak."""
         return [*self._head_moments(), *self._layer_moments()]
 
+    def between_passes(self) -> StepMoment:
+        """What a micro-step holds once its forward pass is done and before its backward pass begins."""
+        tokens, scores = self.shape.tokens, self.shape.scores
+        return StepMoment(
+            name="between forward and backward",
+            kept_bytes=self._kept_by_all,
+            live_bytes=int(at(self.final_norm.saved, tokens, scores)),
+            workspace_bytes=0,
+            gradient_bytes=self._all_gradients if self.shape.accumulating else 0,
+            head_bytes=self.head.kept_bytes,
+        )
+
     def optimizer_step(self, temporary_bytes: int) -> StepMoment:
         """Gradients of everything trained, and what the optimizer needs for a moment."""
         return StepMoment(
