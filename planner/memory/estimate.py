@@ -18,6 +18,7 @@ from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, offloading_c
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, phases
+from planner.memory.step.images import image_memory
 from planner.memory.step.replay import ReplayedMemory, replay_steps
 from planner.memory.step.resident import Resident, resident_memory
 from planner.memory.step.timeline import StepMoment, StepShape, StepTimeline
@@ -164,6 +165,7 @@ def _timeline(run: TrainingRun) -> StepTimeline:
         "embedding_gradient_bytes": embedding,
         "embedding_scratch_bytes": embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),
         "tied": model.tied_embeddings,
+        "images": image_memory(run),
         "shape": StepShape(
             tokens=shape.tokens,
             scores=shape.scores,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.base.values import dataclass
-from planner.models.spec import Parameter
+from planner.models.parameter import Parameter
 
 QUANTIZED_CLASSES = ("Linear", "Conv1D")
 """transformers replaces exactly these classes (integrations/bitsandbytes.py, replace_with_bnb_linear)."""
@@ -42,7 +42,8 @@ class Storage:
     and of a dequantised one. `experts` says that the launcher holds stacks of experts in 4 bits too
     (launcher/training/loading/quantised_experts.py). `stored` is the width of what stays as it is in a file
     whose weights are quantised already, null where they are quantised while they are loaded; it is `recast`
-    after loading where the file has another dtype.
+    after loading where the file has another dtype. `tower` says that the linear layers of a vision tower are
+    quantised as well.
     """
 
     quantized: bool
@@ -52,10 +53,16 @@ class Storage:
     experts: bool = False
     stored: int | None = None
     recast: bool = False
+    tower: bool = False
 
     def quantizes(self, parameter: Parameter) -> bool:
         """Whether the parameter is held in 4 bits, or in 8."""
         return self.quantized and (is_quantizable(parameter) or (self.experts and is_expert_stack(parameter)))
+
+    def quantizes_in_tower(self, parameter: Parameter) -> bool:
+        """The same of a vision tower's: of all its linear layers' weights or of none."""
+        linear = parameter.module_class in QUANTIZED_CLASSES and parameter.kind == "weight"
+        return self.quantized and self.tower and linear
 
 
 def is_expert_stack(parameter: Parameter) -> bool:

@@ -200,6 +200,26 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         line=Line(place=0, label="experts"),
     ),
     Knob(
+        name="vision_tower",
+        kind="choice",
+        section="training",
+        help="how a vision-language model's tower is held",
+        default="16bit",
+        choices=("4bit", "16bit"),
+        methods=("qlora",),
+        needs=(
+            Need(
+                other="load_in_8bit",
+                other_than=True,
+                told="load_in_8bit false",
+                subject="vision_tower {value}",
+            ),
+        ),
+        unset="{default}",
+        counted=Counted(others="4bit", default=False),
+        line=Line(place=8, label="vision tower"),
+    ),
+    Knob(
         name="lora_r",
         kind="int",
         section="training",

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.base.values import dataclass
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import LayerSpec, ModelSpec
 from planner.models.storage import is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.attention import SKIPS_MASKED

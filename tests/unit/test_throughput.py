@@ -8,7 +8,8 @@ from planner.base.data_files import PROFILES
 from planner.base.errors import FieldError, NotModelledError
 from planner.gpus.catalog import gpu_catalog
 from planner.models.catalog import load_shipped
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import LayerSpec, ModelSpec
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import OPTIMIZERS, TrainingSetup
 from planner.throughput import NoForecastError, compile_seconds, estimate_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.base.units import FP32
 from planner.memory.allocators.native import CachingAllocator
+from planner.memory.step.images import ImagesReplay, image_pass
 from planner.setup.run import TrainingRun
 
 
@@ -19,17 +20,19 @@ class InputsReplay:
         self.eager = run.attention == "eager"
         self.masks = run.mask_windows
         self.raw_embedding = run.keeps_raw_embedding
+        recorded = image_pass(run)
+        self.images = None if recorded is None else ImagesReplay(recorded, run)
+        self.forward_only: list[int] = []
+        """Blocks that are let go of when the model's forward pass ends."""
 
     def run(self, allocator: CachingAllocator) -> list[int]:
         """The embeddings' block, then what stays until the micro-step ends: masks, tables, raw embeddings."""
         take = allocator.allocate
-        held = [take(self.stream_bytes)]
-        if self.raw_embedding:
-            held.append(take(self.stream_bytes))
-        elif self.model.embedding_multiplier:
-            scaled = take(self.stream_bytes)
-            allocator.free(held[0])
-            held[0] = scaled
+        if self.images is not None:
+            stream, self.forward_only, raw = self.images.run(allocator)
+            held = [stream, *raw]
+        else:
+            held = self._embedded(allocator)
         held += [self._mask(allocator, windowed=window is not None) for window in self.masks]
         table = self.shape.positions * self.model.rotary_features
         for _ in range(self.model.rotary_tables):
@@ -43,6 +46,17 @@ class InputsReplay:
             held += [take(table * self.shape.stream_width) for _ in range(2)]
             for block in wide:
                 allocator.free(block)
+        return held
+
+    def _embedded(self, allocator: CachingAllocator) -> list[int]:
+        """The embeddings' block, and that of unscaled ones where they stay."""
+        held = [allocator.allocate(self.stream_bytes)]
+        if self.raw_embedding:
+            held.append(allocator.allocate(self.stream_bytes))
+        elif self.model.embedding_multiplier:
+            scaled = allocator.allocate(self.stream_bytes)
+            allocator.free(held[0])
+            held[0] = scaled
         return held
 
     def _mask(self, allocator: CachingAllocator, *, windowed: bool) -> int:

@@ -26,6 +26,7 @@ from planner.memory.measured.cuda_terms import (
     workspace_block_bytes,
 )
 from planner.memory.step.head import HeadReplay
+from planner.memory.step.images import pixel_bytes
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.logits import LogitsReplay
@@ -125,6 +126,11 @@ class StepReplay:
 
             self.buckets = BucketReplay(run, self.allocator)
         self.inputs = InputsReplay(run)
+        self.image_inputs = (
+            [pixel_bytes(run), INT64 * self.tokens] * run.setup.gradient_accumulation_steps
+            if run.sees_images
+            else []
+        )
         groups, final_norm = layer_groups(run)
         programs = ProgramSizes(self.tokens, self.scores)
         self.layers = replayed_layers(
@@ -212,7 +218,7 @@ class StepReplay:
 
         Two micro-steps stand for any number of them; a `short` step has one.
         """
-        inputs = self.allocator.allocate_all([INT64 * self.tokens] * 3)
+        inputs = self.allocator.allocate_all([INT64 * self.tokens] * 3 + self.image_inputs)
         micro_steps = 1 if short else min(2, self.setup.gradient_accumulation_steps)
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
@@ -241,6 +247,7 @@ class StepReplay:
         if sharding is not None:
             sharding.after_embedding()
         slots = self._forward(layers, held[0], takes_workspaces=first)
+        allocator.free_all(self.inputs.forward_only)
         hidden = slots[-1][layers[-1].program.output]
         casts = [own[cast] for sized, own in zip(layers, slots, strict=True) for cast in sized.program.casts]
         embeddings = None if layers[0].program.keeps_input else held[0]

@@ -17,6 +17,7 @@ from planner.memory.held.weights import (
 )
 from planner.memory.measured.coefficients import Coefficients, cublas_workspace_bytes
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
+from planner.memory.step.images import input_bytes
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import Adapter
 from planner.setup.run import RunKind, TrainingRun
@@ -76,7 +77,8 @@ def resident_memory(
         tables_bytes=sum(scales_bytes(run.kind))
         + rotary
         + _mask_bytes(run)
-        + INPUT_BYTES_PER_TOKEN * shape.tokens,
+        + INPUT_BYTES_PER_TOKEN * shape.tokens
+        + input_bytes(run),
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
     )

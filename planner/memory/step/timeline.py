@@ -8,6 +8,7 @@ from planner.base.values import dataclass
 from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.live_bytes import LayerMemory, at, peak
 from planner.memory.held.head import HeadMemory
+from planner.memory.step.images import NO_IMAGES, ImageMemory
 from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Moment
 from planner.setup.trained import Trained
 
@@ -90,6 +91,7 @@ class StepTimeline:
         offloads: bool,
         stash: int,
         shape: StepShape,
+        images: ImageMemory = NO_IMAGES,
     ) -> None:
         self.groups = groups
         self.offloads, self.stash = offloads, stash
@@ -100,6 +102,7 @@ class StepTimeline:
         self.embedding_scratch_bytes = embedding_scratch_bytes
         self.tied = tied
         self.shape = shape
+        self.images = images
         tokens, scores = shape.tokens, shape.scores
         self._kept = [self._kept_by(group) for group in groups]
         self._gradients = [
@@ -128,7 +131,21 @@ class StepTimeline:
 
     def moments(self) -> list[StepMoment]:
         """Every moment of the decoder stack and of the head that can be the peak."""
-        return [*self._head_moments(), *self._layer_moments()]
+        return [*self._image_moments(), *self._head_moments(), *self._layer_moments()]
+
+    def _image_moments(self) -> list[StepMoment]:
+        """Images on their way to embeddings, before any layer runs."""
+        if not self.images.peak_bytes:
+            return []
+        return [
+            StepMoment(
+                name="images in the vision tower",
+                kept_bytes=0,
+                live_bytes=self.images.peak_bytes,
+                workspace_bytes=0,
+                gradient_bytes=self._all_gradients if self.shape.accumulating else 0,
+            )
+        ]
 
     def optimizer_step(self, temporary_bytes: int) -> StepMoment:
         """Gradients of everything trained, and what the optimizer needs for a moment."""
@@ -143,7 +160,7 @@ class StepTimeline:
     def forward_only(self) -> StepMoment:
         """The peak of a forward pass that keeps nothing (evaluation)."""
         shape = self.shape
-        hidden = 2 * shape.hidden_bytes_per_token * shape.tokens
+        hidden = 2 * shape.hidden_bytes_per_token * shape.tokens + self.images.held_bytes
         live, workspace = 0, 0
         for group in self.groups:
             size, moment = peak(group.memory.forward, shape.tokens, shape.scores)
@@ -256,7 +273,7 @@ class StepTimeline:
         moments.append(
             StepMoment(
                 name="forward of the final norm",
-                kept_bytes=kept + stream + self._embeddings_held,
+                kept_bytes=kept + stream + self._embeddings_held + self.images.held_bytes,
                 live_bytes=int(norm_forward),
                 workspace_bytes=0,
                 gradient_bytes=accumulated,
@@ -286,6 +303,7 @@ class StepTimeline:
             _, moment = peak(forward, tokens, scores)
             index = group.indices[-1]
             held = own + (self._embeddings_held if index else 0) + self._stashed(index)
+            held += self.images.held_bytes
             # Selective checkpointing has kept this layer's own by the time its MLP is at work.
             held += group.selected_bytes_per_token * tokens
             moments.append(self._layer_moment(index, held, AtWork.of(moment, tokens, scores), backward=False))
