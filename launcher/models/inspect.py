@@ -177,7 +177,8 @@ def describe_by_recipe(
     """Describe a causal language model of a family with a recipe.
 
     Raises:
-        InputError: it has other parts than embeddings, layers, norm and head, or a layer that is not understood.
+        InputError: it has other parts than embeddings, layers, norm and head, or a layer that is not
+        understood.
     """
     from launcher.models import layer_recipe
 

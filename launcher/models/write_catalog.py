@@ -44,8 +44,8 @@ class CatalogEntry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that people type for it: id, aliases, Hub ids and their last parts. Where `text_id` is the entry
-        of its language model alone, those of the Hub stand for that one.
+        """All that people type for it: id, aliases, Hub ids and their last parts. Where `text_id` is the
+        entry of its language model alone, those of the Hub stand for that one.
         """
         if self.text_id:
             return (self.id, *self.aliases)

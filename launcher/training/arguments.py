@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 
+IMAGE_WORKERS = 2
+"""Processes that read images for the step, each two batches ahead."""
 METRIC = "eval_loss"
 """What evaluations are compared by: less is better."""
 
@@ -138,7 +140,10 @@ def _memory_and_speed(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
         "tf32": None,  # build.allow_tf32() sets it
         "use_cpu": not on_gpu,
         "optim": setup.optim,
-        "dataloader_num_workers": 0,  # docs/decisions.md
+        # docs/decisions.md; images are read while the step before runs (launcher/training/images.py).
+        "dataloader_num_workers": IMAGE_WORKERS if setup.image_patches else 0,
+        "dataloader_prefetch_factor": 2 if setup.image_patches else None,
+        "dataloader_persistent_workers": False,
         "dataloader_pin_memory": on_gpu,
     }
 

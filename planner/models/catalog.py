@@ -228,7 +228,9 @@ def _from_folder(folder: Path, inspector: Inspector | None, images: bool) -> Mod
     config: Mapping[str, Any] = hub_config.read_config(folder)
     if _takes_whole(config, str(folder), images):
         processor = vision_config.processor_of(folder)
-        config = vision_config.with_processor(config, processor, where=f"{folder}/{vision_config.PROCESSOR_FILE}")
+        config = vision_config.with_processor(
+            config, processor, where=f"{folder}/{vision_config.PROCESSOR_FILE}"
+        )
     return _from_config(
         config, name=folder.resolve().name or str(folder), where=str(folder), inspector=inspector
     )
@@ -261,7 +263,9 @@ def _as_processed(spec: ModelSpec, config: Mapping[str, Any]) -> ModelSpec:
     processor = config.get(vision_config.PROCESSOR)
     if spec.tower is None or not processor:
         return spec
-    return replace(spec, tower=replace(spec.tower, rule=vision_config.as_processed(spec.tower.rule, processor)))
+    return replace(
+        spec, tower=replace(spec.tower, rule=vision_config.as_processed(spec.tower.rule, processor))
+    )
 
 
 def _takes_whole(config: Mapping[str, Any], where: str, images: bool) -> bool:
@@ -273,15 +277,13 @@ def _takes_whole(config: Mapping[str, Any], where: str, images: bool) -> bool:
     if images and not vision_config.sees_images(config):
         known = ", ".join(sorted(vision_config.VISION_TYPES))
         raise InputError(
-            f"{shorten(where)} (model_type {shorten(config['model_type'])}): images are trained with models of "
-            f"type {known}"
+            f"{shorten(where)} (model_type {shorten(config['model_type'])}): images are trained with "
+            f"models of type {known}"
         )
     return images or (config["model_type"] in vision_config.WHOLE_TYPES and vision_config.sees_images(config))
 
 
-def _from_hub(
-    repository: str, allow_network: bool, inspector: Inspector | None, images: bool
-) -> ModelSpec:
+def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None, images: bool) -> ModelSpec:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

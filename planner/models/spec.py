@@ -23,9 +23,7 @@ from planner.models.traced import TracedBlock
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
-FEW_HAVE = (
-    *("traced", "traced_norm", "checkpoint", "kept", "value_head_dim", "attention_sinks", "tower"),
-)
+FEW_HAVE = (*("traced", "traced_norm", "checkpoint", "kept", "value_head_dim", "attention_sinks", "tower"),)
 """Fields that JSON leaves out where there is nothing to say."""
 
 
@@ -154,8 +152,8 @@ class ModelSpec:
     default ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size
     of the weights as published. `source` says how the spec was made (command and library versions).
     `traced_norm` is what was recorded of the norm after the last layer, where that of the layers is `traced`.
-    `checkpoint` says how the weights are stored where they are quantised already, `tower` what looks at images
-    where the model is described with it.
+    `checkpoint` says how the weights are stored where they are quantised already, `tower` what looks at
+    images where the model is described with it.
     """
 
     id: str

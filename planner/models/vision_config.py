@@ -1,4 +1,4 @@
-"""Configs of vision-language models: which they are, what of them decides shapes, and their image processor."""
+"""Configs of vision-language models: which they are, what decides shapes, and their image processor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from planner.base.errors import InputError
+from planner.data.image_rule import SQUARE, ImageRule
 from planner.models import hub_config
-from planner.models.tower import SQUARE, ImageRule
 
 VISION_TYPES = frozenset({"gemma3", "qwen2_5_vl"})
 """model_type of what launcher/models/vision.py describes with its tower."""
@@ -35,7 +35,9 @@ def whole_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     inner = config.get("text_config")
     flat = {key: value for key, value in config.items() if key not in ("vision_config", "text_config")}
-    text = dict(inner) if isinstance(inner, Mapping) else {**flat, "model_type": f"{config['model_type']}_text"}
+    text = (
+        dict(inner) if isinstance(inner, Mapping) else {**flat, "model_type": f"{config['model_type']}_text"}
+    )
     fields = {f"whole.{key}": config[key] for key in _OF_WHOLE if key in config}
     fields |= {f"text.{key}": value for key, value in hub_config.relevant_fields(text).items()}
     vision = config.get("vision_config")
@@ -53,7 +55,9 @@ def with_processor(config: Mapping[str, Any], content: bytes | None, *, where: s
     """
     processor: Mapping[str, Any] = {}
     if content is not None:
-        processor = hub_config.parse_config(b'{"model_type": "processor", "it": ' + content + b"}", where=where)["it"]
+        processor = hub_config.parse_config(
+            b'{"model_type": "processor", "it": ' + content + b"}", where=where
+        )["it"]
         if not isinstance(processor, Mapping):
             raise InputError(f"{where} must hold a JSON object")
     return {**config, PROCESSOR: dict(processor)}
@@ -66,7 +70,9 @@ def as_processed(rule: ImageRule, processor: Mapping[str, Any]) -> ImageRule:
         InputError: it says what is not counted.
     """
     if processor.get("do_pan_and_scan"):
-        raise InputError("do_pan_and_scan cuts images into crops, whose tokens are not counted: set it to false")
+        raise InputError(
+            "do_pan_and_scan cuts images into crops, whose tokens are not counted: set it to false"
+        )
     if rule.resize == SQUARE:
         return rule
     size = processor.get("size") or {}

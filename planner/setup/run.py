@@ -5,6 +5,7 @@ The memory and the speed model read it. Each derived fact is computed once a run
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 
 from planner.base.lazy import cached_fact
@@ -127,8 +128,8 @@ class RunKind:
 
     @cached_fact
     def keeps_raw_embedding(self) -> bool:
-        """Whether embeddings lie beside their scaled copy, or that with images in it: PEFT marks them as a leaf
-        that wants a gradient, and the model changes them outside the embedding's own module.
+        """Whether embeddings lie beside their scaled copy, or that with images in it: PEFT marks them as a
+        leaf that wants a gradient, and the model changes them outside the embedding's own module.
         """
         setup = self.setup
         changed = self.model.scales_embeddings_outside or self.sees_images
@@ -193,13 +194,23 @@ class TrainingRun:
 
     @cached_fact
     def micro_step(self) -> MicroStep:
-        """The shape of a forward and backward pass."""
-        return micro_step(self.setup, self.objective)
+        """The shape of a forward and backward pass. Tokens of images have no label."""
+        found = micro_step(self.setup, self.objective)
+        if self.model.tower is None or not self.patches:
+            return found
+        shown = self.model.tower.rule.tokens(self.patches)
+        return replace(found, rows=max(1, found.rows - shown))
 
     @property
     def sees_images(self) -> bool:
         """RunKind.sees_images."""
         return self.kind.sees_images
+
+    @cached_fact
+    def table_positions(self) -> int:
+        """Rows of the rotary tables: those of one sequence, or of all where each has its own."""
+        tower, shape = self.model.tower, self.micro_step
+        return shape.tokens if tower is not None and tower.row_tables else shape.positions
 
     @cached_fact
     def patches(self) -> int:

@@ -12,8 +12,9 @@ from planner.setup.run import TrainingRun
 
 INT64 = 8
 SCATTER_WIDTH = INT64 + 1
-"""Bytes that CUDA's masked_scatter takes beside its result for an element of it: a running count, and the mask
-laid out (torch aten/src/ATen/native/cuda/IndexKernel.cpp, masked_scatter__cuda)."""
+"""Bytes that CUDA's masked_scatter takes beside its result for an element of it: a running count, and the
+mask laid out (torch aten/src/ATen/native/cuda/IndexKernel.cpp, masked_scatter__cuda).
+"""
 
 
 def pixel_bytes(run: TrainingRun) -> int:
@@ -22,13 +23,18 @@ def pixel_bytes(run: TrainingRun) -> int:
     return 0 if tower is None or not run.sees_images else FP32 * tower.patch_floats * run.patches
 
 
-def input_bytes(run: TrainingRun) -> int:
+def input_blocks(run: TrainingRun) -> list[int]:
     """What images add to the inputs of an optimizer step, whose micro-batches are all there from its start
-    (transformers trainer.py, get_batch_samples): pixels, and which tokens are images'.
+    (transformers trainer.py, get_batch_samples): of each its pixels, and which tokens are images'.
     """
     if not run.sees_images:
-        return 0
-    return run.setup.gradient_accumulation_steps * (pixel_bytes(run) + INT64 * run.micro_step.tokens)
+        return []
+    return [pixel_bytes(run), INT64 * run.micro_step.tokens] * run.setup.gradient_accumulation_steps
+
+
+def input_bytes(run: TrainingRun) -> int:
+    """All of them."""
+    return sum(input_blocks(run))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

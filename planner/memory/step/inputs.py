@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from planner.base.units import FP32
 from planner.memory.allocators.native import CachingAllocator
-from planner.memory.step.images import ImagesReplay, image_pass
+from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
+from planner.memory.step.images import ImagesReplay, image_pass, input_blocks
 from planner.setup.run import TrainingRun
 
 
@@ -14,6 +15,7 @@ class InputsReplay:
     def __init__(self, run: TrainingRun) -> None:
         self.model = run.model
         self.shape = run.micro_step
+        self.table_positions = run.table_positions
         self.width = run.storage.width
         self.stream_bytes = self.shape.tokens * run.model.hidden_size * self.shape.stream_width
         self.packing = run.setup.packing
@@ -22,19 +24,24 @@ class InputsReplay:
         self.raw_embedding = run.keeps_raw_embedding
         recorded = image_pass(run)
         self.images = None if recorded is None else ImagesReplay(recorded, run)
+        self.image_blocks = input_blocks(run)
         self.forward_only: list[int] = []
         """Blocks that are let go of when the model's forward pass ends."""
 
-    def run(self, allocator: CachingAllocator) -> list[int]:
-        """The embeddings' block, then what stays until the micro-step ends: masks, tables, raw embeddings."""
+    def run(self, allocator: CachingAllocator, *, first: bool = False) -> list[int]:
+        """The embeddings' block, then what stays until the micro-step ends: masks, tables, raw embeddings.
+        The `first` one finds no workspace for the products of a vision tower.
+        """
         take = allocator.allocate
         if self.images is not None:
+            if first and not self.model.has_biased_linear:
+                take(CUBLASLT_WORKSPACE_BYTES)
             stream, self.forward_only, raw = self.images.run(allocator)
             held = [stream, *raw]
         else:
             held = self._embedded(allocator)
         held += [self._mask(allocator, windowed=window is not None) for window in self.masks]
-        table = self.shape.positions * self.model.rotary_features
+        table = self.table_positions * self.model.rotary_features
         for _ in range(self.model.rotary_tables):
             # Angles, both halves of them, and cosine and sine in fp32, unscaled and scaled.
             wide = [take(table * FP32 // 2)]

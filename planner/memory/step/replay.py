@@ -26,7 +26,6 @@ from planner.memory.measured.cuda_terms import (
     workspace_block_bytes,
 )
 from planner.memory.step.head import HeadReplay
-from planner.memory.step.images import pixel_bytes
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.logits import LogitsReplay
@@ -126,11 +125,6 @@ class StepReplay:
 
             self.buckets = BucketReplay(run, self.allocator)
         self.inputs = InputsReplay(run)
-        self.image_inputs = (
-            [pixel_bytes(run), INT64 * self.tokens] * run.setup.gradient_accumulation_steps
-            if run.sees_images
-            else []
-        )
         groups, final_norm = layer_groups(run)
         programs = ProgramSizes(self.tokens, self.scores)
         self.layers = replayed_layers(
@@ -218,7 +212,7 @@ class StepReplay:
 
         Two micro-steps stand for any number of them; a `short` step has one.
         """
-        inputs = self.allocator.allocate_all([INT64 * self.tokens] * 3 + self.image_inputs)
+        inputs = self.allocator.allocate_all([*[INT64 * self.tokens] * 3, *self.inputs.image_blocks])
         micro_steps = 1 if short else min(2, self.setup.gradient_accumulation_steps)
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
@@ -243,7 +237,7 @@ class StepReplay:
         layers = [layer.of(new=first, later=later) for layer in self.layers]
         if sharding is not None:
             sharding.before_embedding()
-        held = self.inputs.run(allocator)
+        held = self.inputs.run(allocator, first=first)
         if sharding is not None:
             sharding.after_embedding()
         slots = self._forward(layers, held[0], takes_workspaces=first)

@@ -65,7 +65,7 @@ def resident_memory(
     """What a run keeps on the GPU between steps."""
     shape = run.micro_step
     features = run.model.rotary_features
-    rotary = run.model.rotary_tables * 2 * shape.positions * features * shape.stream_width
+    rotary = run.model.rotary_tables * 2 * run.table_positions * features * shape.stream_width
     held = _held(run.kind, allocator)
     return Resident(
         weights=held.weights,
@@ -141,7 +141,10 @@ def _of_training(
 def _cublaslt_bytes(run: RunKind) -> int:
     """cuBLASLt's workspaces: the main thread's, and the autograd thread's where that runs layers again."""
     threads = 2 if run.setup.gradient_checkpointing else 1
-    return threads * CUBLASLT_WORKSPACE_BYTES if run.model.has_biased_linear else 0
+    if not run.model.has_biased_linear:
+        # A vision tower's are biased, and run in the main thread alone.
+        threads = 1 if run.sees_images else 0
+    return threads * CUBLASLT_WORKSPACE_BYTES
 
 
 def _mask_bytes(run: TrainingRun) -> int:
