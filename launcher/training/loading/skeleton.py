@@ -18,6 +18,7 @@ from launcher.training.loading.base_folder import BaseFolder
 from launcher.training.loading.dequantised import DequantisedSlice, dequantised_from_int8
 from launcher.training.loading.quantised_experts import is_stack, quantised
 from launcher.training.loading.stored_tensor import StoredTensor
+from launcher.training.loading.tower import tower_paths
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -235,19 +236,21 @@ def shaped_model(
     attn_implementation: str | None,
     quantization_config: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
-    """The causal language model of a config with parameters on the meta device, to be put in their places.
+    """The model of a config with parameters on the meta device, to be put in their places: a causal language
+    model, or where it has a vision config the whole.
 
     With `quantization_config` its linear layers are bitsandbytes', as transformers would make them, and it is
     marked as a model that was loaded so.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from launcher.training.several.quantised import mark_as_quantized
 
+    kind = AutoModelForImageTextToText if tower_paths(config) else AutoModelForCausalLM
     # Buffers (rotary frequencies, embedding scales) are computed at construction: only parameters are meta.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = kind.from_config(
             config,
             dtype=dtype,
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
