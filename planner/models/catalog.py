@@ -59,6 +59,11 @@ class ModelSummary:
     max_position_embeddings: int
     experts: int
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether it is described with a vision tower, for data with images."""
+        return self.architecture.endswith("ForConditionalGeneration")
+
 
 def name_key(name: str) -> str:
     """One form for the spellings of a name: "Llama 3.1 8B", "llama3.1-8b" and "llama_3_1_8b" are one.

@@ -19,6 +19,7 @@ PROCESSOR = "preprocessor_config"
 """Key under which the content of preprocessor_config.json goes with a config that is to be described with its
 tower."""
 PROCESSOR_FILE = "preprocessor_config.json"
+_PARTS = ("vision_config", "text_config", PROCESSOR)
 _OF_WHOLE = ("model_type", "mm_tokens_per_image", "tie_word_embeddings")
 _NOT_SHAPES = ("fullatt_block_indexes", "tokens_per_second", "spatial_patch_size", "in_chans")
 
@@ -34,7 +35,7 @@ def whole_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Published configs of Qwen2.5-VL have the language model's fields beside the vision model's.
     """
     inner = config.get("text_config")
-    flat = {key: value for key, value in config.items() if key not in ("vision_config", "text_config")}
+    flat = {key: value for key, value in config.items() if key not in _PARTS}
     text = (
         dict(inner) if isinstance(inner, Mapping) else {**flat, "model_type": f"{config['model_type']}_text"}
     )
