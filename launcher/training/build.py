@@ -17,7 +17,7 @@ from launcher.runs.training_job import TrainingJob
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
 from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
-from launcher.training.loading.tower import tower_of, tower_paths
+from launcher.training.loading.tower import drop_tower, tower_of, tower_paths
 from launcher.training.passed_over import left_alone
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
@@ -197,6 +197,8 @@ def load_model(
         raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
     if checkpoint is not None:
         hold_in(model, torch_dtype(setup))
+    if setup.uses_lora and not tower:
+        drop_tower(model)
     return model
 
 

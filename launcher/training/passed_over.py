@@ -13,7 +13,17 @@ if TYPE_CHECKING:
 
 def left_alone(model: PreTrainedModel | None) -> list[str] | str | None:
     """A pattern of paths, or names: a vision tower, or routers; null for nothing."""
-    tower = () if model is None else tower_paths(model.config)
+    from torch import nn
+
+    tower = (
+        []
+        if model is None
+        else [
+            path
+            for path in tower_paths(model.config)
+            if any(isinstance(module, nn.Linear) for module in model.get_submodule(path).modules())
+        ]
+    )
     if tower:
         return "|".join(rf"{re.escape(path)}\..*" for path in tower)
     return _linear_routers(model) or None

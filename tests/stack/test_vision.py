@@ -292,6 +292,25 @@ def measured(model: Any, batch: dict[str, Any]) -> tuple[int, int, int, int, int
         return *marks[0], peak, saved, live.peak_bytes - 2 * own
 
 
+def test_without_images_a_language_model_is_loaded_alone(tmp_path: Path) -> None:
+    """transformers builds Gemma 3 of 4B and up whole, as a causal language model: its tower is let go of, and
+    what is left is what is planned without images.
+    """
+    folder = small_vision.save("gemma3", tmp_path)
+    setup = TrainingSetup(model=str(folder), max_length=64, dtype="float32", optim="adamw_torch_fused")
+    model = build.load_model(setup, str(folder), device=torch.device("cpu"), allow_download=False)
+    spec = resolve_model(str(folder), inspector=inspect_config)
+    left = [
+        name for name, _ in model.named_parameters() if "language_model" not in name and "lm_head" not in name
+    ]
+    assert (left, spec.tower) == ([], None)
+    adapted = build.lora_config(setup, model)
+    assert adapted is not None
+    found = PeftModel(model, adapted)
+    elements = sum(one.numel() for one in found.parameters() if one.requires_grad)
+    assert elements == TrainingRun(setup=setup, model=spec).trained.elements
+
+
 def test_what_cannot_be_shown_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     """A template that leaves images out, an image that is gone, a folder of a model of text."""
     tokenizer = build.load_tokenizer(str(folder), allow_download=False)

@@ -214,17 +214,18 @@ def model_config(base: BaseFolder) -> PretrainedConfig:
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a config, on the meta device.
+    """The causal language model of a config, or the vision-language model of one, on the meta device.
 
     Raises:
         InputError: transformers has none for it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForImageTextToText if tower_paths(config) else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            return kind.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"transformers cannot build the base model: {shorten(str(error), 120)}") from error
 

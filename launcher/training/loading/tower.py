@@ -10,7 +10,7 @@ from planner.models.vision_config import WHOLE_TYPES
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def tower_paths(config: PretrainedConfig) -> tuple[str, ...]:
@@ -43,3 +43,14 @@ def tower_of(setup: TrainingSetup, source: str, *, allow_download: bool) -> tupl
             f"{source} (model_type {config.model_type}) is no vision-language model that is trained"
         )
     return found
+
+
+def drop_tower(model: PreTrainedModel) -> None:
+    """Let go of a vision tower that a run without images has no use for: transformers builds Gemma 3 of 4B
+    and up whole, as its causal language model (models/auto/modeling_auto.py).
+    """
+    from torch import nn
+
+    for path in tower_paths(model.config):
+        holder, _, name = path.rpartition(".")
+        setattr(model.get_submodule(holder), name, nn.Identity())
