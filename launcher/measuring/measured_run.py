@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,37 +118,20 @@ class MeasuredRun:
         import torch
 
         from launcher.measuring.measured_images import DRAWN_LEARNING_RATE, drawn_images
-        from launcher.measuring.random_weights import build_random_model, random_filling
         from launcher.runs.training_job import TrainingJob
         from launcher.training import build
-        from launcher.training.loading.tower import tower_paths
 
         setup = self.profile.setup
         config = load_config(setup.model)
         on_gpu = self._device.type == "cuda"
         drawn = drawn_images(setup, config) if setup.image_patches else None
         job = TrainingJob(
-            setup=setup,
-            model_source=setup.model,
-            data_path="random tokens",
-            max_steps=self._most_steps,
-            **({"learning_rate": DRAWN_LEARNING_RATE} if drawn else {}),
+            setup=setup, model_source=setup.model, data_path="random tokens", max_steps=self._most_steps
         )
+        if drawn is not None:
+            job = replace(job, learning_rate=DRAWN_LEARNING_RATE)
         self._forget_peaks()
-        if setup.distributed == "fsdp":
-            from launcher.training.several.sharding import sharded_model
-
-            filling = random_filling(build.torch_dtype(setup))
-            model = sharded_model(setup, config, filling, device=self._device, seed=job.seed)
-        else:
-            model = build_random_model(
-                config,
-                dtype=build.torch_dtype(setup),
-                device=self._device,
-                attn_implementation=setup.attn_implementation,
-                quantization_config=build.quantization_config(setup, tower_paths(config)),
-                quantizes_experts=setup.experts == "4bit",
-            )
+        model = self._model(config, seed=job.seed)
         self._wait()
         self.weights_bytes = torch.cuda.memory_allocated() if on_gpu else 0
         self._close("load")
@@ -188,6 +172,32 @@ class MeasuredRun:
             self._close("evaluation")
             trainer.save_model(str(folder / "saved"))
             self._close("save")
+
+    def _model(self, config: PretrainedConfig, *, seed: int) -> Any:
+        """The model with random weights, as the setup holds it."""
+        from launcher.measuring.random_weights import build_random_model, random_filling
+        from launcher.training import build
+        from launcher.training.loading.tower import tower_paths
+
+        setup = self.profile.setup
+        if setup.distributed == "fsdp":
+            from launcher.training.several.sharding import sharded_model
+
+            filling = random_filling(build.torch_dtype(setup))
+            return sharded_model(setup, config, filling, device=self._device, seed=seed)
+        return build_random_model(
+            config,
+            dtype=build.torch_dtype(setup),
+            device=self._device,
+            attn_implementation=setup.attn_implementation,
+            quantization_config=build.quantization_config(setup, tower_paths(config)),
+            quantizes_experts=setup.experts == "4bit",
+        )
+
+    def _data(self, config: PretrainedConfig) -> tuple[Any, Any]:
+        """Random tokens to train, and some of them to evaluate on."""
+        rows = random_rows(self.profile, self._most_steps, config.vocab_size)
+        return token_dataset(rows), token_dataset(rows[: 2 * self.profile.setup.per_device_train_batch_size])
 
     @property
     def _most_steps(self) -> int:
