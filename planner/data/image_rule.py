@@ -68,6 +68,11 @@ class ImageRule:
         rows, columns = self.grid(size)
         return rows * columns
 
+    @property
+    def most_patches(self) -> int:
+        """Patches of the largest image."""
+        return self.max_pixels // self.patch_size**2
+
     def tokens(self, patches: int) -> int:
         """Tokens that so many patches become."""
         return patches // self.merge**2

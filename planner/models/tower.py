@@ -13,8 +13,11 @@ from planner.base import validate
 from planner.base.errors import InputError
 from planner.base.lazy import cached_fact
 from planner.base.values import dataclass
-from planner.data.image_rule import ImageRule
+from planner.data.image_rule import SQUARE, ImageRule
 from planner.models.parameter import Parameter
+
+WINDOW = 64
+"""Patches of a window of Qwen2.5-VL's attention: 112 pixels a side (config.json, window_size)."""
 
 
 class PassBytes(NamedTuple):
@@ -99,12 +102,31 @@ class Tower:
 
     @cached_fact
     def linear_weights(self) -> int:
-        """Elements of its linear layers' weights: two operations each for a patch, or for a token of merged
-        ones, which are taken for patches.
-        """
+        """Elements of its linear layers' weights."""
         return sum(
             p.elements * p.count for p in self.parameters if p.module_class == "Linear" and p.kind == "weight"
         )
+
+    def flops(self, patches: int) -> float:
+        """Operations of matrix products for a sequence's patches: its layers', those of what patches are
+        merged by, and attention's over whole images or within windows. A sequence's images of no fixed size
+        are taken for one.
+        """
+        inside = sum(
+            p.elements * p.count
+            for p in self.parameters
+            if p.module_class == "Linear" and p.kind == "weight" and p.in_decoder_layer
+        )
+        merged = (self.linear_weights - inside) * self.rule.tokens(patches)
+        whole = min(patches, self.rule.most_patches) if self.rule.resize == SQUARE else patches
+        pairs = patches * (self.full_layers * whole + (self.depth - self.full_layers) * min(WINDOW, whole))
+        return 2.0 * (inside * patches + merged) + 4.0 * self.hidden_size * pairs
+
+    def launches(self, recorded: TowerPass) -> float:
+        """Kernels that a look at images launches, about: a buffer each, of two layers as recorded. Those of
+        single windows are not in it.
+        """
+        return sum(event >= 0 for event in recorded.events) * self.depth / 2
 
     def pass_of(self, width: int, *, quantized: bool) -> TowerPass:
         """The pass that was recorded for such runs.
