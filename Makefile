@@ -91,7 +91,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml $(LOCK) $(if $(LATEST),FORCE) | $(VENV)/bin/python
 	$(INSTALL) $(if $(LATEST),--upgrade --upgrade-strategy eager) \
-	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train,web]" --group dev
+	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train,web,prices]" --group dev
 	touch $@
 
 .venv-latest/torch.txt: constraints.txt | .venv-latest/bin/python

@@ -150,7 +150,7 @@ class CheckedClaim:
     model: str
     gpu: str
     gpu_stated: bool
-    knobs: dict[str, str | int | float | bool | tuple[str, ...] | None]
+    knobs: dict[str, str | int | float | bool | tuple[str, ...] | tuple[int, ...] | None]
     tokens: float | None
     unread: tuple[str, ...]
     figures: tuple[CheckedFigure, ...]

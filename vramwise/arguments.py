@@ -6,10 +6,11 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from launcher.runs.training_job import TrainingJob
-from launcher.training import build
+from launcher.training import adapters, build
 from launcher.training.arguments import how_it_runs, optimisation
 from planner.answers.plan import Plan
 from planner.base.errors import InputError
+from planner.setup.adapters import uncommon_knob
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def lora_config(plan: Plan) -> LoraConfig | None:
         InputError: the plan cannot be run by a script.
     """
     refuse_in_script(plan.setup)
-    return build.lora_config(plan.setup)
+    return adapters.lora_config(plan.setup)
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
@@ -88,6 +89,10 @@ def refuse_in_script(setup: TrainingSetup) -> None:
         why = f"num_processes={setup.num_processes}: no argument makes gradients and shards lie as planned"
     elif setup.image_patches or setup.vision_tower != "16bit":
         why = "images: they are read, and the tower is kept from gradients, by no argument"
+    elif setup.loraplus_lr_ratio is not None:
+        why = f"loraplus_lr_ratio={setup.loraplus_lr_ratio:g}: the trainer makes its optimizer"
+    elif (name := uncommon_knob(setup)) is not None:
+        why = f"{name}: what it trains is held in other types than TRL's trainer casts it to"
     if why is not None:
         raise InputError(f"{why}; run this plan with `vramwise train`")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.runs import stack
 from launcher.runs.allocator import process_allocator
-from launcher.training import build
+from launcher.training import adapters, build
 from launcher.training.arguments import how_it_runs
 from planner.answers.plan import Plan
 from planner.gpus.catalog import gpu_catalog
@@ -55,10 +55,10 @@ def _model(plan: Plan, model: PreTrainedModel) -> Iterator[Difference]:
     found = getattr(config, "quantization_config", None)
     for name in _QUANTISATION if wanted is not None or found is not None else ():
         yield from _unlike(name, getattr(wanted, name, None), getattr(found, name, None))
-    adapters = getattr(model, "peft_config", {})
-    if len(adapters) > 1:
-        yield Difference(name="adapters", planned="one", here=str(len(adapters)))
-    adapter, own = next(iter(adapters.values()), None), build.lora_config(plan.setup)
+    carried = getattr(model, "peft_config", {})
+    if len(carried) > 1:
+        yield Difference(name="adapters", planned="one", here=str(len(carried)))
+    adapter, own = next(iter(carried.values()), None), adapters.lora_config(plan.setup)
     for name in _ADAPTER if adapter is not None or own is not None else ():
         yield from _unlike(name, getattr(own, name, None), getattr(adapter, name, None))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

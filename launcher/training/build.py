@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
+from launcher.training.adapters import hold_beside, lora_config
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
 from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
 from launcher.training.loading.tower import drop_tower, tower_of, tower_paths
-from launcher.training.passed_over import left_alone
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.setup.adapters import uncommon_knob
+from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import (
         BitsAndBytesConfig,
         PreTrainedModel,
@@ -55,6 +56,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     if setup.dtype == "float16" and setup.method == "full":
         raise InputError("dtype=float16 with method full: gradients of float16 weights cannot be unscaled")
     refuse_other_dropout_masks(setup)
+    _refuse_uncommon(setup)
     if setup.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
         raise MissingExtraError("kernels=liger", "the package liger-kernel")
     if setup.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -70,6 +72,13 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     for name in ("kernels", "compile"):
         if getattr(setup, name) != "none":
             raise InputError(f"{name}={getattr(setup, name)} needs a GPU")
+
+
+def _refuse_uncommon(setup: TrainingSetup) -> None:
+    name = uncommon_knob(setup)
+    for other, tried in PLAIN_WITH_UNCOMMON if name is not None else ():
+        if getattr(setup, other) != tried:
+            raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 
 
 def substitutions(setup: TrainingSetup, *, on_gpu: bool) -> list[str]:
@@ -109,31 +118,6 @@ def quantization_config(setup: TrainingSetup, tower: Sequence[str] = ()) -> Bits
         # Paths from the root: the last name alone would keep nothing, without a word (transformers
         # quantizers/quantizers_utils.py). A list stands in place of the usual one, which has the head.
         llm_int8_skip_modules=[*tower, "lm_head"] if tower and setup.vision_tower == "16bit" else None,
-    )
-
-
-def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
-    """PEFT's configuration for qlora and lora, else None.
-
-    Routers of `model` that are linear layers by descent and return more than their product get no adapter
-    (Llama 4's): PEFT would take them with all the linear layers, and fail in the first step.
-    """
-    if not setup.uses_lora:
-        return None
-    from peft import LoraConfig
-
-    targets = setup.target_modules
-    return LoraConfig(
-        r=setup.lora_r,
-        lora_alpha=setup.alpha,
-        lora_dropout=setup.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=setup.use_rslora,
-        use_dora=setup.use_dora,
-        bias="none",
-        init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
-        task_type="CAUSAL_LM",
-        exclude_modules=left_alone(model),
     )
 
 
@@ -328,8 +312,14 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     if setup.distributed == "ddp":
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
+    if uncommon_knob(setup) is not None:
+        hold_beside(trainer.model)
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)
+    if setup.experts_matmul == SLICED:
+        from launcher.training.products.sliced_experts import use_sliced_experts
+
+        use_sliced_experts(trainer.model)
     if setup.base_matmul != "bf16":
         trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
     if setup.compile == "regional":

@@ -99,6 +99,8 @@ def _value(name: str, cell: str) -> KnobValue:
             return float(cell)
         if kind == "bool":
             return _SWITCH[cell.lower()]
+        if kind == "indices":
+            return tuple(int(part) for part in cell.split(","))
     except (ValueError, KeyError) as error:
         raise FieldError(name, cell, _KNOBS[name].accepted) from error
     if kind == "names" and cell not in _KNOBS[name].choices:

@@ -31,9 +31,19 @@ def add_knobs(parser: argparse.ArgumentParser, knobs: tuple[Knob, ...] = KNOBS) 
                 metavar="NAME",
             )
         else:
-            kind: Any = {"int": whole_number, "float": real_number, "names": partial(_names, knob)}[knob.kind]
-            metavar = {"int": "N", "float": "X", "names": "NAMES"}[knob.kind]
+            kind, metavar = _parsed(knob)
             group.add_argument(flag, dest=name, action=StoreOnce, type=kind, help=shown, metavar=metavar)
+
+
+def _parsed(knob: Knob) -> tuple[Any, str]:
+    """What makes a value of an option's text, and what that text is called."""
+    parsed: dict[str, tuple[Any, str]] = {
+        "int": (whole_number, "N"),
+        "float": (real_number, "X"),
+        "names": (partial(_names, knob), "NAMES"),
+        "indices": (partial(_indices, knob), "IDS"),
+    }
+    return parsed[knob.kind]
 
 
 def given_knobs(
@@ -72,6 +82,13 @@ def _names(knob: Knob, text: str) -> str | tuple[str, ...]:
         return text
     found = tuple(part.strip() for part in text.split(","))
     if not all(found):
-        words = ", ".join(knob.choices)
-        raise FieldError(knob.name, text, f"{words}, or names with commas between them")
+        words = ", or ".join((*knob.choices, "names with commas between them"))
+        raise FieldError(knob.name, text, words)
     return found
+
+
+def _indices(knob: Knob, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise FieldError(knob.name, text, "token ids with commas between them") from error

@@ -7,10 +7,12 @@ from functools import lru_cache
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.checkpoint import Checkpoint
 from planner.models.spec import ModelSpec
+from planner.setup.adapters import uncommon_knob
 from planner.setup.defaults import FASTER_OPTIM
-from planner.setup.knob import plain
+from planner.setup.knob import KnobValue, plain
 from planner.setup.methods import stored_knobs
 from planner.setup.run import RunKind, TrainingRun
+from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
@@ -79,6 +81,7 @@ def _accept(run: RunKind) -> None:
         _refuse_traced(run)
     if setup.image_patches or setup.vision_tower != "16bit" or model.tower is not None:
         _refuse_of_tower(run)
+    _refuse_uncommon(run)
     if setup.kernels == "liger":
         _refuse_liger(run)
     if setup.checkpointed_layers is not None and setup.checkpointed_layers > model.num_hidden_layers:
@@ -98,6 +101,9 @@ _BESIDE_A_TOWER: tuple[tuple[str, object], ...] = (
     ("activation_offloading", False),
     ("base_matmul", "bf16"),
     ("distributed", None),
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
 )
 """What is counted, and was tried, beside a vision tower."""
 
@@ -152,7 +158,9 @@ def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:
 
 def _refuse_attention(model: ModelSpec, attention: str) -> None:
     """Refuse kernels that do not compute a model's attention, or whose memory for it is not known."""
-    if any(layer.attention_sinks for layer in model.layers) and attention != "eager":
+    sinks = [layer.traced for layer in model.layers if layer.attention_sinks]
+    flexes = attention == "flex_attention" and all(one is not None and one.leaves_to_kernel for one in sinks)
+    if sinks and attention != "eager" and not flexes:
         raise NotModelledError("attention with sinks by attn_implementation", attention)
     narrow = any(layer.value_head_dim for layer in model.layers)
     if narrow and attention not in ("sdpa", "eager"):
@@ -187,6 +195,38 @@ def _refuse_traced(run: RunKind) -> None:
             raise NotModelledError(f"{name} of a traced model", getattr(setup, name))
 
 
+PLAIN_WITH_UNCOMMON: tuple[tuple[str, KnobValue], ...] = (
+    ("num_processes", 1),
+    ("compile", "none"),
+    ("kernels", "none"),
+    ("base_matmul", "bf16"),
+    ("experts", "16bit"),
+    ("prepare_for_kbit_training", False),
+    ("activation_offloading", False),
+)
+"""What was traced with knobs that train something else than pairs of matrices (planner/setup/adapters.py)."""
+
+
+def _refuse_uncommon(run: RunKind) -> None:
+    """Refuse what has not been traced with such a knob, naming both.
+
+    Raises:
+        NotModelledError: it has another value, or the model is traced.
+    """
+    setup = run.setup
+    name = uncommon_knob(setup)
+    if name is None:
+        return
+    for other, traced in PLAIN_WITH_UNCOMMON:
+        if getattr(setup, other) != traced:
+            raise NotModelledError(f"{name} with {other}", getattr(setup, other))
+    if setup.dtype == "float16":
+        # The launcher holds all that it trains in float32 then, whole modules too.
+        raise NotModelledError(f"{name} with dtype", setup.dtype)
+    if run.model.is_traced:
+        raise NotModelledError(f"{name} of a traced model", plain(getattr(setup, name)))
+
+
 def _refuse_on_experts(run: RunKind) -> None:
     """Refuse what experts cannot be held or adapted with.
 
@@ -201,7 +241,25 @@ def _refuse_on_experts(run: RunKind) -> None:
         raise FieldError("experts", setup.experts, f"16bit: {run.model.id} has no experts")
     if held and setup.activation_offloading and not _whole_checkpoints(setup):
         raise NotModelledError("experts=4bit, layers not checkpointed and activation_offloading", True)
+    if setup.experts_matmul == SLICED:
+        _refuse_sliced(run)
     _refuse_with_adapted_experts(run, "use_dora")
+
+
+def _refuse_sliced(run: RunKind) -> None:
+    """Refuse experts that products cannot dequantise a few at a time.
+
+    Raises:
+        InputError: their adapters are folded into what is dequantised whole.
+        NotModelledError: experts that the model multiplies with by itself.
+    """
+    if run.trained.experts_rank:
+        raise InputError(
+            "experts_matmul sliced does not work with adapters on experts, which are folded into a whole "
+            "layer's; name target_modules of attention alone, or take experts_matmul whole"
+        )
+    if run.model.default_experts_implementation != "grouped_mm":
+        raise NotModelledError("experts_matmul=sliced with experts of model", run.model.id)
 
 
 def refuse_dropout_on_experts(run: TrainingRun) -> None:

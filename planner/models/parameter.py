@@ -61,6 +61,11 @@ class Parameter:
         return self.module_class == "Linear" and not self.in_decoder_layer
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether it is an embedding's table."""
+        return self.module_class.endswith("Embedding")
+
+    @property
     def elements(self) -> int:
         """Elements of one tensor."""
         return math.prod(self.shape)

@@ -18,6 +18,21 @@ class AdapterVariant:
     magnitudes: bool
 
 
+UNCOMMON: tuple[tuple[str, object], ...] = (
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
+)
+"""Knobs that train something else than a pair of matrices, with the value that does not: what was measured,
+and what other trainers' files hold, is without them.
+"""
+
+
+def uncommon_knob(setup: TrainingSetup) -> str | None:
+    """The first of them that is used."""
+    return next((name for name, plain in UNCOMMON if getattr(setup, name) != plain), None)
+
+
 LORA = AdapterVariant(name="lora", magnitudes=False)
 DORA = AdapterVariant(name="dora", magnitudes=True)
 """PEFT tuners/lora/dora.py."""
@@ -28,13 +43,17 @@ VARIANTS = (LORA, DORA)
 class Adapter:
     """An adapter: its kind, its rank, the modules that carry it, and the bytes of an element of its matrices.
 
-    `target_modules` is TrainingSetup's.
+    `target_modules` is TrainingSetup's, and so are `bias` and `modules_to_save`, what is trained beside the
+    adapter; `token_rows` is how many tokens' embeddings are.
     """
 
     variant: AdapterVariant
     rank: int
     target_modules: str | tuple[str, ...]
     width: int
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    token_rows: int = 0
 
 
 def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
@@ -45,10 +64,14 @@ def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
     """
     if not setup.uses_lora:
         return None
+    saved = setup.modules_to_save
     narrow = setup.method == "qlora" and setup.dtype != "float16"
     return Adapter(
         variant=DORA if setup.use_dora else LORA,
         rank=setup.lora_r,
         target_modules=setup.target_modules,
         width=stack.adapter_width if narrow else FP32,
+        bias=setup.bias,
+        modules_to_save=saved if isinstance(saved, tuple) else (),
+        token_rows=len(setup.trainable_token_indices or ()),
     )

@@ -11,7 +11,14 @@ from planner.setup.knob import METHODS, Knob
 
 SetupCheck = Callable[[Any], None]
 """Raises FieldError or InputError where a setup, which has the knobs as attributes, is not accepted."""
-_TYPES: dict[str, type] = {"choice": str, "int": int, "float": float, "bool": bool, "names": str}
+_TYPES: dict[str, type] = {
+    "choice": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "names": str,
+    "indices": str,
+}
 _NO_DEFAULT = object()
 
 

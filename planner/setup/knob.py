@@ -10,8 +10,8 @@ from planner.base import validate
 from planner.base.errors import FieldError, InputError
 from planner.base.values import dataclass
 
-Kind = Literal["choice", "int", "float", "bool", "names"]
-KnobValue = str | int | float | bool | tuple[str, ...]
+Kind = Literal["choice", "int", "float", "bool", "names", "indices"]
+KnobValue = str | int | float | bool | tuple[str, ...] | tuple[int, ...]
 Check = Callable[[object], object]
 """Raises FieldError where a knob does not accept the value."""
 
@@ -19,6 +19,9 @@ METHODS = ("qlora", "lora", "full")
 SECTIONS = ("training", "layers", "batches", "GPUs")
 """Groups of knobs, in the order in which the form and docs/knobs.md have them."""
 _MAX_NAMES = 1000
+_MAX_INDEX = 2**31
+_LISTED = {"names": "module names", "indices": "token ids"}
+"""What lists are of, by the kind of knob."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +128,8 @@ class Knob:
         validate.choice(f"{self.name}.section", self.section, SECTIONS)
         if (self.kind in ("int", "float")) != (self.bounds is not None):
             raise FieldError(f"{self.name}.bounds", self.bounds, "two numbers for int and float, else none")
-        if (self.kind in ("choice", "names")) != bool(self.choices):
+        listed = self.kind == "names" and bool(self.null)
+        if not listed and (self.kind in ("choice", "names")) != bool(self.choices):
             raise FieldError(f"{self.name}.choices", self.choices, "words for choice and names, else none")
         if not self.required:
             self.check()(self.default)
@@ -177,7 +181,9 @@ class Knob:
         if self.bounds is not None:
             low, high = self.bounds
             return f"{low:,} to {high:,}" if self.kind == "int" else f"{low:g} to {high:g}"
-        return ", ".join(self.choices) + (" or a list of module names" if self.kind == "names" else "")
+        if self.kind in _LISTED:
+            return " or ".join((*self.choices, f"a list of {_LISTED[self.kind]}"))
+        return ", ".join(self.choices)
 
 
 def plain(value: object) -> str:
@@ -189,7 +195,7 @@ def plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return "null" if value is None else str(value)
 
 
@@ -205,6 +211,8 @@ def _check(knob: Knob) -> Check:
     if knob.kind == "choice":
         accept = partial(validate.choice, name, accepted=knob.choices)
         return partial(_choice, knob, accept) if knob.refused else accept
+    if knob.kind == "indices":
+        return partial(_indices, name)
     return partial(_names, name, knob.choices)
 
 
@@ -226,5 +234,12 @@ def _names(name: str, words: tuple[str, ...], value: object) -> None:
 
 
 def _no_names(name: str, value: object, words: tuple[str, ...]) -> FieldError:
-    accepted = " or ".join(f'"{word}"' for word in words) + " or a non-empty list of module names"
+    accepted = " or ".join((*(f'"{word}"' for word in words), "a non-empty list of module names"))
     return FieldError(name, value, accepted)
+
+
+def _indices(name: str, value: object) -> None:
+    ids = value if isinstance(value, (list, tuple)) else ()
+    whole = all(type(item) is int and 0 <= item < _MAX_INDEX for item in ids)
+    if not whole or not 0 < len(ids) <= _MAX_NAMES or len(set(ids)) != len(ids):
+        raise FieldError(name, value, f"a list of at most {_MAX_NAMES:,} token ids, each once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError
@@ -20,8 +21,8 @@ FUSED_EXPERT_NAMES = ("gate_proj", "up_proj")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedTensor:
-    """Trainable tensors of one shape: elements of each and their width, how many, and whether an embedding
-    owns them.
+    """Trainable tensors of one shape: elements of each and their width, how many, whether an embedding owns
+    them, and whether they have that width from the start, where an adapter's are cast to it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TrainedTensor:
     shape: tuple[int, ...]
     in_decoder_layer: bool
     is_embedding: bool = False
+    uncast: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -44,7 +46,8 @@ class Trained:
 
     `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` and `router_rank` that
     of experts' and routers' tensors, `element_width` the width of trained weights, of their gradients and of
-    torch optimizer state.
+    torch optimizer state. `embedding` and `head` say whether those are trained whole, `token_rows` how many
+    rows of an embedding are by themselves.
     """
 
     tensors: tuple[TrainedTensor, ...]
@@ -52,6 +55,14 @@ class Trained:
     experts_rank: int
     router_rank: int
     element_width: int
+    embedding: bool = False
+    head: bool = False
+    token_rows: int = 0
+
+    @cached_fact
+    def reaches_embedding(self) -> bool:
+        """Whether backward goes on from the first layer to the embedding."""
+        return self.embedding or self.token_rows > 0
 
     @cached_fact
     def elements(self) -> int:
@@ -76,7 +87,7 @@ def trained_tensors(model: ModelSpec, adapter: Adapter | None, width: int) -> Tr
     Raises:
         FieldError: target_modules names a module that the model does not have.
     """
-    return _full(model, width) if adapter is None else _adapter(model, adapter)
+    return _full(model, width) if adapter is None else _adapter(model, adapter, width)
 
 
 def _full(model: ModelSpec, width: int) -> Trained:
@@ -88,12 +99,20 @@ def _full(model: ModelSpec, width: int) -> Trained:
             count=p.count,
             shape=p.shape,
             in_decoder_layer=p.in_decoder_layer,
-            is_embedding=p.module_class.endswith("Embedding") or p.module_class.endswith("WordEmbedding"),
+            is_embedding=p.is_embedding,
         )
         for p in model.parameters
         if not p.tied
     )
-    return Trained(tensors=tensors, ranks=(), experts_rank=0, router_rank=0, element_width=width)
+    return Trained(
+        tensors=tensors,
+        ranks=(),
+        experts_rank=0,
+        router_rank=0,
+        element_width=width,
+        embedding=True,
+        head=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +159,83 @@ def expert_rank(name: str, rank: int) -> int:
     return 2 * rank if name == "gate_up_proj" else rank
 
 
-def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
+def saved_whole(model: ModelSpec, names: tuple[str, ...]) -> tuple[Parameter, ...]:
+    """The embedding and the head, as far as `names` (modules_to_save) has them: where they are one tensor,
+    either name stands for both (the launcher asks PEFT to keep them one).
+
+    Raises:
+        FieldError: another module, or one that the model does not have.
+    """
+    found = {p.module_name: p for p in model.parameters if p.is_embedding or p.is_output_head}
+    for name in names:
+        if name not in found:
+            accepted = f"{', '.join(found)}: other modules of this model are not trained whole"
+            raise FieldError("modules_to_save", name, accepted)
+    if model.tied_embeddings and names:
+        return tuple(p for p in found.values() if not p.tied)
+    return tuple(p for name, p in found.items() if name in names)
+
+
+def trained_biases(model: ModelSpec, bias: str, linears: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """The biases that PEFT trains: of `linears`, which carry the adapter, or all that the model has.
+
+    Raises:
+        FieldError: it has none.
+    """
+    if bias == "none":
+        return ()
+    carrying = {p.name.rpartition(".")[0] for p in linears}
+    found = tuple(
+        p
+        for p in model.parameters
+        if p.kind == "bias" and (bias == "all" or p.name.rpartition(".")[0] in carrying)
+    )
+    if not found:
+        raise FieldError("bias", bias, f"none: {model.id} has no such biases")
+    return found
+
+
+def _beside(model: ModelSpec, adapter: Adapter, linears: tuple[Parameter, ...], width: int) -> Trained:
+    """What is trained beside an adapter: modules as a copy of the base's, which stays, biases, and rows of
+    the embedding, these two held in fp32, since steps would be rounded away in 16 bits.
+    """
+    saved = saved_whole(model, adapter.modules_to_save)
+    biases = trained_biases(model, adapter.bias, linears)
+    embedding = any(p.is_embedding for p in saved)
+    if embedding and adapter.token_rows:
+        raise InputError("trainable_token_indices: modules_to_save trains the whole embedding already")
+    rows = [p for p in model.parameters if p.is_embedding] if adapter.token_rows else []
+    tensors = [
+        *(_like(p, p.shape, width, is_embedding=p.is_embedding) for p in saved),
+        *(_like(p, p.shape, FP32) for p in biases),
+        *(_like(p, (adapter.token_rows, p.shape[-1]), FP32) for p in rows),
+    ]
+    return Trained(
+        tensors=tuple(tensors),
+        ranks=(),
+        experts_rank=0,
+        router_rank=0,
+        element_width=width,
+        embedding=embedding,
+        head=any(p.is_output_head for p in saved) or (embedding and model.tied_embeddings),
+        token_rows=adapter.token_rows,
+    )
+
+
+def _like(p: Parameter, shape: tuple[int, ...], width: int, *, is_embedding: bool = False) -> TrainedTensor:
+    return TrainedTensor(
+        name=p.name,
+        elements=math.prod(shape),
+        element_width=width,
+        count=p.count,
+        shape=shape,
+        in_decoder_layer=p.in_decoder_layer,
+        is_embedding=is_embedding,
+        uncast=True,
+    )
+
+
+def _adapter(model: ModelSpec, adapter: Adapter, base_width: int) -> Trained:
     found, rank, width = adapted(model, adapter.target_modules), adapter.rank, adapter.width
     tensors: list[TrainedTensor] = []
     for p in found.linears:
@@ -151,12 +246,16 @@ def _adapter(model: ModelSpec, adapter: Adapter) -> Trained:
         tensors += _pair(p.name, p.shape[1:], expert_rank(p.kind, rank), p.count, p.shape[0], width)
     for p in found.routers:
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
+    beside = _beside(model, adapter, found.linears, base_width)
     return Trained(
-        tensors=tuple(tensors),
+        tensors=(*tensors, *beside.tensors),
         ranks=tuple((p.module_name, rank) for p in found.linears),
         experts_rank=rank if found.experts else 0,
         router_rank=rank if found.routers else 0,
         element_width=width,
+        embedding=beside.embedding,
+        head=beside.head,
+        token_rows=beside.token_rows,
     )
 
 

@@ -19,6 +19,8 @@ OPTIMIZERS = (
 ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
 MAX_LENGTH = 2**24
+WHOLE, SLICED = "whole", "sliced"
+"""experts_matmul: all of a layer's experts dequantised at once, or a few at a time in each product."""
 _MAX_RANK = 2**14
 _LORA = ("qlora", "lora")
 _POWERS = tuple(2**k for k in range(11))
@@ -200,6 +202,26 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         line=Line(place=0, label="experts"),
     ),
     Knob(
+        name="experts_matmul",
+        kind="choice",
+        section="training",
+        help="products with experts in 4 bits: by all of a layer's dequantised at once, or a few at a time",
+        default=WHOLE,
+        choices=(WHOLE, SLICED),
+        methods=("qlora",),
+        needs=(
+            Need(
+                other="experts",
+                other_than="16bit",
+                told="experts 4bit",
+                subject="experts_matmul {value}",
+            ),
+        ),
+        unset="{default}; sliced where nothing fits otherwise",
+        counted=Counted(default=False),
+        line=Line(place=8, label="expert products"),
+    ),
+    Knob(
         name="vision_tower",
         kind="choice",
         section="training",
@@ -217,7 +239,7 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         ),
         unset="{default}",
         counted=Counted(others="4bit", default=False),
-        line=Line(place=8, label="vision tower"),
+        line=Line(place=10, label="vision tower"),
     ),
     Knob(
         name="lora_r",
@@ -285,6 +307,37 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
                 ("gate_proj", "up_proj", "down_proj"),
             ),
         ),
+    ),
+    Knob(
+        name="bias",
+        kind="choice",
+        section="training",
+        help="biases of the base that are trained",
+        default="none",
+        choices=("none", "lora_only", "all"),
+        methods=("lora",),
+        unset="{default}",
+        counted=Counted(default=False, together=True),
+    ),
+    Knob(
+        name="modules_to_save",
+        kind="names",
+        section="training",
+        help="modules that are trained whole beside the adapter: embed_tokens,lm_head",
+        null="none",
+        methods=_LORA,
+        unset="{default}",
+        counted=Counted(others="a list", default=False, together=True),
+    ),
+    Knob(
+        name="trainable_token_indices",
+        kind="indices",
+        section="training",
+        help="ids of tokens whose embeddings are trained beside the adapter",
+        null="none",
+        methods=_LORA,
+        unset="{default}",
+        counted=Counted(others="a list", default=False, together=True),
     ),
     Knob(
         name="use_dora",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from planner.answers.plan import Plan, PlannedModel
+from planner.setup.adapters import UNCOMMON
 from planner.setup.card_limits import torch_build
 from planner.setup.defaults import KEPT_CHECKPOINTS, SAVE_MINUTES
 from planner.setup.knob import Knob, plain
@@ -71,6 +72,9 @@ def setup_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         variant = [name for name, on in (("DoRA", setup.use_dora), ("rsLoRA", setup.use_rslora)) if on]
         if setup.init_lora_weights != "default":
             variant.append(f"{setup.init_lora_weights} beginning")
+        for name, usual in UNCOMMON:
+            if getattr(setup, name) != usual:
+                variant.append(f"{name} {plain(getattr(setup, name))}")
         if setup.loraplus_lr_ratio is not None:
             variant.append(f"LoRA+ {setup.loraplus_lr_ratio:g}")
         yield "adapter", ", ".join([f"rank {setup.lora_r}, alpha {setup.alpha}", where, *variant])

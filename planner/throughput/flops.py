@@ -134,7 +134,7 @@ def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
             layers=layers * (1 + recomputed + trained),
             experts=experts * (1 + recomputed + trained) + adapter.folded_gradients,
             adapter=adapter.products * (2 + recomputed) + adapter.forward * recomputed + adapter.backward,
-            head=head * (2 + trained),
+            head=head * (2 + (trained or run.trained.head)),
             attention=attention * again,
             masked_attention=masked * again,
             wide_masked_attention=wide * again,

@@ -9,6 +9,7 @@ from typing import Any
 from planner.answers.plan import Plan
 from planner.base.data_files import write_all
 from planner.base.errors import InputError
+from planner.setup.adapters import UNCOMMON
 from planner.setup.training_setup import TrainingSetup
 from planner.trainers.files import Trainer
 from planner.trainers.planned import STACK_OF
@@ -35,7 +36,7 @@ def config_text(trainer: Trainer, plan: Plan) -> str:
     Raises:
         InputError: a knob that is not written, or with which the trainer would need other memory.
     """
-    for name, plain in (("loraplus_lr_ratio", None), ("init_lora_weights", "default")):
+    for name, plain in (("loraplus_lr_ratio", None), ("init_lora_weights", "default"), *UNCOMMON):
         if getattr(plan.setup, name) != plain:
             raise InputError(f"{name} is not written for {trainer.title}: leave it out")
     if plan.setup.load_in_8bit:
@@ -82,7 +83,10 @@ def _head(trainer: Trainer, plan: Plan) -> Iterator[str]:
     if speed is not None:
         low, high = speed.tokens_per_second_low, speed.tokens_per_second_high
         rate = f"{speed.tokens_per_second:,.0f} tokens a second ({low:,.0f} to {high:,.0f})"
-        yield f"Expected with the kernels of TRL: {rate}."
+        measured = STACK_OF[trainer.name].measured_speed
+        yield f"Expected{' with the kernels of TRL' if measured is None else ''}: {rate}."
+        if measured is not None:
+            yield f"{measured.words}."
     yield f"Install: {trainer.install}"
     yield f"Start:   {start_of(trainer, plan.setup)}"
     yield from (f"Counted otherwise: {note}." for note in STACK_OF[trainer.name].counted)

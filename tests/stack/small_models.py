@@ -109,8 +109,31 @@ TRACED: dict[str, dict[str, Any]] = {
         **SCALED,
     },
 }
+# A vocabulary whose tables outweigh all else, tied or apart.
+WIDE = {
+    f"{name}_wide": {
+        **SHAPE,
+        "model_type": "llama",
+        "intermediate_size": 512,
+        "vocab_size": 6144,
+        "tie_word_embeddings": tied,
+    }
+    for name, tied in (("llama", False), ("tied", True))
+}
+TINY = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+}
+"""Whose queries, keys and values have biases."""
 FAMILIES = {
     **DENSE,
+    "tiny": TINY,
+    **WIDE,
     **TRACED,
     **UNSHARED,
     **PAIRED,
@@ -119,7 +142,9 @@ FAMILIES = {
 }
 
 
+@functools.cache
 def spec_of(family: str) -> ModelSpec:
+    """Described once: tracing a family without a recipe takes seconds."""
     return inspect_config(FAMILIES[family], model_id=family, hub_id=family)
 
 
@@ -130,6 +155,7 @@ def load_model(family: str, setup: TrainingSetup) -> Any:
         "bnb_4bit_quant_type": setup.bnb_4bit_quant_type,
         "bnb_4bit_use_double_quant": setup.bnb_4bit_use_double_quant,
         "attn_implementation": setup.attn_implementation,
+        "load_in_8bit": setup.load_in_8bit,
     }
     knobs: dict[str, Any] = quantised if setup.method == "qlora" else {"method": "full"}
     loaded = _loaded(family, TrainingSetup(model=family, max_length=LENGTH, dtype=setup.dtype, **knobs))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,13 @@ from launcher.training.loading.quantised_experts import (
     quantised_parameters,
 )
 from launcher.training.loading.skeleton import Skeleton
+from launcher.training.products.sliced_experts import use_sliced_experts
 from planner.memory.decoder.live_bytes import at
+from planner.models import storage
 from planner.setup.training_setup import TrainingSetup
 from tests.each import for_each
 
-from .like_cuda import like_cuda
+from .like_cuda import forget_replays, like_cuda
 from .live_bytes import LiveBytes, constants_of
 from .real_steps import first_step, measure
 from .small_models import LAYERS, load_model, spec_of
@@ -140,6 +144,37 @@ def test_each_adapter_gets_the_gradient_of_16_bits(family: str, experts: bool, c
     assert (torch_parametrize._cache_enabled, len(torch_parametrize._cache)) == (0, 0)
 
 
+@contextlib.contextmanager
+def one_expert_a_slice() -> Iterator[None]:
+    """Small models have all of their experts in one slice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "SLICE_BYTES", 1)
+        forget_replays()
+        yield
+    forget_replays()
+
+
+@for_each([("gpt_oss", True), ("qwen3_moe", False)])
+def test_experts_in_slices_have_the_gradients_of_whole_ones(case: tuple[str, bool]) -> None:
+    """To the bit: what is multiplied is the same. Rows are whole blocks of constants, which bitsandbytes'
+    kernel of the CPU wants.
+    """
+    family, checkpointed = case
+    with pytest.MonkeyPatch.context() as patch, one_expert_a_slice():
+        patch.setitem(CONFIGS[family], "moe_intermediate_size", 128)
+        models = []
+        for _ in range(2):
+            held = model_of(family)
+            quantise_all(held, build.quantization_config(QLORA))
+            models.append(adapted(held, family, experts=False))
+        use_sliced_experts(models[1])
+        whole, sliced = (gradients(model, checkpointed=checkpointed) for model in models)
+    assert whole.keys() == sliced.keys()
+    for name, gradient in sliced.items():
+        assert gradient is not None
+        assert torch.equal(gradient, whole[name]), name
+
+
 def held_by_upstream(model: Any) -> None:
     for module in list(model.modules()):
         for name in STACKS:
@@ -215,12 +250,15 @@ def test_experts_hold_what_is_planned(family: str, double: bool) -> None:
     assert expected.unquantized_bytes == nbytes(model.parameters()) - packed
 
 
+SLICED_EXPERTS = {"target_modules": ATTENTION, "experts_matmul": "sliced"}
 HELD_CASES: list[tuple[str, dict[str, Any], float]] = [
     ("qwen3_moe", {}, 0.005),
     ("qwen3_moe", {"target_modules": ATTENTION}, 0.005),
     ("qwen3_moe", {"gradient_checkpointing": False}, 0.005),
     # Mixtral weights what experts return in float32, the other in the load dtype, which is what is counted.
     ("mixtral", {"target_modules": ATTENTION}, 0.035),
+    ("qwen3_moe", SLICED_EXPERTS, 0.005),
+    ("qwen3_moe", {**SLICED_EXPERTS, "gradient_checkpointing": False}, 0.005),
 ]
 
 
@@ -231,7 +269,7 @@ def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any], float], t
     """
     family, knobs, tolerance = case
     setup = setup_of(**knobs).replace(model=family)
-    with like_cuda():
+    with like_cuda(), one_expert_a_slice():
         measured = measure(first_step(family, setup, tmp_path))
         timeline, spec, tables, masks = predict(family, setup)
         tokens, scores = timeline.shape.tokens, timeline.shape.scores
@@ -240,7 +278,9 @@ def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any], float], t
         assert kept + over == pytest.approx(measured.saved_bytes, rel=0.005), measured.kept
         backward = largest(timeline, "backward of") + over
         assert backward == pytest.approx(measured.backward_bytes, rel=tolerance)
-        assert largest(timeline, "forward of") + tables == pytest.approx(measured.forward_bytes, rel=0.06)
+        assert largest(timeline, "forward of") + tables == pytest.approx(
+            measured.forward_bytes, rel=0.06, abs=10**6
+        )
 
 
 @pytest.fixture(scope="module")

@@ -177,6 +177,7 @@ def test_what_no_argument_says_is_set_and_what_nothing_can_set_is_refused(here: 
     for knobs, named in (
         ({"prepare_for_kbit_training": True}, "prepare_for_kbit_training=true"),
         ({"num_processes": 2, "distributed": "ddp"}, "num_processes=2"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ):
         refused = dataclasses.replace(plan, setup=plan.setup.replace(selective_checkpointing=False, **knobs))
         for ask in (

@@ -72,6 +72,7 @@ def test_trl_s_defaults_are_those_that_are_read() -> None:
             "use_peft": True,
             "load_in_4bit": True,
             "lora_target_modules": "all-linear",
+            "bf16": False,
         },
         auto_dtype="bfloat16",
         gpus=1,
@@ -86,6 +87,7 @@ def test_trl_s_defaults_are_those_that_are_read() -> None:
     assert setup.lora_dropout == model["lora_dropout"]
     assert setup.bnb_4bit_use_double_quant is model["use_bnb_nested_quant"]
     assert setup.bnb_4bit_quant_type == model["bnb_4bit_quant_type"]
+    assert setup.dtype == model["dtype"]
 
 
 def fields_of(*files: Path) -> set[str]:

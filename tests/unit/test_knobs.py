@@ -47,6 +47,7 @@ FIELD_TYPES = {
     "float": "float",
     "bool": "bool",
     "names": "str | tuple[str, ...]",
+    "indices": "tuple[int, ...]",
 }
 
 

@@ -38,6 +38,8 @@ KNOBS: dict[str, dict[str, Any]] = {
     "dora and k-bit": {"use_dora": True, "prepare_for_kbit_training": True},
     "liger and selective": {"kernels": "liger", "selective_checkpointing": True},
     "nothing checkpointed": {"gradient_checkpointing": False},
+    "whole modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "single tokens": {"trainable_token_indices": [3, 5]},
 }
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -233,6 +235,35 @@ def test_a_compiled_combination_that_was_not_measured_is_refused_by_name(
         allocated("llama-3.2-1b", compile="regional", **knobs)
     assert caught.value.field == field
     assert allocated("llama-3.2-1b", **knobs) > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs", "named"),
+    [
+        ("llama-3.2-1b", {"modules_to_save": ["norm"]}, "expected embed_tokens, lm_head"),
+        ("llama-3.2-1b", {"bias": "all", "method": "lora"}, "no such biases"),
+        (
+            "llama-3.2-1b",
+            {"modules_to_save": ["lm_head"], "trainable_token_indices": [1]},
+            "modules_to_save trains the whole embedding",
+        ),
+        (
+            "llama-3.1-8b",
+            {"modules_to_save": ["lm_head"], "compile": "regional"},
+            "save with comp",
+        ),
+        (
+            "llama-3.1-8b",
+            {"trainable_token_indices": [1], "dtype": "float16"},
+            "indices with dtype='float16'",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_beside_an_adapter_is_refused_by_name(
+    model: str, knobs: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InputError, match=named):
+        allocated(model, **knobs)
 
 
 def test_liger_is_refused_where_its_kernels_are_others_or_none() -> None:

@@ -99,7 +99,7 @@ def adapted(model: PreTrainedModel, setup: TrainingSetup, seed: int) -> torch.nn
     from peft import get_peft_model
     from transformers import set_seed
 
-    from launcher.training.build import lora_config
+    from launcher.training.adapters import lora_config
 
     # TRL sets the seed before the model is built, and PEFT is the first to draw.
     set_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -45,14 +44,6 @@ class LayerGroup:
     knobs: LayerKnobs
     input_requires_grad: bool
 
-    def count_below(self, index: int) -> int:
-        """How many of these layers lie below a position."""
-        return bisect_left(self.indices, index)
-
-    def count_above(self, index: int) -> int:
-        """How many lie above a position."""
-        return len(self.indices) - bisect_right(self.indices, index)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSetup:
@@ -91,7 +82,9 @@ class DecoderSetup:
 
     def expert_kind(self, rank: int) -> LinearKind:
         """A stack of experts with an adapter of that rank (0: without one)."""
-        return replace(self.linear_kind(rank), quantized=self.storage.quantized and self.storage.experts)
+        quantized = self.storage.quantized and self.storage.experts
+        sliced = quantized and self.storage.slices_experts
+        return replace(self.linear_kind(rank), quantized=quantized, sliced=sliced)
 
     def linear_kind(self, rank: int) -> LinearKind:
         """A linear layer with an adapter of that rank (0: without one)."""
@@ -169,6 +162,9 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
     trained = trained_tensors(model, decoder.adapter, decoder.storage.width)
     ranks = (*trained.ranks, ("router", trained.router_rank))
     kinds = tuple((name, decoder.linear_kind(rank)) for name, rank in ranks)
+    if decoder.adapter is None:
+        biased = replace(decoder.linear_kind(0), biased=True)
+        kinds = (*((name, biased) for name in model.biased_linears), *kinds)
     common = LayerKnobs(
         kinds=(*kinds, ("experts", decoder.expert_kind(trained.experts_rank))),
         default=decoder.linear_kind(0),
@@ -192,7 +188,7 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
                 width, indices = later, layer.indices
             own = replace(knobs, stream_width=width)
             for changed, some in _exact_apart(own, indices, model.num_hidden_layers):
-                found += _groups_of_kind(decoder, layer, changed, some)
+                found += _groups_of_kind(decoder, layer, changed, some, trained.reaches_embedding)
             if indices is layer.indices:
                 break
     return tuple(found), final_norm_memory(model.norm_layer, replace(common, stream_width=later))
@@ -238,15 +234,19 @@ def _selected(layer: LayerSpec, knobs: LayerKnobs) -> int:
 
 
 def _groups_of_kind(
-    decoder: DecoderSetup, layer: LayerSpec, knobs: LayerKnobs, layers: tuple[int, ...]
+    decoder: DecoderSetup,
+    layer: LayerSpec,
+    knobs: LayerKnobs,
+    layers: tuple[int, ...],
+    reaches_embedding: bool,
 ) -> list[LayerGroup]:
     """Groups of layers of one kind that get a stream of one width."""
-    limit, adapted = decoder.checkpointed_layers, decoder.adapter is not None
     # Nothing asks for the embeddings' gradient in a LoRA run without checkpoints.
+    limit, leaf = decoder.checkpointed_layers, not reaches_embedding
     groups = {
         (True, True): [i for i in layers if i < limit],
-        (False, False): [i for i in layers if i >= limit and i == 0 and adapted],
-        (False, True): [i for i in layers if i >= limit and not (i == 0 and adapted)],
+        (False, False): [i for i in layers if i >= limit and i == 0 and leaf],
+        (False, True): [i for i in layers if i >= limit and not (i == 0 and leaf)],
     }
     found = []
     for (checkpointed, input_grad), indices in groups.items():

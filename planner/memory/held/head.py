@@ -32,6 +32,8 @@ class HeadShape:
     `hidden_width`, `weight_width` and `compute_width` are the widths of the hidden states' elements, of the
     head's weight and of what the products are computed in; a tile covers at most `tile_tokens` tokens and
     `tile_vocabulary` entries of the vocabulary, which are all where the stack makes the logits `whole`.
+    A `copied` weight is a copy of the base's with rows that are trained in it, made for each pass, whose
+    gradient goes as soon as those rows have theirs (peft tuners/trainable_tokens/layer.py).
     """
 
     tokens: int
@@ -45,6 +47,12 @@ class HeadShape:
     tile_tokens: int
     tile_vocabulary: int
     whole: bool = False
+    copied: bool = False
+
+    @property
+    def copy_bytes(self) -> int:
+        """Such a copy."""
+        return self.hidden_size * self.vocab_size * self.weight_width if self.copied else 0
 
     @property
     def narrows(self) -> bool:
@@ -85,6 +93,7 @@ def head_shape(run: TrainingRun, hidden_width: int) -> HeadShape:
     """The head's shape in a run; `hidden_width` is the width of the normed hidden states' elements."""
     shape, stack = run.micro_step, run.stack
     whole = stack.head_tokens is None or stack.head_vocabulary is None
+    copied = run.trained.token_rows > 0 and run.model.tied_embeddings
     return HeadShape(
         tokens=shape.tokens,
         rows=shape.rows,
@@ -93,10 +102,11 @@ def head_shape(run: TrainingRun, hidden_width: int) -> HeadShape:
         hidden_width=hidden_width,
         weight_width=shape.stream_width,
         compute_width=run.storage.width,
-        trained=run.adapter is None,
+        trained=run.trained.head or copied,
         tile_tokens=stack.head_tokens or shape.tokens,
         tile_vocabulary=stack.head_vocabulary or run.model.vocab_size,
         whole=whole,
+        copied=copied,
     )
 
 
@@ -110,15 +120,16 @@ def head_memory(shape: HeadShape) -> HeadMemory:
     selected = shape.rows * shape.hidden_size * shape.hidden_width
     weight = shape.hidden_size * shape.vocab_size
     statistics = ROW_STATISTICS * shape.rows * FP32
-    forward = normed + selected + shape.tile_bytes + shape.forward_cast_bytes + statistics
+    forward = normed + selected + shape.tile_bytes + shape.forward_cast_bytes + statistics + shape.copy_bytes
     gradient = shape.rows * shape.hidden_size * FP32
     narrow = selected if shape.hidden_width != FP32 else 0
     backward = selected + gradient + shape.tile_bytes + max(narrow, shape.backward_cast_bytes)
+    backward += shape.copy_bytes
     if shape.trained:
         # The fp32 sum over tiles is the gradient itself where weights are in fp32.
         backward += weight * FP32 + (weight * shape.weight_width if shape.weight_width != FP32 else 0)
     return HeadMemory(
         forward_bytes=forward,
         backward_bytes=backward,
-        gradient_bytes=weight * shape.weight_width if shape.trained else 0,
+        gradient_bytes=weight * shape.weight_width if shape.trained and not shape.copied else 0,
     )

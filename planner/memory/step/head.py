@@ -17,7 +17,7 @@ class HeadReplay:
 
     def __init__(self, shape: HeadShape) -> None:
         weight = shape.hidden_size * shape.vocab_size
-        self.trained = shape.trained
+        self.trained, self.copy_bytes = shape.trained, shape.copy_bytes
         self.rows = shape.rows
         self.tile_bytes = shape.tile_bytes
         self.hidden_cast_bytes = shape.hidden_cast_bytes
@@ -52,6 +52,7 @@ class HeadReplay:
         the normed states' gradient and the trained weight's (none with `later`, where it is added in place).
         """
         take, free = allocator.allocate, allocator.free
+        copy = take(self.copy_bytes) if self.copy_bytes else None
         kept = self._forward(allocator)
         for block in (*casts, normed):
             free(block)
@@ -74,7 +75,9 @@ class HeadReplay:
             free(wide)
         for block in (tile, *kept):
             free(block)
-        if later and gradients:
+        if copy is not None:
+            free(copy)
+        if (later or copy is not None) and gradients:
             free(gradients.pop())
         scaled = take(self.selected_bytes)
         free(narrow)
@@ -84,7 +87,8 @@ class HeadReplay:
 
     def forward(self, allocator: CachingAllocator, normed: int) -> None:
         """The pass of an evaluation; lets go of `normed`."""
-        for block in (*self._forward(allocator), normed):
+        copy = [allocator.allocate(self.copy_bytes)] if self.copy_bytes else []
+        for block in (*self._forward(allocator), normed, *copy):
             allocator.free(block)
 
     def _forward(self, allocator: CachingAllocator) -> list[int]:

@@ -27,6 +27,10 @@ class InputsReplay:
         self.image_blocks = input_blocks(run)
         self.forward_only: list[int] = []
         """Blocks that are let go of when the model's forward pass ends."""
+        self.raw = 1 + self.raw_embedding
+        """Where masks and tables begin in what `run` returns."""
+        rows = run.trained.token_rows
+        self.copy_bytes = run.model.vocab_size * run.model.hidden_size * self.width if rows else 0
 
     def run(self, allocator: CachingAllocator, *, first: bool = False) -> list[int]:
         """The embeddings' block, then what stays until the micro-step ends: masks, tables, raw embeddings.
@@ -57,7 +61,11 @@ class InputsReplay:
 
     def _embedded(self, allocator: CachingAllocator) -> list[int]:
         """The embeddings' block, and that of unscaled ones where they stay."""
+        # The table with the trained rows in it (peft tuners/trainable_tokens/layer.py, get_merged_weights).
+        copy = allocator.allocate(self.copy_bytes) if self.copy_bytes else None
         held = [allocator.allocate(self.stream_bytes)]
+        if copy is not None:
+            allocator.free(copy)
         if self.raw_embedding:
             held.append(allocator.allocate(self.stream_bytes))
         elif self.model.embedding_multiplier:

@@ -80,8 +80,8 @@ def _add_adapter(
     if widths[0] == widths[1]:
         widths.pop(0)
     tensors = list(in_module_order(trained, model.num_hidden_layers))
-    # DoRA's magnitudes are fp32 from the start.
-    own = [FP32 if tensor.element_width != trained.element_width else 0 for tensor in tensors]
+    # DoRA's magnitudes are fp32 from the start, and what is trained beside an adapter has its width.
+    own = [t.element_width if t.uncast or t.element_width != trained.element_width else 0 for t in tensors]
     blocks = allocator.allocate_all(t.elements * (o or widths[0]) for t, o in zip(tensors, own, strict=True))
     cast = [block for block, fixed in zip(blocks, own, strict=True) if not fixed]
     elements = [tensor.elements for tensor, fixed in zip(tensors, own, strict=True) if not fixed]
