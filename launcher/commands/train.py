@@ -351,7 +351,7 @@ def _measured_stats(wish: JobWish) -> DatasetStats:
     split = None if wish.eval_split is None else Split(wish.eval_split, wish.used_seed)
     images = None
     if data.has_images:
-        from launcher.training.images import image_tokens
+        from launcher.training.images.tokens import image_tokens
 
         images = image_tokens(wish.model_source, tokenizer, allow_download=wish.allow_download)
     return dataset.measure_stats(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.models.vision_families import FAMILIES
 from launcher.training import dataset
-from launcher.training.images import ImageTokens, processor_of, tokens_of
+from launcher.training.images.tokens import ImageTokens, processor_of, tokens_of
 from planner.base.data_files import PROFILES
 from planner.base.errors import InputError
 from planner.data.lengths import DatasetStats

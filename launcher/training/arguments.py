@@ -140,7 +140,7 @@ def _memory_and_speed(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
         "tf32": None,  # build.allow_tf32() sets it
         "use_cpu": not on_gpu,
         "optim": setup.optim,
-        # docs/decisions.md; images are read while the step before runs (launcher/training/images.py).
+        # docs/decisions.md; images are read while the step before runs (launcher/training/images/batches.py).
         "dataloader_num_workers": IMAGE_WORKERS if setup.image_patches else 0,
         "dataloader_prefetch_factor": 2 if setup.image_patches else None,
         "dataloader_persistent_workers": False,

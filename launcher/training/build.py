@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     )
 
     from launcher.training.callbacks import LaunchedTrainer
-    from launcher.training.images import ImageTokens
+    from launcher.training.images.tokens import ImageTokens
 
 TF32_CAPABILITY = (8, 0)
 """Ampere and newer: https://docs.pytorch.org/docs/2.13/notes/cuda.html (TensorFloat-32)."""
@@ -277,7 +277,8 @@ def _collated(
     """The collator as an argument, where it is not TRL's own."""
     if not setup.image_patches:
         return {}
-    from launcher.training.images import collator_for, images_of
+    from launcher.training.images.batches import collator_for
+    from launcher.training.images.tokens import images_of
 
     return {"data_collator": collator_for(tokenizer, *(images or images_of(job, tokenizer)))}
 
@@ -306,7 +307,7 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     trainer.loraplus_lr_ratio = setup.loraplus_lr_ratio
     tower = tower_paths(trainer.model.config)
     if tower:
-        from launcher.training.images import FrozenTower
+        from launcher.training.images.batches import FrozenTower
 
         trainer.add_callback(FrozenTower(trainer.model, tower[0]))
     if setup.distributed == "ddp":

@@ -12,7 +12,7 @@ from planner.data.reader import Conversation, TrainingData
 from planner.data.turns import REASONING
 
 if TYPE_CHECKING:
-    from launcher.training.images import ImageTokens
+    from launcher.training.images.tokens import ImageTokens
 
 # ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md), for tokenizers without a template.
 # The end-of-sequence token closes the assistant's turn, so that the model learns to stop.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from launcher.training.images import ImageTokens
+    from launcher.training.images.tokens import ImageTokens
 
 TOKENIZER_BATCH = 1000
 FILES = "image_files"

@@ -1,7 +1,7 @@
 """Pictures of examples: which file each is, where it stands among the turns' texts, and its size.
 
 A picture is a file of this machine, named from the folder of the data. Its size is read from the file's head;
-what it shows is read while the model is trained (launcher/training/images.py).
+what it shows is read while the model is trained (launcher/training/images/batches.py).
 """
 
 from __future__ import annotations

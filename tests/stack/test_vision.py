@@ -25,7 +25,8 @@ from launcher.models.vision_families import FAMILIES
 from launcher.runs.training_job import TrainingJob
 from launcher.training import build, dataset
 from launcher.training.callbacks import decoder_layers
-from launcher.training.images import ImageTokens, _opened, image_tokens, processor_of
+from launcher.training.images.batches import _opened
+from launcher.training.images.tokens import ImageTokens, image_tokens, processor_of
 from planner.base.data_files import PROFILES
 from planner.base.errors import InputError
 from planner.data.image_rule import ImageSize

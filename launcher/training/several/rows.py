@@ -79,7 +79,7 @@ def made_rows(job: TrainingJob, warn: Callable[[str], None]) -> Made:
     length, assistant = job.setup.max_length, job.assistant_only_loss
     images = None
     if job.setup.image_patches:
-        from launcher.training.images import image_tokens
+        from launcher.training.images.tokens import image_tokens
 
         images = image_tokens(job.model_source, tokenizer, allow_download=job.allow_download)
 
