@@ -12,9 +12,9 @@ from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from peft.utils.other import ModulesToSaveWrapper
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 
 def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
@@ -122,3 +122,27 @@ def _as_original(wrapper: ModulesToSaveWrapper) -> None:
         for name, parameter in copy.named_parameters():
             if parameter.dtype != originals[name].dtype:
                 parameter.data = originals[name].detach().clone()
+
+
+def freeze_down(model: torch.nn.Module) -> None:
+    """Freeze every lora_A, after TRL has cast what is trained: one that was frozen before would stay in
+    float32 on a quantised base, at twice the bytes, and have its layer's input cast for it.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(requires_grad=False)
+
+
+def lorafa_optimizer(model: PeftModel, args: TrainingArguments) -> torch.optim.Optimizer:
+    """PEFT's optimizer for LoRA-FA, at the rate and decay of the arguments."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    config = model.peft_config["default"]
+    made: torch.optim.Optimizer = create_lorafa_optimizer(
+        model,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+    )
+    return made

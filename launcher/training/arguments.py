@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.runs.trackers import PROJECT
 from launcher.runs.training_job import TrainingJob
 from launcher.training.several.ranks import WAIT
+from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ def _memory_and_speed(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
         "fp16": setup.dtype == "float16",
         "tf32": None,  # build.allow_tf32() sets it
         "use_cpu": not on_gpu,
-        "optim": setup.optim,
+        # LaunchedTrainer makes the others, under a name that transformers accepts.
+        "optim": "adamw_torch" if setup.optim in UNCOMMON_OPTIMIZERS else setup.optim,
         # docs/decisions.md; images are read while the step before runs (launcher/training/images/batches.py).
         "dataloader_num_workers": IMAGE_WORKERS if setup.image_patches else 0,
         "dataloader_prefetch_factor": 2 if setup.image_patches else None,

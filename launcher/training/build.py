@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.runs.kept.shards import refuse_unsharded
 from launcher.runs.training_job import TrainingJob
-from launcher.training.adapters import hold_beside, lora_config
+from launcher.training.adapters import freeze_down, hold_beside, lora_config
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
-from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
+from launcher.training.loading.stored import (
+    hold_in,
+    is_microscaled_in,
+    refuse_other,
+    stored_config,
+    stored_in,
+)
 from launcher.training.loading.tower import drop_tower, tower_of, tower_paths
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_LORAFA, PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
 from planner.setup.adapters import uncommon_knob
-from planner.setup.training_knobs import SLICED
+from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
 
@@ -76,7 +82,8 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
 
 def _refuse_uncommon(setup: TrainingSetup) -> None:
     name = uncommon_knob(setup)
-    for other, tried in PLAIN_WITH_UNCOMMON if name is not None else ():
+    also = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
+    for other, tried in (*also, *PLAIN_WITH_UNCOMMON) if name is not None else ():
         if getattr(setup, other) != tried:
             raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 
@@ -153,7 +160,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if setup.experts == "4bit":
+    if setup.experts == "4bit" or is_microscaled_in(source, allow_download=allow_download):
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
     if setup.load_in_8bit:
         keep_no_inputs()
@@ -192,12 +199,11 @@ def _load_by_layer(
     from launcher.training.loading.base_folder import find_base
     from launcher.training.loading.by_layer import load_by_layer
 
-    quantization = quantization_config(setup)
-    assert quantization is not None
     return load_by_layer(
         find_base(source, allow_download=allow_download),
         dtype=torch_dtype(setup),
-        quantization_config=quantization,
+        quantization_config=quantization_config(setup),
+        quantizes_experts=setup.experts == "4bit",
         attn_implementation=setup.attn_implementation,
         device=device,
     )
@@ -310,6 +316,9 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         from launcher.training.images.batches import FrozenTower
 
         trainer.add_callback(FrozenTower(trainer.model, tower[0]))
+    if setup.optim == LORAFA:
+        trainer.lorafa = True
+        freeze_down(trainer.model)
     if setup.distributed == "ddp":
         # Gradients then lie in DDP's buckets alone, not beside them.
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True

@@ -22,6 +22,7 @@ from launcher.runs.events import (
     LogEvent,
     StartEvent,
 )
+from launcher.training.adapters import lorafa_optimizer
 from launcher.training.dataset import FILES
 from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
 from launcher.training.several import whole
@@ -51,6 +52,8 @@ class LaunchedTrainer(RankedTrainer):
     """Layers without the 8-bit products that the setup asks for: no such product takes their shape."""
     optimizer: Any
     _signature_columns: Any
+    lorafa: bool = False
+    """Whether lora_A stays frozen and PEFT's LoRA-FA trains lora_B."""
     loraplus_lr_ratio: float | None = None
     """How many times lora_A's rate lora_B learns with, null for one rate (https://arxiv.org/abs/2402.12354)."""
 
@@ -63,7 +66,9 @@ class LaunchedTrainer(RankedTrainer):
         self._updates_from = -1  # the step whose weights an update has begun to change
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, with PEFT's groups of rates where there are two."""
+        """The optimizer that the arguments name, with PEFT's groups of rates or LoRA-FA where asked for."""
+        if self.lorafa and self.optimizer is None:
+            self.optimizer = lorafa_optimizer(self.model if model is None else model, self.args)
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
             found: torch.optim.Optimizer = super().create_optimizer(model)
             return found

@@ -12,7 +12,7 @@ from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import KnobValue, plain
 from planner.setup.methods import stored_knobs
 from planner.setup.run import RunKind, TrainingRun
-from planner.setup.training_knobs import SLICED
+from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
@@ -195,7 +195,7 @@ def _refuse_traced(run: RunKind) -> None:
             raise NotModelledError(f"{name} of a traced model", getattr(setup, name))
 
 
-PLAIN_WITH_UNCOMMON: tuple[tuple[str, KnobValue], ...] = (
+PLAIN_WITH_UNCOMMON: tuple[tuple[str, KnobValue | None], ...] = (
     ("num_processes", 1),
     ("compile", "none"),
     ("kernels", "none"),
@@ -205,6 +205,13 @@ PLAIN_WITH_UNCOMMON: tuple[tuple[str, KnobValue], ...] = (
     ("activation_offloading", False),
 )
 """What was traced with knobs that train something else than pairs of matrices (planner/setup/adapters.py)."""
+
+
+PLAIN_WITH_LORAFA: tuple[tuple[str, KnobValue | None], ...] = (
+    # The optimizer takes what has lora in its name by twos, and DoRA's magnitudes make three.
+    ("use_dora", False),
+    ("loraplus_lr_ratio", None),
+)
 
 
 def _refuse_uncommon(run: RunKind) -> None:
@@ -217,7 +224,10 @@ def _refuse_uncommon(run: RunKind) -> None:
     name = uncommon_knob(setup)
     if name is None:
         return
-    for other, traced in PLAIN_WITH_UNCOMMON:
+    beside = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
+    if beside and (not setup.uses_lora or run.trained.experts_rank):
+        raise NotModelledError(f"optim={LORAFA} with", "experts" if setup.uses_lora else "method full")
+    for other, traced in (*beside, *PLAIN_WITH_UNCOMMON):
         if getattr(setup, other) != traced:
             raise NotModelledError(f"{name} with {other}", getattr(setup, other))
     if setup.dtype == "float16":

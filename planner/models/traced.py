@@ -159,8 +159,8 @@ class TracedBlock:
     def pass_of(
         self, method: str, width: int, *, heads_first: bool, adapted: str = NO_STACKS, kernel: bool = False
     ) -> TracedPass:
-        """The pass that was recorded for such setups; a block without stacks, or attention with sinks, has
-        one for all of them.
+        """The pass that was recorded for such setups; a block without stacks, or without attention that has
+        sinks, has one for all of them.
 
         Raises:
             InputError: none was.

@@ -5,17 +5,20 @@ from __future__ import annotations
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.setup.stack import Stack
+from planner.setup.training_knobs import LORAFA
 from planner.setup.training_setup import TrainingSetup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterVariant:
     """A kind of low-rank adapter. `magnitudes` says that it trains a vector of one value an output beside its
-    two matrices, in fp32 whatever they are in, and folds base and adapter into one weight for its norm.
+    two matrices, in fp32 whatever they are in, and folds base and adapter into one weight for its norm;
+    `frozen_down` that lora_A stays as it began, so that no layer keeps its input for it.
     """
 
     name: str
     magnitudes: bool
+    frozen_down: bool = False
 
 
 UNCOMMON: tuple[tuple[str, object], ...] = (
@@ -28,15 +31,23 @@ and what other trainers' files hold, is without them.
 """
 
 
+UNCOMMON_OPTIMIZERS = (LORAFA,)
+"""Optimizers that want, or are, another way to train."""
+
+
 def uncommon_knob(setup: TrainingSetup) -> str | None:
-    """The first of them that is used."""
+    """The first of them that is used; `optim` where it is one of those optimizers."""
+    if setup.optim in UNCOMMON_OPTIMIZERS:
+        return "optim"
     return next((name for name, plain in UNCOMMON if getattr(setup, name) != plain), None)
 
 
 LORA = AdapterVariant(name="lora", magnitudes=False)
 DORA = AdapterVariant(name="dora", magnitudes=True)
 """PEFT tuners/lora/dora.py."""
-VARIANTS = (LORA, DORA)
+LORA_FA = AdapterVariant(name="lora-fa", magnitudes=False, frozen_down=True)
+"""https://arxiv.org/abs/2308.03303; PEFT optimizers/lorafa.py."""
+VARIANTS = (LORA, DORA, LORA_FA)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +78,7 @@ def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
     saved = setup.modules_to_save
     narrow = setup.method == "qlora" and setup.dtype != "float16"
     return Adapter(
-        variant=DORA if setup.use_dora else LORA,
+        variant=DORA if setup.use_dora else LORA_FA if setup.optim == LORAFA else LORA,
         rank=setup.lora_r,
         target_modules=setup.target_modules,
         width=stack.adapter_width if narrow else FP32,

@@ -47,7 +47,7 @@ class Trained:
     `ranks` gives the adapter rank by module name (absent: no adapter), `experts_rank` and `router_rank` that
     of experts' and routers' tensors, `element_width` the width of trained weights, of their gradients and of
     torch optimizer state. `embedding` and `head` say whether those are trained whole, `token_rows` how many
-    rows of an embedding are by themselves.
+    rows of an embedding are by themselves. `frozen` are tensors of the adapter that stay as they began.
     """
 
     tensors: tuple[TrainedTensor, ...]
@@ -58,6 +58,18 @@ class Trained:
     embedding: bool = False
     head: bool = False
     token_rows: int = 0
+    frozen: tuple[TrainedTensor, ...] = ()
+
+    @cached_fact
+    def held(self) -> tuple[TrainedTensor, ...]:
+        """Trained tensors and the adapter's frozen ones, which come before them in each module."""
+        if not self.frozen:
+            return self.tensors
+        of_module: dict[str, list[TrainedTensor]] = {}
+        for tensor in (*self.frozen, *self.tensors):
+            of_module.setdefault(tensor.name.partition(".lora_")[0], []).append(tensor)
+        named = dict.fromkeys(t.name.partition(".lora_")[0] for t in self.tensors)
+        return tuple(tensor for name in named for tensor in of_module[name])
 
     @cached_fact
     def reaches_embedding(self) -> bool:
@@ -247,8 +259,10 @@ def _adapter(model: ModelSpec, adapter: Adapter, base_width: int) -> Trained:
     for p in found.routers:
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
     beside = _beside(model, adapter, found.linears, base_width)
+    frozen = [t for t in tensors if adapter.variant.frozen_down and t.name.endswith(".lora_A")]
     return Trained(
-        tensors=(*tensors, *beside.tensors),
+        tensors=(*(t for t in tensors if t not in frozen), *beside.tensors),
+        frozen=tuple(frozen),
         ranks=tuple((p.module_name, rank) for p in found.linears),
         experts_rank=rank if found.experts else 0,
         router_rank=rank if found.routers else 0,

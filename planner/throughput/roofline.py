@@ -11,6 +11,7 @@ from planner.base.values import dataclass
 from planner.gpus.catalog import gpu_catalog
 from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
+from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.run import TrainingRun
 from planner.throughput.by_kind import positions_of
 from planner.throughput.compilation import FirstStep, first_step
@@ -88,6 +89,8 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     setup = run.setup
     if setup.load_in_8bit:
         raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
+    if setup.optim in UNCOMMON_OPTIMIZERS:
+        raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"

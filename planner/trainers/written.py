@@ -9,7 +9,7 @@ from typing import Any
 from planner.answers.plan import Plan
 from planner.base.data_files import write_all
 from planner.base.errors import InputError
-from planner.setup.adapters import UNCOMMON
+from planner.setup.adapters import UNCOMMON, UNCOMMON_OPTIMIZERS
 from planner.setup.training_setup import TrainingSetup
 from planner.trainers.files import Trainer
 from planner.trainers.planned import STACK_OF
@@ -39,6 +39,8 @@ def config_text(trainer: Trainer, plan: Plan) -> str:
     for name, plain in (("loraplus_lr_ratio", None), ("init_lora_weights", "default"), *UNCOMMON):
         if getattr(plan.setup, name) != plain:
             raise InputError(f"{name} is not written for {trainer.title}: leave it out")
+    if plan.setup.optim in UNCOMMON_OPTIMIZERS:
+        raise InputError(f"optim {plan.setup.optim} is not written for {trainer.title}: name another")
     if plan.setup.load_in_8bit:
         raise InputError(
             f"load_in_8bit is not written for {trainer.title}: there bitsandbytes keeps the input of every "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -16,9 +17,12 @@ import torch
 import torch.nn.utils.parametrize as torch_parametrize
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from launcher.models.inspect import inspect_config
 from launcher.training import build
 from launcher.training.loading.base_folder import find_base
 from launcher.training.loading.quantised_experts import (
@@ -31,6 +35,7 @@ from launcher.training.loading.skeleton import Skeleton
 from launcher.training.products.sliced_experts import use_sliced_experts
 from planner.memory.decoder.live_bytes import at
 from planner.models import storage
+from planner.models.catalog import resolve_model
 from planner.setup.training_setup import TrainingSetup
 from tests.each import for_each
 
@@ -310,6 +315,49 @@ def test_a_model_that_is_loaded_by_layer_is_the_one_that_is_loaded_whole(base: P
         quantised_parameters(model), quantised_parameters(whole), strict=True
     ):
         assert torch.equal(getattr(module, name), getattr(other, name))
+
+
+def test_experts_stored_in_mxfp4_are_loaded_as_what_they_stand_for(tmp_path: Path) -> None:
+    """A folder as gpt-oss is published, and one of the same weights in 16 bits: the same model, in 4 bits or
+    not, with one stack at a time in more than it is stored in.
+    """
+    model = model_of("gpt_oss").to(torch.bfloat16)
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    stored = dict(tensors)
+    for name in [name for name in tensors if name.endswith(STACKS)]:
+        experts, inputs, outputs = tensors[name].shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 123, blocks.shape[:3], dtype=torch.uint8)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        assert tensors[name].shape == (experts, inputs, outputs)
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    config = model.config.to_dict()
+    told = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    for folder, held, own in (("plain", tensors, {}), ("mxfp4", stored, {"quantization_config": told})):
+        (tmp_path / folder).mkdir()
+        save_file(held, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / folder / "config.json").write_text(json.dumps({**config, **own}))
+    for setup in (
+        QLORA,
+        QLORA.replace(experts="16bit"),
+        TrainingSetup(model="m", max_length=64, method="lora"),
+    ):
+        with LiveBytes() as live:
+            ours, theirs = (
+                build.load_model(
+                    setup, str(tmp_path / name), device=torch.device("cpu"), allow_download=False
+                )
+                for name in ("mxfp4", "plain")
+            )
+        assert live.largest_bytes <= 4 * 128 * 384 * 4  # a stack of gate and up, in float32
+        assert not hasattr(ours.config, "quantization_config") or setup.method == "qlora"
+        found, expected = (dict(one.named_parameters()) for one in (ours, theirs))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+            assert value.dtype == expected[name].dtype, name
+    assert resolve_model(str(tmp_path / "mxfp4"), inspector=inspect_config).checkpoint is None
 
 
 @pytest.mark.parametrize("rounded", [True, False])

@@ -123,6 +123,9 @@ def test_unsloth_knows_every_argument_that_is_written_and_has_the_defaults_that_
         values = TRAINERS["unsloth"].write(setup, HUB, 3.0, 2e-4)
         accepted = known["from_pretrained"].keys() | known["get_peft_model"].keys() | training
         assert set(values) <= accepted
+    # What the engine's script has beside (launcher/training/engines/script.py).
+    assert "use_exact_model_name" in known["from_pretrained"]
+    assert {"include_num_input_tokens_seen", "warmup_steps", "save_strategy"} <= training
     defaults = {
         name: ast.literal_eval(value)
         for function in known.values()

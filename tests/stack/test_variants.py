@@ -24,6 +24,7 @@ from launcher.measuring.measured_run import _quiet, _tokenizer
 from launcher.runs.training_job import TrainingJob
 from launcher.training import build
 from planner.memory.estimate import live_memory
+from planner.memory.held.optimizer import FUSED_STEP_BYTES, saved_state
 from planner.memory.measured.files import coefficients_for
 from planner.memory.step.resident import INPUT_BYTES_PER_TOKEN
 from planner.setup.cuda_allocator import EXPANDABLE
@@ -50,6 +51,8 @@ MOVED: list[dict[str, Any]] = [
     {"method": "lora", "bias": "all"},
     {"modules_to_save": ["embed_tokens", "lm_head"]},
     {"trainable_token_indices": [3, 5]},
+    {"optim": "lorafa"},
+    {"optim": "lorafa", "method": "lora", "modules_to_save": ["lm_head"]},
 ]
 KEPT = {"gradient_checkpointing": False}
 STEPS: list[tuple[str, dict[str, Any]]] = [
@@ -58,6 +61,8 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("tied_wide", {"modules_to_save": ["lm_head"]}),
     ("llama_wide", {"trainable_token_indices": [3, 4, 5, 6], **KEPT}),
     ("tied_wide", {"trainable_token_indices": [3, 4, 5, 6], "method": "lora"}),
+    ("llama_wide", {"optim": "lorafa", "method": "lora"}),
+    ("llama_wide", {"optim": "lorafa", "lora_dropout": 0.05, **KEPT}),
 ]
 
 
@@ -115,6 +120,9 @@ def test_all_that_a_variant_trains_moves(tmp_path: Path, variant: dict[str, Any]
     assert [name for name, value in before.items() if torch.equal(value, now[name])] == []
     planned = TrainingRun(setup=setup, model=spec_of("tiny")).trained
     assert planned.elements == sum(p.numel() for p in now.values())
+    if "8bit" not in setup.optim:
+        steps = FUSED_STEP_BYTES * planned.tensor_count if setup.optim == "adamw_torch_fused" else 0
+        assert state_bytes(trainer.optimizer) == saved_state(setup.optim, planned)[0] - steps
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
     ratio = setup.loraplus_lr_ratio
     assert rates == ({2e-4} if ratio is None else {2e-4, 2e-4 * ratio})
@@ -125,6 +133,11 @@ def test_all_that_a_variant_trains_moves(tmp_path: Path, variant: dict[str, Any]
         assert len(faster["params"]) == sum("lora_B" in name for name in now)
     eight = [module for module in trainer.model.modules() if isinstance(module, bnb.nn.Linear8bitLt)]
     assert bool(eight) == setup.load_in_8bit
+
+
+def state_bytes(optimizer: Any) -> int:
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.numel() > 1)
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -25,6 +25,7 @@ from launcher.runs.training_job import TrainingJob
 from planner.answers.plan import Plan
 from planner.base.errors import InputError
 from planner.memory.breakdown import PHASES
+from planner.setup.adapters import UNCOMMON
 
 REPORT_VERSION = 1
 ALIVE = ("created", "starting", "running", "stopping")
@@ -290,6 +291,8 @@ def next_steps(folder: RunFolder, job: TrainingJob, state: str) -> tuple[NextSte
                 command=line("vramwise", "runs", "resume", name, "--runs", runs),
             )
         )
+    if any(getattr(job.setup, name) != usual for name, usual in UNCOMMON):
+        return tuple(found)  # neither a merge nor vLLM takes what lies beside the adapter
     if folder.adapter.is_dir() and job.setup.uses_lora:
         found.append(
             NextStep(what="merge it into its base", command=line("vramwise", "merge", str(folder.path)))

@@ -10,12 +10,17 @@ from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.allocators.native import rounded
 from planner.setup.trained import Trained, TrainedTensor
+from planner.setup.training_knobs import LORAFA
 
 MIN_8BIT_ELEMENTS = 4096
 MIN_PAGED_ELEMENTS = 100_000
 OPTIMIZER_BLOCK = 256
 QUANTIZATION_MAP_BYTES = 256 * 4
 FUSED_STEP_BYTES = 4
+LORAFA_COPIES = 4
+"""Of a tensor at work, in PEFT's LoRA-FA (optimizers/lorafa.py, step): names hold the projected gradient and
+the root of the second moment until the next tensor's are there, which come by a product and its scaling.
+"""
 MOMENTS = {
     "adamw_8bit": 2,
     "paged_adamw_8bit": 2,
@@ -37,7 +42,16 @@ class OptimizerMemory:
 
 def trained_bytes(trained: Trained) -> int:
     """What trained tensors take from the allocator, each rounded to its block."""
-    return sum(rounded(tensor.size_bytes) * tensor.count for tensor in trained.tensors)
+    return _rounded_bytes(trained.tensors)
+
+
+def held_bytes(trained: Trained) -> int:
+    """What trained tensors and an adapter's frozen ones take from it."""
+    return _rounded_bytes(trained.held)
+
+
+def _rounded_bytes(tensors: tuple[TrainedTensor, ...]) -> int:
+    return sum(rounded(tensor.size_bytes) * tensor.count for tensor in tensors)
 
 
 def optimizer_memory(optim: str, trained: Trained) -> OptimizerMemory:
@@ -101,6 +115,8 @@ def _temporary_bytes(optim: str, trained: Trained) -> int:
     if optim == "adamw_torch":
         # The unfused implementation takes the square root of every second moment at once (adam.py:791).
         return trained_bytes(trained)
+    if optim == LORAFA:
+        return LORAFA_COPIES * max((t.size_bytes for t in trained.tensors), default=0)
     if optim == "adafactor":
         # Gradient and parameter in fp32 (when held in 16 bits), the update, and one product of its making.
         copies = 4 if trained.element_width < FP32 else 2

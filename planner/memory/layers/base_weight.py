@@ -30,7 +30,7 @@ class LinearKind:
     torch casts the inputs of matrix products. `accumulating` says whether gradients of earlier micro-steps
     are already there, so that new ones are temporary. `sliced` says of a stack of experts that products with
     it dequantise a few experts at a time, `biased` that a bias is trained too. `eight_bit_*` say which pass
-    computes the frozen weight's product in 8 bits.
+    computes the frozen weight's product in 8 bits. `frozen_down` says that lora_A is not trained.
     """
 
     quantized: bool
@@ -49,6 +49,7 @@ class LinearKind:
     biased: bool = False
     eight_bit_forward: bool = False
     eight_bit_backward: bool = False
+    frozen_down: bool = False
 
     def forward_in_8bit(self, inputs: int, outputs: int) -> bool:
         """Whether a forward product of such a weight is computed in 8 bits."""

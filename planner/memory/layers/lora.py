@@ -16,7 +16,7 @@ def adapted(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, ou
     width = kind.adapter_compute_width
     taken = adapter_input(tape, kind, x, inputs)
     read = read_input(tape, kind, x, taken, inputs)
-    saved_input = tape.save(read)
+    saved_input = None if kind.frozen_down else tape.save(read)
     casts = weight_casts(tape, kind, inputs if x.requires_grad else 0, outputs)
     down = tape.tokens(kind.rank * width)
     tape.free(read, taken.dropped)
@@ -124,9 +124,13 @@ def adapter_backward(
     """
     width = kind.adapter_compute_width
     weight_gradient(tape, kind, kind.rank * outputs, kind.adapter_width)
+    if kind.frozen_down and not x.requires_grad:
+        tape.free(scaled, saved_down, taken.mask)
+        return
     down_grad = tape.tokens(kind.rank * width)
     tape.free(scaled, saved_down)
-    weight_gradient(tape, kind, kind.rank * inputs, kind.adapter_width)
+    if not kind.frozen_down:
+        weight_gradient(tape, kind, kind.rank * inputs, kind.adapter_width)
     if not x.requires_grad:
         tape.free(down_grad, saved_input, taken.mask)
         return

@@ -30,7 +30,7 @@ class BucketReplay:
 
     def __init__(self, run: TrainingRun, allocator: CachingAllocator) -> None:
         self._allocator = allocator
-        tensors = list(in_module_order(run.trained, run.model.num_hidden_layers))
+        tensors = list(in_module_order(run.trained.tensors, run.model.num_hidden_layers))
         self._sizes = [tensor.size_bytes for tensor in reversed(tensors)]
         self._blocks: list[int] = []
         self._send_all(run)

@@ -14,7 +14,7 @@ from planner.models.storage import Storage
 from planner.setup.adapters import Adapter
 from planner.setup.run import TrainingRun
 from planner.setup.stack import Stack
-from planner.setup.trained import Trained, TrainedTensor, trained_tensors
+from planner.setup.trained import TrainedTensor, trained_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def _add_adapter(
         widths.append(trained.element_width)
     if widths[0] == widths[1]:
         widths.pop(0)
-    tensors = list(in_module_order(trained, model.num_hidden_layers))
+    tensors = list(in_module_order(trained.held, model.num_hidden_layers))
     # DoRA's magnitudes are fp32 from the start, and what is trained beside an adapter has its width.
     own = [t.element_width if t.uncast or t.element_width != trained.element_width else 0 for t in tensors]
     blocks = allocator.allocate_all(t.elements * (o or widths[0]) for t, o in zip(tensors, own, strict=True))
@@ -89,9 +89,8 @@ def _add_adapter(
         cast = allocator.replace_all(cast, [count * following for count in elements])
 
 
-def in_module_order(trained: Trained, layers: int) -> Iterator[TrainedTensor]:
-    """Trained tensors one at a time: before, inside and after the decoder layers."""
-    tensors = trained.tensors
+def in_module_order(tensors: Sequence[TrainedTensor], layers: int) -> Iterator[TrainedTensor]:
+    """Tensors one at a time: before, inside and after the decoder layers."""
     inside = [index for index, tensor in enumerate(tensors) if tensor.in_decoder_layer]
     first = inside[0] if inside else len(tensors)
     yield from tensors[:first]

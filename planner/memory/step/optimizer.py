@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from planner.base.units import FP32
 from planner.memory.allocators.native import CachingAllocator
-from planner.memory.held.optimizer import state_blocks
+from planner.memory.held.optimizer import LORAFA_COPIES, state_blocks
 from planner.memory.step.loading import in_module_order
 from planner.setup.run import TrainingRun
+from planner.setup.training_knobs import LORAFA
 
 NORM_CHUNK_ELEMENTS = 65_536
 """That a block of a foreach kernel sums (torch native/cuda/MultiTensorApply.cuh, kChunkSize)."""
@@ -21,9 +22,8 @@ class OptimizerReplay:
             from planner.memory.held.shards import held_trained
 
             trained = held_trained(trained, run.parallelism)
-        tensors = sorted(
-            in_module_order(trained, run.model.num_hidden_layers), key=lambda tensor: len(tensor.shape) < 2
-        )
+        ordered = in_module_order(trained.tensors, run.model.num_hidden_layers)
+        tensors = sorted(ordered, key=lambda tensor: len(tensor.shape) < 2)
         self.optim = optim
         self.element_width = trained.element_width
         self.elements = [tensor.elements for tensor in tensors]
@@ -41,7 +41,8 @@ class OptimizerReplay:
     @property
     def largest_bytes(self) -> int:
         """The largest block that a step asks for and gives back."""
-        width = {"adafactor": FP32, "adamw_torch": self.element_width}.get(self.optim, 0)
+        own = self.element_width
+        width = {"adafactor": FP32, "adamw_torch": own, LORAFA: own}.get(self.optim, 0)
         return width * max(self.elements, default=0)
 
     def step(self, allocator: CachingAllocator, *, first: bool) -> None:
@@ -54,6 +55,8 @@ class OptimizerReplay:
         if self.optim == "adamw_torch":
             # Square roots of every second moment at once (torch optim/adam.py:791).
             allocator.free_all(allocator.allocate_all(self.sizes))
+        elif self.optim == LORAFA:
+            allocator.free_all(allocator.allocate_all([max(self.sizes)] * LORAFA_COPIES))
 
     def _adafactor(self, allocator: CachingAllocator, *, first: bool) -> None:
         """Tensor by tensor; a name holds its tensor until it is given another (optimization.py:1257)."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
-from planner.memory.held.optimizer import OptimizerMemory, optimizer_memory, trained_bytes
+from planner.memory.held.optimizer import OptimizerMemory, held_bytes, optimizer_memory, trained_bytes
 from planner.memory.held.weights import (
     WeightMemory,
     largest_quantized_bytes,
@@ -135,7 +135,7 @@ def _of_training(
 ) -> tuple[int, OptimizerMemory]:
     """The adapter's bytes (none where all weights are trained), and the optimizer's memory."""
     trained = trained_tensors(model, adapter, width)
-    return 0 if adapter is None else trained_bytes(trained), optimizer_memory(optim, trained)
+    return 0 if adapter is None else held_bytes(trained), optimizer_memory(optim, trained)
 
 
 def _cublaslt_bytes(run: RunKind) -> int:
