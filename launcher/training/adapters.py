@@ -4,8 +4,10 @@ trained on a quantised base to bfloat16 (sft_trainer.py, "_is_quantized_model").
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
+from launcher.training.loading.tower import tower_paths
 from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> L
         trainable_token_indices=None if tokens is None else list(tokens),
         init_lora_weights=True if setup.init_lora_weights == "default" else "gaussian",
         task_type="CAUSAL_LM",
-        exclude_modules=_linear_routers(model) or None,
+        exclude_modules=left_alone(model),
     )
 
 
@@ -57,6 +59,24 @@ def _saved_whole(setup: TrainingSetup, model: PreTrainedModel | None) -> tuple[l
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     return [name.rpartition(".")[2]], True
+
+
+def left_alone(model: PreTrainedModel | None) -> list[str] | str | None:
+    """A pattern of paths, or names: a vision tower, or routers; null for nothing."""
+    from torch import nn
+
+    tower = (
+        []
+        if model is None
+        else [
+            path
+            for path in tower_paths(model.config)
+            if any(isinstance(module, nn.Linear) for module in model.get_submodule(path).modules())
+        ]
+    )
+    if tower:
+        return "|".join(rf"{re.escape(path)}\..*" for path in tower)
+    return _linear_routers(model) or None
 
 
 def _linear_routers(model: PreTrainedModel | None) -> list[str]:

@@ -19,6 +19,7 @@ from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, offloading_c
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, outside_bytes, phases
+from planner.memory.step.images import image_memory
 from planner.memory.step.reference import reference_moments
 from planner.memory.step.replay import replay_steps
 from planner.memory.step.replayed import OverRoomError, ReplayedMemory
@@ -206,6 +207,7 @@ def _timeline(run: TrainingRun) -> StepTimeline:
         "embedding_gradient_bytes": table if trained.reaches_embedding else 0,
         "embedding_scratch_bytes": embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),
         "tied": model.tied_embeddings,
+        "images": image_memory(run),
         "embedding_copy_bytes": table if trained.token_rows else 0,
         "shape": StepShape(
             tokens=shape.tokens,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from planner.models.spec import ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import ModelSpec
 
 SCORE = "score.weight"
 """transformers modeling_layers.py, GenericForSequenceClassification."""

@@ -246,6 +246,17 @@ KNOBS: tuple[Knob, ...] = (
         line=Line(place=1, label="sampling"),
     ),
     Knob(
+        name="image_patches",
+        kind="int",
+        section="batches",
+        help="patches of a sequence's images at most, as the model's processor cuts them",
+        default=0,
+        bounds=(0, 2**24),
+        unset="as --data has them",
+        counted=Counted(others="images", default=False, together=True),
+        line=Line(place=9, label="image patches"),
+    ),
+    Knob(
         name="num_processes",
         kind="int",
         section="GPUs",

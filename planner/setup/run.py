@@ -5,6 +5,7 @@ The memory and the speed model read it. Each derived fact is computed once a run
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 
 from planner.base.lazy import cached_fact
@@ -34,8 +35,10 @@ class RunKind:
     """
 
     def __init__(self, setup: TrainingSetup, model: ModelSpec, stack: Stack, *, padded: bool) -> None:
-        self.model, self.stack, self.padded = model, stack, padded
+        self.model, self.stack = model, stack
         self.setup = setup
+        # A language model may get a mask wherever there are images: they see all of themselves.
+        self.padded = padded or (self.sees_images and model.tower is not None and model.tower.masked)
         self._kernels: dict[tuple[bool, tuple[bool, ...]], tuple[str, ...]] = {}
 
     @cached_fact
@@ -107,7 +110,13 @@ class RunKind:
             slices_experts=self.setup.experts_matmul == SLICED,
             stored=None if checkpoint is None else checkpoint.plain_width,
             recast=checkpoint is not None and checkpoint.dtype != self.setup.dtype,
+            tower=self.setup.vision_tower == "4bit",
         )
+
+    @cached_fact
+    def sees_images(self) -> bool:
+        """Whether sequences have images, which the model's tower looks at."""
+        return self.model.tower is not None and self.setup.image_patches > 0
 
     @cached_fact
     def parallelism(self) -> Parallelism:
@@ -128,11 +137,12 @@ class RunKind:
 
     @cached_fact
     def keeps_raw_embedding(self) -> bool:
-        """Whether embeddings lie beside their scaled copy: PEFT marks them as a leaf that wants a gradient,
-        and the model scales them outside the embedding's own module.
+        """Whether embeddings lie beside their scaled copy, or that with images in it: PEFT marks them as a
+        leaf that wants a gradient, and the model changes them outside the embedding's own module.
         """
         setup = self.setup
-        if not self.model.scales_embeddings_outside or self.trained.reaches_embedding:
+        changed = self.model.scales_embeddings_outside or self.sees_images
+        if not changed or self.trained.reaches_embedding:
             return False
         return setup.uses_lora and setup.gradient_checkpointing
 
@@ -192,7 +202,7 @@ class TrainingRun:
     @cached_fact
     def mask_windows(self) -> tuple[int | None, ...]:
         """A micro-step's masks by their sliding window (null for none)."""
-        return mask_windows(self.setup, self.model.layers, self.attention, padded=self.padded)
+        return mask_windows(self.setup, self.model.layers, self.attention, padded=self.kind.padded)
 
     @property
     def keeps_attention(self) -> bool:
@@ -201,8 +211,29 @@ class TrainingRun:
 
     @cached_fact
     def micro_step(self) -> MicroStep:
-        """The shape of a forward and backward pass."""
-        return micro_step(self.setup)
+        """The shape of a forward and backward pass. Tokens of images have no label."""
+        found = micro_step(self.setup)
+        if self.model.tower is None or not self.patches:
+            return found
+        shown = self.model.tower.rule.tokens(self.patches)
+        return replace(found, rows=max(1, found.rows - shown))
+
+    @property
+    def sees_images(self) -> bool:
+        """RunKind.sees_images."""
+        return self.kind.sees_images
+
+    @cached_fact
+    def table_positions(self) -> int:
+        """Rows of the rotary tables: those of one sequence, or of all where each has its own."""
+        tower, shape = self.model.tower, self.micro_step
+        return shape.tokens if tower is not None and tower.row_tables else shape.positions
+
+    @cached_fact
+    def patches(self) -> int:
+        """Patches of a micro-step's images, each sequence with as many as it may have."""
+        setup = self.setup
+        return setup.image_patches * setup.per_device_train_batch_size if self.sees_images else 0
 
     @property
     def adapter(self) -> Adapter | None:

@@ -9,8 +9,9 @@ from planner.base.errors import FieldError, InputError
 from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
+from planner.models.parameter import Parameter
 from planner.models.scored import is_scored
-from planner.models.spec import ModelSpec, Parameter
+from planner.models.spec import ModelSpec
 from planner.models.storage import adapts_experts, is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.training_setup import ALL_LINEAR

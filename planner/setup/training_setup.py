@@ -53,6 +53,7 @@ class TrainingSetup:
     load_in_8bit: bool = _DEFAULTS["load_in_8bit"]
     experts: str = _DEFAULTS["experts"]
     experts_matmul: str = _DEFAULTS["experts_matmul"]
+    vision_tower: str = _DEFAULTS["vision_tower"]
     lora_r: int = _DEFAULTS["lora_r"]
     lora_alpha: int | None = _DEFAULTS["lora_alpha"]
     lora_dropout: float = _DEFAULTS["lora_dropout"]
@@ -79,6 +80,7 @@ class TrainingSetup:
     prepare_for_kbit_training: bool = _DEFAULTS["prepare_for_kbit_training"]
     packing: bool = _DEFAULTS["packing"]
     train_sampling_strategy: str = _DEFAULTS["train_sampling_strategy"]
+    image_patches: int = _DEFAULTS["image_patches"]
     num_processes: int = _DEFAULTS["num_processes"]
     distributed: str | None = _DEFAULTS["distributed"]
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.base.values import dataclass
+from planner.models.parameter import Parameter
 from planner.models.scored import is_scored
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.spec import LayerSpec, ModelSpec
 from planner.models.storage import is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.attention import SKIPS_MASKED
@@ -116,10 +117,13 @@ def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
     attention, masked, wide = _attention_flops(run)
     again = _attention_again(run, recomputed)
     trained = run.adapter is None
+    tower = run.model.tower
+    seen = 0.0 if tower is None or not run.sees_images else tower.flops(setup.image_patches)
     adapter = AdapterFlops(0.0, 0.0, 0.0, 0.0) if run.adapter is None else _adapter_flops(run, run.adapter)
     return (
         MatrixFlops(
-            layers=layers,
+            # A frozen vision tower looks at images once.
+            layers=layers + seen * setup.per_device_train_batch_size,
             experts=experts,
             adapter=adapter.products + adapter.forward,
             head=head,

@@ -179,7 +179,7 @@ def _sizeless(run: RunKind, decoder: DecoderSetup) -> tuple[ByKind, ByKind]:
         ByKind.counted(
             "pass",
             weight_byte=tensors.constant + KERNEL_BYTES * eight_bit.elements,
-            launch=0.0 if setup.compile != "none" else tensors.launches,
+            launch=0.0 if setup.compile != "none" else tensors.launches + seen,
             selected_launch=dispatched.launches if setup.selective_checkpointing else 0.0,
             quantized_call=python.quantized * runs,
             lora_call=python.lora * runs,
@@ -189,13 +189,20 @@ def _sizeless(run: RunKind, decoder: DecoderSetup) -> tuple[ByKind, ByKind]:
             compiled_layer=python.compiled_layers,
             compiled_call=python.compiled * nodes + CALL_SHARE * eight_bit.products,
         )
-        for tensors, dispatched, runs, nodes, eight_bit in (
-            (made.forward, made.forward, 1.0, 1.0, forward_8bit),
+        for tensors, dispatched, runs, nodes, eight_bit, seen in (
+            (made.forward, made.forward, 1.0, 1.0, forward_8bit, _tower_launches(run)),
             # Backward nodes of bitsandbytes and Liger are Python too, of PEFT's layers torch's own.
-            (made.backward, made.recomputed, share, 1.0 + share, backward_8bit),
+            (made.backward, made.recomputed, share, 1.0 + share, backward_8bit, 0.0),
         )
     )
     return forward, backward
+
+
+def _tower_launches(run: RunKind) -> float:
+    tower, storage = run.model.tower, run.storage
+    if tower is None or not run.sees_images:
+        return 0.0
+    return tower.launches(tower.pass_of(storage.width, quantized=storage.quantized and storage.tower))
 
 
 @lru_cache(maxsize=8192)

@@ -95,16 +95,14 @@ class StepReplay:
         self.inputs = InputsReplay(run)
         groups, final_norm = layer_groups(run)
         programs = ProgramSizes(self.tokens, self.scores)
+        # DDP copies gradients to where they stay.
+        accumulates = run.setup.gradient_accumulation_steps > 1 or run.parallelism.replicates
         self.layers = replayed_layers(
-            groups,
-            programs,
-            # DDP copies gradients to where they stay.
-            accumulates=run.setup.gradient_accumulation_steps > 1 or run.parallelism.replicates,
-            tuning_bytes=sizes.tuning_bytes,
+            groups, programs, accumulates=accumulates, tuning_bytes=sizes.tuning_bytes
         )
         last = max(groups, key=lambda group: group.indices[-1])
-        norm = norm_program(run.model.norm_layer, replace(last.knobs, stream_width=last.memory.output_width))
-        self.norm = programs.of(norm)
+        knobs = replace(last.knobs, stream_width=last.memory.output_width)
+        self.norm = programs.of(norm_program(run.model.norm_layer, knobs))
         self.head = output_replay(head_shape(run, final_norm.output_width))
         self.optimizer = OptimizerReplay(run)
         self.policy, self.reference = passes_alone(run, programs, self.inputs, self.norm, self.head)
@@ -112,10 +110,9 @@ class StepReplay:
         kept = int(at(final_norm.saved, self.tokens, self.scores))
         self.offload = offload_replay(run, self.allocator, self.inputs.stream_bytes, kept)
         self.gradients: list[int] = []
+        # Bytes above which the step at work ends the replay: what it reserves it keeps; then it is not whole.
         self.room: int | None = None
-        """Bytes above which the step at work ends the replay: what it reserves it keeps."""
         self.whole = True
-        """Whether all steps were replayed."""
 
     def play(self, limit_bytes: int | None = None, room_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
@@ -179,7 +176,7 @@ class StepReplay:
 
         Two micro-steps stand for any number of them; a `short` step has one.
         """
-        inputs = self.allocator.allocate_all([INT64 * self.tokens] * 3)
+        inputs = self.allocator.allocate_all([*[INT64 * self.tokens] * 3, *self.inputs.image_blocks])
         micro_steps = 1 if short else min(2, self.setup.gradient_accumulation_steps)
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
@@ -215,7 +212,7 @@ class StepReplay:
         self.policy.run(allocator)
         if sharding is not None:
             sharding.before_embedding()
-        held = self.inputs.run(allocator)
+        held = self.inputs.run(allocator, first=first)
         if sharding is not None:
             sharding.after_embedding()
         slots = self._forward(layers, held[0], takes_workspaces=first)
@@ -241,8 +238,7 @@ class StepReplay:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
             allocator.free(slots[0][0])
-        for block in held[1:]:
-            allocator.free(block)
+        allocator.free_all(held[1:])
 
     def _adds(self, *, later: bool, last: bool) -> bool:
         """Whether a micro-step adds its gradients to tensors that are there: those of an earlier one, or
@@ -281,6 +277,7 @@ class StepReplay:
         if offload is not None:
             offload.mark()
             offload.end_forward()
+        allocator.free_all(self.inputs.forward_only)
         return slots
 
     def _backward(

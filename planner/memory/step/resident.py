@@ -17,6 +17,7 @@ from planner.memory.held.weights import (
 )
 from planner.memory.measured.coefficients import Coefficients, cublas_workspace_bytes
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
+from planner.memory.step.images import input_bytes
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import Adapter
 from planner.setup.run import RunKind, TrainingRun
@@ -67,7 +68,7 @@ def resident_memory(
     """What a run keeps on the GPU between steps."""
     shape = run.micro_step
     features = run.model.rotary_features
-    rotary = run.model.rotary_tables * 2 * shape.positions * features * shape.stream_width
+    rotary = run.model.rotary_tables * 2 * run.table_positions * features * shape.stream_width
     held = _held(run.kind, allocator)
     return Resident(
         weights=held.weights,
@@ -79,7 +80,8 @@ def resident_memory(
         tables_bytes=sum(scales_bytes(run.kind))
         + rotary
         + mask_bytes(run)
-        + INPUT_BYTES_PER_TOKEN * shape.tokens,
+        + INPUT_BYTES_PER_TOKEN * shape.tokens
+        + input_bytes(run),
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
         reference_bytes=held.weights.allocated_bytes if run.kind.holds_reference else 0,
@@ -143,7 +145,10 @@ def _of_training(
 def _cublaslt_bytes(run: RunKind) -> int:
     """cuBLASLt's workspaces: the main thread's, and the autograd thread's where that runs layers again."""
     threads = 2 if run.setup.gradient_checkpointing else 1
-    return threads * CUBLASLT_WORKSPACE_BYTES if run.model.has_biased_linear else 0
+    if not run.model.has_biased_linear:
+        # A vision tower's are biased, and run in the main thread alone.
+        threads = 1 if run.sees_images else 0
+    return threads * CUBLASLT_WORKSPACE_BYTES
 
 
 def mask_bytes(run: TrainingRun) -> int:
