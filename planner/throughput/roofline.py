@@ -83,6 +83,8 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
     if setup.optim in UNCOMMON_OPTIMIZERS:
         raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
+    if setup.peft_type != "lora":
+        raise NoForecastError(f"no throughput for peft_type {setup.peft_type}: no run of it has been timed")
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
