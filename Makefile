@@ -23,8 +23,8 @@ INSTALL := $(PIP) install --quiet --no-compile
 LOCK := $(if $(LATEST),$(VENV)/torch.txt,constraints.txt)
 # Without an NVIDIA driver CUDA's torch is of no use: the demo then takes what the tests take.
 CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo constraints.txt)
-# Two workers on two cores, each with one thread: torch's own threads would fight over them.
-WORKERS ?= 2
+# Three workers on two cores, since tests of processes wait; each with one thread: torch's own would fight over them.
+WORKERS ?= 3
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
 # The tests start many processes: what one has compiled the next need not.
 export PYTHONDONTWRITEBYTECODE :=
@@ -91,7 +91,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml $(LOCK) $(if $(LATEST),FORCE) | $(VENV)/bin/python
 	$(INSTALL) $(if $(LATEST),--upgrade --upgrade-strategy eager) \
-	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train,web]" --group dev
+	  -c $(LOCK) --build-constraint constraints.txt --editable ".[train,web,prices]" --group dev
 	touch $@
 
 .venv-latest/torch.txt: constraints.txt | .venv-latest/bin/python

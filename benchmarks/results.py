@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,27 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 def write_result(name: str, figures: dict[str, Any]) -> None:
     """Write results/NAME.json."""
-    machine = {
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps({**figures, "machine": machine()}, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """The machine that results are taken on, and when."""
+    return {
         "cores": len(os.sched_getaffinity(0)),
         "cpu": _cpu(),
         "python": platform.python_version(),
-        "vramwise": version("vramwise"),
+        "vramwise": _version(),
         "taken": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{name}.json").write_text(json.dumps({**figures, "machine": machine}, indent=1) + "\n")
+
+
+def _version() -> str | None:
+    """Of the installed package; None where a tree is run from its folder, as on a rented machine."""
+    try:
+        return version("vramwise")
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

@@ -42,8 +42,8 @@ def main() -> None:
         setups.write_text("".join(line + "\n" for line in distinct_lines()), encoding="utf-8")
         batch = ("estimate", "--gpu", "rtx-4090", "--setups", str(setups), "--json")
         for name, theirs, ours in (
-            ("plan", PLAN, PLAN),
-            ("plan, the longest context in ours", PLAN, (*PLAN, "--longest")),
+            ("plan, without the longest context", PLAN, (*PLAN, "--no-longest")),
+            ("plan, the longest context in ours", PLAN, PLAN),
             ("estimate of 20,000 setups", batch, batch),
             ("compare --gpu 12GB", ("compare", "--gpu", "12GB"), ("compare", "--gpu", "12GB")),
         ):

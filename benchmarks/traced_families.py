@@ -36,6 +36,7 @@ RUNS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
     ("qwen3-next-80b-a3b", (1024, 2048), {"experts": "4bit", "target_modules": LINEAR}),
     ("llama-4-scout", (1024, 2048), {"experts": "4bit", "target_modules": ATTENTION}),
     ("granite-4.0-h-tiny", (1024, 2048), {"experts": "4bit"}),
+    ("gemma-4-31b", (1024, 2048), {}),
     ("deepseek-v2-lite", (2048,), {"experts": "4bit", "lora_r": 8}),
     ("gpt-oss-20b", (2048,), {"experts": "4bit", **KEPT}),
     ("qwen3.5-9b", (2048,), KEPT),

@@ -61,7 +61,8 @@ def _compiler() -> str:
 
 FITTED = ("docs", "memory_records", "throughput_fit")
 FORKED = (
-    *("faults/test_evaluation", "faults/test_file_systems", "faults/test_full_disk"),
+    *("faults/test_engine", "faults/test_evaluation", "faults/test_file_systems"),
+    *("faults/test_full_disk",),
     *("faults/test_launcher_faults", "faults/test_out_of_memory", "faults/test_several_ranks"),
     *("faults/test_torchrun", "stack/test_compiled_shards", "stack/test_several_gpus"),
 )

@@ -26,6 +26,16 @@ from launcher.commands.waiting import (
 )
 from launcher.runs import stack
 from launcher.runs.trackers import TRACKERS, checked, require
+from launcher.training.engines.asked import (
+    UNSLOTH,
+    OtherEngine,
+    add_engine,
+    engine_asked,
+    plan_for_engine,
+    say_of_engine,
+    taken,
+    wish_for,
+)
 from planner.answers.plan import Plan
 from planner.base.errors import ExitCode, InputError, MissingExtraError
 from planner.base.settings import card_asked_for
@@ -71,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, action=StoreOnce, type=whole_number, metavar="N", help=text)
     add_saving(parser)
     add_nodes(parser)
+    add_engine(parser)
     parser.add_argument(
         "--track",
         action="append",
@@ -112,7 +123,7 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
     stack.require("train")
     require(args.track)
     on_gpu = _has_gpu()
-    plan, wish = _planned(args, saved, on_gpu=on_gpu)
+    plan, wish, engine = _planned(args, saved, engine_asked(args, on_gpu=on_gpu), on_gpu=on_gpu)
     nodes = wish.nnodes
     if not on_gpu:
         say(f"no NVIDIA GPU here: planned for {plan.gpu.text}, trained on this machine's CPU")
@@ -123,18 +134,24 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
 
     from launcher.training import build
 
-    build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
+    if engine is None:
+        build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
+    else:
+        say_of_engine(engine)
     if wish.eval_data is not None:
         _say_of_evaluation(dataclasses.replace(wish, data=wish.eval_data), plan)
-    say(saving_in_words(wish, plan))
+    if engine is None:
+        say(saving_in_words(wish, plan))
     if args.dry_run:
         return _dry_run(root, plan, wish, args.name)
     return _start_and_follow(root, plan, wish, args.name)
 
 
-def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> tuple[Plan, JobWish]:
-    """The plan, made here or saved before, shown; and what is asked beside it. With --wait it is that of the
-    moment in which the GPU has room for it.
+def _planned(
+    args: argparse.Namespace, saved: Plan | None, engine: OtherEngine | None, *, on_gpu: bool
+) -> tuple[Plan, JobWish, OtherEngine | None]:
+    """The plan, made here or saved before, shown; what is asked beside it; and the engine, if it is taken.
+    With --wait the plan is that of the moment in which the GPU has room for it.
     """
     if saved is None:
         # Of the settings the price alone: what is trained on is this machine's.
@@ -150,13 +167,13 @@ def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> t
     model, source = _find_model(args)
     _find_data(args)
     request = dataclasses.replace(request, data=args.data)
-    if not on_gpu:
+    if not on_gpu and engine is None:
         knobs = {**_for_the_cpu(model), **request.fixed}
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
     wish = _wish(args, source)
     stats = _measured_stats(wish)
     while True:
-        plan = _plan_of(args, saved, request, model, stats, on_gpu=on_gpu)
+        plan, theirs = _engines_plan(args, saved, engine, request, model, stats, on_gpu=on_gpu)
         if not on_gpu:
             break
         waited = plan.fits and its_gpus_were_waited_for(plan, wait=args.wait, nnodes=nodes)
@@ -164,7 +181,33 @@ def _planned(args: argparse.Namespace, saved: Plan | None, *, on_gpu: bool) -> t
             break
         see_that_the_gpu_is_free(request, wait=True, nnodes=nodes)
     _show(plan, full=args.full)
-    return plan, wish
+    if theirs:
+        wish = dataclasses.replace(wish, **wish_for(engine))
+    return plan, wish, engine if theirs else None
+
+
+def _engines_plan(
+    args: argparse.Namespace,
+    saved: Plan | None,
+    engine: OtherEngine | None,
+    request: PlanRequest,
+    model: ModelSpec,
+    stats: DatasetStats,
+    *,
+    on_gpu: bool,
+) -> tuple[Plan, bool]:
+    """The plan of who trains, and whether that is the other engine."""
+    if engine is not None and args.engine == UNSLOTH:
+        return plan_for_engine(request, model=model, stats=stats, on_gpu=on_gpu), True
+    plan = _plan_of(args, saved, request, model, stats, on_gpu=on_gpu)
+    if engine is None:
+        return plan, False
+    try:
+        other = plan_for_engine(request, model=model, stats=stats, on_gpu=on_gpu)
+    except InputError as error:
+        say(f"Unsloth is not taken: {error}")
+        return plan, False
+    return (other, True) if taken(plan, other) else (plan, False)
 
 
 def _plan_of(

@@ -67,6 +67,7 @@ class MeasuredRun:
         self.micro_steps: list[int] = []
         self._useful_tokens = self._processed_tokens = 0
         self.update_seconds: list[float] = []
+        self.first_step_seconds: float | None = None
         self._device = device
         self._driver_bytes = driver_bytes
 
@@ -199,10 +200,14 @@ class MeasuredRun:
 
         seconds, updates, micro_steps = self.step_seconds, self.update_seconds, self.micro_steps
         enough, wait, forget_peaks, ranks = self.steady_enough, self._wait, self._forget_peaks, self.ranks
+        measured = self
 
         class StepClock(TrainerCallback):  # type: ignore[misc]
-            started = updating = 0.0
+            begun = started = updating = 0.0
             passed = 0
+
+            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                self.begun = time.perf_counter()
 
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
                 wait()
@@ -221,6 +226,8 @@ class MeasuredRun:
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 wait()
                 now = time.perf_counter()
+                if not seconds:
+                    measured.first_step_seconds = now - self.begun
                 seconds.append(now - self.started)
                 updates.append(now - self.updating)
                 micro_steps.append(self.passed + 1)

@@ -216,6 +216,7 @@ class Profiler:
             memory_cap_bytes=profile.memory_cap_bytes,
             allocator=process_allocator(os.environ),
             host_block_seconds=round(host_block_seconds, 7),
+            first_step_seconds=None if run.first_step_seconds is None else round(run.first_step_seconds, 3),
         )
 
 

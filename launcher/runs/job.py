@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.runs.folder import RunFolder, create_run_folder, write_first
 from launcher.runs.kept.checkpoints import refuse_full_disk
-from launcher.runs.training_job import SEED, TrainingJob, check_evaluation
+from launcher.runs.training_job import OWN_ENGINE, SEED, TrainingJob, check_evaluation
 from planner.answers.plan import Plan
 from planner.data.files import named_on_hub
 from planner.models.spec import ModelSpec
@@ -45,6 +45,8 @@ class JobWish:
     nnodes: int = 1
     node_rank: int = 0
     rdzv_endpoint: str | None = None
+    engine: str = OWN_ENGINE
+    engine_python: str | None = None
 
     def __post_init__(self) -> None:
         check_evaluation(
@@ -93,6 +95,8 @@ def job_of(plan: Plan, wish: JobWish) -> TrainingJob:
         nnodes=wish.nnodes,
         node_rank=wish.node_rank,
         rdzv_endpoint=wish.rdzv_endpoint,
+        engine=wish.engine,
+        engine_python=wish.engine_python,
     )
 
 

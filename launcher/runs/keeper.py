@@ -29,6 +29,7 @@ from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, read_beat
 from launcher.runs.kept import checkpoints
 from launcher.runs.minding import ranks, stopping
+from launcher.runs.minding.compiled_cache import cache_environment
 from launcher.runs.minding.deaths import KillCounters, advice_on_memory, read_kill_counters, signal_name
 from launcher.runs.minding.hang import HangLimits, HangWatch, Silence
 from launcher.runs.minding.smaller import ask_for_smaller
@@ -36,7 +37,7 @@ from launcher.runs.minding.spawn import spawn
 from launcher.runs.report.writing import write_or_say
 from launcher.runs.state import last_checkpoint, read_recent
 from launcher.runs.tail import last_lines, lines_from_the_end
-from launcher.runs.training_job import TrainingJob
+from launcher.runs.training_job import OWN_ENGINE, TrainingJob
 from planner.base.errors import InputError, shorten
 
 POLL_SECONDS = 0.2
@@ -47,6 +48,7 @@ HANG_RESTARTS = 3
 """Restarts after a hang without a new checkpoint in between, after which the run is given up."""
 _LAST_LINES = 200
 _TRAINERS = {False: "launcher.training.train", True: "launcher.training.several.agent"}
+_OTHER_ENGINE = "launcher.training.engines.engine"
 _STATES = {end.code: end.state for end in reversed(RUN_ENDS)}
 
 Spawn = Callable[[], "subprocess.Popen[bytes]"]
@@ -68,7 +70,7 @@ class AttemptEnd:
 
 def next_attempt(folder: RunFolder, end: AttemptEnd) -> Attempt | None:
     """The attempt that is made after this end; None: the run is over."""
-    if not end.gone or end.host_memory:
+    if not end.gone or end.host_memory or _job(folder).engine != OWN_ENGINE:
         return None
     found = checkpoints.newest(folder.checkpoints).newest
     from_step = 0 if found is None else found.step
@@ -347,6 +349,11 @@ def _job(folder: RunFolder) -> TrainingJob:
     return attempts[-1].apply(job) if attempts else job
 
 
+def _trainer(folder: RunFolder) -> str:
+    """The module that trains the present attempt."""
+    return _TRAINERS[_ranks_here(folder) > 0] if _job(folder).engine == OWN_ENGINE else _OTHER_ENGINE
+
+
 def _ranks_here(folder: RunFolder) -> int:
     job = _job(folder)
     return job.local_processes if job.setup.num_processes > 1 else 0
@@ -358,15 +365,13 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m launcher.runs.keeper RUN_DIR [DESCRIPTOR...]", file=sys.stderr)
         return RunExit.BAD_INPUT
     gpu = [int(one) for one in arguments[1:]]
-    allocator = allocator_environment(os.environ)
+    variables = allocator_environment(os.environ) | cache_environment(os.environ)
     try:
         # The folder may be renamed while the run goes on.
         with anchored(RunFolder(Path(arguments[0]).resolve())) as folder, hold_lock(folder, "keeper"):
             code = Keeper(
                 folder,
-                start_trainer=lambda: spawn(
-                    folder, "trainer", _TRAINERS[_ranks_here(folder) > 0], allocator, descriptors=gpu
-                ),
+                start_trainer=lambda: spawn(folder, "trainer", _trainer(folder), variables, descriptors=gpu),
                 start_sampler=lambda: spawn(folder, "sampler", "launcher.runs.sampler"),
                 ranks_here=lambda: _ranks_here(folder),
                 ranks_in_all=lambda: _job(folder).setup.num_processes,

@@ -34,6 +34,14 @@ def read_plan(folder: RunFolder) -> Plan | None:
     return Plan.from_dict(values)
 
 
+def whole_plan(folder: RunFolder) -> Plan | None:
+    """A run's plan; None for a job made by hand, or where the file is damaged."""
+    try:
+        return read_plan(folder)
+    except InputError:
+        return None
+
+
 def store_record(folder: RunFolder, outcome: str, summary: RunSummary | None = None) -> RunRecord | None:
     """Write record.json and add the record to the person's own; None when the run was not on a GPU.
 
@@ -93,6 +101,7 @@ def make_record(folder: RunFolder, outcome: str, summary: RunSummary | None = No
         allocator=str(start.environment.get("allocator", NATIVE)),
         ranks=_each_rank(found, setup.num_processes),
         padded=setup.per_device_train_batch_size > 1 and not setup.packing,
+        first_step_seconds=found.first_step_seconds,
     )
 
 

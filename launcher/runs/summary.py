@@ -60,6 +60,7 @@ class RunSummary:
     memory: dict[str, MemoryEvent] = field(default_factory=dict)
     rates: Figures = field(default_factory=Figures)
     step_seconds: Figures = field(default_factory=Figures)
+    first_step_seconds: float | None = None
     checkpoint: CheckpointEvent | None = None
     evaluation: EvalEvent | None = None
 
@@ -90,11 +91,13 @@ class RunSummary:
 
     def _forget_what_was_too_much(self) -> None:
         """Another setup is trained from here on: peaks, rates and start of the one before are not its own."""
-        self.start = None
+        self.start = self.first_step_seconds = None
         self.memory.clear()
         self.rates, self.step_seconds = Figures(), Figures()
 
     def _take_log(self, event: LogEvent) -> None:
+        if not self.trained and self.start is not None and event.step == self.start.first_step + 1:
+            self.first_step_seconds = event.time - self.start.time
         self.trained = True
         if event.loss is not None:
             self.first_loss = event.loss if self.first_loss is None else self.first_loss

@@ -18,6 +18,8 @@ from planner.setup.training_setup import TrainingSetup
 
 JOB_SCHEMA_VERSION = 1
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+OWN_ENGINE = "trl"
+ENGINES = (OWN_ENGINE, "unsloth")
 SEED = 42
 """Of order, adapter and dropout, where none is asked for: transformers' own (TrainingArguments.seed)."""
 
@@ -39,7 +41,8 @@ class TrainingJob:
     `nnodes` machines train together, this one as `node_rank`, and meet at `rdzv_endpoint` (host:port of the
     first), as torchrun names them; each has its share of the setup's processes. `track` names trackers that
     are told the figures too (launcher/runs/trackers.py); they write into the run folder alone unless
-    `allow_upload`.
+    `allow_upload`. `engine` is what trains: the launcher's own trainer ("trl"), or another one that is
+    installed in an environment of its own, whose interpreter `engine_python` is.
     """
 
     setup: TrainingSetup
@@ -70,6 +73,8 @@ class TrainingJob:
     nnodes: int = 1
     node_rank: int = 0
     rdzv_endpoint: str | None = None
+    engine: str = OWN_ENGINE
+    engine_python: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.setup, TrainingSetup):
@@ -99,6 +104,9 @@ class TrainingJob:
         validate.boolean("allow_download", self.allow_download)
         trackers.checked(self.track)
         validate.boolean("allow_upload", self.allow_upload)
+        validate.choice("engine", self.engine, ENGINES)
+        if (self.engine_python is None) != (self.engine == OWN_ENGINE):
+            raise FieldError("engine_python", self.engine_python, f"an interpreter for {self.engine} alone")
         check_evaluation(
             data=self.eval_data_path,
             split=self.eval_split,

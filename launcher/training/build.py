@@ -17,12 +17,18 @@ from launcher.runs.training_job import TrainingJob
 from launcher.training.adapters import freeze_down, hold_beside, lora_config
 from launcher.training.arguments import sft_config
 from launcher.training.loading.eight_bits import keep_no_inputs
-from launcher.training.loading.stored import hold_in, refuse_other, stored_config, stored_in
+from launcher.training.loading.stored import (
+    hold_in,
+    is_microscaled_in,
+    refuse_other,
+    stored_config,
+    stored_in,
+)
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
 from planner.memory.refusals import PLAIN_WITH_UNCOMMON, plain_beside, refuse_other_dropout_masks
 from planner.setup.adapters import uncommon_knob
-from planner.setup.training_knobs import LORAFA
+from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
 
@@ -147,7 +153,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if setup.experts == "4bit":
+    if setup.experts == "4bit" or is_microscaled_in(source, allow_download=allow_download):
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
     if setup.load_in_8bit:
         keep_no_inputs()
@@ -182,12 +188,11 @@ def _load_by_layer(
     from launcher.training.loading.base_folder import find_base
     from launcher.training.loading.by_layer import load_by_layer
 
-    quantization = quantization_config(setup)
-    assert quantization is not None
     return load_by_layer(
         find_base(source, allow_download=allow_download),
         dtype=torch_dtype(setup),
-        quantization_config=quantization,
+        quantization_config=quantization_config(setup),
+        quantizes_experts=setup.experts == "4bit",
         attn_implementation=setup.attn_implementation,
         device=device,
     )
@@ -285,6 +290,10 @@ def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
         hold_beside(trainer.model)
     if setup.dtype == "float16":
         hold_trainables_in_float32(trainer.model)
+    if setup.experts_matmul == SLICED:
+        from launcher.training.products.sliced_experts import use_sliced_experts
+
+        use_sliced_experts(trainer.model)
     if setup.base_matmul != "bf16":
         trainer.left_in_16bit = use_eight_bit_products(trainer.model, setup.base_matmul)
     if setup.compile == "regional":

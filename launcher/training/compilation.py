@@ -39,6 +39,7 @@ def compile_decoder_layers(
     """
     import torch._dynamo.config
     import torch._functorch.config
+    import torch._inductor.config
 
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
@@ -48,6 +49,10 @@ def compile_decoder_layers(
     # By default whatever a matrix product of the backward pass reads is kept, a norm's output and the gated
     # product of the MLP too. Those are elementwise to recompute, and are 38% of what a Llama layer keeps.
     torch._functorch.config.ban_recompute_materialized_backward = False
+    # Checks of what each operator returns, thousands in a step, which the host has no time for.
+    torch._inductor.config.size_asserts = False
+    torch._inductor.config.alignment_asserts = False
+    keep_compiled()
     for layer in decoder_layers(model):
         if is_sharded(layer):
             # FSDP2's hooks gather and free what the layer computes with: outside of what is compiled. With
@@ -56,6 +61,15 @@ def compile_decoder_layers(
         else:
             layer.compile(backend=backend)
     return RecomputeAll()
+
+
+def keep_compiled() -> None:
+    """Have graphs with functions of autograd's own, as 4-bit layers are, kept between runs too.
+
+    torch leaves them out of its cache of whole graphs, as such a function could read what its graph does not
+    show. These read their arguments alone: tensors, and numbers that the traced graph has.
+    """
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 class RecomputeAll(TrainerCallback):  # type: ignore[misc]
@@ -80,6 +94,10 @@ def recompute_all(model: torch.nn.Module) -> None:
 
 def _contexts() -> Any:
     return create_selective_checkpoint_contexts(_recompute)
+
+
+_contexts.cache_hash = "vramwise: recompute all"  # type: ignore[attr-defined]
+"""Without a name that stands for its behaviour torch caches no graph that a policy has marked."""
 
 
 def _recompute(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

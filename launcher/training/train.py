@@ -21,21 +21,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.runs import stack, trackers
+from launcher.runs import stack
 from launcher.runs.allocator import fall_back
-from launcher.runs.attempts import Attempt, add_attempt, first_attempt, read_attempts
+from launcher.runs.attempts import Attempt
 from launcher.runs.ends import RunExit
-from launcher.runs.events import AttemptEvent, EndEvent, EventWriter, WarningEvent, read_events
+from launcher.runs.events import EndEvent, EventWriter, WarningEvent
 from launcher.runs.folder import RunBusyError, RunFolder, anchored, hold_lock
 from launcher.runs.heartbeat import STACKS_SIGNAL, HeartbeatWriter
 from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.minding.ranks import RankEnd, lock_name, stacks_file, tell_end
-from launcher.runs.record import read_plan
+from launcher.runs.record import whole_plan
 from launcher.runs.training_job import TrainingJob
 from launcher.training.card import ChosenGpu, choose_gpu, gpu_facts
 from launcher.training.ending import RunEnd, StopRequest, is_out_of_memory
+from launcher.training.opening import begin_attempt, refuse_started, set_environment
 from launcher.training.several.ranks import Ranks, asked_ranks, end_with_parent, join
-from launcher.training.stages import Stages
+from launcher.training.stages import Stages, compiling_words
 from launcher.training.watching.patience import PatientWriter
 from planner.base.errors import InputError, shorten
 from planner.base.importing import uncollected
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
             open_ones.enter_context(hold_lock(folder, lock_name(ranks.local_rank)))
             held = open_ones.enter_context(anchored(folder))
             if ranks.tells:
-                _refuse_started(folder)
+                refuse_started(folder)
             writer = open_ones.enter_context(EventWriter(held.events if ranks.tells else Path(os.devnull)))
             beats = open_ones.enter_context(
                 HeartbeatWriter(held.heartbeat if ranks.tells else Path(os.devnull))
@@ -104,41 +105,6 @@ def _tell_keeper(folder: RunFolder, ranks: Ranks, end: EndEvent) -> None:
     )
 
 
-def _refuse_started(folder: RunFolder) -> None:
-    """See that there is an attempt that no trainer has begun, or that nothing has begun at all.
-
-    Raises:
-        RunBusyError: there is none.
-        InputError: the attempts cannot be read.
-    """
-    attempts, events = read_attempts(folder.attempts), read_events(folder.events)
-    begun = max((event.number for event in events if isinstance(event, AttemptEvent)), default=0)
-    if (events and not attempts) or (attempts and attempts[-1].number <= begun):
-        raise RunBusyError(f"{folder.path}: this run has been started before; `vramwise runs resume` goes on")
-
-
-def _begin_attempt(folder: RunFolder, writer: EventWriter, ranks: Ranks) -> tuple[TrainingJob, Attempt]:
-    """The last attempt, told as an event, and the job as it trains it.
-
-    Raises:
-        InputError: job or attempts cannot be read.
-    """
-    job, attempts = folder.read_job(), read_attempts(folder.attempts)
-    attempt = attempts[-1] if attempts else first_attempt(job)
-    if not attempts and ranks.tells:
-        add_attempt(folder.attempts, attempt)
-    writer.write(
-        AttemptEvent(
-            time=time.time(),
-            number=attempt.number,
-            reason=attempt.reason,
-            from_step=attempt.from_step,
-            changes=attempt.changes,
-        )
-    )
-    return attempt.apply(job), attempt
-
-
 def _refuse_unlike(job: TrainingJob, attempt: Attempt, ranks: Ranks) -> None:
     """See that all machines train the same from the same step: each has planned, and resumes, by itself.
 
@@ -156,13 +122,13 @@ def _refuse_unlike(job: TrainingJob, attempt: Attempt, ranks: Ranks) -> None:
 def _run(
     folder: RunFolder, writer: EventWriter, stop: StopRequest, end: RunEnd, stages: Stages, ranks: Ranks
 ) -> None:
-    job, attempt = _begin_attempt(folder, writer, ranks)
+    job, attempt = begin_attempt(folder, writer, ranks)
     end.step = attempt.from_step
     stages.enter("loading", "loading the libraries")
     gpu = choose_gpu(job, ranks)
     if gpu is not None:
         end.room = gpu.room
-    _set_environment(job, folder)
+    set_environment(job, folder)
     if (fallen_back := fall_back(os.environ)) is not None:
         _warn(writer, fallen_back)
 
@@ -279,10 +245,12 @@ def _equip(
     compiles = job.setup.compile != "none"
     tell = functools.partial(stages.enter, "rehearsing")
     check_layers(trainer, job.setup, functools.partial(stages.enter, "compiling"))
-    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=_planned_bytes(folder)))
+    plan = whole_plan(folder)
+    planned = None if plan is None else plan.memory.reserved_bytes
+    trainer.add_callback(Rehearsal(trainer, tell, planned_bytes=planned))
     trainer.add_callback(HeartbeatCallback(stages.beat, compiles=compiles))
     # The rehearsal is the first to run the layers, and so to compile them.
-    stages.enter("compiling" if compiles else "rehearsing")
+    stages.enter("compiling" if compiles else "rehearsing", compiling_words(plan) if compiles else "")
 
 
 def _device(job: TrainingJob, gpu: ChosenGpu | None, writer: EventWriter, ranks: Ranks) -> torch.device:
@@ -361,17 +329,6 @@ def _unknown() -> None:
     return None
 
 
-def _set_environment(job: TrainingJob, folder: RunFolder) -> None:
-    """What libraries read at import: no network unless asked, no telemetry, no forked tokenizer threads."""
-    trackers.prepare(job.track, folder.tracking, allow_upload=job.allow_upload)
-    if not job.allow_download:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 def _environment(device: torch.device) -> dict[str, str | int | float | None]:
     import torch
 
@@ -385,15 +342,6 @@ def _environment(device: torch.device) -> dict[str, str | int | float | None]:
 
 def _warn(writer: EventWriter, message: str) -> None:
     writer.write(WarningEvent(time=time.time(), message=shorten(message, 500).strip("'\"")))
-
-
-def _planned_bytes(folder: RunFolder) -> int | None:
-    """What the plan has for a step's reserve; None for a job made by hand, or where the file is damaged."""
-    try:
-        plan = read_plan(folder)
-    except InputError:
-        return None
-    return None if plan is None else plan.memory.reserved_bytes
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from typing import Any
 
 from launcher.tui.cards import Card
 from launcher.tui.sizing import Sizing, Wishes
+from planner.search.strategies import PLAIN
 from planner.setup import defaults
 from planner.setup.options import option
-from planner.setup.request import PlanRequest, make_request
+from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, PlanRequest, make_request
 from planner.setup.training_setup import TrainingSetup
 
 _CHOSEN_OTHERWISE = (
@@ -28,6 +29,8 @@ _CHOSEN_OTHERWISE = (
 
 _SHARING = ("num_processes", "distributed")
 """What `plan` chooses where there are several cards."""
+_OPTIMIZERS = (defaults.OPTIM, defaults.FASTER_OPTIM)
+"""Those between which a search chooses."""
 
 
 def request_of(sizing: Sizing, **wishes: Any) -> PlanRequest:
@@ -43,6 +46,37 @@ def request_of(sizing: Sizing, **wishes: Any) -> PlanRequest:
         fixed.setdefault("attn_implementation", sizing.model.default_attn_implementation)
     asked = asked_of(sizing.card, sizing.wishes)
     return make_request(setup.model, knobs=fixed, **{**asked, **wishes})
+
+
+def open_request(sizing: Sizing) -> PlanRequest:
+    """The request that leaves open all that `plan` chooses by itself: fixed are the sizing's model, card,
+    method, adapter and effective batch, and what else was changed that no search changes.
+
+    Raises:
+        InputError: the knobs contradict each other.
+    """
+    setup, card = sizing.searched_from, sizing.card
+    usual = TrainingSetup(model=setup.model, max_length=setup.max_length, dtype=card.spec.dtype).to_dict()
+    chosen = {*_CHOSEN_OTHERWISE, *_SHARING, *PLAIN, "experts"}
+    if setup.packing:
+        chosen.add("attn_implementation")
+    if setup.optim not in _OPTIMIZERS:
+        chosen.remove("optim")
+    fixed = {
+        name: value
+        for name, value in setup.to_dict().items()
+        if name not in {"model", *chosen} and value is not None and value != usual[name]
+    }
+    size = setup.effective_batch_size
+    # Of packed rows nobody knows how many examples a step has without the data.
+    known = size != DEFAULT_EFFECTIVE_BATCH_SIZE and not setup.packing
+    return make_request(
+        setup.model,
+        gpu=card.argument,
+        display=card.display,
+        knobs=fixed,
+        effective_batch_size=size if known else None,
+    )
 
 
 def asked_of(card: Card, wishes: Wishes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from launcher.tui.sizing import Sizing
 from launcher.tui.text import gib, size
+from planner.answers.plan import Longest
 from planner.gpus.spec import GpuSpec
 from planner.memory.breakdown import REPLAYED
 from planner.text.figures import dollars, duration, rate
@@ -22,9 +23,21 @@ class Explained:
     source: str
 
 
-def explained(sizing: Sizing) -> tuple[Explained, ...]:
+def explained(sizing: Sizing, longest: Longest | None = None) -> tuple[Explained, ...]:
     """Every number of the screen."""
-    return (*_memory(sizing), *_speed(sizing), *_run(sizing))
+    return (*_memory(sizing), *_longest(longest), *_speed(sizing), *_run(sizing))
+
+
+def _longest(found: Longest | None) -> Iterator[Explained]:
+    if found is None:
+        return
+    ends = "the model's own window" if found.reaches_model_limit else "the last that fits, in steps of 64"
+    yield Explained(
+        "longest",
+        f"{found.max_length:,} tokens",
+        f"{ends}: the leanest setups that a search tries with this method, adapter and effective batch, "
+        "replayed through torch's allocator, as by plan --longest; the speed is the fastest one's that fits",
+    )
 
 
 def _memory(sizing: Sizing) -> Iterator[Explained]:

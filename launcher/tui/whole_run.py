@@ -60,7 +60,8 @@ def run_lines(sizing: Sizing, run: WholeRun) -> Iterator[tuple[str, str]]:
         yield "time", plain(sizing.no_step) or "no forecast"
         return
     yield "steps", f"{found.steps:,} of {run.schedule.effective_batch_size:,} examples, {passes}"
-    yield "time", f"{duration(found.hours)}, {duration(found.hours_low)} to {duration(found.hours_high)}"
+    yield "time", duration(found.hours)
+    yield "between", f"{duration(found.hours_low)} and {duration(found.hours_high)}"
     # Whose price it is, and of which day, stands beside the speed.
     if found.usd is None:
         yield "price", "not known: type one below the card"

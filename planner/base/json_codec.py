@@ -7,6 +7,7 @@ with a `from_dict` of its own (TrainingSetup) is read by it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +21,10 @@ NOT_IN_JSON: Mapping[str, bool] = MappingProxyType({"in_json": False})
 """Metadata of a field that is left out of the JSON; it has a default, which it takes when read back."""
 WHERE_SET: Mapping[str, bool] = MappingProxyType({"where_set": True})
 """Metadata of a field that is left out of the JSON where it has its default."""
+
+
+encode_text = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+"""A JSON value as text, in one line."""
 
 
 def encode(value: Any) -> Any:

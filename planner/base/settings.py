@@ -28,7 +28,8 @@ class Settings:
     """What is taken where a command is not told; null where nothing is kept.
 
     `gpu` is what --gpu takes, `display` and `price_per_hour` are of that card alone. `runs` is the folder of
-    run folders, `theme` one of the terminal interface's.
+    run folders, `theme` one of the terminal interface's, `unsloth_python` the interpreter of the environment
+    that Unsloth is installed in.
     """
 
     gpu: str | None = None
@@ -36,6 +37,7 @@ class Settings:
     price_per_hour: float | None = None
     runs: str | None = None
     theme: str | None = None
+    unsloth_python: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +54,7 @@ HELP = {
     "price_per_hour": "US dollars for an hour of one such GPU",
     "runs": "folder of run folders",
     "theme": "theme of the terminal interface",
+    "unsloth_python": "Python of the environment that Unsloth is installed in, for train --engine",
 }
 NAMES = tuple(field.name for field in fields(Settings))
 _KINDS: dict[str, type] = {"display": bool, "price_per_hour": float}

@@ -90,6 +90,8 @@ class RunRecord:
     host took, around the run, for what microbenchmarks call the eager block (null: not timed). `tf32` says
     that products in float32 could use it, as the launcher lets them. Of a run on several GPUs `phases` has
     the largest figures of all, `ranks` each GPU's own, and rates are those of all together.
+    `first_step_seconds` is the wait from the beginning of training to the end of its first step, with what is
+    compiled and compared before it (null: not timed).
     """
 
     id: str
@@ -116,6 +118,7 @@ class RunRecord:
     host_block_seconds: float | None = None
     tf32: bool = True
     ranks: tuple[tuple[MeasuredPhase, ...], ...] = ()
+    first_step_seconds: float | None = None
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def __post_init__(self) -> None:

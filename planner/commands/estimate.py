@@ -14,9 +14,10 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 from planner.base.errors import ExitCode, InputError, VramwiseError, shorten
+from planner.base.json_codec import encode_text
 from planner.base.settings import card_asked_for
 from planner.commands.program import StoreOnce, SwitchOnce
 from planner.commands.setup_lines import MAX_REPLAYED_LINES, Answer, Answering, SetupFile, numbered_lines
@@ -160,17 +161,14 @@ def _print_json(pieces: Iterator[tuple[str, bool]]) -> int:
     return code
 
 
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-
-
 def _encoded(answers: Iterator[tuple[int, Answer]]) -> tuple[str, bool]:
     """Answers as JSON lines, and whether each line was a setup."""
     lines, all_setups = [], True
     for number, answer in answers:
         if isinstance(answer, VramwiseError):
             all_setups = False
-            line: dict[str, Any] = {"error": " ".join(str(answer).split()), "line": number}
+            line = encode_text({"error": " ".join(str(answer).split()), "line": number})
         else:
-            line = answer.to_dict()
-        lines.append(_encode(line) + "\n")
+            line = answer.to_json()
+        lines.append(line + "\n")
     return "".join(lines), all_setups

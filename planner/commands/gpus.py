@@ -22,11 +22,18 @@ _LEAST_OF_LABEL, _MOST_OF_LABEL = 0.935, 1.02
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `gpus`."""
     parser.add_argument("text", nargs="?", help="only cards with this in their name, or of this memory: 24gb")
+    parser.add_argument(
+        "--update-prices",
+        action="store_true",
+        help="download what gpuhunt lists of rented cards' prices first, and keep it for plans",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """List and print."""
+    if args.update_prices:
+        _update_prices()
     catalog = gpu_catalog()
     found = list(catalog) if args.text is None else _selected(args.text, catalog)
     try:
@@ -44,6 +51,26 @@ def run(args: argparse.Namespace) -> int:
     show(lambda out: print_gpus(out, found))
     show(lambda out: print_local_gpus(out, here, reason))
     return ExitCode.OK
+
+
+def _update_prices() -> None:
+    """Download and keep prices, and say on stderr whose they are and where they lie."""
+    import datetime as dt
+
+    from planner.gpus.price_list import download_prices
+    from planner.gpus.prices import keep_prices
+
+    prices = download_prices(dt.datetime.now(dt.UTC).date())
+    path = keep_prices(prices)
+    gpu_catalog.cache_clear()
+    providers = ", ".join(sorted({one.provider for one in prices}))
+    days = sorted({one.listed for one in prices})
+    told = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    print(
+        f"{len(prices)} prices of {told} ({providers}; {prices[0].by}) are in {path}; "
+        "remove it for those that were shipped",
+        file=sys.stderr,
+    )
 
 
 def _selected(text: str, catalog: GpuCatalog) -> list[GpuSpec]:

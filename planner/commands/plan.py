@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan what a config of such a trainer trains (YAML)",
     )
     parser.add_argument(
-        "--longest", action="store_true", help="say how long sequences may be, and how fast they are then"
+        "--longest",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="say how long sequences may be, and how fast they are then (default)",
     )
     parser.add_argument("--full", action="store_true", help="print all that is known of it")
     parser.add_argument("--explain", action="store_true", help="--full, and where each figure comes from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import tomllib
@@ -12,6 +13,7 @@ from planner.base.data_files import PROFILES
 from planner.base.errors import UnknownNameError
 from planner.base.units import MIB
 from planner.base.values import dataclass
+from planner.gpus.prices import ListedPrice, is_newer, kept_prices
 from planner.gpus.spec import GpuSpec, has_native_bfloat16, reserved_bytes_upper_bound
 
 CATALOG_FILE = PROFILES / "gpus.toml"
@@ -80,11 +82,22 @@ class GpuCatalog:
 
 @functools.cache
 def gpu_catalog() -> GpuCatalog:
-    """Load the shipped catalog once."""
+    """Load the shipped catalog once, with the prices that the person at this machine had refreshed.
+
+    Raises:
+        InputError: the file of refreshed prices holds something else.
+    """
     with CATALOG_FILE.open("rb") as file:
         tables = tomllib.load(file)
-    gpus = tuple(_gpu(id_, table) for id_, table in tables.items())
+    prices = kept_prices()
+    gpus = tuple(_priced(_gpu(id_, table), prices.get(id_)) for id_, table in tables.items())
     return GpuCatalog(gpus, _index(gpus))
+
+
+def _priced(gpu: GpuSpec, price: ListedPrice | None) -> GpuSpec:
+    if price is None or not is_newer(price, gpu):
+        return gpu
+    return dataclasses.replace(gpu, price_usd_per_hour=price.usd_per_hour, price_source=price.source)
 
 
 def _gpu(id_: str, table: dict[str, Any]) -> GpuSpec:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
-from functools import cache
 from pathlib import Path
 
 from planner.answers.plan import Plan
-from planner.base.data_files import PROFILES
 from planner.base.errors import FieldError, InputError
 from planner.base.values import dataclass
 from planner.data.files import named_on_hub
+from planner.gpus.rented import rented_names
 from planner.trainers.names import JOB_SERVICES
 
 SERVICES = JOB_SERVICES
-CARDS = PROFILES / "job_gpus.toml"
 STACK_BYTES = 40 * 10**9
 """On the disk beside the run: the system's image, CUDA's torch and the packages (chosen)."""
 READY_HOURS = 1.0
@@ -81,16 +78,11 @@ def card_name(gpu_id: str, service: str) -> str:
     Raises:
         InputError: it offers none by a name that is known.
     """
-    found = _cards().get(gpu_id, {}).get(service)
+    found = rented_names().get(gpu_id, {}).get(service)
     if found is None:
-        others = ", ".join(sorted(name for name, known in _cards().items() if service in known))
+        others = ", ".join(sorted(name for name, known in rented_names().items() if service in known))
         raise InputError(f"--job {service} has no {gpu_id}: it has {others}")
     return found
-
-
-@cache
-def _cards() -> dict[str, dict[str, str]]:
-    return tomllib.loads(CARDS.read_text(encoding="utf-8"))
 
 
 def _most(plan: Plan, count: int) -> float | None:

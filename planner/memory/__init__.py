@@ -11,7 +11,7 @@ from planner.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from planner.memory.breakdown import Basis, Component, MemoryBreakdown, PhaseMemory
-    from planner.memory.estimate import estimate_memory
+    from planner.memory.estimate import estimate_memory, surely_exceeds
 
 _HOMES = {
     "Basis": "planner.memory.breakdown",
@@ -19,8 +19,9 @@ _HOMES = {
     "MemoryBreakdown": "planner.memory.breakdown",
     "PhaseMemory": "planner.memory.breakdown",
     "estimate_memory": "planner.memory.estimate",
+    "surely_exceeds": "planner.memory.estimate",
 }
 
-__all__ = ["Basis", "Component", "MemoryBreakdown", "PhaseMemory", "estimate_memory"]
+__all__ = ["Basis", "Component", "MemoryBreakdown", "PhaseMemory", "estimate_memory", "surely_exceeds"]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

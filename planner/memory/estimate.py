@@ -17,8 +17,9 @@ from planner.memory.measured.coefficients import Coefficients, ReserveTerms, bas
 from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, offloading_context_bytes
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
-from planner.memory.report import components, phases
-from planner.memory.step.replay import ReplayedMemory, replay_steps
+from planner.memory.report import components, outside_bytes, phases
+from planner.memory.step.replay import replay_steps
+from planner.memory.step.replayed import OverRoomError, ReplayedMemory
 from planner.memory.step.resident import Resident, resident_memory
 from planner.memory.step.timeline import StepMoment, StepShape, StepTimeline
 from planner.setup.cuda_allocator import planned_allocator
@@ -85,6 +86,38 @@ def estimate_memory(
             measured, run.model, gpu, distance, replayed=replayed is not None, counted=run.stack.counted
         ),
     )
+
+
+def surely_exceeds(
+    run: TrainingRun, *, gpu: GpuSpec, usable_bytes: int, allocator: str | None = None
+) -> bool:
+    """Whether the allocator's replay shows that a run does not fit, which it may long before its end; where
+    it does not, it has come to its end, is remembered, and what `estimate_memory` makes of it decides.
+
+    Raises:
+        NotModelledError: a knob whose memory is not modelled.
+        InputError: target_modules that the model does not have, or more checkpointed layers than it has.
+    """
+    refuse_unmodelled(run)
+    allocator = allocator or planned_allocator()
+    measured = coefficients_for(gpu.id, allocator)
+    resident = resident_memory(run, gpu, measured, allocator=allocator)
+    nccl, kind = _nccl(run, gpu), interval_kind(run.setup)
+    context = measured.context_on(gpu).expected_bytes + offloading_context_bytes(run.setup)
+    left = usable_bytes - outside_bytes(resident, context, nccl)
+    distance = measured.distance(run, gpu)
+
+    def room(largest_block_bytes: int) -> int:
+        return left - distance.widened(measured.replay_margin(largest_block_bytes, kind)) - nccl.spread_bytes
+
+    limit = usable_bytes - context - nccl.expected_bytes
+    try:
+        replay_steps(run, gpu=gpu, allocator=allocator, limit_bytes=limit, room=room)
+    except OverRoomError:
+        return True
+    except OutOfAddressesError:
+        return False
+    return False
 
 
 def _replayed(

@@ -12,7 +12,7 @@ from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import KnobValue, plain
 from planner.setup.methods import stored_knobs
 from planner.setup.run import RunKind, TrainingRun
-from planner.setup.training_knobs import LORAFA
+from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 
 MODELLED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
@@ -116,7 +116,9 @@ def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:
 
 def _refuse_attention(model: ModelSpec, attention: str) -> None:
     """Refuse kernels that do not compute a model's attention, or whose memory for it is not known."""
-    if any(layer.attention_sinks for layer in model.layers) and attention != "eager":
+    sinks = [layer.traced for layer in model.layers if layer.attention_sinks]
+    flexes = attention == "flex_attention" and all(one is not None and one.leaves_to_kernel for one in sinks)
+    if sinks and attention != "eager" and not flexes:
         raise NotModelledError("attention with sinks by attn_implementation", attention)
     narrow = any(layer.value_head_dim for layer in model.layers)
     if narrow and attention not in ("sdpa", "eager"):
@@ -230,7 +232,25 @@ def _refuse_on_experts(run: RunKind) -> None:
         raise FieldError("experts", setup.experts, f"16bit: {run.model.id} has no experts")
     if held and setup.activation_offloading and not _whole_checkpoints(setup):
         raise NotModelledError("experts=4bit, layers not checkpointed and activation_offloading", True)
+    if setup.experts_matmul == SLICED:
+        _refuse_sliced(run)
     _refuse_with_adapted_experts(run, "use_dora")
+
+
+def _refuse_sliced(run: RunKind) -> None:
+    """Refuse experts that products cannot dequantise a few at a time.
+
+    Raises:
+        InputError: their adapters are folded into what is dequantised whole.
+        NotModelledError: experts that the model multiplies with by itself.
+    """
+    if run.trained.experts_rank:
+        raise InputError(
+            "experts_matmul sliced does not work with adapters on experts, which are folded into a whole "
+            "layer's; name target_modules of attention alone, or take experts_matmul whole"
+        )
+    if run.model.default_experts_implementation != "grouped_mm":
+        raise NotModelledError("experts_matmul=sliced with experts of model", run.model.id)
 
 
 def refuse_dropout_on_experts(run: TrainingRun) -> None:

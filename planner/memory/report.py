@@ -8,7 +8,7 @@ from planner.base.values import dataclass
 from planner.memory.breakdown import Component, PhaseMemory
 from planner.memory.measured.coefficients import Coefficients, Distance, ReserveTerms
 from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, managed_process_bytes
-from planner.memory.step.replay import ReplayedMemory
+from planner.memory.step.replayed import ReplayedMemory
 from planner.memory.step.resident import Resident
 from planner.memory.step.timeline import StepMoment
 from planner.setup.parallelism import DDP, FSDP
@@ -38,7 +38,7 @@ def phases(
     `context_bytes` the context once a step has run, `loaded_context_bytes` before one has, `nccl` what it
     then holds, `pools_bytes` what other streams' pools hold beside what is counted, which a replay has in it.
     """
-    outside = context_bytes + managed_process_bytes(resident.optimizer.managed_bytes) + nccl.expected_bytes
+    outside = outside_bytes(resident, context_bytes, nccl)
     if replayed is None:
         step_allocated = resident.allocated_bytes + step.total_bytes
         step_reserved = step_allocated + measured.reserve_bytes(terms) + pools_bytes
@@ -74,6 +74,11 @@ def phases(
         )
         for name, moment, allocated, reserved, beyond in rows
     )
+
+
+def outside_bytes(resident: Resident, context_bytes: int, nccl: NcclMemory) -> int:
+    """What the driver shows beside what torch's allocator has reserved, once a step has run."""
+    return context_bytes + managed_process_bytes(resident.optimizer.managed_bytes) + nccl.expected_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from planner.base import data_files
 from planner.base.errors import InputError, MissingExtraError, UnknownNameError, shorten
 from planner.base.values import dataclass
 from planner.models import hub_config
+from planner.models.checkpoint import is_dequantised
 from planner.models.quantised import with_checkpoint
 from planner.models.spec import ModelSpec
 
@@ -213,7 +214,7 @@ def _from_config(
     config: Mapping[str, Any], *, name: str, where: str, inspector: Inspector | None
 ) -> ModelSpec:
     checkpoint = hub_config.quantisation_of(config, where=where)
-    if checkpoint is not None:
+    if checkpoint is not None or is_dequantised(config):
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         if hub_config.text_part(config)[1]:
             raise InputError(

@@ -31,6 +31,8 @@ METHOD_NAMES = {
 """What people call the quant_method of a config; others go by the config's own word."""
 STORAGE_TYPES = ("uint8", "int8", "float16", "bfloat16", "float32")
 """What packed weights may be stored as: their bytes are the same."""
+MXFP4_TYPES = frozenset({"gpt_oss"})
+"""Types of models whose stacks of experts are published in MXFP4 (transformers integrations/mxfp4.py)."""
 MAX_KEPT = 4096
 _NAME = re.compile(r"[\w.\-]{1,200}", re.ASCII)
 
@@ -65,8 +67,18 @@ class Checkpoint:
         return DTYPE_WIDTH[self.dtype or "bfloat16"]
 
 
+def is_dequantised(config: Mapping[str, Any]) -> bool:
+    """Whether a config's weights are in a form that is read as the 16-bit weights that they stand for: MXFP4,
+    which gpt-oss is published in and nothing trains in.
+    """
+    found = config.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    return method == "mxfp4" and config.get("model_type") in MXFP4_TYPES
+
+
 def read_quantisation(config: Mapping[str, Any], name: str, *, instead: str) -> Checkpoint | None:
-    """What a config says of how its weights are quantised; None where they are not.
+    """What a config says of how its weights are quantised; None where they are not, or are read as the
+    weights that they stand for.
 
     `name` is the config's in messages, `instead` what to use in place of weights that are not trained.
 
@@ -74,7 +86,7 @@ def read_quantisation(config: Mapping[str, Any], name: str, *, instead: str) -> 
         InputError: they are not bitsandbytes', or in a form that is not trained.
     """
     found = config.get("quantization_config") or config.get("compression_config")
-    if found is None:
+    if found is None or is_dequantised(config):
         return None
     if not isinstance(found, Mapping):
         raise InputError(f"{name}: quantization_config is {shorten(found)}, not an object")

@@ -133,7 +133,8 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
 
 
 def quantisation_of(config: Mapping[str, Any], *, where: str) -> Checkpoint | None:
-    """How the weights of a config are quantised; None where they are in 16 or 32 bits.
+    """How the weights of a config are quantised; None where they are in 16 or 32 bits, or in MXFP4 that is
+    dequantised while it is read.
 
     Raises:
         InputError: in a form that is not trained, with what to use instead.

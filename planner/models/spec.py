@@ -100,7 +100,7 @@ class LayerSpec:
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
     `attention_dropout` is the probability that the model's config sets. `value_head_dim` is the width of a
     head's values where they are not as wide as its keys (MLA), `attention_sinks` says that each head has a
-    score beside those of tokens (gpt-oss), which eager attention alone computes. `traced` is what was
+    score beside those of tokens (gpt-oss), which eager and flex attention alone compute. `traced` is what was
     recorded of a layer that no recipe describes: the fields on norms, projections, MLP and rotation say
     nothing then, and heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has
     in 16 bits here.
@@ -271,9 +271,13 @@ class ModelSpec:
     @cached_fact
     def has_biased_linear(self) -> bool:
         """Whether the decoder layers have a Linear with a bias, which torch computes by cuBLASLt."""
-        return any(
-            p.module_class == "Linear" and p.kind == "bias" and p.in_decoder_layer for p in self.parameters
-        )
+        return bool(self.biased_linears)
+
+    @cached_fact
+    def biased_linears(self) -> tuple[str, ...]:
+        """Module names of the decoder layers' Linears that have a bias."""
+        found = (p for p in self.parameters if p.module_class == "Linear" and p.kind == "bias")
+        return tuple(sorted({p.module_name for p in found if p.in_decoder_layer}))
 
     @cached_fact
     def scales_embeddings_outside(self) -> bool:
@@ -311,6 +315,11 @@ class ModelSpec:
             for name in FEW_HAVE:
                 if name in part and not part[name]:
                     del part[name]
+        for part in (values, *values["layers"]):
+            for block in (part.get("traced"), part.get("traced_norm")):
+                for way in () if block is None else block["ways"]:
+                    if not way["kernel"]:
+                        del way["kernel"]
         return values
 
     @classmethod

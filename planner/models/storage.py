@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.base.units import MIB
 from planner.base.values import dataclass
 from planner.models.spec import Parameter
 
@@ -25,6 +26,10 @@ NESTED_BLOCK = 256
 ABSMAX_WIDTH = 4
 """Bytes of a constant before it is quantised itself (fp32)."""
 
+SLICE_BYTES = 64 * MIB
+"""Dequantised experts that a sliced product has at a time, at least one of them: chosen, large enough for a
+kernel and small beside a layer's experts (gpt-oss-20b: two of 32 of gate and up, 63 MiB of 1,013)."""
+
 EIGHT_BIT_MULTIPLE = 16
 """What 8-bit products ask of both sizes of a weight (torch aten/src/ATen/native/cuda/ScaledBlas.cpp); others
 are left in 16 bits (launcher/training/products/base_linear.py)."""
@@ -40,9 +45,10 @@ class Storage:
     `quantized` says that bitsandbytes holds what it can in `bits`: in 4 with constants that `double_quant`
     quantises again, in 8 with one for each output. `width` is the bytes of an element that stays as it is,
     and of a dequantised one. `experts` says that the launcher holds stacks of experts in 4 bits too
-    (launcher/training/loading/quantised_experts.py). `stored` is the width of what stays as it is in a file
-    whose weights are quantised already, null where they are quantised while they are loaded; it is `recast`
-    after loading where the file has another dtype.
+    (launcher/training/loading/quantised_experts.py), and `slices_experts` that products with them dequantise
+    a few experts at a time (launcher/training/products/sliced_experts.py). `stored` is the width of what
+    stays as it is in a file whose weights are quantised already, null where they are quantised while they
+    are loaded; it is `recast` after loading where the file has another dtype.
     """
 
     quantized: bool
@@ -50,6 +56,7 @@ class Storage:
     double_quant: bool
     width: int
     experts: bool = False
+    slices_experts: bool = False
     stored: int | None = None
     recast: bool = False
 
@@ -82,3 +89,15 @@ def is_quantizable(parameter: Parameter) -> bool:
         and not parameter.is_output_head
         and not parameter.kept
     )
+
+
+def expert_slices(experts: int, elements: int, width: int) -> tuple[int, ...]:
+    """How many experts a sliced product dequantises at a time, slice by slice, of a stack of `experts` with
+    so many `elements` each, dequantised to `width` bytes. A slice begins where a quantisation constant does;
+    where experts do not, there is one slice of all.
+    """
+    if elements % QUANTIZATION_BLOCK:
+        return (experts,)
+    size = min(experts, max(1, SLICE_BYTES // (elements * width)))
+    whole, rest = divmod(experts, size)
+    return (size,) * whole + ((rest,) if rest else ())

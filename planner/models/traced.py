@@ -127,7 +127,8 @@ class TracedPass:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedWay:
     """For which setups a pass was recorded: the method, bytes of an element that is computed with, whether
-    attention hands gradients back head by head, and which stacks have adapters; `number` is the pass.
+    attention hands gradients back head by head, and which stacks have adapters; `number` is the pass. Of
+    attention with sinks the module's own code was recorded, or with `kernel` it was left to one.
     """
 
     method: str
@@ -135,6 +136,7 @@ class TracedWay:
     heads_first: bool
     number: int
     adapted: str = NO_STACKS
+    kernel: bool = False
 
     def __post_init__(self) -> None:
         validate.choice("traced method", self.method, METHODS)
@@ -154,20 +156,30 @@ class TracedBlock:
         for way in self.ways:
             validate.integer("traced pass", way.number, minimum=0, maximum=len(self.passes) - 1)
 
-    def pass_of(self, method: str, width: int, *, heads_first: bool, adapted: str = NO_STACKS) -> TracedPass:
-        """The pass that was recorded for such setups; a block without stacks has one for all of them.
+    def pass_of(
+        self, method: str, width: int, *, heads_first: bool, adapted: str = NO_STACKS, kernel: bool = False
+    ) -> TracedPass:
+        """The pass that was recorded for such setups; a block without stacks, or without attention that has
+        sinks, has one for all of them.
 
         Raises:
             InputError: none was.
         """
-        asked = (method, width, heads_first)
+        asked = (method, width, heads_first, kernel and self.leaves_to_kernel)
         found = {
-            way.adapted: way.number for way in self.ways if (way.method, way.width, way.heads_first) == asked
+            way.adapted: way.number
+            for way in self.ways
+            if (way.method, way.width, way.heads_first, way.kernel) == asked
         }
         for wanted in dict.fromkeys((adapted, NO_STACKS) if len(found) == 1 else (adapted,)):
             if wanted in found:
                 return self.passes[found[wanted]]
         raise InputError(f"the model was not traced for method {method} in elements of {width} bytes")
+
+    @property
+    def leaves_to_kernel(self) -> bool:
+        """Whether its attention with sinks was also recorded as a kernel's."""
+        return any(way.kernel for way in self.ways)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TracedBlock:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+from planner.base.json_codec import encode_text
 from planner.base.values import dataclass
 from planner.gpus.target import GpuTarget, resolve_gpu
 from planner.memory import MemoryBreakdown, estimate_memory
@@ -39,10 +41,24 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: the contract of `vramwise estimate --json`."""
-        memory = self.memory
         return {
             "version": ESTIMATE_VERSION,
             "setup": self.setup.to_dict(),
+            **self._figures(),
+            "basis": _basis(self.memory.basis, None if self.speed is None else self.speed.basis),
+        }
+
+    def to_json(self) -> str:
+        """The same as text; of a file of setups most have words in common, which are written once."""
+        basis = _basis_text(self.memory.basis, None if self.speed is None else self.speed.basis)
+        figures = encode_text(self._figures())[1:-1]
+        return (
+            f'{{"version": {ESTIMATE_VERSION}, "setup": {self.setup.to_json()}, {figures}, "basis": {basis}}}'
+        )
+
+    def _figures(self) -> dict[str, Any]:
+        memory = self.memory
+        return {
             "weights_bytes": memory.weights_bytes,
             "allocated_bytes": memory.allocated_bytes,
             "reserved_bytes": memory.reserved_bytes,
@@ -52,7 +68,6 @@ class Estimate:
             "phases": {phase.name: phase.process_bytes for phase in memory.phases},
             "tokens_per_second": self.tokens_per_second,
             "fits": self.fits,
-            "basis": _basis(memory.basis, self.speed),
         }
 
 
@@ -124,7 +139,7 @@ def estimate(
     return Estimator(resolve_gpu(gpu, display=display)).estimate(wanted, replay=replay)
 
 
-def _basis(basis: Basis, speed: StepEstimate | None) -> dict[str, Any]:
+def _basis(basis: Basis, speed: str | None) -> dict[str, Any]:
     return {
         "coefficients": basis.coefficients,
         "record_count": basis.record_count,
@@ -132,5 +147,10 @@ def _basis(basis: Basis, speed: StepEstimate | None) -> dict[str, Any]:
         "reserve": basis.reserve,
         "measured": basis.measured,
         "notes": list(basis.notes),
-        "speed": None if speed is None else speed.basis,
+        "speed": speed,
     }
+
+
+@lru_cache(maxsize=256)
+def _basis_text(basis: Basis, speed: str | None) -> str:
+    return encode_text(_basis(basis, speed))

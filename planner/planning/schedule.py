@@ -10,7 +10,6 @@ from planner.search.evaluator import Candidate
 from planner.setup import defaults
 from planner.setup.request import PlanRequest
 from planner.setup.training_setup import TrainingSetup
-from planner.throughput import compile_seconds
 from planner.throughput.epoch import Examples
 
 TOKENS_WITHOUT_DATA = 1_000_000
@@ -72,7 +71,7 @@ def make_duration(
         return None
     from planner.gpus.price import hours_for, run_cost
 
-    compiling = compile_seconds(best.setup) / 3600
+    compiling = best.speed.compile_seconds / 3600
     epoch = best.epoch
     if epoch is None:
         of, tokens, steps, rates = "one million tokens", TOKENS_WITHOUT_DATA, None, None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from planner.base.values import dataclass
 from planner.search.evaluator import Candidate, Evaluator
 from planner.setup.training_setup import TrainingSetup
-from planner.throughput import compile_seconds
 
 # Forecasts closer than this are a tie, which the setup with less memory wins.
 SPEED_TIE = 0.01
@@ -45,7 +44,9 @@ def finish_seconds(candidate: Candidate, tokens: int) -> float | None:
     With data the tokens are the examples' own, else those of full sequences.
     """
     rate = candidate.tokens_per_second
-    return None if rate is None else tokens / rate + compile_seconds(candidate.setup)
+    if rate is None or candidate.speed is None:
+        return None
+    return tokens / rate + candidate.speed.compile_seconds
 
 
 def fastest(fitting: list[Tried], tokens: int) -> Tried | None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from planner.base.errors import NotModelledError
 from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
-from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory import MemoryBreakdown, estimate_memory, surely_exceeds
 from planner.models.spec import ModelSpec
-from planner.setup.card_limits import EIGHT_BIT, TRITON
+from planner.setup.card_limits import EIGHT_BIT, FLEX_CAPABILITY, TRITON
 from planner.setup.run import Runs, TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput import StepEstimate
@@ -76,6 +76,7 @@ class Evaluator:
         self._memories: dict[TrainingSetup, MemoryBreakdown] = {}
         self._replays: dict[TrainingSetup, MemoryBreakdown] = {}
         self._ended: set[TrainingSetup] = set()
+        self._too_much: set[TrainingSetup] = set()
         self._confirmed: dict[TrainingSetup, Candidate] = {}
 
     def on(self, gpu: GpuSpec, *, held_bytes: int = 0) -> Evaluator:
@@ -95,6 +96,15 @@ class Evaluator:
     def compiles(self) -> bool:
         """Whether torch's compiler has a backend for the card (Triton: compute capability 7.0 and up)."""
         return self.gpu.compute_capability is not None and self.gpu.compute_capability >= TRITON
+
+    @property
+    def flexes_sinks(self) -> bool:
+        """Whether the model's attention has sinks, which flex attention computes without a matrix of scores,
+        and the card runs that.
+        """
+        capability = self.gpu.compute_capability
+        has = any(layer.attention_sinks for layer in self.model.layers)
+        return has and capability is not None and capability >= FLEX_CAPABILITY
 
     @property
     def multiplies_8bit(self) -> bool:
@@ -191,6 +201,20 @@ class Evaluator:
             limit_bytes=None if whole else self.usable_bytes,
         )
 
+    def _surely_exceeds(self, setup: TrainingSetup) -> bool:
+        """Whether the allocator's replay shows early that a setup does not fit; remembered if it does."""
+        found = setup in self._too_much
+        if not found:
+            found = surely_exceeds(
+                self.runs.of(self._as_batched(setup), padded=self._padded(setup)),
+                gpu=self.gpu,
+                usable_bytes=self.usable_bytes,
+                allocator=self.runs.stack.allocator,
+            )
+            if found:
+                self._too_much.add(setup)
+        return found
+
     def run(self, setup: TrainingSetup) -> TrainingRun:
         """A setup's run with the data's batches."""
         return self.runs.of(setup, padded=self._padded(setup))
@@ -225,7 +249,19 @@ class Evaluator:
         """
         if self.fitted(setup).peak_lower_bytes > self.usable_bytes:
             return False
-        return self.replayed(setup, whole=whole).fits(self.usable_bytes)
+        return self.fits_replayed(setup, whole=whole)
+
+    def fits_replayed(self, setup: TrainingSetup, *, whole: bool = False) -> bool:
+        """Whether a setup fits by the allocator's replay, `whole` as in `confirm`.
+
+        Raises:
+            NotModelledError: a knob whose memory is not modelled.
+            InputError: the setup asks of the model what it does not have.
+        """
+        key = _ungrouped(setup)
+        if not whole and key not in self._replays and self._surely_exceeds(key):
+            return False
+        return self.replayed(key, whole=whole).fits(self.usable_bytes)
 
     def may_fit(self, candidate: Candidate) -> bool:
         """Whether the interval's lower end is within what the card leaves."""

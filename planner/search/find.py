@@ -10,7 +10,7 @@ from planner.search.choice import SPEED_TIE, SearchResult, Tried, fastest, finis
 from planner.search.evaluator import Evaluator
 from planner.search.lean import leanest
 from planner.search.levels import goes_on, levels, spend, tried
-from planner.search.strategies import choices, layers_decided, start, ways
+from planner.search.strategies import SLICED_EXPERTS, choices, layers_decided, sliced, start, ways
 from planner.setup.defaults import FASTER_OPTIM, OPTIM
 from planner.setup.training_setup import TrainingSetup
 
@@ -42,6 +42,35 @@ def search(
         InputError: the fixed knobs cannot give the effective batch.
     """
     base = start(base, evaluator, fixed)
+    look = partial(
+        _search,
+        evaluator=evaluator,
+        effective_batch_size=effective_batch_size,
+        fixed=fixed,
+        confirm=confirm,
+        tokens=tokens,
+        thorough=thorough,
+    )
+    result = look(base, "")
+    lean = sliced(base, evaluator, fixed) if result.chosen is None else None
+    if lean is None:
+        return result
+    leaner = look(lean, SLICED_EXPERTS)
+    return SearchResult(tried=(*result.tried, *leaner.tried), chosen=leaner.chosen)
+
+
+def _search(
+    base: TrainingSetup,
+    name: str,
+    *,
+    evaluator: Evaluator,
+    effective_batch_size: int,
+    fixed: Mapping[str, Any],
+    confirm: bool,
+    tokens: int,
+    thorough: bool,
+) -> SearchResult:
+    """The search from where one starts; `name` begins its strategies."""
     found: list[Tried] = []
     decided = layers_decided(fixed)
     keep = partial(
@@ -51,7 +80,8 @@ def search(
         thorough=thorough,
         offload="activation_offloading" not in fixed,
     )
-    for prefix, setup, as_asked in ways(base, evaluator, fixed):
+    for way, setup, as_asked in ways(base, evaluator, fixed):
+        prefix = name + way
         if not as_asked and evaluator.try_evaluate(setup) is None:
             continue
         for batch in choices(setup, evaluator, effective_batch_size, fixed):

@@ -1,8 +1,8 @@
 """The leanest setups of a search: if none of them fits, nothing that `plan` tries does.
 
-One for each way of batching and of running layers, at the smallest micro-batch, with every layer's input
-alone kept, on the GPU or on the host. Limits (longest sequences, smallest cards, whether a method fits at
-all) are asked of them, so that they are those of `plan`.
+One for each way of batching, of running layers and of multiplying with experts, at the smallest micro-batch,
+with every layer's input alone kept, on the GPU or on the host. Limits (longest sequences, smallest cards,
+whether a method fits at all) are asked of them, so that they are those of `plan`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from planner.base.errors import NotModelledError
 from planner.search.evaluator import Candidate, Evaluator
 from planner.search.longest import longest_length
-from planner.search.strategies import choices, layers_decided, start, ways
+from planner.search.strategies import choices, layers_decided, sliced, start, ways
 from planner.setup.training_setup import TrainingSetup
 
 WORTH_A_REPLAY = 0.85
@@ -38,10 +38,13 @@ def leanest(
     Raises:
         InputError: the fixed knobs cannot give the effective batch.
     """
-    base = start(base, evaluator, fixed)
-    for _, setup, _ in ways(base, evaluator, fixed):
-        for batch in choices(setup, evaluator, effective_batch_size, fixed)[:1]:
-            yield from _kept(batch.of(setup), evaluator, fixed)
+    plain = start(base, evaluator, fixed)
+    for one in (plain, sliced(plain, evaluator, fixed)):
+        if one is None:
+            continue
+        for _, setup, _ in ways(one, evaluator, fixed):
+            for batch in choices(setup, evaluator, effective_batch_size, fixed)[:1]:
+                yield from _kept(batch.of(setup), evaluator, fixed)
 
 
 def _kept(setup: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> Iterator[TrainingSetup]:

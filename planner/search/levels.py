@@ -136,9 +136,9 @@ def spend(chosen: Tried, evaluator: Evaluator) -> Tried:
         wanted = max(low + 1, known - left // step)
         if wanted >= known:
             break
-        further = replayed(_with_layers(setup, prefix, wanted, evaluator), evaluator)
-        if further.fits:
-            best = further
+        further = _with_layers(setup, prefix, wanted, evaluator)
+        if evaluator.fits_replayed(further.candidate.setup):
+            best = replayed(further, evaluator)
         else:
             low = wanted
     return best

@@ -8,14 +8,12 @@ from typing import Any
 from planner.base.values import dataclass
 from planner.search.batches import Batch, batches, packed_batches
 from planner.search.evaluator import Evaluator
+from planner.setup.card_limits import FLEX_CAPABILITY
 from planner.setup.knobs import BF16
 from planner.setup.methods import as_stored, experts_held
 from planner.setup.parallelism import FSDP
+from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import TrainingSetup
-
-FLEX_CAPABILITY = (8, 0)
-"""Compute capability from which flex attention is tried: torch has block sizes for these cards
-(torch/_inductor/template_heuristics/triton.py, get_flex_attn_fwd_configs)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +31,8 @@ EIGHT_BIT = tuple(
     for value in ("fp8_backward", "fp8")
 )
 
+FLEX = Mode(name="flex attention, ", knobs=(("attn_implementation", "flex_attention"),))
+SLICED_EXPERTS = "experts in slices, "
 AS_GIVEN = Mode(name="", knobs=())
 PACKED = Mode(name="packed, ", knobs=(("packing", True),))
 # With sdpa a packed row has a mask of its length squared; flex attention has none and skips what is masked.
@@ -82,6 +82,20 @@ def start(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -
     if chooses_batches(evaluator):
         plain |= PLAIN_BATCHES
     return base.replace(**{name: value for name, value in plain.items() if name not in fixed})
+
+
+def sliced(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> TrainingSetup | None:
+    """What `start` gave with products that dequantise a few experts at a time; None where nobody may choose
+    that, or the model's experts are not multiplied with so.
+
+    For where nothing fits otherwise: no GPU has timed it.
+    """
+    if base.experts != "4bit" or "experts_matmul" in fixed or base.experts_matmul == SLICED:
+        return None
+    setup = base.replace(experts_matmul=SLICED)
+    if evaluator.run(base).trained.experts_rank or evaluator.try_fitted(setup) is None:
+        return None
+    return setup
 
 
 def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> Iterator[Mode]:
@@ -143,9 +157,11 @@ def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -
     if base.distributed == FSDP or base.base_matmul != BF16:
         return (EAGER,)
     found: tuple[Mode, ...] = (EAGER,)
+    if "attn_implementation" not in fixed and base.attn_implementation is None and evaluator.flexes_sinks:
+        found = (EAGER, FLEX)
     one_shape = base.packing or not evaluator.padded
     if "compile" not in fixed and one_shape and evaluator.compiles:
-        found = (EAGER, COMPILED)
+        found = (*found, COMPILED)
     compiles = COMPILED in found or base.compile != "none"
     if compiles and "base_matmul" not in fixed and evaluator.multiplies_8bit and takes_8bit(base):
         found = (*found, *EIGHT_BIT)

@@ -14,6 +14,9 @@ TRITON = (7, 0)
 in Triton, flex attention is compiled by it, and Liger's kernels are Triton's own."""
 FLASH_ATTENTION_2 = (8, 0)
 """Dao-AILab/flash-attention, README, "NVIDIA CUDA Support": Ampere, Ada or Hopper GPUs."""
+FLEX_CAPABILITY = (8, 0)
+"""From which flex attention is tried: torch has block sizes for these cards
+(torch/_inductor/template_heuristics/triton.py, get_flex_attn_fwd_configs)."""
 EIGHT_BIT = (8, 9)
 """Tensor cores that multiply e4m3: Ada, Hopper and later (NVIDIA, Ada GPU architecture, 2022, p. 26; torch's
 _scaled_mm refuses others, aten/src/ATen/native/cuda/ScaledBlas.cpp)."""

@@ -19,6 +19,7 @@ from planner.setup.objective import SFT, Objective
 from planner.setup.parallelism import Parallelism
 from planner.setup.stack import TRL, Stack
 from planner.setup.trained import Trained, trained_tensors
+from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import FIELD_NAMES, TrainingSetup
 
 _SIZES = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -96,6 +97,7 @@ class RunKind:
             double_quant=self.setup.bnb_4bit_use_double_quant,
             width=DTYPE_WIDTH[self.setup.dtype],
             experts=self.setup.experts == "4bit",
+            slices_experts=self.setup.experts_matmul == SLICED,
             stored=None if checkpoint is None else checkpoint.plain_width,
             recast=checkpoint is not None and checkpoint.dtype != self.setup.dtype,
         )

@@ -22,6 +22,8 @@ OPTIMIZERS = (
 ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
 MAX_LENGTH = 2**24
+WHOLE, SLICED = "whole", "sliced"
+"""experts_matmul: all of a layer's experts dequantised at once, or a few at a time in each product."""
 _MAX_RANK = 2**14
 _LORA = ("qlora", "lora")
 _POWERS = tuple(2**k for k in range(11))
@@ -202,6 +204,26 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         unset="4bit where the model has experts",
         counted=Counted(default=False, together=True),
         line=Line(place=0, label="experts"),
+    ),
+    Knob(
+        name="experts_matmul",
+        kind="choice",
+        section="training",
+        help="products with experts in 4 bits: by all of a layer's dequantised at once, or a few at a time",
+        default=WHOLE,
+        choices=(WHOLE, SLICED),
+        methods=("qlora",),
+        needs=(
+            Need(
+                other="experts",
+                other_than="16bit",
+                told="experts 4bit",
+                subject="experts_matmul {value}",
+            ),
+        ),
+        unset="{default}; sliced where nothing fits otherwise",
+        counted=Counted(default=False),
+        line=Line(place=8, label="expert products"),
     ),
     Knob(
         name="lora_r",

@@ -6,12 +6,14 @@ The JSON form is a contract: `vramwise estimate` reads it and every plan holds i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 from planner.base import validate
 from planner.base.errors import FieldError, InputError
+from planner.base.json_codec import encode_text
 from planner.base.values import dataclass
 from planner.setup.checks import setup_check
 from planner.setup.knob import METHODS
@@ -49,6 +51,7 @@ class TrainingSetup:
     bnb_4bit_quant_type: str = _DEFAULTS["bnb_4bit_quant_type"]
     load_in_8bit: bool = _DEFAULTS["load_in_8bit"]
     experts: str = _DEFAULTS["experts"]
+    experts_matmul: str = _DEFAULTS["experts_matmul"]
     lora_r: int = _DEFAULTS["lora_r"]
     lora_alpha: int | None = _DEFAULTS["lora_alpha"]
     lora_dropout: float = _DEFAULTS["lora_dropout"]
@@ -122,6 +125,11 @@ class TrainingSetup:
         values = zip(FIELD_NAMES, _values_of(self), strict=True)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
+    def to_json(self) -> str:
+        """The same as text; what a knob's values are written as is remembered, but for numbers."""
+        values = _values_of(self)
+        return "{" + ", ".join([write(value) for write, value in zip(_WRITERS, values, strict=True)]) + "}"
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingSetup:
         """Read the JSON form; missing keys take the contract's defaults.
@@ -143,3 +151,22 @@ class TrainingSetup:
 FIELD_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(TrainingSetup))
 _FIELDS = frozenset(FIELD_NAMES)
 _values_of = attrgetter(*FIELD_NAMES)
+
+
+def _writer(name: str, kind: str) -> Callable[[Any], str]:
+    """What writes a knob with its value, as `encode_text` does."""
+
+    def write(value: Any) -> str:
+        return f'"{name}": {encode_text(value)}'
+
+    known = lru_cache(maxsize=256)(write)
+
+    def write_number(value: Any) -> str:
+        # Numbers may be equal and written otherwise.
+        return known(None) if value is None else f'"{name}": {value!r}'
+
+    return write_number if kind in ("int", "float") else known
+
+
+_KINDS = {knob.name: knob.kind for knob in KNOBS}
+_WRITERS = tuple(_writer(name, _KINDS.get(name, "text")) for name in FIELD_NAMES)

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import IO, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 GIB = 2**30
 WIDE = 68
 NARROW = 50
 _FILLING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
+INDENT = 2
+"""Blanks before what stands under a heading."""
 GAP = 2
 """Blanks between a table's columns."""
 LEAST_OF_TEXT = 10
@@ -130,22 +131,28 @@ def pairs(out: Console, rows: Iterable[tuple[str, str]]) -> None:
             lines = textwrap.wrap(text, max(20, out.width - 1), initial_indent="  ", subsequent_indent="    ")
             out.print(Text("\n".join(lines)))
         return
-    table = Table.grid(padding=(0, 2), pad_edge=False)
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold")
-    for label, value in found:
-        table.add_row(label, Text(value))
-    out.print(Padding(table, (0, 0, 0, 2)))
+    _beside(out, found, gap=2)
 
 
 def bullets(out: Console, items: Iterable[str]) -> None:
     """One item a line, wrapped under itself."""
-    table = Table.grid(padding=(0, 1))
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold")
-    for item in items:
-        table.add_row("-", Text(item))
-    out.print(Padding(table, (0, 0, 0, 2)))
+    _beside(out, [("-", item) for item in items], gap=1)
+
+
+def _beside(out: Console, rows: Sequence[tuple[str, str]], *, gap: int) -> None:
+    """A label, and so many blanks from the widest one a text, wrapped under itself."""
+    widest = max((cell_len(label) for label, _ in rows), default=0)
+    room = max(1, out.width - INDENT - widest - gap)
+    for label, text in rows:
+        filled = label + " " * (widest - cell_len(label))
+        for line in Text(text).wrap(out, room, overflow="fold") or [Text()]:
+            out.print(
+                Text.assemble(" " * INDENT, (filled, "dim"), " " * gap, line),
+                no_wrap=True,
+                overflow="ignore",
+                crop=False,
+            )
+            filled = " " * widest
 
 
 def epochs(passes: float) -> str:
@@ -178,6 +185,9 @@ def columns(
         """Characters of all columns: each kind by its own list, or what it must keep of a cell."""
         return sum(least[k][at] if k in least else min(full[at], LEAST_OF_TEXT) for at, k in enumerate(kinds))
 
+    from rich.padding import Padding
+    from rich.table import Table
+
     if needed(number=broken) > room:
         _stacked(out, titles, cells, indent)
         return
@@ -200,6 +210,8 @@ def _longest_word(title: Text) -> int:
 
 def _stacked(out: Console, titles: Sequence[Text], rows: Sequence[Sequence[Text]], indent: int) -> None:
     """Rows as blocks of lines, each a title and its cell."""
+    from rich.padding import Padding
+
     width = max(title.cell_len for title in titles)
     for row in rows:
         for title, cell in zip(titles, row, strict=True):

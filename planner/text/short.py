@@ -20,7 +20,7 @@ from planner.text.choice import how, what_else
 from planner.text.data import not_trained
 from planner.text.figures import NARROW, bar, bullets, figure, footnote, gib, heading, pairs, rate
 from planner.text.plan import knob_lines, setup_lines
-from planner.text.speed import NO_FORECAST, speed_lines
+from planner.text.speed import FIRST_STEP, NO_FORECAST, speed_lines
 from planner.text.verdict import print_verdict
 
 MOST_LINES = 30
@@ -28,6 +28,8 @@ MOST_LINES = 30
 _ROOMS = ((6, 3), (5, 3), (4, 3), (4, 2), (3, 2), (3, 1), (2, 1), (1, 0))
 """Parts of the memory and things to change that are shown: the first that the page has room for."""
 _TIMES = ("tokens/s", "time", "a million tokens", "price")
+TOLD_WAIT_SECONDS = 30.0
+"""A longer wait for the first step is told on this page."""
 _NAME_WIDTH = 25
 _BAR_WIDTH = 30
 
@@ -66,7 +68,9 @@ def _page(out: Console, plan: Plan, command: str | None, parts: int, changes: in
 
 def _times(out: Console, plan: Plan) -> None:
     heading(out, "Speed and time")
-    found = [line for line in speed_lines(plan) if line[0] in _TIMES]
+    waits = plan.speed is not None and plan.speed.compile_seconds > TOLD_WAIT_SECONDS
+    times = (*_TIMES, FIRST_STEP) if waits else _TIMES
+    found = [line for line in speed_lines(plan) if line[0] in times]
     if found:
         pairs(out, found)
     else:

@@ -9,6 +9,7 @@ from rich.console import Console
 from planner.answers.plan import Duration, OtherCard, Plan
 from planner.gpus.spec import GpuSpec
 from planner.text.figures import bullets, count, dollars, duration, epochs, gib, heading, pairs, rate
+from planner.throughput.compilation import FirstStep
 from planner.throughput.shared_step import SharedStep
 
 BOUND_BY = {
@@ -17,6 +18,7 @@ BOUND_BY = {
     "launches": "the host's kernel launches: a larger micro-batch is almost free",
 }
 
+FIRST_STEP = "first step"
 NO_FORECAST = "no forecast: the card's rates or the time of a knob are not known"
 
 
@@ -49,11 +51,21 @@ def speed_lines(plan: Plan) -> list[tuple[str, str]]:
         ("bound by", BOUND_BY.get(speed.bound_by, speed.bound_by)),
         ("a step", f"{duration_of_step(speed.seconds_per_optimizer_step)}"),
     ]
+    if speed.first_step is not None:
+        rows.append((FIRST_STEP, f"compiles first: {first_step_text(speed.first_step)}"))
     if speed.sharing is not None:
         rows.insert(1, ("scaling", _scaling(speed.sharing, plan.setup.num_processes)))
     if plan.duration is not None:
         rows += list(_duration(plan.duration, plan))
     return rows
+
+
+def first_step_text(found: FirstStep) -> str:
+    """The wait for the first step beyond a usual one, with its interval."""
+    interval = f"{found.seconds_low:.0f} to {found.seconds_high:.0f}"
+    kept = found.seconds_again < found.seconds
+    again = f"; {found.seconds_again:.0f} if compiled here before" if kept else ""
+    return f"about {found.seconds:.0f} s ({interval}{again})"
 
 
 def _scaling(shared: SharedStep, count: int) -> str:

@@ -73,7 +73,13 @@ def print_gpus(out: Console, gpus: Iterable[GpuSpec]) -> None:
     wide = out.width >= WIDE
     heads = [("card", "name"), ("usable GiB", "number")]
     if wide:
-        heads += [("GB/s", "number"), ("TFLOPS", "number"), ("type", "name"), ("capability", "number")]
+        heads += [
+            ("GB/s", "number"),
+            ("TFLOPS", "number"),
+            ("type", "name"),
+            ("capability", "number"),
+            ("$/h", "number"),
+        ]
     rows: list[list[str]] = []
     for gpu in gpus:
         row = [gpu.id, figure(gpu.usable_bytes) + ("" if gpu.usable_is_measured else " *")]
@@ -83,6 +89,7 @@ def print_gpus(out: Console, gpus: Iterable[GpuSpec]) -> None:
                 _scaled(gpu.peak_matrix_flops_per_second, 1e12),
                 gpu.dtype,
                 ".".join(map(str, gpu.compute_capability)),
+                "" if gpu.price_usd_per_hour is None else f"{gpu.price_usd_per_hour:.2f}",
             ]
         rows.append(row)
     columns(out, heads, rows, indent=0)
@@ -90,6 +97,7 @@ def print_gpus(out: Console, gpus: Iterable[GpuSpec]) -> None:
     footnote(out, "* a bound, not seen on such a card. A display takes about 1.2 GiB of it.")
     if wide:
         footnote(out, "TFLOPS: dense 16-bit matrix rate with fp32 accumulation.")
+        footnote(out, "$/h: one provider's price on demand; a plan says whose, and of which day.")
 
 
 def print_local_gpus(out: Console, gpus: Sequence[LocalGpu], reason: str | None) -> None:

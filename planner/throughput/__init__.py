@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from planner.throughput.compilation import compile_seconds
 from planner.throughput.roofline import NoForecastError, StepEstimate, estimate_step
 
-__all__ = ["NoForecastError", "StepEstimate", "compile_seconds", "estimate_step"]
+__all__ = ["NoForecastError", "StepEstimate", "estimate_step"]

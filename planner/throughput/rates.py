@@ -296,5 +296,6 @@ def host_slower(measured: Microbenchmarks | None, rates: Rates) -> float | None:
 
 def measured_slowdown(gpu: GpuSpec, reference: GpuSpec) -> Slowdown | None:
     """What microbenchmarks say of two GPUs; None where one has none."""
-    mine, theirs = microbenchmarks_of(gpu.id), microbenchmarks_of(reference.id)
+    mine = microbenchmarks_of(gpu.id)
+    theirs = None if mine is None else microbenchmarks_of(reference.id)
     return None if mine is None or theirs is None else slowdown(mine, theirs)

@@ -14,6 +14,7 @@ from planner.models.spec import ModelSpec
 from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.run import TrainingRun
 from planner.throughput.by_kind import positions_of
+from planner.throughput.compilation import FirstStep, first_step
 from planner.throughput.eight_bit import WIDER, least_flops
 from planner.throughput.intervals import published_interval, traced_interval
 from planner.throughput.microbenchmarks import microbenchmarks_of, own_microbenchmarks_of
@@ -49,7 +50,8 @@ class StepEstimate:
     `_high` are its interval, `roofline_tokens_per_second` what the matmuls and weights alone allow at the
     published (or a higher measured) rate, which no run exceeds. `matrix_flops` and `bytes_moved` are of one
     micro-step on one GPU. `bound_by` is "compute", "bandwidth" or "launches". `basis` says on what it rests.
-    `sharing` is what several GPUs say to each other, null for one.
+    `sharing` is what several GPUs say to each other, null for one. `first_step` is the wait for the first
+    step beyond a usual one, null where nothing is compiled.
     """
 
     seconds_per_micro_step: float
@@ -64,6 +66,12 @@ class StepEstimate:
     calibrated: bool
     basis: str
     sharing: SharedStep | None = field(default=None, metadata=WHERE_SET)
+    first_step: FirstStep | None = field(default=None, metadata=WHERE_SET)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that compilation adds to a run."""
+        return 0.0 if self.first_step is None else self.first_step.seconds
 
 
 def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
@@ -110,6 +118,8 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         low, high = low * WIDER[0], high * WIDER[1]
     if shared is not None:
         low, high = low * step / shared.slowest.step, high * step / shared.fastest.step
+    times, low, high = _of_stack(run, time.bound_by, roofline / rate, (low, high))
+    rate, micro, step = rate * times, micro / times, step / times
     return StepEstimate(
         seconds_per_micro_step=micro,
         seconds_per_optimizer_step=step,
@@ -121,9 +131,26 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known) + _of_traced(run.model) + _of_eight_bit(setup.base_matmul),
+        basis=_basis(gpu, known)
+        + _of_traced(run.model)
+        + _of_eight_bit(setup.base_matmul)
+        + ("" if run.stack.measured_speed is None else f"; {run.stack.measured_speed.words}"),
         sharing=None if shared is None else shared.told,
+        first_step=first_step(run),
     )
+
+
+def _of_stack(
+    run: TrainingRun, bound_by: str, most: float, interval: tuple[float, float]
+) -> tuple[float, float, float]:
+    """How many times as fast a stack is as TRL's kernels, `most` at the most, and the interval about that."""
+    measured, (low, high) = run.stack.measured_speed, interval
+    if measured is None:
+        return 1.0, low, high
+    # Nobody has measured it where the host decides, or without checkpoints.
+    known = bound_by != "launches" and run.setup.gradient_checkpointing
+    times = min(measured.expected if known else measured.least, most)
+    return times, low * measured.least / times, high * measured.most / times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

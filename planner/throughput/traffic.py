@@ -53,8 +53,9 @@ def weight_bytes(run: TrainingRun) -> float:
         wide = 2.2 if setup.dtype == "float32" else 1.0
         total += work.linear_weights * DEQUANTISE * wide * (forwards + 1)
         if setup.experts == "4bit":
-            # Backward has what the (last) forward pass made of them.
-            total += work.expert_weights * DEQUANTISE * wide * forwards
+            # Backward has what the (last) forward pass made of them, but where each product dequantises.
+            again = 1 if run.storage.slices_experts else 0
+            total += work.expert_weights * DEQUANTISE * wide * (forwards + again)
     elif setup.dtype == "float32":
         total += (work.active_weights + work.active_expert_weights) * AUTOCAST_WEIGHT * forwards
     if setup.use_dora:

@@ -9,6 +9,7 @@ from planner.base.errors import InputError
 from planner.data.lengths import DatasetStats
 from planner.gpus.target import resolve_gpu
 from planner.models.catalog import Inspector, resolve_model
+from planner.models.spec import ModelSpec
 from planner.planning.make_plan import make_plan
 from planner.setup.request import PlanRequest
 from planner.setup.stack import AXOLOTL, LLAMA_FACTORY, TRL_SFT, UNSLOTH, Stack
@@ -31,22 +32,24 @@ def plan_for(
     stats: DatasetStats | None = None,
     allow_network: bool = False,
     inspector: Inspector | None = None,
+    model: ModelSpec | None = None,
 ) -> Plan:
     """The longest sequences that fit by what a trainer has, run the fastest way; the smallest where none fit.
 
     Every layer is checkpointed or none is, and nothing is compiled: what lies between is nobody else's. With
-    several GPUs they share the work by DDP.
+    several GPUs they share the work by DDP. `model` is the request's, where it has been looked up before.
 
     Raises:
         InputError: model, GPU or knobs are not usable, or a knob is none of the trainer's.
     """
     target = resolve_gpu(request.gpu, display=request.display)
-    model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
+    if model is None:
+        model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
     plans = [
         make_plan(one, stats=stats, target=target, model=model, whole=False, stack=STACK_OF[trainer.name])
         for one in _requests(trainer, request, target.count)
     ]
-    return min(plans, key=_rank)
+    return min(plans, key=rank)
 
 
 def _requests(trainer: Trainer, request: PlanRequest, count: int) -> list[PlanRequest]:
@@ -71,8 +74,10 @@ def _requests(trainer: Trainer, request: PlanRequest, count: int) -> list[PlanRe
     return found
 
 
-def _rank(plan: Plan) -> tuple[bool, int, float, int]:
-    """What fits, of that the longest, since what is cut of an example is not learned; then the fastest."""
+def rank(plan: Plan) -> tuple[bool, int, float, int]:
+    """By which plans of one request are ordered, the one to take first: what fits, of that the longest, since
+    what is cut of an example is not learned; then the fastest.
+    """
     hours = float("inf") if plan.duration is None else plan.duration.hours
     fits = plan.fits
     length = plan.setup.max_length if fits else 0

@@ -24,6 +24,8 @@ from planner.trainers.config import (
 
 VERSION = "1.16.0"
 INSTALL = f"uv venv && uv pip install 'trl[peft,quantization]=={VERSION}'"
+TRL_DTYPE = "float32"
+"""Of the weights where nothing names another (trl/trainer/model_config.py:89)."""
 LACKING = (
     "experts",
     "compile",
@@ -154,13 +156,16 @@ def _adapter(keys: Keys) -> dict[str, Any]:
 
 
 def _dtype(keys: Keys, auto: str) -> str:
-    named = keys.text("dtype") or keys.text("torch_dtype")
-    half, brain = keys.switch("fp16"), keys.take("bf16")
-    if half:
+    named = keys.text("dtype") or keys.text("torch_dtype") or TRL_DTYPE
+    if keys.switch("fp16"):
         return "float16"
-    if named in (None, "auto"):
-        return "float32" if brain is False and named is None else auto
-    return named
+    if named == "float32" and keys.take("bf16") is not False:
+        raise InputError(
+            "trl sft holds weights in float32 unless a dtype is named, and computes in bfloat16 beside them, "
+            "which is not planned: add dtype: bfloat16, which takes about half of it, or bf16: false"
+        )
+    keys.take("bf16")
+    return auto if named == "auto" else named
 
 
 def _checkpointing(keys: Keys) -> bool:

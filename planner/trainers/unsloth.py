@@ -207,33 +207,48 @@ def refuse(method: str | None, dtype: str | None, dora: object, processes: int) 
         raise InputError("Unsloth on several GPUs is not planned: name one")
 
 
-def script(values: Mapping[str, Any]) -> str:
-    """The script of what `write` gives, in its order: loading, the adapter, training."""
+def script(
+    values: Mapping[str, Any],
+    *,
+    data: str = "train.jsonl",
+    adapter: str = "adapter",
+    reporter: str | None = None,
+) -> str:
+    """The script of what `write` gives, in its order: loading, the adapter, training.
+
+    It trains `data` and saves into the folder `adapter`. A module of the name `reporter` is imported before
+    all others and its `callback()` told what is trained.
+    """
     names = list(values)
     first, second = names.index("r"), names.index("random_state") + 1
-    loading, adapter, rest = names[:first], names[first:second], names[second:]
+    of_loading, of_adapter, rest = names[:first], names[first:second], names[second:]
+
+    head = "" if reporter is None else f"import {reporter}  # before all others: it takes signals\n"
+    told = "" if reporter is None else f"    callbacks=[{reporter}.callback()],\n"
 
     def lines(names: Any, indent: str) -> str:
         return "".join(f"{indent}{name}={_python(name, values[name])},\n" for name in names)
 
     return (
+        f"{head}"
         "import torch\n"
         "import unsloth  # before trl, whose trainer it changes\n"
         "from datasets import load_dataset\n"
         "from trl import SFTConfig, SFTTrainer\n\n"
         "model, tokenizer = unsloth.FastLanguageModel.from_pretrained(\n"
-        f"{lines(loading, '    ')})\n"
+        f"{lines(of_loading, '    ')})\n"
         "model = unsloth.FastLanguageModel.get_peft_model(\n"
-        f"    model,\n{lines(adapter, '    ')})\n"
+        f"    model,\n{lines(of_adapter, '    ')})\n"
         "trainer = SFTTrainer(\n"
         "    model=model,\n"
         "    processing_class=tokenizer,\n"
-        '    train_dataset=load_dataset("json", data_files="train.jsonl", split="train"),\n'
+        f'    train_dataset=load_dataset("json", data_files={json.dumps(data)}, split="train"),\n'
+        f"{told}"
         f"    args=SFTConfig(\n{lines(rest, '        ')}    ),\n"
         ")\n"
         "trainer.train()\n"
-        'model.save_pretrained("adapter")\n'
-        'tokenizer.save_pretrained("adapter")\n'
+        f"model.save_pretrained({json.dumps(adapter)})\n"
+        f"tokenizer.save_pretrained({json.dumps(adapter)})\n"
     )
 
 

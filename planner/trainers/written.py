@@ -85,7 +85,10 @@ def _head(trainer: Trainer, plan: Plan) -> Iterator[str]:
     if speed is not None:
         low, high = speed.tokens_per_second_low, speed.tokens_per_second_high
         rate = f"{speed.tokens_per_second:,.0f} tokens a second ({low:,.0f} to {high:,.0f})"
-        yield f"Expected with the kernels of TRL: {rate}."
+        measured = STACK_OF[trainer.name].measured_speed
+        yield f"Expected{' with the kernels of TRL' if measured is None else ''}: {rate}."
+        if measured is not None:
+            yield f"{measured.words}."
     yield f"Install: {trainer.install}"
     yield f"Start:   {start_of(trainer, plan.setup)}"
     yield from (f"Counted otherwise: {note}." for note in STACK_OF[trainer.name].counted)

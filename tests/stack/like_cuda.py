@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from planner.memory.decoder import groups, live_bytes
-from planner.memory.layers import dora, norms
+from planner.memory.layers import base_weight, dora
 
 
 def native_dropout(self: Any, x: Any) -> Any:
@@ -28,7 +28,7 @@ def like_cuda() -> Iterator[None]:
         enabled = torch.is_autocast_enabled
         patch.setattr(torch, "is_autocast_enabled", lambda device="cpu": enabled(device))
         patch.setattr(torch.nn.Dropout, "forward", native_dropout)
-        patch.setattr(norms, "NORM_SCRATCH_WIDTH", 0)
+        patch.setattr(base_weight, "REDUCTION_WIDTH", 0)
         patch.setattr(dora, "REDUCTION_WIDTH", 0)
         forget_replays()
         yield

@@ -142,7 +142,9 @@ FAMILIES = {
 }
 
 
+@functools.cache
 def spec_of(family: str) -> ModelSpec:
+    """Described once: tracing a family without a recipe takes seconds."""
     return inspect_config(FAMILIES[family], model_id=family, hub_id=family)
 
 

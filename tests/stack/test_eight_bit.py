@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.eight_bit_learning import judged
 from launcher.training import build
 from launcher.training.callbacks import decoder_layers
 from launcher.training.products import agreement, base_linear, scaled
@@ -243,3 +244,18 @@ def test_a_run_is_compared_before_its_first_step_and_runs_plain_where_layers_dis
     assert "differs from the plain one (input gradient by" in told[1]
     assert told[1].endswith("all layers run plain, slower")
     assert broken == trained(tmp_path / "plain", "bf16")
+
+
+def test_what_8_bits_cost_is_judged_by_the_spread_of_seeds() -> None:
+    def lines(way: str, losses: tuple[float, ...]) -> list[dict[str, Any]]:
+        return [{"way": way, "seed": seed, "exact": loss} for seed, loss in enumerate(losses, start=1)]
+
+    exact = lines("bf16", (2.70, 2.72, 2.71))
+    near, far = lines("fp8_backward", (2.71, 2.73, 2.72)), lines("fp8", (2.75, 2.77, 2.76))
+    found = judged([*exact, *near, *far])
+    assert found["spread"] == pytest.approx(0.02)
+    assert found["modes"]["fp8_backward"]["above"] == pytest.approx(0.01)
+    assert found["modes"]["fp8_backward"]["within_the_bar"] is True
+    assert found["modes"]["fp8"]["within_the_bar"] is False
+    # One seed has no spread, and so no verdict.
+    assert judged([*exact[:1], *near[:1]])["modes"]["fp8_backward"]["within_the_bar"] is None

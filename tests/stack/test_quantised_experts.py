@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import json
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,12 @@ import torch
 import torch.nn.utils.parametrize as torch_parametrize
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from launcher.models.inspect import inspect_config
 from launcher.training import build
 from launcher.training.loading.base_folder import find_base
 from launcher.training.loading.quantised_experts import (
@@ -26,11 +32,14 @@ from launcher.training.loading.quantised_experts import (
     quantised_parameters,
 )
 from launcher.training.loading.skeleton import Skeleton
+from launcher.training.products.sliced_experts import use_sliced_experts
 from planner.memory.decoder.live_bytes import at
+from planner.models import storage
+from planner.models.catalog import resolve_model
 from planner.setup.training_setup import TrainingSetup
 from tests.each import for_each
 
-from .like_cuda import like_cuda
+from .like_cuda import forget_replays, like_cuda
 from .live_bytes import LiveBytes, constants_of
 from .real_steps import first_step, measure
 from .small_models import LAYERS, load_model, spec_of
@@ -140,6 +149,37 @@ def test_each_adapter_gets_the_gradient_of_16_bits(family: str, experts: bool, c
     assert (torch_parametrize._cache_enabled, len(torch_parametrize._cache)) == (0, 0)
 
 
+@contextlib.contextmanager
+def one_expert_a_slice() -> Iterator[None]:
+    """Small models have all of their experts in one slice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "SLICE_BYTES", 1)
+        forget_replays()
+        yield
+    forget_replays()
+
+
+@for_each([("gpt_oss", True), ("qwen3_moe", False)])
+def test_experts_in_slices_have_the_gradients_of_whole_ones(case: tuple[str, bool]) -> None:
+    """To the bit: what is multiplied is the same. Rows are whole blocks of constants, which bitsandbytes'
+    kernel of the CPU wants.
+    """
+    family, checkpointed = case
+    with pytest.MonkeyPatch.context() as patch, one_expert_a_slice():
+        patch.setitem(CONFIGS[family], "moe_intermediate_size", 128)
+        models = []
+        for _ in range(2):
+            held = model_of(family)
+            quantise_all(held, build.quantization_config(QLORA))
+            models.append(adapted(held, family, experts=False))
+        use_sliced_experts(models[1])
+        whole, sliced = (gradients(model, checkpointed=checkpointed) for model in models)
+    assert whole.keys() == sliced.keys()
+    for name, gradient in sliced.items():
+        assert gradient is not None
+        assert torch.equal(gradient, whole[name]), name
+
+
 def held_by_upstream(model: Any) -> None:
     for module in list(model.modules()):
         for name in STACKS:
@@ -215,12 +255,15 @@ def test_experts_hold_what_is_planned(family: str, double: bool) -> None:
     assert expected.unquantized_bytes == nbytes(model.parameters()) - packed
 
 
+SLICED_EXPERTS = {"target_modules": ATTENTION, "experts_matmul": "sliced"}
 HELD_CASES: list[tuple[str, dict[str, Any], float]] = [
     ("qwen3_moe", {}, 0.005),
     ("qwen3_moe", {"target_modules": ATTENTION}, 0.005),
     ("qwen3_moe", {"gradient_checkpointing": False}, 0.005),
     # Mixtral weights what experts return in float32, the other in the load dtype, which is what is counted.
     ("mixtral", {"target_modules": ATTENTION}, 0.035),
+    ("qwen3_moe", SLICED_EXPERTS, 0.005),
+    ("qwen3_moe", {**SLICED_EXPERTS, "gradient_checkpointing": False}, 0.005),
 ]
 
 
@@ -231,7 +274,7 @@ def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any], float], t
     """
     family, knobs, tolerance = case
     setup = setup_of(**knobs).replace(model=family)
-    with like_cuda():
+    with like_cuda(), one_expert_a_slice():
         measured = measure(first_step(family, setup, tmp_path))
         timeline, spec, tables, masks = predict(family, setup)
         tokens, scores = timeline.shape.tokens, timeline.shape.scores
@@ -240,7 +283,9 @@ def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any], float], t
         assert kept + over == pytest.approx(measured.saved_bytes, rel=0.005), measured.kept
         backward = largest(timeline, "backward of") + over
         assert backward == pytest.approx(measured.backward_bytes, rel=tolerance)
-        assert largest(timeline, "forward of") + tables == pytest.approx(measured.forward_bytes, rel=0.06)
+        assert largest(timeline, "forward of") + tables == pytest.approx(
+            measured.forward_bytes, rel=0.06, abs=10**6
+        )
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +315,49 @@ def test_a_model_that_is_loaded_by_layer_is_the_one_that_is_loaded_whole(base: P
         quantised_parameters(model), quantised_parameters(whole), strict=True
     ):
         assert torch.equal(getattr(module, name), getattr(other, name))
+
+
+def test_experts_stored_in_mxfp4_are_loaded_as_what_they_stand_for(tmp_path: Path) -> None:
+    """A folder as gpt-oss is published, and one of the same weights in 16 bits: the same model, in 4 bits or
+    not, with one stack at a time in more than it is stored in.
+    """
+    model = model_of("gpt_oss").to(torch.bfloat16)
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    stored = dict(tensors)
+    for name in [name for name in tensors if name.endswith(STACKS)]:
+        experts, inputs, outputs = tensors[name].shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 123, blocks.shape[:3], dtype=torch.uint8)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        assert tensors[name].shape == (experts, inputs, outputs)
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    config = model.config.to_dict()
+    told = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    for folder, held, own in (("plain", tensors, {}), ("mxfp4", stored, {"quantization_config": told})):
+        (tmp_path / folder).mkdir()
+        save_file(held, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / folder / "config.json").write_text(json.dumps({**config, **own}))
+    for setup in (
+        QLORA,
+        QLORA.replace(experts="16bit"),
+        TrainingSetup(model="m", max_length=64, method="lora"),
+    ):
+        with LiveBytes() as live:
+            ours, theirs = (
+                build.load_model(
+                    setup, str(tmp_path / name), device=torch.device("cpu"), allow_download=False
+                )
+                for name in ("mxfp4", "plain")
+            )
+        assert live.largest_bytes <= 4 * 128 * 384 * 4  # a stack of gate and up, in float32
+        assert not hasattr(ours.config, "quantization_config") or setup.method == "qlora"
+        found, expected = (dict(one.named_parameters()) for one in (ours, theirs))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+            assert value.dtype == expected[name].dtype, name
+    assert resolve_model(str(tmp_path / "mxfp4"), inspector=inspect_config).checkpoint is None
 
 
 @pytest.mark.parametrize("rounded", [True, False])

@@ -17,7 +17,8 @@ import pytest
 from launcher.models.inspect import inspect_config
 from planner.memory.allocators.expandable import empty_allocator
 from planner.memory.allocators.native import MIB, CachingAllocator, rounded
-from planner.memory.step.replay import CudaSizes, StepReplay
+from planner.memory.step.replay import StepReplay
+from planner.memory.step.replayed import CudaSizes
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup

@@ -127,16 +127,19 @@ def casting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     traced.cache_clear()
 
 
-@pytest.mark.parametrize("family", small_models.TRACED)
+@pytest.mark.parametrize(
+    ("family", "knobs"),
+    [*((family, {}) for family in small_models.TRACED), ("gpt_oss", {"experts_matmul": "sliced"})],
+)
 def test_mixtures_and_hybrids_train_in_the_bytes_that_were_planned(
-    casting: None, family: str, tmp_path: Path
+    casting: None, family: str, knobs: dict[str, Any], tmp_path: Path
 ) -> None:
     """Experts in 4 bits, sinks, shared experts, Mamba layers: within 2% of what a real step does, and what is
     trained is what PEFT trains.
     """
     spec = traced(family)
     attention = {"attn_implementation": spec.default_attn_implementation}
-    setup = make_setup(family, method="qlora", experts="4bit", **KEPT, **attention)
+    setup = make_setup(family, method="qlora", experts="4bit", **KEPT, **attention, **knobs)
     run = TrainingRun(setup=setup, model=spec)
     step = first_step(family, setup, tmp_path)
     trained = sum(one.numel() for one in step.model.parameters() if one.requires_grad)

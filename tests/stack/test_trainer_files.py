@@ -72,6 +72,7 @@ def test_trl_s_defaults_are_those_that_are_read() -> None:
             "use_peft": True,
             "load_in_4bit": True,
             "lora_target_modules": "all-linear",
+            "bf16": False,
         },
         auto_dtype="bfloat16",
         gpus=1,
@@ -86,6 +87,7 @@ def test_trl_s_defaults_are_those_that_are_read() -> None:
     assert setup.lora_dropout == model["lora_dropout"]
     assert setup.bnb_4bit_use_double_quant is model["use_bnb_nested_quant"]
     assert setup.bnb_4bit_quant_type == model["bnb_4bit_quant_type"]
+    assert setup.dtype == model["dtype"]
 
 
 def fields_of(*files: Path) -> set[str]:
@@ -121,6 +123,9 @@ def test_unsloth_knows_every_argument_that_is_written_and_has_the_defaults_that_
         values = TRAINERS["unsloth"].write(setup, HUB, 3.0, 2e-4)
         accepted = known["from_pretrained"].keys() | known["get_peft_model"].keys() | training
         assert set(values) <= accepted
+    # What the engine's script has beside (launcher/training/engines/script.py).
+    assert "use_exact_model_name" in known["from_pretrained"]
+    assert {"include_num_input_tokens_seen", "warmup_steps", "save_strategy"} <= training
     defaults = {
         name: ast.literal_eval(value)
         for function in known.values()

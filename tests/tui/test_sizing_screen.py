@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shlex
 import threading
 from pathlib import Path
@@ -12,11 +13,12 @@ from textual.widgets import Input, OptionList, Static
 from launcher.tui import cards, starting
 from launcher.tui.advice import work_out
 from launcher.tui.command_line import request_of
+from launcher.tui.longest import OvertakenError, find_longest, question_of
 from launcher.tui.screens import sizing_workers
 from launcher.tui.screens.picker import Picker
 from launcher.tui.screens.sizing import SizingScreen
 from launcher.tui.screens.sizing_messages import Refined
-from launcher.tui.sizing import Sizing, Verdict, refine
+from launcher.tui.sizing import NO_WISHES, Sizing, Verdict, evaluator_of, refine
 from launcher.tui.themes import DARK
 from launcher.tui.widgets.sizing.choice_knob import ChoiceKnob
 from launcher.tui.widgets.sizing.pick_button import PickButton
@@ -25,6 +27,7 @@ from planner.base.errors import InputError, MissingExtraError
 from planner.commands import plan
 from planner.commands.program import Parser
 from planner.memory import estimate_memory
+from planner.planning.longest import longest_context
 from planner.planning.make_plan import make_plan
 from planner.setup import defaults
 from planner.setup.request import make_request
@@ -123,6 +126,25 @@ async def test_the_figures_are_those_of_plan_once_they_are_refined(make_app: Mak
         assert "refining" not in shown_text(pilot)
         assert "FITS" in shown_text(pilot)
         assert "uncalibrated" in shown_text(pilot)
+        # The longest sequences are those of `plan --longest`, whatever length is sized, and one key away.
+        request, target = make_request("qwen2.5-14b", gpu="16GB"), sizing.card.target
+        longest = longest_context(request, target, evaluator_of(sizing.model, sizing.card, NO_WISHES))
+        assert longest is not None
+        assert f"longest {longest.max_length:,} tokens at" in shown_text(pilot)
+        await pilot.press("escape", "l")
+        assert screen_of(pilot).sizing.setup == longest.setup  # type: ignore[union-attr]
+        assert f"longest {longest.max_length:,} tokens at" in shown_text(pilot)
+        await pilot.press("u")
+        assert screen_of(pilot).sizing.setup == plan.setup  # type: ignore[union-attr]
+        asked, counted = question_of(sizing), itertools.count()
+        with pytest.raises(OvertakenError):
+            find_longest(sizing, lambda: next(counted) == 5)
+        assert next(counted) == 6
+        # What decides it is asked anew, its answer before is not shown meanwhile.
+        screen_of(pilot).query_one("#knob-method", ChoiceKnob).value = "lora"
+        await pilot.pause()
+        assert question_of(screen_of(pilot).sizing) != asked  # type: ignore[arg-type]
+        assert f"longest {longest.max_length:,} tokens" not in shown_text(pilot)
 
 
 @joins(SIZED)
@@ -541,7 +563,8 @@ async def test_training_without_the_training_stack_says_what_to_install(
     monkeypatch.setattr(starting, "refuse_what_cannot_start", refuse)
     async with make_app().run_test(size=SIZE, notifications=True) as pilot:
         await pilot.press("t")
-        await settle(pilot)
+        # Not until all is worked out: by then it is gone again.
+        await pilot.pause(0.1)
         assert "vramwise[train]" in shown_text(pilot)
 
 

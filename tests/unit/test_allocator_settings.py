@@ -20,7 +20,9 @@ from launcher.runs.allocator import (
     process_allocator,
 )
 from launcher.runs.folder import RunFolder, create_run_folder
+from launcher.runs.minding.compiled_cache import VARIABLE as CACHE
 from launcher.runs.training_job import TrainingJob
+from planner.base.data_files import user_cache_dir
 from planner.setup.cuda_allocator import (
     ALLOCATORS,
     EXPANDABLE,
@@ -134,14 +136,17 @@ def test_what_a_person_has_set_goes_for_a_measurement(on_machine: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("own", [None, "max_split_size_mb:64"])
-def test_the_trainer_is_started_with_expandable_segments_and_with_what_a_person_has_set(
+def test_the_trainer_is_started_with_expandable_segments_a_kept_cache_and_what_a_person_has_set(
     own: str | None, tmp_path: Path, on_machine: pytest.MonkeyPatch
 ) -> None:
-    said = f"import os; print([os.environ.get(name) for name in {VARIABLES!r}])"
+    names = (*VARIABLES, CACHE)
+    said = f"import os; print([os.environ.get(name) for name in {names!r}])"
     (tmp_path / "says.py").write_text(said, encoding="utf-8")
     on_machine.setenv("PYTHONPATH", str(tmp_path))
+    on_machine.delenv(CACHE, raising=False)
     if own is not None:
         on_machine.setenv(GENERAL, own)
+        on_machine.setenv(CACHE, "/kept")
     asked = keeper.spawn
 
     def spawn_another(
@@ -158,8 +163,10 @@ def test_the_trainer_is_started_with_expandable_segments_and_with_what_a_person_
     folder = create_run_folder(tmp_path, job, name="run")
     assert keeper.main([str(folder.path)]) == 0
     trainer = folder.log("trainer").read_text(encoding="utf-8").strip()
-    assert trainer == str([SETTING[CUDA] if own is None else None, own])
-    assert folder.log("sampler").read_text(encoding="utf-8").strip() == str([None, own])
+    kept = str(user_cache_dir() / "compiled") if own is None else "/kept"
+    assert trainer == str([SETTING[CUDA] if own is None else None, own, kept])
+    untouched = str([None, own, None if own is None else "/kept"])
+    assert folder.log("sampler").read_text(encoding="utf-8").strip() == untouched
     assert CUDA not in os.environ
 
 

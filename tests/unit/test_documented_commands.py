@@ -37,6 +37,7 @@ NOT_RUN = {
     "accuracy": "fits all records: docs quote it, and test_docs.py compares",
     "models inspect": "describes a model in a process of its own: tests/stack/test_inspect_model.py",
     "compare --gpu": "looks at every model: tests/golden has it",
+    "gpus --update-prices": "asks the network: tests/unit/test_prices.py has the lists in a folder",
     "runs resume": "needs a run that was ended: tests/faults/test_resume.py",
 }
 ENDS_WITH = {"check": 3}

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import yaml
 
 from planner.answers.plan import Plan
 from planner.gpus.catalog import gpu_catalog
-from planner.jobs.job import CARDS, READY_HOURS, SERVICES, STACK_BYTES, card_name
+from planner.gpus.rented import rented_names
+from planner.jobs.job import READY_HOURS, SERVICES, STACK_BYTES, card_name
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def test_a_job_that_cannot_be_is_refused_in_a_line(
 
 
 def test_the_names_are_of_cards_that_are_known() -> None:
-    known = tomllib.loads(CARDS.read_text())
+    known = rented_names()
     cards = {gpu.id: gpu for gpu in gpu_catalog()}
     assert set(known) <= set(cards)
     for name, services in known.items():
@@ -102,7 +102,7 @@ def test_services_have_every_card_and_know_every_key(
     catalog = root / "sky" / "sky" / "catalog"
     sources = [catalog / "__init__.py", *(catalog / "data_fetchers").glob("fetch_*.py")]
     rented = set(re.findall(r"'([A-Z][\w-]+)'", "".join(path.read_text() for path in sources)))
-    for services in tomllib.loads(CARDS.read_text()).values():
+    for services in rented_names().values():
         if "dstack" in services:
             name, _, memory = services["dstack"].partition(":")
             assert (name, memory.removesuffix("GB")) in offered

@@ -9,7 +9,8 @@ import pytest
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.decoder.groups import LayerGroup, layer_groups
-from planner.memory.step.replay import CudaSizes, StepReplay
+from planner.memory.step.replay import StepReplay
+from planner.memory.step.replayed import CudaSizes
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 from planner.setup.run import TrainingRun

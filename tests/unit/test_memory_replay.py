@@ -13,13 +13,14 @@ from planner.calibration.accuracy import shipped_records
 from planner.calibration.records import RunRecord
 from planner.calibration.samples import CAP_SHARE, samples_of
 from planner.gpus.catalog import gpu_catalog
-from planner.memory import MemoryBreakdown, estimate_memory
+from planner.memory import MemoryBreakdown, estimate_memory, surely_exceeds
 from planner.memory.allocators.expandable import empty_allocator
 from planner.memory.allocators.native import MIB
 from planner.memory.breakdown import FITTED, REPLAYED
 from planner.memory.decoder.groups import LayerGroup, layer_groups
 from planner.memory.decoder.live_bytes import layer_memory, peak
 from planner.memory.decoder.programs import group_program
+from planner.memory.step import replay
 from planner.memory.step.replay import replay_steps
 from planner.models.catalog import load_shipped
 from planner.setup.cuda_allocator import ALLOCATORS, EXPANDABLE, NATIVE
@@ -192,6 +193,22 @@ def test_expandable_segments_hand_out_no_more_than_the_default(knobs: dict[str, 
         replay_steps(TrainingRun(setup=setup, model=model, padded=False), gpu=H100, allocator=NATIVE)
         is native
     )
+
+
+def test_a_replay_that_ends_early_has_told_the_truth() -> None:
+    """Of a card with a byte less than the whole replay needs it says so; of one with as much it does not."""
+    moved: dict[str, object] = {"activation_offloading": True}
+    shared: dict[str, object] = {"num_processes": 2, "distributed": "fsdp", "optim": "adamw_torch"}
+    cases = ((KNOBS[0], EXPANDABLE), (KNOBS[1], NATIVE), (moved, EXPANDABLE), (shared, EXPANDABLE))
+    for knobs, allocator in cases:
+        setup = setup_of("smollm2-135m", **knobs)
+        run = TrainingRun(setup=setup, model=load_shipped(setup.model), padded=False)
+        size = estimate_memory(run, gpu=H100, replay=True, allocator=allocator).peak_upper_bytes
+        for less, exceeds in ((0, False), (1, True), (size // 3, True)):
+            replay._WHOLE.clear()
+            usable = size - less
+            assert surely_exceeds(run, gpu=H100, usable_bytes=usable, allocator=allocator) == exceeds, knobs
+            assert bool(replay._WHOLE) != exceeds
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)

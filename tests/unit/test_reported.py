@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from launcher.tui.cards import card_from_text
-from launcher.tui.screens.sizing_parts import model_rows, question
+from launcher.tui.screens.sizing_parts import model_rows
 from launcher.tui.sizing import size_up
+from launcher.tui.widgets.sizing.headline import question
 from planner.data.reader import read_training_data
 from planner.models.catalog import list_models, resolve_model
 from planner.setup.training_setup import TrainingSetup

@@ -77,6 +77,7 @@ def test_a_run_on_a_gpu_becomes_a_record(tmp_path: Path) -> None:
     record = make_record(run_with(tmp_path, ON_GPU, on_gpu=True), "ok")
     assert record is not None
     assert record.source == "train"
+    assert record.first_step_seconds == 1.0
     assert record.environment.gpu_id == "h100-80gb"
     assert record.environment.compute_capability == (9, 0)
     assert dict(record.environment.versions) == {"torch": "2.13.0", "trl": "1.16.0"}

@@ -12,7 +12,10 @@ from launcher.commands.follow import _Line
 from launcher.runs.events import Event, StageEvent
 from launcher.runs.heartbeat import HeartbeatWriter, read_beat
 from launcher.runs.report.stages import STAGES, seconds, stage_text
-from launcher.training.stages import Stages
+from launcher.training.stages import Stages, compiling_words
+from planner.answers.plan import Plan
+from planner.planning.make_plan import make_plan
+from planner.setup.request import make_request
 
 
 def test_a_change_of_stage_is_an_event_and_every_call_a_beat(tmp_path: Path) -> None:
@@ -44,7 +47,17 @@ def test_stages_are_told_in_words() -> None:
     assert stage_text(StageEvent(time=1.0, stage="rehearsing", message=took)) == took
     assert stage_text(StageEvent(time=1.0, stage="saving", message="the model")) == "saving: the model"
     assert stage_text(StageEvent(time=1.0, stage="dreaming")) == "dreaming"
-    assert "up to five minutes" in STAGES["compiling"]
+
+
+def test_how_long_layers_are_compiled_is_told_where_it_is_forecast() -> None:
+    knobs = {"compile": "regional"}
+    plan = make_plan(make_request("llama-3.1-8b", gpu="rtx-4090", knobs=knobs), whole=False)
+    told = plan.to_dict()["speed"]["first_step"]
+    words = compiling_words(plan)
+    assert words.startswith(f"about {told['seconds']:.0f} s (")
+    assert f"{told['seconds_again']:.0f} if compiled here before" in words
+    assert compiling_words(Plan.from_dict(plan.to_dict())) == words
+    assert "up to five minutes" in compiling_words(None)
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from planner.base import values
 
 
-def made(decorator: Any, **options: bool) -> type:
-    """The same class by either way of making one."""
+def made(decorator: Any, *, plain: bool, **options: bool) -> type:
+    """The same class by either way of making one; a `plain` one has no field with words on it."""
 
     @decorator(frozen=True, kw_only=True, **options)
     class Point:
@@ -24,7 +24,7 @@ def made(decorator: Any, **options: bool) -> type:
 
         x: int
         y: int = 2
-        label: str = field(default="", compare=False, repr=False, metadata={"shown": False})
+        label: str = "" if plain else field(default="", compare=False, repr=False, metadata={"shown": False})
 
         def __post_init__(self) -> None:
             if self.x < 0:
@@ -66,14 +66,30 @@ ACTS: tuple[Callable[[Any], object], ...] = (
     lambda kind: [(one.name, dict(one.metadata)) for one in dataclasses.fields(kind)],
     lambda kind: list(inspect.signature(kind).parameters),
     lambda kind: kind.__doc__,
+    lambda kind: (dataclasses.is_dataclass(kind), kind.__match_args__),
+    lambda kind: get_type_hints(kind),
+    lambda kind: [(one.name, one.default, one.type, one.kw_only) for one in dataclasses.fields(kind)],
+    lambda kind: dataclasses.astuple(made_on(kind)(x=1, z=3)),
     _set,
     _delete,
 )
 
 
+def made_on(kind: type) -> Any:
+    """A class of `dataclasses` with more fields than one of ours."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Further(kind):  # type: ignore[misc,valid-type]
+        z: int
+
+    return Further
+
+
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("slots", [True, False])
-def test_a_class_does_what_one_of_dataclasses_does(slots: bool) -> None:
-    ours, theirs = (made(maker, slots=slots) for maker in (values.dataclass, dataclasses.dataclass))
+def test_a_class_does_what_one_of_dataclasses_does(slots: bool, plain: bool) -> None:
+    makers = (values.dataclass, dataclasses.dataclass)
+    ours, theirs = (made(maker, plain=plain, slots=slots) for maker in makers)
     for act in ACTS:
         assert outcome(act, ours) == outcome(act, theirs)
     assert hasattr(ours(x=1), "__dict__") != slots

@@ -26,6 +26,7 @@ from launcher.models.tracing.opaque import (
 from launcher.models.tracing.parts import kinds_of, parts_of
 from launcher.models.tracing.recorder import Recorder
 from planner.base.errors import InputError
+from planner.memory.layers.attention import flexes_shared
 from planner.models.storage import adapts_experts
 from planner.models.traced import (
     ADAPTED,
@@ -40,7 +41,7 @@ from planner.models.traced import (
 
 _DTYPES = (torch.bfloat16, torch.float32)
 """A model with experts is traced in the first alone: torch knows no shapes of grouped products in others."""
-_Way = tuple[str, int, bool, str]
+_Way = tuple[str, int, bool, str, bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,17 @@ class _Recorded:
         """All of them as one description."""
         passes: dict[TracedPass, int] = {}
         ways = []
-        for (method, width, heads_first, adapted), runs in self.runs.items():
+        for (method, width, heads_first, adapted, kernel), runs in self.runs.items():
             number = passes.setdefault(joined(runs), len(passes))
             ways.append(
-                TracedWay(method=method, width=width, heads_first=heads_first, adapted=adapted, number=number)
+                TracedWay(
+                    method=method,
+                    width=width,
+                    heads_first=heads_first,
+                    adapted=adapted,
+                    kernel=kernel,
+                    number=number,
+                )
             )
         return TracedBlock(passes=tuple(passes), ways=tuple(ways), unseen=tuple(sorted(self.fused)))
 
@@ -248,20 +256,30 @@ def _by_way(
     stacks: tuple[str, ...] = ADAPTED if ROUTER in names else (NO_STACKS, EXPERTS)
     if not names or not adapts_experts(model_type):
         stacks = (NO_STACKS,)
-    known: dict[tuple[str, str], tuple[BlockRun, Calls]] = {}
-    for heads_first in (False, True):
-        for method in METHODS:
-            for adapted in stacks if method != "full" else (NO_STACKS,):
-                way = method, adapted
-                if method == "lora" and not known["qlora", adapted][1].mixed:
-                    # A base that is not quantised changes the dtype of products alone.
-                    known[way] = known["qlora", adapted]
-                elif way not in known or known[way][1].lays_out:
-                    calls = Calls(
-                        Recorder(), method=method, dtype=dtype, heads_first=heads_first, adapted=adapted
-                    )
-                    known[way] = _run(module, run, hidden, outside, calls), calls
-                yield (method, dtype.itemsize, heads_first, adapted), *known[way]
+    heads = 0
+    for kernel in (False, True):
+        known: dict[tuple[str, str], tuple[BlockRun, Calls]] = {}
+        for heads_first in (False, True) if not heads else (not flexes_shared(heads),):
+            for method in METHODS:
+                for adapted in stacks if method != "full" else (NO_STACKS,):
+                    way = method, adapted
+                    if method == "lora" and not known["qlora", adapted][1].mixed:
+                        # A base that is not quantised changes the dtype of products alone.
+                        known[way] = known["qlora", adapted]
+                    elif way not in known or known[way][1].lays_out:
+                        calls = Calls(
+                            Recorder(),
+                            method=method,
+                            dtype=dtype,
+                            heads_first=heads_first,
+                            adapted=adapted,
+                            kernel=kernel,
+                        )
+                        known[way] = _run(module, run, hidden, outside, calls), calls
+                    heads = next((one.heads for one in known[way][1].attention if one.sinks), 0)
+                    yield (method, dtype.itemsize, heads_first, adapted, kernel), *known[way]
+        if not heads:
+            return
 
 
 def _run(

@@ -59,10 +59,19 @@ class Calls:
     """The opaque operations of a block's run, in order."""
 
     def __init__(
-        self, recorder: Recorder, *, method: str, dtype: torch.dtype, heads_first: bool, adapted: str
+        self,
+        recorder: Recorder,
+        *,
+        method: str,
+        dtype: torch.dtype,
+        heads_first: bool,
+        adapted: str,
+        kernel: bool,
     ) -> None:
         self.recorder = recorder
         self.method, self.dtype, self.heads_first, self.adapted = method, dtype, heads_first, adapted
+        # Attention with sinks is left to a kernel, rather than the module's own code recorded.
+        self.kernel = kernel
         self.found: list[Call] = []
         # Nodes of stacks without an adapter, which no gradient reaches; how many experts a token is sent to.
         self.unasked: list[Any] = []
@@ -179,8 +188,9 @@ def traced_attention(
             queries_by_heads=query.stride(1) > query.stride(2),
         )
     )
-    if s_aux is not None:
+    if s_aux is not None and not calls.kernel:
         # No kernel of torch's sdpa has sinks: what runs is the module's own code, recorded with the rest.
+        # Flex attention's does, with what transformers makes of its result.
         with calls.recorder.muted():
             mask = query.new_empty((batch, 1, length, key.shape[2]))
             calls.recorder.know([mask])

@@ -16,6 +16,7 @@ from launcher.runs.kept import checkpoints, fingerprint
 from launcher.runs.kept.checkpoints import Checkpoint
 from launcher.runs.kept.fingerprint import Difference, Fingerprint
 from launcher.runs.kept.shards import refuse_unsharded
+from launcher.runs.training_job import OWN_ENGINE
 from planner.base import validate
 from planner.base.errors import InputError
 from planner.setup.training_setup import TrainingSetup
@@ -73,6 +74,8 @@ def prepare(folder: RunFolder, wish: ResumeWish) -> Resumption:
         why = "has not been started" if now.state == "created" else "is finished; nothing is left to do"
         raise InputError(f"{folder.path}: this run {why}")
     job = folder.read_job()
+    if job.engine != OWN_ENGINE:
+        raise InputError(f"{folder.path}: {job.engine} saves no checkpoints that a run could go on from")
     found = checkpoints.newest(folder.checkpoints)
     current = fingerprint.take(job)
     accepted = _accepted(folder, current, wish, trained=bool(found.newest or found.broken))

@@ -11,8 +11,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
     {
         "loading": "loading",
         "rehearsing": "the longest micro-batch first",
-        # planner/throughput/compilation.py: 9 to 53 s on 16 cores, and 282 s in one run with flex attention.
-        "compiling": "compiling the layers, half a minute on a fast host and up to five minutes",
+        "compiling": "compiling the layers",
         "training": "training",
         "evaluating": "evaluating",
         "saving": "saving",

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.training.loading.dequantised import as_plain
+from launcher.training.loading.microscaled import microscaled_as_plain
 from launcher.training.loading.stored_tensor import StoredTensor
 from planner.base.errors import InputError, shorten
 from planner.models import hub_config
-from planner.models.checkpoint import Checkpoint
+from planner.models.checkpoint import Checkpoint, is_dequantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -58,6 +59,8 @@ def find_base(source: str, *, allow_download: bool) -> BaseFolder:
     checkpoint, tensors = hub_config.quantisation_of(config, where=source), _stored(path)
     if checkpoint is not None:
         tensors = as_plain(tensors)
+    elif is_dequantised(config):
+        tensors = microscaled_as_plain(tensors)
     return BaseFolder(path=path, name=source, config=config, tensors=tensors, checkpoint=checkpoint)
 
 

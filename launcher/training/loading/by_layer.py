@@ -1,4 +1,5 @@
-"""A model whose experts are quantised one layer at a time while it is loaded.
+"""A model that is loaded a few tensors at a time: whose experts are quantised one layer at a time, or whose
+stored experts are dequantised so.
 
 transformers' own loader makes whole 16-bit experts on the GPU before anything could quantise them, which is
 what 4 bits are to avoid. Here a few tensors are read at a time, stacks of experts on the host, so that the
@@ -23,11 +24,13 @@ def load_by_layer(
     base: BaseFolder,
     *,
     dtype: torch.dtype,
-    quantization_config: BitsAndBytesConfig,
+    quantization_config: BitsAndBytesConfig | None,
+    quantizes_experts: bool,
     attn_implementation: str | None,
     device: torch.device,
 ) -> PreTrainedModel:
-    """The model of a base on a device: linear layers in 4 bits, as by transformers, and stacks of experts.
+    """The model of a base on a device: with `quantization_config` linear layers in 4 bits, as by
+    transformers, and where `quantizes_experts` stacks of experts.
 
     Raises:
         InputError: a weight is missing, or the loader refuses it.
@@ -42,7 +45,8 @@ def load_by_layer(
         )
         for group in skeleton.groups:
             if group.parameters:
-                _load(model, skeleton, group, quantization_config, device)
+                experts = quantization_config if quantizes_experts else None
+                _load(model, skeleton, group, experts, device)
     finally:
         skeleton.close()
     model.tie_weights()
@@ -59,10 +63,10 @@ def _load(
     model: PreTrainedModel,
     skeleton: Skeleton,
     group: Group,
-    quantization_config: BitsAndBytesConfig,
+    experts: BitsAndBytesConfig | None,
     device: torch.device,
 ) -> None:
-    """Read a group's tensors and put what they make into the model."""
+    """Read a group's tensors and put what they make into the model, stacks quantised as `experts` says."""
     import bitsandbytes as bnb
     import torch
 
@@ -80,7 +84,10 @@ def _load(
         if is_stack(name, value):
             stack = torch.nn.Parameter(value.data.contiguous().to(device), requires_grad=False)
             del value
-            quantise(module, key, stack, quantization_config)
+            if experts is None:
+                module.register_parameter(key, stack)
+            else:
+                quantise(module, key, stack, experts)
             continue
         module.register_parameter(key, value)
         if isinstance(value, bnb.nn.Params4bit):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.training.loading.base_folder import BaseFolder
 from launcher.training.loading.dequantised import DequantisedSlice, dequantised_from_int8
+from launcher.training.loading.microscaled import MicroscaledSlice, is_microscaled
 from launcher.training.loading.quantised_experts import is_stack, quantised
 from launcher.training.loading.stored_tensor import StoredTensor
 from planner.base.errors import InputError, shorten
@@ -177,6 +178,9 @@ class Skeleton:
 
     def _slice(self, name: str) -> Any:
         tensor = self.base.tensors[name]
+        if is_microscaled(name, tensor):
+            blocks, scales = (self._slice_in(part, file) for part, file in tensor.parts)
+            return MicroscaledSlice(tensor=tensor, blocks=blocks, scales=scales, dtype=self.dtype)
         found = self._slice_in(name, tensor.file)
         if tensor.held_bytes is None:
             return found
@@ -206,7 +210,7 @@ def model_config(base: BaseFolder) -> PretrainedConfig:
         raise InputError(
             f"{base.name}: transformers refuses its config: {shorten(str(error), 120)}"
         ) from error
-    if base.checkpoint is not None:
+    if hasattr(config, "quantization_config"):
         # Its tensors are given as what they stand for.
         del config.quantization_config
     return config

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.base.errors import FieldError, InputError, shorten
 from planner.models import hub_config
-from planner.models.checkpoint import Checkpoint
+from planner.models.checkpoint import Checkpoint, is_dequantised
 from planner.setup.knob import plain
 from planner.setup.methods import stored_knobs
 from planner.setup.training_setup import TrainingSetup
@@ -23,13 +23,26 @@ def stored_in(source: str, *, allow_download: bool) -> Checkpoint | None:
     Raises:
         InputError: its config is not here, or its weights are in a form that is not trained.
     """
+    return hub_config.quantisation_of(_config_of(source, allow_download), where=source)
+
+
+def is_microscaled_in(source: str, *, allow_download: bool) -> bool:
+    """Whether the experts of a folder or Hub id are stored in MXFP4, which is dequantised while it is read.
+
+    Raises:
+        InputError: its config is not here.
+    """
+    return is_dequantised(_config_of(source, allow_download))
+
+
+def _config_of(source: str, allow_download: bool) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     try:
         values, _ = PretrainedConfig.get_config_dict(source, local_files_only=not allow_download)
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: no config could be read: {shorten(str(error), 160)}") from error
-    return hub_config.quantisation_of(values, where=source)
+    return dict(values)
 
 
 def refuse_other(setup: TrainingSetup, checkpoint: Checkpoint, source: str) -> None:

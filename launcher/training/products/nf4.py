@@ -14,6 +14,9 @@ import torch
 
 from launcher.training.products.scaled import E4M3, to_e4m3
 
+if torch.cuda.is_available():
+    import launcher.training.products.nf4_kernel  # noqa: F401  # makes the operator for weights on a GPU
+
 NESTED_BLOCK = 256
 """Constants that share a constant of theirs (bitsandbytes functional.py, quantize_4bit)."""
 
@@ -51,7 +54,9 @@ def weight_in_e4m3(
     packed: torch.Tensor, constants: Constants, row_scales: torch.Tensor, columns: int, *, transposed: bool
 ) -> torch.Tensor:
     """A packed weight as e4m3: N x K, or K x N when `transposed`, contiguous either way."""
-    return torch.ops.vramwise.nf4_to_e4m3(
+    known = torch.ops.vramwise
+    operator = known.nf4_to_e4m3_kernel if packed.is_cuda else known.nf4_to_e4m3
+    made: torch.Tensor = operator(
         packed,
         constants.absmax,
         constants.code,
@@ -63,6 +68,7 @@ def weight_in_e4m3(
         columns,
         transposed,
     )
+    return made
 
 
 def dequantised(
@@ -87,6 +93,7 @@ def dequantised(
     return (levels.reshape(-1, block) * scales.reshape(-1, 1)).reshape(-1, columns)
 
 
+# For weights on a CPU; nf4_kernel.py has the GPU's.
 @torch.library.custom_op("vramwise::nf4_to_e4m3", mutates_args=())  # type: ignore[untyped-decorator]
 def _nf4_to_e4m3(
     packed: torch.Tensor,
@@ -100,12 +107,6 @@ def _nf4_to_e4m3(
     columns: int,
     transposed: bool,
 ) -> torch.Tensor:
-    if packed.is_cuda:
-        from launcher.training.products.nf4_kernel import launch
-
-        return launch(
-            packed, absmax, code, nested, nested_code, offset, row_scales, block, columns, transposed
-        )
     values = dequantised(packed, absmax, code, nested, nested_code, offset, block, columns)
     eight = to_e4m3(values / row_scales)
     return eight.t().contiguous() if transposed else eight

@@ -14,25 +14,24 @@ from textual.widgets import Footer
 from launcher.tui import cards, knobs
 from launcher.tui.command_line import plan_command
 from launcher.tui.explained import Explained, explained
+from launcher.tui.longest import question_of
 from launcher.tui.screens import sizing_parts as parts
 from launcher.tui.screens.needs import NeedsScreen
-from launcher.tui.screens.sizing_messages import Advised, Chosen, DataRead, Opened, Refined
+from launcher.tui.screens.sizing_messages import Advised, Chosen, DataRead, LongestFound, Opened, Refined
 from launcher.tui.screens.sizing_picks import SizingPicks
 from launcher.tui.sizing import Sizing, Wishes, size_up
 from launcher.tui.text import plain
-from launcher.tui.themes import colours
 from launcher.tui.widgets.breakpoints import fit_before_composing
 from launcher.tui.widgets.sizing.advice_panel import AdvicePanel
 from launcher.tui.widgets.sizing.data_panel import DataPanel
 from launcher.tui.widgets.sizing.frontier_panel import FrontierPanel
+from launcher.tui.widgets.sizing.headline import Headline
 from launcher.tui.widgets.sizing.knob_form import KnobForm
 from launcher.tui.widgets.sizing.legend import Legend
-from launcher.tui.widgets.sizing.memory_bar import MemoryBar
 from launcher.tui.widgets.sizing.phase_table import PhaseTable
 from launcher.tui.widgets.sizing.setup_list import SetupList
 from launcher.tui.widgets.sizing.speed_panel import SpeedPanel
 from launcher.tui.widgets.sizing.verdict_line import VerdictLine
-from launcher.tui.widgets.text_line import TextLine
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.models.catalog import resolve_model
 from planner.models.spec import ModelSpec
@@ -61,6 +60,7 @@ class SizingScreen(SizingPicks):
             id="sizing.undo",
             tooltip="Take back what was applied",
         ),
+        Binding("l", "longest", "Longest", show=False, id="sizing.longest", tooltip="Take the longest"),
         Binding("p", "pin", "Pin", id="sizing.pin", tooltip="Pin: show differences to it"),
         Binding("t", "train", "Train", id="sizing.train", tooltip="Start this run"),
         Binding("n", "needs", "Need", id="sizing.needs", tooltip="Which card for these hours"),
@@ -108,12 +108,7 @@ class SizingScreen(SizingPicks):
     def compose(self) -> ComposeResult:
         """The headline over the form and the details."""
         fit_before_composing(self)
-        with Vertical(id="headline"):
-            yield TextLine(id="question")
-            yield VerdictLine()
-            yield TextLine(id="whole-run")
-            yield TextLine(id="pinned")
-            yield MemoryBar()
+        yield Headline()
         with Container(id="body"):
             yield VerticalScroll(KnobForm(self._initial), id="form-scroll", can_focus=False)
             with VerticalScroll(id="details"):
@@ -136,7 +131,7 @@ class SizingScreen(SizingPicks):
 
     def on_mount(self) -> None:
         """Answer the first question."""
-        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_question())
+        self.app.theme_changed_signal.subscribe(self, lambda _: self.query_one(Headline).show_question())
         self.call_after_refresh(self._scroll_to_focus)
         if not self._automatic:
             self._answer(self._initial)
@@ -190,7 +185,7 @@ class SizingScreen(SizingPicks):
         self.query_one(VerdictLine).searching = False
         sizing = self._draw(texts)
         if sizing is not None:
-            self._work_out(sizing)
+            self._work_out(sizing, self._longest)
 
     def _draw(self, texts: Mapping[str, str]) -> Sizing | None:
         """Recompute and show; on a value that is not accepted say so and keep the last answer, greyed."""
@@ -219,15 +214,11 @@ class SizingScreen(SizingPicks):
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
-        self._show_question()
+        known = self._longest is not None and self._longest.question == question_of(sizing)
+        self.query_one(Headline).show(sizing, self._longest if known else None)
         self._show_pinned()
-        line = self.query_one("#whole-run", TextLine)
-        line.display = sizing.wishes.data is not None
-        line.text = parts.whole_run(sizing, colours(self.app).muted)
         # The verdict is painted first, the data's picture in the frame after it.
         self.call_after_refresh(self._show_data)
-        self.query_one(VerdictLine).sizing = sizing
-        self.query_one(MemoryBar).data = parts.bar(sizing)
         self.query_one(Legend).memory = sizing.memory
         self.query_one(PhaseTable).memory = sizing.memory
         self.query_one(SpeedPanel).sizing = sizing
@@ -238,12 +229,10 @@ class SizingScreen(SizingPicks):
 
     def _show_pinned(self) -> None:
         """Beside every figure how it differs from the pinned setup's, if one is."""
-        line, pin = self.query_one("#pinned", TextLine), self._pinned
-        line.display = pin is not None
+        pin = self._pinned
         memory = None if pin is None else pin.memory
         self.query_one(Legend).pinned = self.query_one(PhaseTable).pinned = memory
-        if pin is not None and self.sizing is not None:
-            line.text = parts.pinned(self.sizing, pin, colours(self.app))
+        self.query_one(Headline).show_pinned(pin)
 
     def action_panel(self, number: int) -> None:
         """Bring a panel into sight, and what of it takes keys into focus."""
@@ -258,12 +247,8 @@ class SizingScreen(SizingPicks):
 
     def explained(self) -> tuple[Explained, ...]:
         """Where the numbers on the screen come from."""
-        return () if self.sizing is None else explained(self.sizing)
-
-    def _show_question(self) -> None:
-        if self.sizing is None:
-            return
-        self.query_one("#question", TextLine).text = parts.question(self.sizing, colours(self.app).muted)
+        longest = None if self._longest is None else self._longest.longest
+        return () if self.sizing is None else explained(self.sizing, longest)
 
     @on(Opened)
     def _take_opening(self, event: Opened) -> None:
@@ -287,6 +272,20 @@ class SizingScreen(SizingPicks):
             found = event.found
             self.query_one(AdvicePanel).show(event.sizing, found.offers, refusal=found.refusal)
             self.query_one(FrontierPanel).show(event.sizing, found.points, refusal=found.refusal)
+
+    @on(LongestFound)
+    def _show_longest(self, event: LongestFound) -> None:
+        self._longest = event.found
+        if self.sizing is not None:
+            self.query_one(Headline).show(self.sizing, event.found)
+
+    def action_longest(self) -> None:
+        """Take the setup with the longest sequences."""
+        found = self._longest
+        if found is None or found.longest is None:
+            self.notify("not known yet" if found is None else "nothing fits", title="Longest", markup=False)
+        else:
+            self._take(found.longest.setup)
 
     @on(SetupList.Applied)
     def _apply(self, event: SetupList.Applied) -> None:

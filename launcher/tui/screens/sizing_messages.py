@@ -6,6 +6,7 @@ from textual.message import Message
 
 from launcher.tui.advice import Suggestions
 from launcher.tui.dataset import Dataset
+from launcher.tui.longest import LongestAnswer
 from launcher.tui.sizing import Sizing
 from planner.models.spec import ModelSpec
 from planner.setup.training_setup import TrainingSetup
@@ -26,6 +27,14 @@ class Advised(Message):
     def __init__(self, sizing: Sizing, found: Suggestions) -> None:
         super().__init__()
         self.sizing = sizing
+        self.found = found
+
+
+class LongestFound(Message):
+    """How long sequences may be has been worked out for what a sizing asks."""
+
+    def __init__(self, found: LongestAnswer) -> None:
+        super().__init__()
         self.found = found
 
 

@@ -12,12 +12,9 @@ from textual.widgets import Static
 from launcher.tui import cards, knobs
 from launcher.tui.screens.picker import Remark, Row
 from launcher.tui.sizing import Sizing, Verdict
-from launcher.tui.text import FITS, TIGHT, TOO_BIG, gib, plain, signed_size
-from launcher.tui.themes import Colours, component_colours
-from launcher.tui.whole_run import run_lines
-from launcher.tui.widgets.sizing.memory_bar import BarData, BarPart
+from launcher.tui.text import FITS, TIGHT, TOO_BIG, gib
 from planner.models.catalog import ModelSummary
-from planner.text.figures import count, dollars, duration, rate
+from planner.text.figures import count
 
 PANELS = (
     ("knobs", "#form-scroll", "#knob-max_length"),
@@ -44,77 +41,6 @@ def go_to(screen: Screen[Any], number: int) -> None:
     takes = [one for one in screen.query(focus) if one.focusable] if focus else []
     screen.set_focus(takes[0] if takes else None, scroll_visible=False)
     screen.query_one(place).scroll_visible(animate=False, top=True)
-
-
-def question(sizing: Sizing, muted: str) -> Text:
-    """What is asked: model and card."""
-    card = sizing.card
-    text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(plain(sizing.setup.model, 60), "bold")
-    text.append(f" {count(sizing.model.parameter_count)}", muted)
-    text.append(" on ", muted)
-    text.append(plain(card.title, 60), "bold")
-    if card.argument is not None:
-        text.append(f" {plain(card.detail, 60)}", muted)
-    return text
-
-
-def bar(sizing: Sizing) -> BarData:
-    """The memory bar of an answer."""
-    memory = sizing.memory
-    colours = component_colours(component.name for component in memory.components)
-    return BarData(
-        parts=tuple(BarPart(c.size_bytes, colours[c.name]) for c in memory.components if c.size_bytes),
-        peak_bytes=memory.peak_bytes,
-        upper_bytes=memory.peak_upper_bytes,
-        usable_bytes=sizing.card.usable_bytes,
-        held=sizing.card.held,
-    )
-
-
-def whole_run(sizing: Sizing, muted: str) -> Text:
-    """Steps, time and price of the run over the data, in a line; empty without data."""
-    data, text = sizing.wishes.data, Text(no_wrap=True, overflow="ellipsis")
-    if data is None:
-        return text
-    text.append(f"{plain(data.name, 40)} ", "bold")
-    if sizing.run is None:
-        return text.append(plain(sizing.no_run) or "...", muted)
-    lines = dict(run_lines(sizing, sizing.run))
-    found = sizing.run.duration
-    text.append(lines["time"], "bold")
-    if found is not None and found.usd is not None:
-        text.append(f", {dollars(found.usd)}", "bold")
-    cut = sizing.run.data.truncated_examples
-    steps = f"{found.steps:,} steps" if found is not None and found.steps is not None else ""
-    more = ", ".join(part for part in (steps, f"{cut:,} of {data.count:,} cut" if cut else "") if part)
-    return text.append(f"  {more}" if more else "", muted)
-
-
-def pinned(now: Sizing, pin: Sizing, shown: Colours) -> Text:
-    """What is pinned, and by how much each figure of the headline differs from it."""
-    text = Text(no_wrap=True, overflow="ellipsis").append("pinned ", f"bold {shown.accent}")
-    peak = now.memory.peak_upper_bytes - pin.memory.peak_upper_bytes
-    found = [f"at most {gib(pin.memory.peak_upper_bytes)} ({signed_size(peak)})"]
-    if now.step is not None and pin.step is not None:
-        rates = now.step.tokens_per_second, pin.step.tokens_per_second
-        found.append(f"{rate(rates[1])} tokens/s ({rates[0] / rates[1] - 1:+.0%})")
-    found += _durations(now, pin)
-    text.append(" · ".join(found))
-    what = f"{pin.setup.model}, {pin.card.title}, {pin.setup.max_length:,} tokens"
-    return text.append(f"  {plain(what, 120)}", shown.muted)
-
-
-def _durations(now: Sizing, pin: Sizing) -> list[str]:
-    """Time and price of the pinned run, each with the difference of the present one."""
-    durations = [None if one.run is None else one.run.duration for one in (now, pin)]
-    if durations[0] is None or durations[1] is None:
-        return []
-    mine, yours = durations[0], durations[1]
-    found = [f"{duration(yours.hours)} ({mine.hours / yours.hours - 1:+.0%})"]
-    if mine.usd is not None and yours.usd:
-        found.append(f"{dollars(yours.usd)} ({mine.usd / yours.usd - 1:+.0%})")
-    return found
 
 
 def model_rows(models: Iterable[ModelSummary]) -> tuple[Row, ...]:

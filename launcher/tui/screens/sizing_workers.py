@@ -14,7 +14,16 @@ from textual.worker import get_current_worker
 from launcher.tui import advice, cards
 from launcher.tui.dataset import read_dataset
 from launcher.tui.inspection import inspector
-from launcher.tui.screens.sizing_messages import Advised, Chosen, DataRead, Opened, Refined, Resolved
+from launcher.tui.longest import LongestAnswer, OvertakenError, find_longest, question_of
+from launcher.tui.screens.sizing_messages import (
+    Advised,
+    Chosen,
+    DataRead,
+    LongestFound,
+    Opened,
+    Refined,
+    Resolved,
+)
 from launcher.tui.sizing import Sizing, Wishes, refine
 from launcher.tui.whole_run import with_whole_run
 from planner.base.errors import InputError, VramwiseError
@@ -31,10 +40,13 @@ class SizingWorkers(Screen[None]):
     def __init__(self) -> None:
         super().__init__()
         self._advising = threading.Lock()
+        self._longest: LongestAnswer | None = None
 
     @work(thread=True, exclusive=True, group="work-out")
-    def _work_out(self, sizing: Sizing) -> None:
-        """Refine the figures, then look for advice; what a later change overtakes is not begun."""
+    def _work_out(self, sizing: Sizing, longest: LongestAnswer | None) -> None:
+        """Refine the figures, then look for advice and, unless `longest` is of the same question, for the
+        longest sequences; what a later change overtakes is not begun.
+        """
         overtaken = partial(getattr, get_current_worker(), "is_cancelled")
         time.sleep(PAUSE_SECONDS)
         if overtaken():
@@ -45,6 +57,13 @@ class SizingWorkers(Screen[None]):
         self.post_message(Refined(sizing, refined))
         # One at a time: what is overtaken is not ended midway, and several would slow the answers.
         with self._advising:
+            if overtaken():
+                return
+            try:
+                if longest is None or longest.question != question_of(refined):
+                    self.post_message(LongestFound(find_longest(refined, overtaken)))
+            except OvertakenError:
+                return
             if overtaken():
                 return
             try:

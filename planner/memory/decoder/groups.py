@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -45,14 +44,6 @@ class LayerGroup:
     knobs: LayerKnobs
     input_requires_grad: bool
 
-    def count_below(self, index: int) -> int:
-        """How many of these layers lie below a position."""
-        return bisect_left(self.indices, index)
-
-    def count_above(self, index: int) -> int:
-        """How many lie above a position."""
-        return len(self.indices) - bisect_right(self.indices, index)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSetup:
@@ -91,7 +82,9 @@ class DecoderSetup:
 
     def expert_kind(self, rank: int) -> LinearKind:
         """A stack of experts with an adapter of that rank (0: without one)."""
-        return replace(self.linear_kind(rank), quantized=self.storage.quantized and self.storage.experts)
+        quantized = self.storage.quantized and self.storage.experts
+        sliced = quantized and self.storage.slices_experts
+        return replace(self.linear_kind(rank), quantized=quantized, sliced=sliced)
 
     def linear_kind(self, rank: int) -> LinearKind:
         """A linear layer with an adapter of that rank (0: without one)."""
@@ -171,6 +164,9 @@ def groups_of(model: ModelSpec, decoder: DecoderSetup) -> tuple[tuple[LayerGroup
     trained = trained_tensors(model, decoder.adapter, decoder.storage.width)
     ranks = (*trained.ranks, ("router", trained.router_rank))
     kinds = tuple((name, decoder.linear_kind(rank)) for name, rank in ranks)
+    if decoder.adapter is None:
+        biased = replace(decoder.linear_kind(0), biased=True)
+        kinds = (*((name, biased) for name in model.biased_linears), *kinds)
     common = LayerKnobs(
         kinds=(*kinds, ("experts", decoder.expert_kind(trained.experts_rank))),
         default=decoder.linear_kind(0),

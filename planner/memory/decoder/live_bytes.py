@@ -48,7 +48,7 @@ def layer_memory(
 ) -> LayerMemory:
     """Count one layer; `input_requires_grad` is false for a LoRA run's first layer without checkpoints."""
     width = layer.hidden_size * knobs.stream_width
-    tape = Tape(saves=True)
+    tape = Tape(saves=True, recomputes=checkpointed)
     # The timeline counts checkpoints; any other input is there at least until the forward pass is done.
     hidden = Value(tape.tokens(0 if checkpointed else width), input_requires_grad or checkpointed)
     early = [tape.tokens(size) for size in gradients_before(layer, knobs)] if checkpointed else []
@@ -163,7 +163,12 @@ def peak(moments: Moments, tokens: int, scores: int) -> tuple[float, Moment]:
 
 def at(moment: Moment, tokens: int, scores: int) -> float:
     """Bytes of a moment, all categories together."""
-    return sum(size.at(tokens, scores) for size in moment)
+    a, b, c = moment
+    return (
+        (a[0] + tokens * a[1] + scores * a[2])
+        + (b[0] + tokens * b[1] + scores * b[2])
+        + (c[0] + tokens * c[1] + scores * c[2])
+    )
 
 
 __all__ = [

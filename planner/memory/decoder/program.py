@@ -116,7 +116,7 @@ def _both_passes(tape: LoggingTape, hidden: Value, output: Value) -> Program:
 def _checkpointed(layer: LayerSpec, knobs: LayerKnobs) -> Program:
     first = LoggingTape(saves=False)
     result = number(run_layer(first, layer, knobs, Value(first.given(), True)).buffer)
-    tape = LoggingTape(saves=True)
+    tape = LoggingTape(saves=True, recomputes=True)
     tape.blocks, tape.slots = first.blocks.copy(), first.slots.copy()
     hidden = Value(LoggedBlock((0.0, 0.0, 0.0), 0, 0), True)
     output = run_layer(tape, layer, knobs, hidden)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from planner.base.units import FP32
 from planner.memory.layers.attention_products import batched_eager_attention, eager_attention, math_attention
+from planner.memory.layers.attention_sinks import weigh_by_sinks
 from planner.memory.layers.elementwise import again, cast, copy, hold, split
 from planner.memory.layers.heads import hand_back, sum_heads, tracked, transposed
 from planner.memory.layers.layer_knobs import LayerKnobs
@@ -18,6 +19,10 @@ from planner.memory.layers.norms import norm
 from planner.memory.layers.rotary import rotate
 from planner.memory.tape.tape import Buffer, Size, Tape, Value
 from planner.models.spec import LayerSpec
+
+BACKWARD_CONSTANT = 512
+"""Bytes beside what tokens take of a fused kernel's scratch buffer in its backward pass (seen in an H200's
+allocations of whole runs of gemma-3-1b and qwen2.5-1.5b)."""
 
 
 def attention(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value) -> Value:
@@ -87,9 +92,11 @@ def _norms_late(layer: LayerSpec) -> bool:
 
 def _by_heads(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, name: str, x: Value) -> Value:
     """A projection seen head by head. Its gradient comes back head by head, and is copied, from rotation and
-    from matrix products; flash attention's own gradient of values has the projection's layout.
+    from matrix products; flash attention's own gradient of values has the projection's layout, and so has one
+    head of any kernel (PyTorch copies what a view cannot say).
     """
-    if knobs.liger or not x.requires_grad:
+    heads = layer.num_attention_heads if name == "q" else layer.num_key_value_heads
+    if knobs.liger or not x.requires_grad or heads == 1:
         return x
     own_layout = not hands_back_by_heads(layer, knobs.attention)
     if own_layout if name == "v" else not layer.rotary:
@@ -150,7 +157,8 @@ def _fused_attention(
         grads: list[Buffer | None] = [
             tape.tokens(size * width) for size in (layer.query_size, layer.key_value_size, layer.value_size)
         ]
-        tape.free(tape.tokens(heads * (workspace * layer.head_dim + FP32)))
+        scratch = heads * (workspace * layer.head_dim + FP32)
+        tape.free(tape.allocate(Size(constant=BACKWARD_CONSTANT, per_token=scratch)))
         tape.free(*saved, grad)
         hand_back(tape, (query, key, value), grads)
 
@@ -166,7 +174,12 @@ def repeats_keys(layer: LayerSpec, kernel: str) -> bool:
     heads = layer.num_attention_heads
     if layer.num_key_value_heads == heads:
         return False
-    return kernel == "masked" or (kernel == "flex" and heads & (heads - 1) != 0)
+    return kernel == "masked" or (kernel == "flex" and not flexes_shared(heads))
+
+
+def flexes_shared(heads: int) -> bool:
+    """Whether flex attention takes shared keys of so many query heads as they are."""
+    return heads & (heads - 1) == 0
 
 
 def _flex_attention(
@@ -181,9 +194,11 @@ def _flex_attention(
     asked = tracked(query, key, value)
     read = (query.buffer, *inputs, context, statistics) if asked else ()
     saved = [tape.save(buffer) for buffer in read]
-    tape.free(statistics, *inputs)
-    if layer.rotary_concatenated:
-        context = transposed(tape, context, whole)
+    tape.free(*inputs)
+    if not layer.attention_sinks:
+        tape.free(statistics)
+        if layer.rotary_concatenated:
+            context = transposed(tape, context, whole)
     result = Value(context, asked, width)
 
     def backward() -> None:
@@ -201,7 +216,12 @@ def _flex_attention(
 
     if asked:
         tape.nodes.append(backward)
-    return result
+    if not layer.attention_sinks:
+        return result
+    weighed = weigh_by_sinks(tape, layer, result, statistics)
+    if layer.rotary_concatenated:
+        weighed.buffer = transposed(tape, weighed.buffer, whole)
+    return weighed
 
 
 def _masked_attention(
@@ -232,7 +252,8 @@ def _masked_attention(
     def backward() -> None:
         grad = tape.take_grad(result)
         grads: list[Buffer | None] = [tape.tokens(size) for size in (whole, whole, context)]
-        tape.free(tape.tokens(heads * (4 * layer.head_dim + 4)))
+        scratch = heads * FP32 * (layer.head_dim + 1)
+        tape.free(tape.allocate(Size(constant=BACKWARD_CONSTANT, per_token=scratch)))
         tape.free(*saved, grad)
         if shared:
             sum_heads(tape, (query, key, value), grads, (2, 1), layer.key_value_size * width)

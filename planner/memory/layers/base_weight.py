@@ -6,6 +6,8 @@ nn/modules.py (Linear4bit.forward: casts to the compute dtype and back).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.tape.tape import GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
@@ -13,6 +15,9 @@ from planner.models.storage import ABSMAX_WIDTH, EIGHT_BIT_MULTIPLE, QUANTIZATIO
 
 HALF = 2
 """Bytes of an element in float16, which bitsandbytes quantises inputs from."""
+REDUCTION_WIDTH = 2 * FP32
+"""Bytes an element of the global scratch buffer in which CUDA sums over tokens, one a feature (seen in traces
+llama_f and qwen3_f, and for biases in an H200's allocations of whole runs of qwen2.5-1.5b)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +28,8 @@ class LinearKind:
     the elements that matrix products are computed in, `weight_width` that of the base weight (of the
     dequantised one, where it is quantised), `adapter_width` that of adapter weights. `autocast` says that
     torch casts the inputs of matrix products. `accumulating` says whether gradients of earlier micro-steps
-    are already there, so that new ones are temporary. `eight_bit_*` say which pass
+    are already there, so that new ones are temporary. `sliced` says of a stack of experts that products with
+    it dequantise a few experts at a time, `biased` that a bias is trained too. `eight_bit_*` say which pass
     computes the frozen weight's product in 8 bits. `frozen_down` says that lora_A is not trained. `peft_type`
     is TrainingSetup's: `rank` is then that of another kind of adapter.
     """
@@ -40,6 +46,8 @@ class LinearKind:
     autocast: bool
     accumulating: bool
     bits: int = 4
+    sliced: bool = False
+    biased: bool = False
     eight_bit_forward: bool = False
     eight_bit_backward: bool = False
     frozen_down: bool = False
@@ -139,3 +147,19 @@ def weight_gradient(tape: Tape, kind: LinearKind, elements: int, element_width: 
         tape.free(tape.allocate(Size(constant=elements * element_width), WORKSPACE))
     else:
         tape.allocate(Size(constant=elements * element_width), GRADIENTS)
+
+
+def reduced_gradient(
+    tape: Tape, kind: LinearKind, elements: int, *, given: Sequence[Buffer | None], saved: Buffer | None
+) -> None:
+    """A trained vector's gradient, which the engine sums over tokens before the node lets go of the gradients
+    that are `given`, and of what it has `saved`, unless a checkpoint handed that out: then it goes as the
+    node's own function returns (torch/csrc/autograd/engine.cpp, call_function; utils/checkpoint.py,
+    unpack_hook).
+    """
+    if tape.recomputes:
+        tape.free(saved)
+    tape.free(tape.tokens(elements * REDUCTION_WIDTH), *given)
+    if not tape.recomputes:
+        tape.free(saved)
+    weight_gradient(tape, kind, elements, kind.adapter_width)

@@ -56,7 +56,8 @@ def activation(tape: Tape, x: Value, features: int) -> Value:
 def multiply(tape: Tape, left: Value, right: Value, features: int) -> Value:
     """Elementwise product, in the wider dtype of the two; takes over the caller's holds on both.
 
-    Either factor is saved for the gradient of the other.
+    Either factor is saved for the gradient of the other; the second one has its gradient first (torch's
+    generated Functions.cpp computes "other" before "self").
     """
     width = max(left.width, right.width)
     result = Value(tape.tokens(features * width), left.requires_grad or right.requires_grad, width)
@@ -68,7 +69,7 @@ def multiply(tape: Tape, left: Value, right: Value, features: int) -> Value:
 
     def backward() -> None:
         grad = tape.take_grad(result)
-        asked = [factor for factor in (left, right) if factor.requires_grad]
+        asked = [factor for factor in (right, left) if factor.requires_grad]
         grads = [tape.tokens(features * factor.width) for factor in asked]
         tape.free(*saved, grad)
         for factor, own in zip(asked, grads, strict=True):

@@ -2,7 +2,8 @@
 
 Experts are 3-D parameters that bitsandbytes leaves in 16 bits. PEFT's "all-linear" adapts them through
 parametrisation: each pass folds the adapter into a full copy of the experts' weights, which backward keeps.
-Held in 4 bits by the launcher, a stack is dequantised whole where it is read, and lives as that copy does.
+Held in 4 bits by the launcher, a stack is dequantised whole where it is read, and lives as that copy does; or
+a few experts at a time within each product, in both passes (launcher/training/products/sliced_experts.py).
 Sources: transformers integrations/moe.py (grouped_mm_experts_forward), PEFT tuners/lora/layer.py
 (ParamWrapper, _LoraFactorsProxy), bitsandbytes nn/parametrize.py; allocation trace moe_q.
 """
@@ -14,7 +15,7 @@ from planner.base.values import dataclass
 from planner.memory.layers.base_weight import LinearKind, weight_gradient
 from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec
-from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
+from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK, expert_slices
 
 
 def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router: LinearKind) -> Value:
@@ -38,6 +39,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     gathered = tape.tokens(routed * hidden * width)
     gate_up_weight = read_stack(tape, kind, gate_up_elements)
     fused = tape.tokens(routed * 2 * inner * width)
+    multiply_sliced(tape, kind, layer.experts, gate_up_elements)
     saved_gathered = tape.save(gathered) if adapted or kind.trained else None
     saved_gate_up_weight = tape.save(gate_up_weight) if gate_up_weight and x.requires_grad else None
     activated = tape.tokens(routed * inner * width)
@@ -48,6 +50,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     down_weight = read_stack(tape, kind, down_elements)
     saved_down_weight = tape.save(down_weight) if down_weight and (adapted or x.requires_grad) else None
     outputs = tape.tokens(routed * hidden * width)
+    multiply_sliced(tape, kind, layer.experts, down_elements)
     tape.free(product)
     saved_outputs = tape.save(outputs) if scores_want else None
     saved_order, result, summed = _weighted_sum(tape, layer, width, order)
@@ -97,10 +100,10 @@ def register_stack(tape: Tape, kind: LinearKind, elements: int) -> None:
 
 
 def read_stack(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
-    """What is made of a stack where it is read, null where it is used as it lies: dequantised, and with an
+    """What is made of a stack where it is read, null where nothing is: dequantised, and with an
     adapter the sum of that and of its product (torch.baddbmm), in which nothing else is kept.
     """
-    if not (kind.quantized or kind.rank):
+    if kind.sliced or not (kind.quantized or kind.rank):
         return None
     if not kind.quantized:
         return tape.fixed(elements * kind.compute_width)
@@ -112,6 +115,19 @@ def read_stack(tape: Tape, kind: LinearKind, elements: int) -> Buffer | None:
     folded = tape.fixed(elements * kind.compute_width)
     tape.free(dequantised)
     return folded
+
+
+def multiply_sliced(tape: Tape, kind: LinearKind, experts: int, elements: int) -> None:
+    """What a product with a stack of so many `elements` has beside its result where it dequantises a few
+    experts at a time: the constants of all, and one slice after the other.
+    """
+    if not kind.sliced:
+        return
+    constants = tape.fixed(elements / QUANTIZATION_BLOCK * ABSMAX_WIDTH) if kind.double_quant else None
+    each = elements // experts
+    for count in expert_slices(experts, each, kind.weight_width):
+        tape.free(tape.fixed(count * each * kind.weight_width))
+    tape.free(constants)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +163,7 @@ def _experts_backward(
     tape.free(saved.outputs, to_weights, expanded, saved.probabilities)
     down_grad = _weight_grad(tape, kind, layer.experts * inner * hidden)
     product_grad = tape.tokens(routed * inner * width)
+    multiply_sliced(tape, kind, layer.experts, layer.experts * inner * hidden)
     tape.free(saved.product, saved.down_weight, to_outputs)
     _adapter_grads(tape, layer, kind, kind.rank * (hidden + inner))
     tape.free(down_grad)
@@ -159,6 +176,8 @@ def _experts_backward(
     tape.free(gate_grad, up_grad)
     gate_up_grad = _weight_grad(tape, kind, layer.experts * 2 * inner * hidden)
     gathered_grad = tape.tokens(routed * hidden * width) if x.requires_grad else None
+    if gathered_grad is not None:
+        multiply_sliced(tape, kind, layer.experts, layer.experts * 2 * inner * hidden)
     tape.free(saved.gathered, saved.gate_up_weight, fused_grad)
     _adapter_grads(tape, layer, kind, 2 * kind.rank * (hidden + 2 * inner))
     tape.free(gate_up_grad)

@@ -8,7 +8,13 @@ nn/modules.py (Linear4bit.forward: casts to the compute dtype and back); PEFT tu
 from __future__ import annotations
 
 from planner.base.units import FP32
-from planner.memory.layers.base_weight import LinearKind, base_backward, base_forward, weight_gradient
+from planner.memory.layers.base_weight import (
+    LinearKind,
+    base_backward,
+    base_forward,
+    reduced_gradient,
+    weight_gradient,
+)
 from planner.memory.layers.dora import dora_linear
 from planner.memory.layers.lora import adapted
 from planner.memory.layers.miss import miss_linear
@@ -66,10 +72,18 @@ def _trained(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) 
     result = Value(base.buffer, True, base.width)
 
     def backward() -> None:
-        grad = tape.take_grad(result)
+        grad, x_grad = tape.take_grad(result), None
+        # Gradients come in the order of the factors' names (torch's generated Functions.cpp): of a product
+        # with a bias (addmm) the input is mat1, of one without (mm) the weight is mat2 and the input "self".
+        if kind.biased and x.requires_grad:
+            x_grad = tape.tokens(inputs * kind.compute_width)
         weight_gradient(tape, kind, inputs * outputs, kind.adapter_width)
-        x_grad = tape.tokens(inputs * kind.compute_width) if x.requires_grad else None
-        tape.free(grad, saved)
+        if not kind.biased and x.requires_grad:
+            x_grad = tape.tokens(inputs * kind.compute_width)
+        if kind.biased:
+            reduced_gradient(tape, kind, outputs, given=(grad,), saved=saved)
+        else:
+            tape.free(saved, grad)
         if x_grad is not None:
             tape.add_grad(x, x_grad, view=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.base.units import FP32
-from planner.memory.layers.base_weight import LinearKind, weight_gradient
+from planner.memory.layers.base_weight import LinearKind, reduced_gradient
 from planner.memory.layers.elementwise import hold
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.liger import liger_norm
@@ -11,9 +11,6 @@ from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec
 
 FP32_NORMS = ("rms_fp32_weight",)
-NORM_SCRATCH_WIDTH = 2 * FP32
-"""Bytes an element of the scratch buffer in which CUDA reduces a trained norm weight's gradient over tokens
-(seen in traces llama_f and qwen3_f)."""
 
 
 def norm_saves_input(knobs: LayerKnobs, width: int) -> bool:
@@ -57,9 +54,7 @@ def norm(tape: Tape, layer: LayerSpec, knobs: LayerKnobs, x: Value, size: int, *
         tape.free(narrow, scaled)
     if x.requires_grad:
         saved = (saved_wide, saved_root)
-        tape.nodes.append(
-            lambda: _norm_backward(tape, kind, x, result, size, saved, saved_scaled, fp32_weight)
-        )
+        tape.nodes.append(lambda: _norm_backward(tape, kind, x, result, size, saved, saved_scaled, layer))
     return result
 
 
@@ -71,24 +66,24 @@ def _norm_backward(
     size: int,
     saved: tuple[Buffer | None, Buffer | None],
     saved_scaled: Buffer | None,
-    fp32_weight: bool,
+    layer: LayerSpec,
 ) -> None:
-    casts = x.width != FP32
+    casts, fp32_weight = x.width != FP32, layer.norm in FP32_NORMS
     grad = tape.take_grad(result)
     if fp32_weight and casts:
         wide = tape.tokens(size * FP32)
         tape.free(grad)
         grad = wide
     product = FP32 if fp32_weight else result.width
+    # A product's second factor has its gradient first (torch's generated Functions.cpp goes by name: "other",
+    # then "self"): Gemma writes the weight second, all others first.
+    weight_first = kind.trained and fp32_weight and layer.input_norms
+    elementwise = tape.tokens(size * product) if weight_first else None
     weighted = tape.tokens(size * product)
     if kind.trained:
-        # The weight's gradient: a product per element, reduced over tokens with a global scratch buffer.
-        # Reduced by the engine, when the node has let go of the gradient that it was given
-        # (torch/csrc/autograd/engine.cpp, call_function).
-        elementwise = tape.tokens(size * product)
-        tape.free(grad)
-        tape.free(tape.tokens(size * NORM_SCRATCH_WIDTH), elementwise, saved_scaled)
-        weight_gradient(tape, kind, size, kind.adapter_width)
+        # The weight's gradient: a product per element, reduced over tokens.
+        elementwise = elementwise or tape.tokens(size * product)
+        reduced_gradient(tape, kind, size, given=(elementwise, grad), saved=saved_scaled)
     else:
         tape.free(grad)
     grad = weighted

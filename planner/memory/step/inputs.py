@@ -19,6 +19,8 @@ class InputsReplay:
         self.eager = run.attention == "eager"
         self.masks = run.mask_windows
         self.raw_embedding = run.keeps_raw_embedding
+        self.raw = 1 + self.raw_embedding
+        """Where masks and tables begin in what `run` returns."""
         rows = run.trained.token_rows
         self.copy_bytes = run.model.vocab_size * run.model.hidden_size * self.width if rows else 0
 

@@ -9,6 +9,9 @@ from planner.memory.step.loading import in_module_order
 from planner.setup.run import TrainingRun
 from planner.setup.training_knobs import LORAFA
 
+NORM_CHUNK_ELEMENTS = 65_536
+"""That a block of a foreach kernel sums (torch native/cuda/MultiTensorApply.cuh, kChunkSize)."""
+
 
 class OptimizerReplay:
     """One setup's optimizer. transformers gives it biases and norms last (trainer.py, create_optimizer)."""
@@ -26,6 +29,14 @@ class OptimizerReplay:
         self.elements = [tensor.elements for tensor in tensors]
         self.sizes = [tensor.size_bytes for tensor in tensors]
         self.states = [state_blocks(optim, tensor) for tensor in tensors]
+
+    @property
+    def clipping_bytes(self) -> int:
+        """fp32 sums of squares of all gradients, as many a tensor as the largest has chunks, of which their
+        norm is made to clip them (torch native/cuda/ForeachReduceOp.cu, foreach_tensor_norm_cuda).
+        """
+        chunks = -(-max(self.elements, default=0) // NORM_CHUNK_ELEMENTS)
+        return max(1, len(self.elements) * chunks) * FP32
 
     @property
     def largest_bytes(self) -> int:

@@ -7,11 +7,10 @@ those of allocation traces (tests/stack/traces).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import MIN_BLOCK
 from planner.memory.decoder.groups import layer_groups
@@ -20,17 +19,14 @@ from planner.memory.decoder.program import norm_program
 from planner.memory.decoder.programs import ProgramSizes, SizedProgram, replayed_layers
 from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_shape
-from planner.memory.measured.cuda_terms import (
-    CUBLASLT_WORKSPACE_BYTES,
-    tuning_buffer_bytes,
-    workspace_block_bytes,
-)
+from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
 from planner.memory.step.head import HeadReplay
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
 from planner.memory.step.logits import LogitsReplay
 from planner.memory.step.offload import OffloadReplay
 from planner.memory.step.optimizer import OptimizerReplay
+from planner.memory.step.replayed import CudaSizes, OverRoomError, ReplayedMemory
 from planner.setup.run import TrainingRun
 
 if TYPE_CHECKING:
@@ -46,49 +42,25 @@ MAX_KNOWN = 4096
 """Replays that are remembered."""
 INT64 = 8
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayedMemory:
-    """What the allocator has handed out at most (unsplit tails included) and reserved, by phase, in bytes.
-
-    The step's are those of steady state. `largest_block_bytes` is the largest block that a step asks for:
-    where blocks come to lie otherwise than replayed, one of that size more or less is reserved.
-    """
-
-    load_allocated_bytes: int
-    load_reserved_bytes: int
-    step_allocated_bytes: int
-    step_reserved_bytes: int
-    largest_block_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CudaSizes:
-    """What a GPU decides of a replay: cuBLAS' workspace of one handle, and the buffer in which inductor times
-    a new kernel.
-    """
-
-    workspace_bytes: int
-    tuning_bytes: int
-
-    @classmethod
-    def of(cls, gpu: GpuSpec | None) -> CudaSizes:
-        """A GPU's sizes (null: of one that is not known)."""
-        return cls(workspace_bytes=workspace_block_bytes(gpu), tuning_bytes=tuning_buffer_bytes(gpu))
-
-
 _WHOLE: dict[tuple[TrainingRun, CudaSizes, str], ReplayedMemory] = {}
 """Replays that ran to their end."""
 
 
 def replay_steps(
-    run: TrainingRun, *, gpu: GpuSpec | None, allocator: str, limit_bytes: int | None = None
+    run: TrainingRun,
+    *,
+    gpu: GpuSpec | None,
+    allocator: str,
+    limit_bytes: int | None = None,
+    room: Callable[[int], int] | None = None,
 ) -> ReplayedMemory:
     """Replay loading and as many optimizer steps as reach steady state.
 
-    With `limit_bytes` a replay ends after the first step that reserves more: the result says so much.
+    With `limit_bytes` a replay ends after the first step that reserves more: the result says so much. `room`
+    gives the bytes that the steps may reserve from the largest block that they ask for.
 
     Raises:
+        OverRoomError: it is certain that more than `room` will be reserved; before the end, if it can be.
         OutOfAddressesError: it needs terabytes, more than the replay has addresses for.
         InputError: target_modules that the model does not have.
     """
@@ -98,9 +70,11 @@ def replay_steps(
         if len(_WHOLE) >= MAX_KNOWN:
             _WHOLE.clear()
         replay = StepReplay(run, sizes, allocator)
-        known = replay.play(limit_bytes)
+        known = replay.play(limit_bytes, None if room is None else room(replay.largest_block_bytes))
         if replay.whole:
             _WHOLE[run, sizes, allocator] = known
+        elif room is not None:
+            raise OverRoomError
     return known
 
 
@@ -143,6 +117,8 @@ class StepReplay:
         self.biased = run.model.has_biased_linear
         self.offload = self._offload(run, final_norm) if run.setup.activation_offloading else None
         self.gradients: list[int] = []
+        self.room: int | None = None
+        """Bytes above which the step at work ends the replay: what it reserves it keeps."""
         self.whole = True
         """Whether all steps were replayed."""
 
@@ -156,9 +132,12 @@ class StepReplay:
             stash=run.stack.offload_stash,
         )
 
-    def play(self, limit_bytes: int | None = None) -> ReplayedMemory:
+    def play(self, limit_bytes: int | None = None, room_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
         once more than the limit is reserved.
+
+        Raises:
+            OverRoomError: what is reserved at the end will be more than the room.
         """
         allocator = self.allocator
         # The first step's second micro-step would leave adapters' small gradients where they are.
@@ -178,7 +157,10 @@ class StepReplay:
                 self.sharding.reset_peak()
             if self.buckets is not None:
                 self.buckets.begin_step(step)
+            # Emptying the cache gives some of it back.
+            self.room = room_bytes if self.offload is None or step + 1 == steps else None
             self.optimizer_step(first=step == 0, short=short and step == 0)
+            self._refuse_over_room()
             if limit_bytes is not None and self._reserved_bytes > limit_bytes:
                 self.whole = step + 1 == steps
                 break
@@ -198,7 +180,7 @@ class StepReplay:
             load_reserved_bytes=self.loaded.reserved_bytes,
             step_allocated_bytes=peak,
             step_reserved_bytes=self._reserved_bytes + fetched,
-            largest_block_bytes=self._largest_block_bytes(),
+            largest_block_bytes=self.largest_block_bytes,
         )
 
     @property
@@ -217,12 +199,22 @@ class StepReplay:
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
         self.allocator.free_all(inputs)
+        if self.sharding is None:
+            self.allocator.free(self._take(self.optimizer.clipping_bytes))
         self.optimizer.step(self.allocator, first=first)
         self.allocator.free_all(self._taken_gradients())
         if self.sharding is not None:
             self.sharding.zero_grad()
 
-    def _largest_block_bytes(self) -> int:
+    def _refuse_over_room(self) -> None:
+        if self.room is not None:
+            fetched = 0 if self.offload is None else self.offload.fetched_bytes
+            if self._reserved_bytes + fetched > self.room:
+                raise OverRoomError
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """The largest block that a step asks for."""
         lists = [self.norm.units, *(layer.first.units for layer in self.layers)]
         units = max(max(sizes) for sizes in lists)
         sharded = 0 if self.sharding is None else self.sharding.largest_bytes
@@ -245,6 +237,7 @@ class StepReplay:
         casts = [own[cast] for sized, own in zip(layers, slots, strict=True) for cast in sized.program.casts]
         embeddings = None if layers[0].program.keeps_input else held[0]
         gradient = self._head(hidden, casts, embeddings, first=first, later=later, last=last)
+        self._refuse_over_room()
         if offload is not None:
             offload.mark()
         if first and self.biased and self.setup.gradient_checkpointing:
@@ -253,8 +246,11 @@ class StepReplay:
         leaf = not self.trained.reaches_embedding or offload is not None
         gradient = self._backward(layers, slots, gradient, leaf=leaf, last=last)
         if layers[0].program.outgoing is not None:
-            self._embedding_backward(later=later)
-            allocator.free(gradient)
+            if self.trained.reaches_embedding:
+                # Masks and tables are the layers', and end with the first one's backward pass.
+                allocator.free_all(held[self.inputs.raw :])
+                del held[self.inputs.raw :]
+            self._embedding_backward(gradient, later=later)
         if sharding is not None:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
@@ -332,6 +328,7 @@ class StepReplay:
                 gradient = own[program.outgoing]
             if sharding is not None:
                 sharding.after_backward(index, self._taken_gradients(), last=last)
+            self._refuse_over_room()
         if offload is not None:
             offload.end_backward()
         return gradient
@@ -384,15 +381,23 @@ class StepReplay:
             raise AssertionError("the final norm's input has no gradient")
         return own[norm.outgoing]
 
-    def _embedding_backward(self, *, later: bool) -> None:
-        """The embedding's dense gradient: added to one that is there; gone where single rows are trained."""
+    def _embedding_backward(self, gradient: int, *, later: bool) -> None:
+        """The embedding's dense gradient, of `gradient`, which ends: added to one that is there; gone where
+        single rows are trained.
+        """
         if not self.trained.reaches_embedding:
+            self.allocator.free(gradient)
             return
+        if self.model.embedding_multiplier:
+            scaled = self._take(self.inputs.stream_bytes)
+            self.allocator.free(gradient)
+            gradient = scaled
         vocab, hidden = self.model.vocab_size, self.model.hidden_size
         block = self._take(vocab * hidden * self.width)
         scratch = embedding_scratch_bytes(self.tokens, vocab, hidden)
         if scratch:
             self.allocator.free(self._take(scratch))
+        self.allocator.free(gradient)
         if later or self.model.tied_embeddings or not self.trained.embedding:
             self.allocator.free(block)
         else:

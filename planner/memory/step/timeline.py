@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from planner.base.values import dataclass
@@ -31,14 +32,12 @@ class StepMoment(NamedTuple):
     @property
     def total_bytes(self) -> int:
         """All groups."""
-        return (
-            self.kept_bytes
-            + self.live_bytes
-            + self.workspace_bytes
-            + self.gradient_bytes
-            + self.head_bytes
-            + self.gathered_bytes
-        )
+        return _total_bytes(self)
+
+
+def _total_bytes(moment: StepMoment) -> int:
+    _, kept, live, workspace, gradients, head, gathered = moment
+    return kept + live + workspace + gradients + head + gathered
 
 
 class AtWork(NamedTuple):
@@ -51,10 +50,11 @@ class AtWork(NamedTuple):
     @classmethod
     def of(cls, moment: Moment, tokens: int, scores: int) -> AtWork:
         """A moment of its tape in a micro-step of that size."""
+        live, workspace, gradients = moment[ACTIVATIONS], moment[WORKSPACE], moment[GRADIENTS]
         return cls(
-            int(moment[ACTIVATIONS].at(tokens, scores)),
-            int(moment[WORKSPACE].at(tokens, scores)),
-            int(moment[GRADIENTS].at(tokens, scores)),
+            int(live[0] + tokens * live[1] + scores * live[2]),
+            int(workspace[0] + tokens * workspace[1] + scores * workspace[2]),
+            int(gradients[0] + tokens * gradients[1] + scores * gradients[2]),
         )
 
 
@@ -104,6 +104,7 @@ class StepTimeline:
         self.embedding_copy_bytes = embedding_copy_bytes
         self.shape = shape
         tokens, scores = shape.tokens, shape.scores
+        self._indices = [group.indices for group in groups]
         self._kept = [self._kept_by(group) for group in groups]
         self._gradients = [
             0.0 if shape.accumulating else at(group.memory.gradients, tokens, scores) for group in groups
@@ -116,7 +117,7 @@ class StepTimeline:
         first = next(group for group in groups if group.indices[0] == 0)
         # The model's forward pass holds the embeddings in a variable even if its first layer keeps nothing.
         self._embeddings_held = 0 if first.memory.keeps_input else shape.hidden_bytes_per_token * tokens
-        self._layers = sum([len(group.indices) for group in groups])
+        self._layers = sum(map(len, self._indices))
         self._all_gradients = trained.size_bytes
         # The backward passes' peaks, and what all layers keep: each is asked for more than once.
         self._backward = [peak(group.memory.backward, tokens, scores) for group in groups]
@@ -127,7 +128,7 @@ class StepTimeline:
         moments = self.moments()
         if self.embedding_gradient_bytes:
             moments.append(self._embedding_backward())
-        return max(moments, key=lambda moment: moment.total_bytes)
+        return max(moments, key=_total_bytes)
 
     def moments(self) -> list[StepMoment]:
         """Every moment of the decoder stack and of the head that can be the peak."""
@@ -217,8 +218,8 @@ class StepTimeline:
 
     def _below(self, index: int) -> int:
         layers = 0.0
-        for kept, group in zip(self._kept, self.groups, strict=True):
-            layers += kept * group.count_below(index)
+        for kept, indices in zip(self._kept, self._indices, strict=True):
+            layers += kept * bisect_left(indices, index)
         embeddings = self.shape.hidden_bytes_per_token * self.shape.tokens if self.offloads and index else 0
         return int(layers) + self._raw_embedding + embeddings
 
@@ -236,8 +237,8 @@ class StepTimeline:
         if self.shape.accumulating:
             return self._all_gradients
         layers = 0.0
-        for gradient, group in zip(self._gradients, self.groups, strict=True):
-            layers += gradient * group.count_above(index)
+        for gradient, indices in zip(self._gradients, self._indices, strict=True):
+            layers += gradient * (len(indices) - bisect_right(indices, index))
         return int(layers) + self.head.gradient_bytes
 
     def _head_moments(self) -> list[StepMoment]:
@@ -250,39 +251,15 @@ class StepTimeline:
         norm_peak, _ = peak(self.final_norm.backward, tokens, scores)
         norm_forward, _ = peak(self.final_norm.forward, tokens, scores)
         stream = self.shape.leaving_bytes_per_token * tokens
-        moments = [
-            StepMoment(
-                name=name,
-                kept_bytes=kept + stashed,
-                live_bytes=live,
-                workspace_bytes=0,
-                gradient_bytes=accumulated,
-                head_bytes=head_bytes,
-            )
-            for name, head_bytes, stashed, live in (
-                ("output head, forward", self.head.forward_bytes, self._stashed(self._layers), norm_saved),
-                ("output head, backward", self.head.backward_bytes, 0, norm_left),
-            )
+        above = accumulated or self.head.gradient_bytes
+        stashed, entering = self._stashed(self._layers), stream + self._embeddings_held
+        forward, backward = self.head.forward_bytes, self.head.backward_bytes
+        return [
+            StepMoment("output head, forward", kept + stashed, norm_saved, 0, accumulated, forward),
+            StepMoment("output head, backward", kept, norm_left, 0, accumulated, backward),
+            StepMoment("forward of the final norm", kept + entering, int(norm_forward), 0, accumulated),
+            StepMoment("backward of the final norm", kept, int(norm_peak), 0, above),
         ]
-        moments.append(
-            StepMoment(
-                name="forward of the final norm",
-                kept_bytes=kept + stream + self._embeddings_held,
-                live_bytes=int(norm_forward),
-                workspace_bytes=0,
-                gradient_bytes=accumulated,
-            )
-        )
-        moments.append(
-            StepMoment(
-                name="backward of the final norm",
-                kept_bytes=kept,
-                live_bytes=int(norm_peak),
-                workspace_bytes=0,
-                gradient_bytes=accumulated or self.head.gradient_bytes,
-            )
-        )
-        return moments
 
     def _layer_moments(self) -> list[StepMoment]:
         moments = []

@@ -26,8 +26,8 @@ class LoggingTape(Tape):
 
     logs = True
 
-    def __init__(self, *, saves: bool) -> None:
-        super().__init__(saves=saves)
+    def __init__(self, *, saves: bool, recomputes: bool = False) -> None:
+        super().__init__(saves=saves, recomputes=recomputes)
         self.blocks: list[BlockBytes] = []
         self.slots: list[int] = []
         self.events: list[int] = []

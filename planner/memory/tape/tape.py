@@ -91,8 +91,10 @@ class Tape:
     logs = False
     """Whether the tape writes down events for the allocator's replay."""
 
-    def __init__(self, *, saves: bool) -> None:
+    def __init__(self, *, saves: bool, recomputes: bool = False) -> None:
         self.saves = saves
+        self.recomputes = recomputes
+        """Whether backward takes what is saved from a checkpoint."""
         self.nodes: list[Callable[[], None]] = []
         self._live = [0.0] * _COEFFICIENTS
         self._moments: list[tuple[float, ...]] = []

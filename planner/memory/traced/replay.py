@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from planner.memory.layers.attention import attend, hands_back_by_heads
 from planner.memory.layers.base_weight import LinearKind, weight_gradient
-from planner.memory.layers.experts import read_stack, register_stack
+from planner.memory.layers.experts import multiply_sliced, read_stack, register_stack
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.linear import early_gradients, linear
 from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Buffer, Size, Tape, Value
@@ -47,7 +47,8 @@ def traced_pass(block: TracedBlock, layer: LayerSpec, knobs: LayerKnobs) -> Trac
     method = "full" if kind.trained else "qlora" if kind.quantized else "lora"
     by_heads = hands_back_by_heads(layer, knobs.attention)
     adapted = ROUTERS if knobs.kind(ROUTER).rank else EXPERTS if knobs.kind(EXPERTS).rank else NO_STACKS
-    return block.pass_of(method, kind.compute_width, heads_first=by_heads, adapted=adapted)
+    kernel = layer.attention_sinks and knobs.attention == "flex"
+    return block.pass_of(method, kind.compute_width, heads_first=by_heads, adapted=adapted, kernel=kernel)
 
 
 def run_traced(tape: Tape, block: TracedBlock, layer: LayerSpec, knobs: LayerKnobs, hidden: Value) -> Value:
@@ -90,6 +91,7 @@ class _Replay:
         self.buffers: dict[int, Buffer | None] = {INPUT: hidden.buffer}
         self.values: dict[int, Value] = {INPUT: hidden}
         self.saved: dict[int, list[Buffer | None]] = {}
+        self.sliced = _products_of_stacks(block) if knobs.kind(EXPERTS).sliced else {}
 
     def run(self) -> Value:
         """Play the forward pass."""
@@ -146,7 +148,14 @@ class _Replay:
         elif operation.kind == STACK:
             self._read_stack(operation)
         else:
+            self._multiply(number)
             self._plain(number, operation)
+
+    def _multiply(self, number: int) -> None:
+        """An operation multiplies with a stack that is dequantised within it."""
+        if number in self.sliced:
+            shape = self.sliced[number]
+            multiply_sliced(self.tape, self.knobs.kind(EXPERTS), shape[0], math.prod(shape))
 
     def _read(self, number: int, buffer: int) -> Value:
         """A value as an operation reads it."""
@@ -208,6 +217,7 @@ class _Replay:
                 tape.free(*saved)
                 return
             own = self._allocations(operation)
+            self._multiply(number)
             handed = [self._held(gradient, own, given) for gradient in operation.gradients]
             tape.free(*own.values(), *saved, *given)
             for value, gradient, buffer in zip(operation.inputs, operation.gradients, handed, strict=True):
@@ -265,6 +275,13 @@ class _Replay:
         if kind.accumulating:
             tape.free(*kept.values())
         return own
+
+
+def _products_of_stacks(block: TracedPass) -> dict[int, tuple[int, ...]]:
+    """Operations that save a stack of experts, with its shape: their backward passes multiply with it too."""
+    stacks = {one.makes: one.shape for one in block.operations if one.kind == STACK and one.name != ROUTER}
+    saves = (step for step in block.steps if step.action == SAVE and step.number in stacks)
+    return {step.operation: stacks[step.number] for step in saves}
 
 
 def adapter_widths(shape: Sequence[int]) -> int:

@@ -22,6 +22,7 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 4
 """Lines of the histogram."""
 _LABEL = 8
+_WRAPPED = ("not used", "left out")
 NO_DATA = "no data: d picks a file, and says how long a run over it takes and what it costs"
 
 
@@ -67,7 +68,7 @@ def data_text(sizing: Sizing, width: int, shown: Colours) -> Text:
         return Text(NO_DATA, shown.muted)
     stats, length = data.stats, sizing.setup.max_length
     about = "about " if stats.estimated else ""
-    text = Text(f"{data.count:,} examples, {about}{count(data.tokens)} tokens\n", "bold")
+    text = Text().append(f"{data.count:,} examples, {about}{count(data.tokens)} tokens\n", "bold")
     spread = f"half to {data.half:,}, 99% to {data.nearly_all:,}, all to {stats.longest:,}"
     text.append(spread + "\n", shown.muted)
     text.append(histogram(stats, length, width, shown))
@@ -81,10 +82,12 @@ def data_text(sizing: Sizing, width: int, shown: Colours) -> Text:
     if sizing.no_run:
         return text.append("\n" + plain(sizing.no_run), shown.error)
     if sizing.run is None:
-        return text.append("\nbatches, steps, time and price are being worked out" + "\n" * 3, shown.muted)
+        return text.append("\nbatches, steps, time and price are being worked out" + "\n" * 4, shown.muted)
     for label, value in _lines(sizing, sizing.run):
         text.append("\n" + label.ljust(_LABEL), shown.muted)
-        text.append(value)
+        room = max(8, width - _LABEL)
+        # Of one line each, so that the panel is as high as it was laid out.
+        text.append(value if label in _WRAPPED or len(value) <= room else value[: room - 1] + "…")
     return text
 
 

@@ -16,7 +16,7 @@ _BADGES = {
     Verdict.TIGHT: (" ! TIGHT ", "warning"),
     Verdict.DOES_NOT_FIT: (" ✘ DOES NOT FIT ", "error"),
 }
-_WIDE = 76
+_WIDE, _NARROW = 76, 36
 _WIDE_SEARCH = 90
 _REFINING = " · refining"
 _SEARCHING, _SEARCHING_SHORT = " · searching the fastest setup...", " · searching..."
@@ -49,13 +49,19 @@ class VerdictLine(Widget):
         more = self._what_is_to_come()
         # Room is kept for what comes and goes, so that the figures stay as they are.
         room = self.size.width - len(badge) - max(len(more), len(_REFINING))
-        line.append(figures(self.sizing, short=room < _WIDE))
+        line.append(figures(self.sizing, short=room < _WIDE) if room >= _NARROW else least(self.sizing))
         return line.append(more, shown.muted)
 
     def _what_is_to_come(self) -> str:
         if self.searching:
             return _SEARCHING if self.size.width >= _WIDE_SEARCH else _SEARCHING_SHORT
         return "" if self.sizing is None or self.sizing.refined else _REFINING
+
+
+def least(sizing: Sizing) -> str:
+    """The figure that decides, of what the card leaves."""
+    upper = gib(sizing.memory.peak_upper_bytes).removesuffix(" GiB")
+    return f"at most {upper} of {gib(sizing.card.usable_bytes)}"
 
 
 def figures(sizing: Sizing, *, short: bool) -> str:
