@@ -13,6 +13,7 @@ from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.run import TrainingRun
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.by_kind import positions_of
 from planner.throughput.compilation import FirstStep, first_step
 from planner.throughput.eight_bit import WIDER, least_flops
@@ -74,6 +75,17 @@ class StepEstimate:
         return 0.0 if self.first_step is None else self.first_step.seconds
 
 
+def _refuse_untimed(setup: TrainingSetup) -> None:
+    untimed = {
+        "load_in_8bit": setup.load_in_8bit,
+        f"optim {setup.optim}": setup.optim in UNCOMMON_OPTIMIZERS,
+        f"peft_type {setup.peft_type}": setup.peft_type != "lora",
+    }
+    for named, holds in untimed.items():
+        if holds:
+            raise NoForecastError(f"no throughput for {named}: no run of it has been timed")
+
+
 def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     """Forecast a training step's time on a GPU.
 
@@ -87,12 +99,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         NotModelledError: a knob whose work is not counted.
     """
     setup = run.setup
-    if setup.load_in_8bit:
-        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
-    if setup.optim in UNCOMMON_OPTIMIZERS:
-        raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
-    if setup.peft_type != "lora":
-        raise NoForecastError(f"no throughput for peft_type {setup.peft_type}: no run of it has been timed")
+    _refuse_untimed(setup)
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"

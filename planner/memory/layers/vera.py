@@ -62,17 +62,22 @@ def vera_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int
         if not x.requires_grad:
             tape.free(down_grad, to_base)
             return
-        x_grad = tape.tokens(inputs * compute)
-        tape.free(down_grad, *saved_weights)
-        for width in (FP32, x.width) if wide is not None else ():
-            cast = tape.tokens(inputs * width)
-            tape.free(x_grad)
-            x_grad = cast
-        tape.add_grad(x, x_grad, view=wide is None)
+        _input_backward(tape, x, compute, inputs, (down_grad, *saved_weights))
         base_backward(tape, kind, x, to_base, base.width, inputs, outputs)
 
     tape.nodes.append(backward)
     return result
+
+
+def _input_backward(tape: Tape, x: Value, compute: int, inputs: int, read: tuple[Buffer | None, ...]) -> None:
+    """The gradient of the layer's input, back through the casts that it was taken by; lets go of `read`."""
+    grad = tape.tokens(inputs * compute)
+    tape.free(*read)
+    for width in (FP32, x.width) if x.width != FP32 else ():
+        cast = tape.tokens(inputs * width)
+        tape.free(grad)
+        grad = cast
+    tape.add_grad(x, grad, view=x.width == FP32)
 
 
 def _cast(tape: Tape, kind: LinearKind, features: int) -> Buffer | None:

@@ -250,13 +250,14 @@ class StepReplay:
                 # Masks and tables are the layers', and end with the first one's backward pass.
                 allocator.free_all(held[self.inputs.raw :])
                 del held[self.inputs.raw :]
-            self._embedding_backward(gradient, later=later)
+                self._embedding_backward(gradient, later=later)
+            else:
+                allocator.free(gradient)
         if sharding is not None:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
             allocator.free(slots[0][0])
-        for block in held[1:]:
-            allocator.free(block)
+        allocator.free_all(held[1:])
 
     def _adds(self, *, later: bool, last: bool) -> bool:
         """Whether a micro-step adds its gradients to tensors that are there: those of an earlier one, or
@@ -382,12 +383,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient, of `gradient`, which ends: added to one that is there; gone where
-        single rows are trained.
-        """
-        if not self.trained.reaches_embedding:
-            self.allocator.free(gradient)
-            return
+        """The embedding's dense gradient, of `gradient`, which ends; where rows are trained it goes."""
         if self.model.embedding_multiplier:
             scaled = self._take(self.inputs.stream_bytes)
             self.allocator.free(gradient)
