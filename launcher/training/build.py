@@ -27,7 +27,7 @@ from launcher.training.loading.stored import (
 from launcher.training.loading.tower import drop_tower, tower_of, tower_paths
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import PLAIN_WITH_LORAFA, PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_UNCOMMON, plain_beside, refuse_other_dropout_masks
 from planner.setup.adapters import uncommon_knob
 from planner.setup.objective import SFT
 from planner.setup.training_knobs import LORAFA, SLICED
@@ -97,8 +97,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
 
 def _refuse_uncommon(setup: TrainingSetup) -> None:
     name = uncommon_knob(setup)
-    also = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
-    for other, tried in (*also, *PLAIN_WITH_UNCOMMON) if name is not None else ():
+    for other, tried in (*plain_beside(setup), *PLAIN_WITH_UNCOMMON) if name is not None else ():
         if getattr(setup, other) != tried:
             raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 

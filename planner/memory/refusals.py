@@ -239,6 +239,27 @@ PLAIN_WITH_LORAFA: tuple[tuple[str, KnobValue | None], ...] = (
 )
 
 
+PLAIN_WITH_OTHER_TYPES: tuple[tuple[str, KnobValue | None], ...] = (
+    # What LoRA's configuration alone has, or was not traced.
+    *PLAIN_WITH_LORAFA,
+    ("lora_alpha", None),
+    ("lora_dropout", 0.0),
+    ("use_rslora", False),
+    ("init_lora_weights", "default"),
+    ("load_in_8bit", False),
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
+)
+
+
+def plain_beside(setup: TrainingSetup) -> tuple[tuple[str, KnobValue | None], ...]:
+    """Knobs of the adapter that LoRA-FA or another kind of adapter leaves at these values."""
+    if setup.peft_type != "lora":
+        return PLAIN_WITH_OTHER_TYPES
+    return PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
+
+
 def _refuse_uncommon(run: RunKind) -> None:
     """Refuse what has not been traced with such a knob, naming both.
 
@@ -249,9 +270,11 @@ def _refuse_uncommon(run: RunKind) -> None:
     name = uncommon_knob(setup)
     if name is None:
         return
-    beside = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
-    if beside and (not setup.uses_lora or run.trained.experts_rank):
-        raise NotModelledError(f"optim={LORAFA} with", "experts" if setup.uses_lora else "method full")
+    beside = plain_beside(setup)
+    if setup.optim == LORAFA and not setup.uses_lora:
+        raise NotModelledError(f"optim={LORAFA} with method", setup.method)
+    if beside and (run.trained.experts_rank or run.trained.router_rank):
+        raise NotModelledError(f"{name} with adapters on experts of model", run.model.id)
     for other, traced in (*beside, *PLAIN_WITH_UNCOMMON):
         if getattr(setup, other) != traced:
             raise NotModelledError(f"{name} with {other}", getattr(setup, other))

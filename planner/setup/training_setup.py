@@ -58,6 +58,7 @@ class TrainingSetup:
     lora_alpha: int | None = _DEFAULTS["lora_alpha"]
     lora_dropout: float = _DEFAULTS["lora_dropout"]
     target_modules: str | tuple[str, ...] = _DEFAULTS["target_modules"]
+    peft_type: str = _DEFAULTS["peft_type"]
     bias: str = _DEFAULTS["bias"]
     modules_to_save: str | tuple[str, ...] | None = _DEFAULTS["modules_to_save"]
     trainable_token_indices: tuple[int, ...] | None = _DEFAULTS["trainable_token_indices"]

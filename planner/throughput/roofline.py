@@ -75,6 +75,17 @@ class StepEstimate:
         return 0.0 if self.first_step is None else self.first_step.seconds
 
 
+def _refuse_untimed(setup: TrainingSetup) -> None:
+    untimed = {
+        "load_in_8bit": setup.load_in_8bit,
+        f"optim {setup.optim}": setup.optim in UNCOMMON_OPTIMIZERS,
+        f"peft_type {setup.peft_type}": setup.peft_type != "lora",
+    }
+    for named, holds in untimed.items():
+        if holds:
+            raise NoForecastError(f"no throughput for {named}: no run of it has been timed")
+
+
 def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     """Forecast a training step's time on a GPU.
 

@@ -233,7 +233,9 @@ class StepReplay:
                 # Masks and tables are the layers', and end with the first one's backward pass.
                 allocator.free_all(held[self.inputs.raw :])
                 del held[self.inputs.raw :]
-            self._embedding_backward(gradient, later=later)
+                self._embedding_backward(gradient, later=later)
+            else:
+                allocator.free(gradient)
         if sharding is not None:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
@@ -366,10 +368,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient, of `gradient`, which ends: kept where trained and the first."""
-        if not self.trained.reaches_embedding:
-            self.allocator.free(gradient)
-            return
+        """The embedding's dense gradient, of `gradient`, which ends; where rows are trained it goes."""
         if self.model.embedding_multiplier:
             scaled = self._take(self.inputs.stream_bytes)
             self.allocator.free(gradient)
