@@ -64,10 +64,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "preference pairs of turns": ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "preference data"),
     "KTO": ({"prompt": "a", "completion": "b", "label": False}, "good and bad"),
     "prompts without answers": ({"prompt": "a"}, "without an answer"),
-    "images": ({"messages": [USER, ANSWER], "images": ["a.png"]}, "images"),
+    "videos and sound": ({"messages": [USER, ANSWER], "videos": ["a.mp4"]}, "videos and sound"),
+    "images beside text": ({"text": "a cat", "images": ["a.png"]}, "images are shown in turns"),
+    "images that are no files here": (
+        {"messages": [USER, ANSWER], "images": ["https://example.org/a.png"]},
+        "is no file of this machine",
+    ),
     "parts that are no text": (
-        {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
-        "'image'",
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, ANSWER]},
+        "'input_audio'",
     ),
     "last turn from the user": ({"messages": [USER, ANSWER, USER]}, "no answer to learn"),
     "weight other than 0 and 1": ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "weight 0.5"),

@@ -87,6 +87,8 @@ def refuse_in_script(setup: TrainingSetup) -> None:
         why = "prepare_for_kbit_training=true: the model is changed before the trainer has it"
     elif setup.num_processes > 1:
         why = f"num_processes={setup.num_processes}: no argument makes gradients and shards lie as planned"
+    elif setup.image_patches or setup.vision_tower != "16bit":
+        why = "images: they are read, and the tower is kept from gradients, by no argument"
     elif setup.loraplus_lr_ratio is not None:
         why = f"loraplus_lr_ratio={setup.loraplus_lr_ratio:g}: the trainer makes its optimizer"
     elif (name := uncommon_knob(setup)) is not None:

@@ -122,6 +122,10 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
         refuse_taken(root, args.name)
     stack.require("train")
     require(args.track)
+    from launcher.training import build
+
+    if args.task is not None:
+        build.refuse_task(args.task)
     on_gpu = _has_gpu()
     plan, wish, engine = _planned(args, saved, engine_asked(args, on_gpu=on_gpu), on_gpu=on_gpu)
     nodes = wish.nnodes
@@ -131,9 +135,6 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
     if full or not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
-
-    from launcher.training import build
-
     if engine is None:
         build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     else:
@@ -172,6 +173,11 @@ def _planned(
         request = dataclasses.replace(request, knobs=tuple(knobs.items()))
     wish = _wish(args, source)
     stats = _measured_stats(wish)
+    if stats.images:
+        from planner.planning.make_plan import with_images
+
+        model = _with_tower(args, model)
+        request, stats = with_images(request, model, stats)
     while True:
         plan, theirs = _engines_plan(args, saved, engine, request, model, stats, on_gpu=on_gpu)
         if not on_gpu:
@@ -297,6 +303,15 @@ def _find_model(args: argparse.Namespace) -> tuple[ModelSpec, str]:
     return model, source
 
 
+def _with_tower(args: argparse.Namespace, model: ModelSpec) -> ModelSpec:
+    """The model with what looks at images."""
+    from planner.models.catalog import resolve_model
+
+    if model.tower is not None:
+        return model
+    return resolve_model(args.model, allow_network=args.allow_download, inspector=args.inspector, images=True)
+
+
 def _for_the_cpu(model: ModelSpec) -> dict[str, KnobValue]:
     """What a plan may not choose for a run on the CPU, where the launcher refuses it."""
     return {
@@ -335,7 +350,14 @@ def _measured_stats(wish: JobWish) -> DatasetStats:
     data = dataset.read_dataset(wish.data)
     tokenizer = build.load_tokenizer(wish.model_source, allow_download=wish.allow_download)
     split = None if wish.eval_split is None else Split(wish.eval_split, wish.used_seed)
-    return dataset.measure_stats(data, tokenizer, assistant_only_loss=wish.assistant_only_loss, split=split)
+    images = None
+    if data.has_images:
+        from launcher.training.images.tokens import image_tokens
+
+        images = image_tokens(wish.model_source, tokenizer, allow_download=wish.allow_download)
+    return dataset.measure_stats(
+        data, tokenizer, assistant_only_loss=wish.assistant_only_loss, split=split, images=images
+    )
 
 
 def _say_of_evaluation(wish: JobWish, plan: Plan) -> None:

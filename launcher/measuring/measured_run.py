@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +37,25 @@ def most_steps(profile: Profile) -> int:
 
 
 def load_config(model_id: str) -> PretrainedConfig:
-    """transformers' config of a catalog model or of a folder, of its language part where it is multimodal."""
+    """transformers' config of a catalog model or of a folder, of its language part where it is multimodal and
+    the catalog does not have the whole.
+    """
     from transformers import AutoConfig
 
+    from planner.models.checkpoint import is_dequantised
     from planner.models.hub_config import text_part
 
     folder = Path(model_id)
     path = folder / "config.json" if folder.is_dir() else PROFILES / "configs" / f"{model_id}.json"
     values = json.loads(path.read_text(encoding="utf-8"))
+    from launcher.measuring.measured_images import processor_path
+
+    if processor_path(model_id).is_file():
+        return AutoConfig.for_model(values.pop("model_type"), **values)
     text, _ = text_part(values)
     text.pop("auto_map", None)
+    if is_dequantised(text):
+        text.pop("quantization_config")
     return AutoConfig.for_model(text.pop("model_type"), **text)
 
 
@@ -67,6 +77,7 @@ class MeasuredRun:
         self.micro_steps: list[int] = []
         self._useful_tokens = self._processed_tokens = 0
         self.update_seconds: list[float] = []
+        self.losses: tuple[float, ...] = ()
         self.first_step_seconds: float | None = None
         self._device = device
         self._driver_bytes = driver_bytes
@@ -78,7 +89,8 @@ class MeasuredRun:
         if not steady:
             return None
         if self.profile.lengths:
-            return self._processed_tokens / sum(steady)
+            # Workers that read images count in their own processes.
+            return self._processed_tokens / sum(steady) if self._processed_tokens else None
         setup = self.profile.setup
         tokens = setup.tokens_per_micro_step * setup.gradient_accumulation_steps * setup.num_processes
         return tokens * len(steady) / sum(steady)
@@ -87,7 +99,7 @@ class MeasuredRun:
     def useful_tokens_per_second(self) -> float | None:
         """The examples' own tokens a second over the same steps; None without the profile's lengths."""
         steady = self._steady
-        return self._useful_tokens / sum(steady) if steady and self.profile.lengths else None
+        return self._useful_tokens / sum(steady) if steady and self._useful_tokens else None
 
     def _count(self, counter: TokenCounter) -> None:
         """Count the tokens of the steps after warm-up."""
@@ -109,46 +121,43 @@ class MeasuredRun:
     def _train(self, folder: Path) -> None:
         import torch
 
-        from launcher.measuring.random_weights import build_random_model, random_filling
+        from launcher.measuring.measured_images import DRAWN_LEARNING_RATE, drawn_images
         from launcher.runs.training_job import TrainingJob
         from launcher.training import build
 
         setup = self.profile.setup
         config = load_config(setup.model)
         on_gpu = self._device.type == "cuda"
+        drawn = drawn_images(setup, config) if setup.image_patches else None
         job = TrainingJob(
             setup=setup, model_source=setup.model, data_path="random tokens", max_steps=self._most_steps
         )
+        if drawn is not None:
+            job = replace(job, learning_rate=DRAWN_LEARNING_RATE)
         self._forget_peaks()
-        if setup.distributed == "fsdp":
-            from launcher.training.several.sharding import sharded_model
-
-            filling = random_filling(build.torch_dtype(setup))
-            model = sharded_model(setup, config, filling, device=self._device, seed=job.seed)
-        else:
-            model = build_random_model(
-                config,
-                dtype=build.torch_dtype(setup),
-                device=self._device,
-                attn_implementation=setup.attn_implementation,
-                quantization_config=build.quantization_config(setup),
-                quantizes_experts=setup.experts == "4bit",
-            )
+        model = self._model(config, seed=job.seed)
         self._wait()
         self.weights_bytes = torch.cuda.memory_allocated() if on_gpu else 0
         self._close("load")
-        rows = random_rows(self.profile, self._most_steps, config.vocab_size)
-        data, eval_data = token_dataset(rows), token_dataset(rows[: 2 * setup.per_device_train_batch_size])
+        if drawn is None:
+            rows = random_rows(self.profile, self._most_steps, config.vocab_size)
+            data, eval_data = (
+                token_dataset(rows),
+                token_dataset(rows[: 2 * setup.per_device_train_batch_size]),
+            )
+        else:
+            data = eval_data = drawn.rows
         trainer = build.build_trainer(
             setup,
             job,
             model=model,
-            tokenizer=_tokenizer(),
+            tokenizer=_tokenizer() if drawn is None else drawn.tokenizer,
             train_dataset=data,
             eval_dataset=eval_data if self.profile.evaluates else None,
             output_dir=folder,
             on_gpu=on_gpu,
             callbacks=[self._step_clock()],
+            images=None if drawn is None else (drawn.tokens, drawn.processor),
         )
         trainer.ranks = self.ranks
         trainer.args.eval_strategy = "no"
@@ -160,12 +169,39 @@ class MeasuredRun:
         trainer.train()
         self._wait()
         self._count(counter)
+        self.losses = tuple(one["loss"] for one in trainer.state.log_history if "loss" in one)
         self._close("step")
         if self.profile.evaluates:
             trainer.evaluate()
             self._close("evaluation")
             trainer.save_model(str(folder / "saved"))
             self._close("save")
+
+    def _model(self, config: PretrainedConfig, *, seed: int) -> Any:
+        """The model with random weights, as the setup holds it."""
+        from launcher.measuring.random_weights import build_random_model, random_filling
+        from launcher.training import build
+        from launcher.training.loading.tower import tower_paths
+
+        setup = self.profile.setup
+        if setup.distributed == "fsdp":
+            from launcher.training.several.sharding import sharded_model
+
+            filling = random_filling(build.torch_dtype(setup))
+            return sharded_model(setup, config, filling, device=self._device, seed=seed)
+        return build_random_model(
+            config,
+            dtype=build.torch_dtype(setup),
+            device=self._device,
+            attn_implementation=setup.attn_implementation,
+            quantization_config=build.quantization_config(setup, tower_paths(config)),
+            quantizes_experts=setup.experts == "4bit",
+        )
+
+    def _data(self, config: PretrainedConfig) -> tuple[Any, Any]:
+        """Random tokens to train, and some of them to evaluate on."""
+        rows = random_rows(self.profile, self._most_steps, config.vocab_size)
+        return token_dataset(rows), token_dataset(rows[: 2 * self.profile.setup.per_device_train_batch_size])
 
     @property
     def _most_steps(self) -> int:

@@ -58,6 +58,8 @@ class Profiler:
         self._context_bytes = self._driver_bytes() - torch.cuda.memory_reserved()
         self._runs = 0
         self._patched = False
+        self.losses: tuple[float, ...] = ()
+        """Of the last run's steps."""
         self.environment = self._describe()
 
     def measure(self, profile: Profile) -> RunRecord:
@@ -87,6 +89,7 @@ class Profiler:
         if outcome == "ok":
             blocks.append(self._host_block())
         record = self._record(profile, run, outcome, fmean(blocks))
+        self.losses = run.losses
         del run
         self._runs += 1
         return record

@@ -179,6 +179,11 @@ def measured_rows(task: MergeTask, base: BaseFolder, *, allow_download: bool) ->
     place = own if (own / "tokenizer_config.json").is_file() else base.path
     tokenizer = build.load_tokenizer(str(place), allow_download=allow_download)
     data = dataset.read_dataset(task.data)
+    if data.has_images:
+        raise InputError(
+            f"{task.data}: answers to images are not measured: --data names examples of text, or give "
+            "--no-measure with --base original"
+        )
     length = min(task.setup.max_length, MEASURED_LENGTH)
     usable = []
     for row in dataset.tokenised(data, tokenizer, assistant_only_loss=task.assistant_only_loss):

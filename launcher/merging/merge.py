@@ -16,7 +16,8 @@ from launcher.merging.task import DEQUANTISED, MergeTask
 from launcher.merging.writing import hidden_folder, publish, write_rest, write_weights
 from launcher.runs import stack
 from launcher.training.loading.base_folder import BaseFolder
-from launcher.training.loading.skeleton import Skeleton
+from launcher.training.loading.skeleton import Skeleton, model_config
+from launcher.training.loading.tower import tower_paths
 from planner.base.data_files import write_atomically
 from planner.base.errors import InputError
 
@@ -116,13 +117,13 @@ class Merge:
 
         from launcher.training import build
 
-        setup = self.task.setup
+        setup, tower = self.task.setup, tower_paths(model_config(self.base))
         quantises = kind == DEQUANTISED and self.base.checkpoint is None
         on_gpu = torch.cuda.is_available() and kind == DEQUANTISED
         return Skeleton(
             base=self.base,
             dtype=build.torch_dtype(setup),
-            quantization=build.quantization_config(setup) if quantises else None,
+            quantization=build.quantization_config(setup, tower) if quantises else None,
             quantizes_experts=setup.experts == "4bit",
             # Quantised where the run quantised it, as far as this machine has the device.
             device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),

@@ -21,7 +21,9 @@ from planner.base.errors import ExitCode, InputError, MissingExtraError, Vramwis
 from planner.base.importing import uncollected
 from planner.models import hub_config
 from planner.models.catalog import nearest_models
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import LayerSpec, ModelSpec
+from planner.models.vision_config import PROCESSOR
 
 TIMEOUT_SECONDS = 300
 """Linear attention, whose reference goes token by token, takes 50 s of CPU time to trace."""
@@ -60,7 +62,8 @@ def inspect_config(
     """Describe the model that a config builds.
 
     Args:
-        config: The content of a config.json, or the folder that holds one.
+        config: The content of a config.json, or the folder that holds one. With what
+            planner.models.vision_config.with_processor adds the model is described with its vision tower.
         model_id: What people type for it.
         hub_id: Hub id or folder of its weights.
         aliases: Other names for it.
@@ -72,13 +75,21 @@ def inspect_config(
     """
     values = hub_config.read_config(config) if isinstance(config, Path) else dict(config)
     hub_config.check_config(values, where=hub_id)
+    processor = values.pop(PROCESSOR, None)
+    if processor is not None:
+        _require_stack()
+        from launcher.models.vision import describe_vision
+
+        return describe_vision(
+            values, processor, model_id=model_id, hub_id=hub_id, aliases=tuple(aliases), note=note
+        )
     text, wrapped = hub_config.text_part(values)
     hub_config.check_config(text, where=hub_id)
     model = _build(text, hub_id)
     if wrapped:
         note = "; ".join(filter(None, (note, "the language model of a multimodal checkpoint")))
     if type(model).__name__ in _MODELS:
-        return _describe(model, model_id=model_id, hub_id=hub_id, aliases=tuple(aliases), note=note)
+        return describe_by_recipe(model, model_id=model_id, hub_id=hub_id, aliases=tuple(aliases), note=note)
     from launcher.models.traced_spec import describe_traced
 
     return describe_traced(model, model_id=model_id, hub_id=hub_id, aliases=tuple(aliases), note=note)
@@ -160,7 +171,15 @@ def _build(text: dict[str, Any], hub_id: str) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _describe(model: Any, *, model_id: str, hub_id: str, aliases: tuple[str, ...], note: str) -> ModelSpec:
+def describe_by_recipe(
+    model: Any, *, model_id: str, hub_id: str, aliases: tuple[str, ...], note: str
+) -> ModelSpec:
+    """Describe a causal language model of a family with a recipe.
+
+    Raises:
+        InputError: it has other parts than embeddings, layers, norm and head, or a layer that is not
+        understood.
+    """
     from launcher.models import layer_recipe
 
     architecture, config = type(model).__name__, model.config

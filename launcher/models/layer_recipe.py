@@ -25,6 +25,7 @@ DECODER_LAYERS: dict[str, frozenset[str]] = {
     "MinistralDecoderLayer": _PRE_NORM,
     "MixtralDecoderLayer": _PRE_NORM,
     "Qwen2DecoderLayer": _PRE_NORM,
+    "Qwen2_5_VLDecoderLayer": _PRE_NORM,
     "Qwen3DecoderLayer": _PRE_NORM,
     "Qwen3MoeDecoderLayer": _PRE_NORM,
     "GemmaDecoderLayer": _PRE_NORM,
@@ -48,6 +49,7 @@ NORMS: dict[str, str] = {
             "MinistralRMSNorm",
             "MixtralRMSNorm",
             "Qwen2RMSNorm",
+            "Qwen2_5_VLRMSNorm",
             "Qwen3RMSNorm",
             "Qwen3MoeRMSNorm",
             "Phi3RMSNorm",
@@ -88,6 +90,7 @@ _ATTENTIONS: dict[str, _Attention] = {
     "Phi3Attention": _Attention(window="config", concatenates=True),
     "MinistralAttention": _Attention(window="module"),
     "Qwen2Attention": _Attention(window="module"),
+    "Qwen2_5_VLAttention": _Attention(window="module"),
     "Qwen3Attention": _Attention(qk_norm="head", window="module"),
     "Qwen3MoeAttention": _Attention(qk_norm="head", window="module"),
     "Gemma2Attention": _Attention(window="module", softcap=True),
@@ -257,6 +260,8 @@ def _read_experts(block: Any, config: Any) -> dict[str, Any]:
         "activation": _activation(experts.act_fn, config),
         "experts": count,
         "experts_per_token": block.gate.top_k,
+        # The others cast what the softmax gives to the dtype of what they read.
+        "fp32_routing": _class(block.gate) == "MixtralTopKRouter",
         "expert_intermediate_size": size,
     }
 

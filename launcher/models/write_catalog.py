@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from planner.base.errors import InputError, UnknownNameError
 from planner.models import hub_config
 from planner.models.catalog import MODELS, name_key
 from planner.models.spec import ModelSpec
+from planner.models.vision_config import PROCESSOR, whole_fields
 
 CONFIGS = data_files.PROFILES / "configs"
+PROCESSORS = CONFIGS / "processors"
 TABLE = data_files.PROFILES / "models.toml"
 
 
@@ -32,6 +34,8 @@ class CatalogEntry:
     aliases: tuple[str, ...] = ()
     stored_beside: int = 0
     stored_what: str = ""
+    images: bool = False
+    text_id: str = ""
 
     @property
     def parameter_count(self) -> int:
@@ -40,7 +44,11 @@ class CatalogEntry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that people type for it: id, aliases, Hub ids and their last parts."""
+        """All that people type for it: id, aliases, Hub ids and their last parts. Where `text_id` is the
+        entry of its language model alone, those of the Hub stand for that one.
+        """
+        if self.text_id:
+            return (self.id, *self.aliases)
         hubs = (self.hub_id, *self.hub_ids)
         return (self.id, *self.aliases, *hubs, *(hub.rpartition("/")[2] for hub in hubs))
 
@@ -72,7 +80,7 @@ def write_catalog(ids: Iterable[str] | None, folder: Path = MODELS) -> Iterator[
         if entry.id in wanted:
             published = json.loads((CONFIGS / f"{entry.id}.json").read_bytes())
             specs[entry.id] = describe(entry, published)
-            configs[entry.id] = fingerprint(published)
+            configs[entry.id] = fingerprint(published, images=entry.images)
             yield from _write(folder / f"{entry.id}.json", spec_text(specs[entry.id]))
     if ids is None:
         yield from _write(folder / "index.json", _index_text(entries, specs))
@@ -86,7 +94,7 @@ def write_catalog(ids: Iterable[str] | None, folder: Path = MODELS) -> Iterator[
 def describe(entry: CatalogEntry, published: Mapping[str, Any]) -> ModelSpec:
     """Inspect one catalog model and hold it to its published total."""
     spec = inspect_config(
-        published,
+        {**published, PROCESSOR: _processor(entry)} if entry.images else published,
         model_id=entry.id,
         hub_id=entry.hub_id,
         aliases=(*entry.aliases, *entry.hub_ids),
@@ -99,11 +107,20 @@ def describe(entry: CatalogEntry, published: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def fingerprint(published: Mapping[str, Any]) -> dict[str, Any]:
+def _processor(entry: CatalogEntry) -> dict[str, Any]:
+    """The published preprocessor_config.json of an entry with images."""
+    found: dict[str, Any] = json.loads((PROCESSORS / f"{entry.id}.json").read_bytes())
+    return found
+
+
+def fingerprint(published: Mapping[str, Any], *, images: bool = False) -> dict[str, Any]:
     """By what a config.json of this model is recognised: each field's values, and the required fields.
 
-    A field is required when transformers builds another model without it.
+    A field is required when transformers builds another model without it. With `images` the fields are those
+    of both parts, each of which is required where it is written.
     """
+    if images:
+        return _whole_fingerprint(published)
     resolved, written = _resolved(published), hub_config.relevant_fields(published)
     if resolved is None:
         raise InputError(f"transformers refuses the published config of a {published['model_type']}")
@@ -120,7 +137,21 @@ def fingerprint(published: Mapping[str, Any]) -> dict[str, Any]:
     return {"accepted": dict(sorted(accepted.items())), "required": sorted(required)}
 
 
-def _resolved(published: Mapping[str, Any]) -> dict[str, Any] | None:
+def _whole_fingerprint(published: Mapping[str, Any]) -> dict[str, Any]:
+    resolved, written = _resolved(published, whole_fields), whole_fields(published)
+    assert resolved is not None
+    accepted = {key: [value] for key, value in resolved.items()}
+    for key, value in written.items():
+        if value not in accepted.setdefault(key, []):
+            accepted[key].append(value)
+    shared = written.keys() & resolved.keys()
+    return {"accepted": dict(sorted(accepted.items())), "required": sorted(shared)}
+
+
+def _resolved(
+    published: Mapping[str, Any],
+    relevant: Callable[[Mapping[str, Any]], dict[str, Any]] = hub_config.relevant_fields,
+) -> dict[str, Any] | None:
     """The relevant fields with transformers' defaults filled in; None when it refuses the config."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -130,7 +161,7 @@ def _resolved(published: Mapping[str, Any]) -> dict[str, Any] | None:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     except (StrictDataclassError, ValueError):
         return None
-    return hub_config.relevant_fields(json.loads(json.dumps(config.to_dict())))
+    return relevant(json.loads(json.dumps(config.to_dict())))
 
 
 def spec_text(spec: ModelSpec) -> str:

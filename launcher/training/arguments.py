@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 
+IMAGE_WORKERS = 2
+"""Processes that read images for the step, each two batches ahead."""
 METRIC = "eval_loss"
 """What evaluations are compared by: less is better."""
 
@@ -140,7 +142,10 @@ def _memory_and_speed(setup: TrainingSetup, *, on_gpu: bool) -> dict[str, Any]:
         "use_cpu": not on_gpu,
         # LaunchedTrainer makes the others, under a name that transformers accepts.
         "optim": "adamw_torch" if setup.optim in UNCOMMON_OPTIMIZERS else setup.optim,
-        "dataloader_num_workers": 0,  # docs/decisions.md
+        # docs/decisions.md; images are read while the step before runs (launcher/training/images/batches.py).
+        "dataloader_num_workers": IMAGE_WORKERS if setup.image_patches else 0,
+        "dataloader_prefetch_factor": 2 if setup.image_patches else None,
+        "dataloader_persistent_workers": False,
         "dataloader_pin_memory": on_gpu,
     }
 

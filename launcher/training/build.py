@@ -24,10 +24,12 @@ from launcher.training.loading.stored import (
     stored_config,
     stored_in,
 )
+from launcher.training.loading.tower import drop_tower, tower_of, tower_paths
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import PLAIN_WITH_LORAFA, PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_UNCOMMON, plain_beside, refuse_other_dropout_masks
 from planner.setup.adapters import uncommon_knob
+from planner.setup.objective import SFT
 from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
@@ -43,9 +45,23 @@ if TYPE_CHECKING:
     )
 
     from launcher.training.callbacks import LaunchedTrainer
+    from launcher.training.images.tokens import ImageTokens
 
 TF32_CAPABILITY = (8, 0)
 """Ampere and newer: https://docs.pytorch.org/docs/2.13/notes/cuda.html (TensorFloat-32)."""
+
+
+def refuse_task(task: str) -> None:
+    """Refuse what is planned and not launched.
+
+    Raises:
+        InputError: another task than supervised fine-tuning.
+    """
+    if task != SFT.name:
+        raise InputError(
+            f"task {task} is planned and not trained from here: give the plan's knobs to TRL's own trainer "
+            "(docs/tasks.md)"
+        )
 
 
 def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
@@ -55,6 +71,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
         InputError: a knob that it cannot run, or not without a GPU.
         MissingExtraError: a knob whose package is not installed.
     """
+    refuse_task(setup.task)
     if setup.distributed == "fsdp":
         refuse_unsharded(setup)
     if setup.dtype == "float16" and setup.method == "full":
@@ -80,8 +97,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
 
 def _refuse_uncommon(setup: TrainingSetup) -> None:
     name = uncommon_knob(setup)
-    also = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
-    for other, tried in (*also, *PLAIN_WITH_UNCOMMON) if name is not None else ():
+    for other, tried in (*plain_beside(setup), *PLAIN_WITH_UNCOMMON) if name is not None else ():
         if getattr(setup, other) != tried:
             raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 
@@ -100,8 +116,9 @@ def torch_dtype(setup: TrainingSetup) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[setup.dtype]
 
 
-def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
-    """bitsandbytes' configuration for qlora, of 4 bits or 8, else None.
+def quantization_config(setup: TrainingSetup, tower: Sequence[str] = ()) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration for qlora, of 4 bits or 8, else None. `tower` are the paths of a model's
+    vision tower, which stays in 16 bits unless the setup says otherwise.
 
     The compute dtype is the load dtype: another one makes bitsandbytes cast each dequantised weight.
     """
@@ -119,6 +136,9 @@ def quantization_config(setup: TrainingSetup) -> BitsAndBytesConfig | None:
         bnb_4bit_compute_dtype=torch_dtype(setup),
         # FSDP2 shards floating point alone; the bits are the same.
         bnb_4bit_quant_storage=torch_dtype(setup) if setup.distributed == "fsdp" else torch.uint8,
+        # Paths from the root: the last name alone would keep nothing, without a word (transformers
+        # quantizers/quantizers_utils.py). A list stands in place of the usual one, which has the head.
+        llm_int8_skip_modules=[*tower, "lm_head"] if tower and setup.vision_tower == "16bit" else None,
     )
 
 
@@ -152,13 +172,14 @@ def load_model(
     Raises:
         InputError: it is not there, or its weights are not safetensors.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if setup.experts == "4bit" or is_microscaled_in(source, allow_download=allow_download):
         return _load_by_layer(setup, source, device=device, allow_download=allow_download)
     if setup.load_in_8bit:
         keep_no_inputs()
-    chosen: dict[str, Any] = {"quantization_config": quantization_config(setup)}
+    tower = tower_of(setup, source, allow_download=allow_download)
+    chosen: dict[str, Any] = {"quantization_config": quantization_config(setup, tower)}
     checkpoint = stored_in(source, allow_download=allow_download)
     if checkpoint is not None:
         refuse_other(setup, checkpoint, source)
@@ -166,8 +187,9 @@ def load_model(
         chosen = {"config": config}
     if setup.attn_implementation:
         chosen["attn_implementation"] = setup.attn_implementation
+    kind = AutoModelForImageTextToText if tower else AutoModelForCausalLM
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = kind.from_pretrained(
             source,
             dtype=torch_dtype(setup),
             device_map={"": device},
@@ -180,6 +202,8 @@ def load_model(
         raise InputError(f"{source}: the model could not be loaded: {_first_line(error)}") from error
     if checkpoint is not None:
         hold_in(model, torch_dtype(setup))
+    if setup.uses_lora and not tower:
+        drop_tower(model)
     return model
 
 
@@ -215,10 +239,13 @@ def build_trainer(
     output_dir: Path,
     on_gpu: bool,
     callbacks: Sequence[TrainerCallback] = (),
+    images: tuple[ImageTokens, Any] | None = None,
 ) -> LaunchedTrainer:
     """SFTTrainer for a model from load_model, or one of the same form made otherwise (random weights).
 
-    Datasets have the columns of launcher.training.dataset.to_trl_dataset: `input_ids` and `labels`.
+    Datasets have the columns of launcher.training.dataset.to_trl_dataset: `input_ids` and `labels`, and with
+    images the files to read. `images`, how the model writes them and its image processor, are those of the
+    job's model where they are not given.
 
     Raises:
         InputError: the setup cannot be run here.
@@ -235,6 +262,7 @@ def build_trainer(
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
+    collated = _collated(setup, job, tokenizer, images)
     arguments = sft_config(
         setup, job, output_dir=output_dir, on_gpu=on_gpu, evaluates=eval_dataset is not None
     )
@@ -251,12 +279,28 @@ def build_trainer(
                 # A model that was sharded while it was loaded has its adapters already.
                 peft_config=None if setup.distributed == "fsdp" else lora_config(setup, model),
                 callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
+                **collated,
             )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
     return trainer
+
+
+def _collated(
+    setup: TrainingSetup,
+    job: TrainingJob,
+    tokenizer: PreTrainedTokenizerBase,
+    images: tuple[ImageTokens, Any] | None,
+) -> dict[str, Any]:
+    """The collator as an argument, where it is not TRL's own."""
+    if not setup.image_patches:
+        return {}
+    from launcher.training.images.batches import collator_for
+    from launcher.training.images.tokens import images_of
+
+    return {"data_collator": collator_for(tokenizer, *(images or images_of(job, tokenizer)))}
 
 
 def use_eight_bit_products(model: torch.nn.Module, base_matmul: str) -> tuple[str, ...]:
@@ -281,6 +325,11 @@ def use_card(setup: TrainingSetup) -> None:
 def _set_upon(trainer: LaunchedTrainer, setup: TrainingSetup) -> None:
     """What no argument of the trainer sets."""
     trainer.loraplus_lr_ratio = setup.loraplus_lr_ratio
+    tower = tower_paths(trainer.model.config)
+    if tower:
+        from launcher.training.images.batches import FrozenTower
+
+        trainer.add_callback(FrozenTower(trainer.model, tower[0]))
     if setup.optim == LORAFA:
         trainer.lorafa = True
         freeze_down(trainer.model)

@@ -23,6 +23,7 @@ from launcher.runs.events import (
     StartEvent,
 )
 from launcher.training.adapters import lorafa_optimizer
+from launcher.training.dataset import FILES
 from launcher.training.saving import KEPT_LOGS, CheckpointSaver, RandomStates, save_model
 from launcher.training.several import whole
 from launcher.training.several.ranked_trainer import RankedTrainer
@@ -50,6 +51,7 @@ class LaunchedTrainer(RankedTrainer):
     left_in_16bit: tuple[str, ...] = ()
     """Layers without the 8-bit products that the setup asks for: no such product takes their shape."""
     optimizer: Any
+    _signature_columns: Any
     lorafa: bool = False
     """Whether lora_A stays frozen and PEFT's LoRA-FA trains lora_B."""
     loraplus_lr_ratio: float | None = None
@@ -83,6 +85,11 @@ class LaunchedTrainer(RankedTrainer):
         )
         self.optimizer = made
         return made
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if FILES not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, FILES]
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Save checkpoints by a saver of the run from here on."""
@@ -353,10 +360,21 @@ class PartialCheckpointing(TrainerCallback):  # type: ignore[misc]
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The repeated decoder layers, in order: those that transformers can checkpoint one by one."""
+    """The repeated decoder layers, in order: those that transformers can checkpoint one by one, but for a
+    vision tower's.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    from launcher.training.loading.tower import tower_paths
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tower = tower_paths(base.config)[:1] if hasattr(base, "config") else ()
+    seeing = {id(module) for path in tower for module in base.get_submodule(path).modules()}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in seeing
+    ]
 
 
 def _number(value: Any) -> float | None:

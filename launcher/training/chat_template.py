@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.models.limits import LimitError, limited
 from launcher.training.turn_spans import Turns, assistant_span, other_span
 from planner.base.errors import InputError, shorten
 from planner.data.reader import Conversation, TrainingData
 from planner.data.turns import REASONING
+
+if TYPE_CHECKING:
+    from launcher.training.images.tokens import ImageTokens
 
 # ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md), for tokenizers without a template.
 # The end-of-sequence token closes the assistant's turn, so that the model learns to stop.
@@ -32,8 +35,9 @@ _REFUSALS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError
 class ChatTemplate:
     """A tokenizer's chat template, and which of the tokens that it makes are to be learned."""
 
-    def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
+    def __init__(self, tokenizer: Any, assistant_only: bool, images: ImageTokens | None = None) -> None:
         self.tokenizer = tokenizer
+        self._images = images
         self._assistant_only = assistant_only
         source = str(tokenizer.chat_template)
         self._knows_developer = "developer" in source
@@ -61,10 +65,14 @@ class ChatTemplate:
         tools = [dict(tool) for tool in example.tools] or None
         try:
             with limited(f"{where}: the chat template"):
-                return self.tokenizer.apply_chat_template(
+                made = self.tokenizer.apply_chat_template(
                     list(turns), tools=tools, add_generation_prompt=asking, **chosen
                 )
-        except LimitError:
+            # A part of the turns shows the first of the pictures.
+            if self._images is None or not isinstance(made, str):
+                return made
+            return self._images.expanded(made, example.pictures, where)
+        except InputError:
             raise
         except (*_REFUSALS, TemplateError) as error:
             raise InputError(f"{where}: the chat template refuses it: {shorten(str(error), 120)}") from error
@@ -81,7 +89,7 @@ class ChatTemplate:
         if not untrained and not self._assistant_only:
             return None
         learned = [True] * len(offsets)
-        if self._assistant_only and self._marked:
+        if self._assistant_only and self._marked and not example.pictures:
             made = self.rendered(
                 turns, example, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.training.chat_template import CHATML_TEMPLATE, ChatTemplate, not_rendered
 from launcher.training.split import Split, key_of, trained_too
 from planner.base.errors import InputError, shorten
-from planner.data.examples import nothing_to_learn
+from planner.data.examples import Pictures, nothing_to_learn
 from planner.data.lengths import DatasetStats
 from planner.data.reader import (
     Conversation,
@@ -31,22 +31,34 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from launcher.training.images.tokens import ImageTokens
+
 TOKENIZER_BATCH = 1000
+FILES = "image_files"
+"""The column of image files. One called images would have TRL take the data for its own vision data, which it
+processes in the training process."""
 NOT_LEARNED = -100
 """torch.nn.CrossEntropyLoss, ignore_index: the label of a token that the loss leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What is trained of an example: token ids, and the same with NOT_LEARNED where no loss is taken."""
+    """What is trained of an example: token ids, and the same with NOT_LEARNED where no loss is taken; the
+    files of its images, whose tokens end before `images_end`.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    files: tuple[str, ...] = ()
+    images_end: int = 0
 
     @property
     def start(self) -> int:
-        """Tokens before the first that is learned; all where none is."""
-        return next((i for i, label in enumerate(self.labels) if label != NOT_LEARNED), len(self.labels))
+        """Tokens before the first that is learned; all where none is. Cut at that length an example has
+        nothing to learn, or not all of its images, which is why their tokens are before it.
+        """
+        learned = next((i for i, label in enumerate(self.labels) if label != NOT_LEARNED), len(self.labels))
+        return max(learned, self.images_end)
 
 
 def read_dataset(path: Path) -> TrainingData:
@@ -78,8 +90,10 @@ def measure_stats(
     *,
     assistant_only_loss: bool = False,
     split: Split | None = None,
+    images: ImageTokens | None = None,
 ) -> DatasetStats:
-    """Lengths and trained tokens of what tokenised gives; with a split, of what it leaves to train.
+    """Lengths and trained tokens of what tokenised gives; with a split, of what it leaves to train. `images`
+    is how the model writes them, for data that have some.
 
     Raises:
         InputError: as tokenised, or as the split; or no example has a token to learn.
@@ -88,7 +102,10 @@ def measure_stats(
     found: list[tuple[int, int, int]] = []
     keys: list[bytes] = []
     untrained = 0
-    for tokens in tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss):
+    pictures = Pictures()
+    for example in data.examples:
+        pictures.count(example, None if images is None else images.rule)
+    for tokens in tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss, images=images):
         if tokens.start == len(tokens.labels):
             untrained += 1
             continue
@@ -113,6 +130,9 @@ def measure_stats(
         untrained=untrained,
         left_out=data.left_out,
         notes=rendering,
+        images=pictures.images,
+        image_patches=pictures.most_patches,
+        total_patches=pictures.patches,
     )
 
 
@@ -122,15 +142,18 @@ def to_trl_dataset(
     *,
     max_length: int,
     assistant_only_loss: bool = False,
+    images: ImageTokens | None = None,
 ) -> Dataset:
-    """The columns that SFTTrainer takes as they are: `input_ids` and `labels`, cut at `max_length`.
+    """The columns that SFTTrainer takes as they are: `input_ids` and `labels`, cut at `max_length`; with
+    images the names of their files, which launcher.training.images reads. An image is never cut: an example
+    whose images end beyond max_length is left out.
 
     Examples without a token to learn within that length are left out, as measure_stats counts them.
 
     Raises:
         InputError: as tokenised; or nothing is left.
     """
-    made = tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss)
+    made = tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss, images=images)
     kept = (tokens for tokens in made if tokens.start < min(max_length, len(tokens.labels)))
     return _dataset(kept, data, max_length)
 
@@ -142,6 +165,7 @@ def split_trl_datasets(
     max_length: int,
     split: Split,
     assistant_only_loss: bool = False,
+    images: ImageTokens | None = None,
 ) -> tuple[Dataset, Dataset]:
     """What is trained and what is evaluated on, each as to_trl_dataset makes it.
 
@@ -153,7 +177,7 @@ def split_trl_datasets(
     places: list[int] = []
 
     def kept() -> Iterator[Tokens]:
-        for tokens in tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss):
+        for tokens in tokenised(data, tokenizer, assistant_only_loss=assistant_only_loss, images=images):
             if tokens.start == len(tokens.labels):
                 continue
             keys.append(key_of(tokens.input_ids))
@@ -199,7 +223,11 @@ def _dataset(made: Iterator[Tokens], data: TrainingData, max_length: int) -> Dat
             "input_ids": [tokens.input_ids[:max_length] for tokens in batch],
             "labels": [tokens.labels[:max_length] for tokens in batch],
         }
-        parts.append(pa.table({name: pa.array(rows, type=kind) for name, rows in columns.items()}))
+        table = pa.table({name: pa.array(rows, type=kind) for name, rows in columns.items()})
+        if data.has_images:
+            files = pa.array([list(tokens.files) for tokens in batch], type=pa.list_(pa.string()))
+            table = table.append_column(FILES, files)
+        parts.append(table)
     if not parts:
         raise InputError(
             f"{data.source}: none of the {len(data.examples):,} examples has a token to learn within "
@@ -209,26 +237,34 @@ def _dataset(made: Iterator[Tokens], data: TrainingData, max_length: int) -> Dat
 
 
 def tokenised(
-    data: TrainingData, tokenizer: PreTrainedTokenizerBase, *, assistant_only_loss: bool = False
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    assistant_only_loss: bool = False,
+    images: ImageTokens | None = None,
 ) -> Iterator[Tokens]:
     """Token ids and labels of every example, nothing cut.
 
     Raises:
-        InputError: the chat template or the tokenizer refuses an example, or the template does not tell apart
+        InputError: the data have images, and it is not said how the model writes them; the chat template or
+        the tokenizer refuses an example, or the template does not tell apart
             the turns whose loss is to be taken; the line names which.
     """
     chat = needs_chat_template(data)
     if assistant_only_loss and not chat:
         raise InputError(f"--assistant-only-loss needs conversations; {data.source} holds {data.format}")
+    if data.has_images and images is None:
+        raise InputError(f"{data.source}: has images, and the model is one of text")
     if chat:
         ensure_chat_template(tokenizer)
-    template = ChatTemplate(tokenizer, assistant_only_loss)
+    template = ChatTemplate(tokenizer, assistant_only_loss, images)
     examples = iter(enumerate(data.examples, start=1))
     while batch := list(islice(examples, TOKENIZER_BATCH)):
         places = [f"{data.source}: example {number}" for number, _ in batch]
         if chat:
             shown = [example for _, example in batch if isinstance(example, Conversation)]
-            yield from _conversations(shown, places, template)
+            made = _conversations(shown, places, template)
+            yield from made if images is None else _with_images(made, shown, places, images)
         else:
             yield from _texts([example for _, example in batch], places, tokenizer)
 
@@ -258,6 +294,29 @@ def _behind(ids: list[int], prompt_ids: list[int]) -> Tokens:
     pairs = zip(ids, prompt_ids, strict=False)
     common = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(prompt_ids)))
     return Tokens(ids, [NOT_LEARNED] * common + ids[common:])
+
+
+def _with_images(
+    made: Iterator[Tokens], examples: Sequence[Conversation], places: Sequence[str], images: ImageTokens
+) -> Iterator[Tokens]:
+    """The same with the files of each example's images, whose own tokens are not learned.
+
+    Raises:
+        InputError: the template does not show all of them.
+    """
+    for tokens, example, where in zip(made, examples, places, strict=True):
+        pictures = example.pictures
+        wanted = sum(images.rule.tokens(images.rule.patches(one.size)) for one in pictures)
+        at = [place for place, one in enumerate(tokens.input_ids) if one == images.token_id]
+        if len(at) != wanted:
+            raise InputError(
+                f"{where}: the model's chat template shows {len(at):,} of {wanted:,} tokens of images"
+            )
+        labels = list(tokens.labels)
+        for place in at:
+            labels[place] = NOT_LEARNED
+        files = tuple(one.path for one in pictures)
+        yield Tokens(tokens.input_ids, labels, files, at[-1] + 1 if at else 0)
 
 
 def _conversations(

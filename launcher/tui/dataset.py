@@ -62,6 +62,10 @@ def read_dataset(text: str, *, allow_network: bool = False) -> Dataset:
     except InputError as error:
         # One mistake is told by whoever needs the whole file; a person mends several at a time.
         raise UnreadableDataError(mistakes(Path(path), most=MOST_MISTAKES) or (str(error),)) from error
+    if stats.images:
+        raise UnreadableDataError(
+            (f"{path}: has images, which the command line plans and trains (vramwise train, docs/vision.md)",)
+        )
     if Path(path).exists():
         path = str(Path(path).resolve())
     return Dataset(

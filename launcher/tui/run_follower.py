@@ -284,7 +284,9 @@ def _prediction(folder: RunFolder, job: TrainingJob) -> Prediction | None:
     except (OSError, ValueError, VramwiseError):
         pass
     try:
-        run = TrainingRun(setup=job.setup, model=resolve_model(job.setup.model))
+        run = TrainingRun(
+            setup=job.setup, model=resolve_model(job.setup.model, images=job.setup.image_patches > 0)
+        )
         memory = estimate_memory(run)
     except VramwiseError:
         return None

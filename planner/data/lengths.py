@@ -70,7 +70,8 @@ class DatasetStats:
     do not begin with a trained token: cut at a length, an example whose prompt fills it has nothing to learn
     and is not trained. `untrained` examples have no trained token at any length and are not among `lengths`.
     `left_out` are the keys of rows that nothing is made of, `notes` what else of the examples is not trained,
-    in words.
+    in words. Examples have `images` in all, of which the model's processor makes `total_patches`, and
+    `image_patches` of those of one example at most (0: they were counted for no model).
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -82,6 +83,9 @@ class DatasetStats:
     untrained: int = 0
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    images: int = 0
+    image_patches: int = 0
+    total_patches: int = 0
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -101,6 +105,8 @@ class DatasetStats:
             validate.integer("count", count, minimum=1, maximum=self.examples)
             previous = start
         validate.integer("untrained", self.untrained, minimum=0, maximum=MAX_TOKENS)
+        for name in ("images", "image_patches", "total_patches"):
+            validate.integer(name, getattr(self, name), minimum=0, maximum=MAX_TOKENS)
         for name, texts in (("left_out", self.left_out), ("note", self.notes)):
             for text in texts:
                 validate.text(name, text)
@@ -118,6 +124,9 @@ class DatasetStats:
         untrained: int = 0,
         left_out: Iterable[str] = (),
         notes: tuple[str, ...] = (),
+        images: int = 0,
+        image_patches: int = 0,
+        total_patches: int = 0,
     ) -> DatasetStats:
         """Count one length, and one start where there are any, per example.
 
@@ -135,6 +144,9 @@ class DatasetStats:
             untrained=untrained,
             left_out=tuple(left_out),
             notes=notes,
+            images=images,
+            image_patches=image_patches,
+            total_patches=total_patches,
         )
 
     @property
@@ -256,8 +268,12 @@ class DatasetStats:
         return Packing(sequences=sequences, real_tokens=real, sequence_length=max_length)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {**asdict(self), "schema_version": SCHEMA_VERSION}
+        """JSON form; what is said of images is left out where there are none."""
+        values = {**asdict(self), "schema_version": SCHEMA_VERSION}
+        if not self.images:
+            for name in ("images", "image_patches", "total_patches"):
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DatasetStats:

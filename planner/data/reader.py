@@ -19,6 +19,7 @@ from planner.data.examples import (
     estimated_stats,
 )
 from planner.data.files import read_rows
+from planner.data.image_rule import ImageRule
 from planner.data.lengths import DatasetStats
 from planner.data.rows import example_of, form_of, format_of
 
@@ -65,20 +66,22 @@ def check_rows(rows: Iterable[tuple[str, object]], *, source: str) -> TrainingDa
     )
 
 
-def estimate_file(path: Path) -> DatasetStats:
-    """Lengths of a data file or folder, estimated as estimate_stats does, holding no example.
+def estimate_file(path: Path, rule: ImageRule | None = None) -> DatasetStats:
+    """Lengths of a data file or folder, estimated as estimate_stats does, holding no example; with the tokens
+    that a model's `rule` makes of images.
 
     Raises:
         InputError: as read_training_data.
         MissingExtraError: as read_training_data.
     """
     left_out: dict[str, None] = {}
-    return estimated_stats(_checked(read_rows(path), str(path), left_out), left_out, str(path))
+    return estimated_stats(_checked(read_rows(path), str(path), left_out), left_out, str(path), rule)
 
 
-def estimate_stats(data: TrainingData) -> DatasetStats:
+def estimate_stats(data: TrainingData, rule: ImageRule | None = None) -> DatasetStats:
     """Lengths estimated from the size of the text, without a tokenizer; marked as an estimate."""
-    return estimated_stats(((data.format, example) for example in data.examples), data.left_out, data.source)
+    examples = ((data.format, example) for example in data.examples)
+    return estimated_stats(examples, data.left_out, data.source, rule)
 
 
 def mistakes(path: Path, *, most: int) -> tuple[str, ...]:
@@ -123,6 +126,8 @@ class _Check:
         self._source = source
         self._left_out = left_out
         self._form: str | None = None
+        path = Path(source)
+        self._folder = path if path.is_dir() else path.parent
 
     def take(self, place: str, row: object) -> tuple[str, Example]:
         """A row's format and example.
@@ -140,7 +145,7 @@ class _Check:
             raise InputError(
                 f"{where}: has {form}, but the examples before it have {self._form}; use one format"
             )
-        return format_of(form), example_of(row, form, where, self._left_out)
+        return format_of(form), example_of(row, form, where, self._left_out, self._folder)
 
     def end(self) -> None:
         """See that there was a row.

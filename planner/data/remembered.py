@@ -12,6 +12,7 @@ from typing import Any
 
 from planner.base.data_files import user_cache_dir, write_atomically
 from planner.base.errors import InputError
+from planner.data.image_rule import ImageRule
 from planner.data.lengths import DatasetStats
 
 LEAST_BYTES = 2**22
@@ -20,8 +21,9 @@ READER_VERSION = 3
 """To be raised when the same file would give other lengths."""
 
 
-def estimated_lengths(path: Path) -> DatasetStats:
-    """Lengths of a data file or folder, estimated from the size of its texts.
+def estimated_lengths(path: Path, rule: ImageRule | None = None) -> DatasetStats:
+    """Lengths of a data file or folder, estimated from the size of its texts, with the tokens that a model's
+    `rule` makes of images, which are files of their own: of those nothing is remembered.
 
     It is taken to be unchanged while number, sizes and times of change to the nanosecond of its files are.
 
@@ -32,6 +34,8 @@ def estimated_lengths(path: Path) -> DatasetStats:
     from planner.data.files import data_files
     from planner.data.reader import estimate_file
 
+    if rule is not None:
+        return estimate_file(path, rule)
     try:
         found = [each.stat() for each in data_files(path)]
     except OSError:

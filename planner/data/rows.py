@@ -16,11 +16,13 @@ Every other key is refused where it would change what is learned, else named onc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from planner.base.errors import InputError, shorten
 from planner.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
 from planner.data.files import parse_json
+from planner.data.images import IMAGE_KEYS, with_pictures
 from planner.data.turns import NOTHING, check_text, note_left_out, read_tools, read_turns
 
 ALPACA_WITH_INPUT = (
@@ -35,7 +37,7 @@ ALPACA_WITHOUT_INPUT = (
 EXPECTED = (
     "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
 )
-_NOT_TRAINED = ("images", "image", "videos", "video", "audios", "audio")
+_NOT_TRAINED = ("videos", "video", "audios", "audio")
 # Keys that change what an example means, refused in the forms that do not read them.
 _MEANINGFUL = ("system", "history", "tools", "weight", "chat_template_kwargs", "documents")
 _UNUSABLE: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -60,12 +62,14 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
         raise InputError(f"{where}: {_UNUSABLE[0][1]} (found chosen, rejected)")
     for key in _NOT_TRAINED if not row.keys().isdisjoint(_NOT_TRAINED) else ():
         if row.get(key) not in NOTHING:
-            raise InputError(f"{where}: {key}: images, videos and sound are not trained, only text")
+            raise InputError(f"{where}: {key}: videos and sound are not trained, only text and images")
     for form, keys in _KEYS_OF_FORM.items():
         if all(key in row for key in keys):
             if form == "instruction and output" and {"system", "history"} & row.keys():
                 form = "instruction and output with system or history"
             _refuse_meaningful(row, form, where)
+            if form not in _SHOWING:
+                _refuse_images(row, form, where)
             return form
     present = shorten(", ".join(str(key) for key in row)) if row else "no keys"
     for keys, reason in _UNUSABLE:
@@ -76,14 +80,30 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     raise InputError(f"{where}: expected {EXPECTED}; found {present}")
 
 
-def example_of(row: Mapping[str, Any], form: str, where: str, left_out: dict[str, None]) -> Example:
-    """The example of a row of that form; keys that nothing is made of are added to `left_out`.
+def example_of(
+    row: Mapping[str, Any], form: str, where: str, left_out: dict[str, None], folder: Path
+) -> Example:
+    """The example of a row of that form; keys that nothing is made of are added to `left_out`. Its images are
+    named from `folder`.
 
     Raises:
         InputError: the row is not usable.
     """
-    note_left_out((key for key in row if key not in _READ_IN_FORM[form] + _NOT_TRAINED), left_out)
-    return _MAKERS[form](row, where, left_out)
+    read = _READ_IN_FORM[form] + _NOT_TRAINED + IMAGE_KEYS
+    note_left_out((key for key in row if key not in read), left_out)
+    example = _MAKERS[form](row, where, left_out)
+    if isinstance(example, Conversation):
+        return with_pictures(example, row, folder, where)
+    _refuse_images(row, form, where)
+    return example
+
+
+def _refuse_images(row: Mapping[str, Any], form: str, where: str) -> None:
+    for key in IMAGE_KEYS if not row.keys().isdisjoint(IMAGE_KEYS) else ():
+        if row.get(key) not in NOTHING:
+            raise InputError(
+                f"{where}: {key}: images are shown in turns; {form} is text: give it as messages"
+            )
 
 
 def format_of(form: str) -> str:
@@ -212,6 +232,8 @@ def _optional(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 _TURNS = ("messages", "conversations")
+_SHOWING = (*_TURNS, "prompt and completion", "question and answer")
+"""Forms whose examples may be turns, and so may show images."""
 _KEYS_OF_FORM = {
     "messages": ("messages",),
     "conversations": ("conversations",),

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner.base.errors import InputError, shorten
-from planner.data.examples import Message
+from planner.data.examples import Message, Picture
 from planner.data.files import parse_json
+from planner.data.images import part_of_image
 
 NOTHING: tuple[object, ...] = (None, "", [])
 """Values that say no more than an absent key."""
@@ -36,8 +37,8 @@ _PLAIN = {"role", "content"}
 _REFUSED = {
     "function_call": "OpenAI's older function_call is not read; write it as tool_calls",
     "audio": "sound is not trained",
-    "image": "images are not trained",
-    "images": "images are not trained",
+    "image": "name it in the row's key images",
+    "images": "name them in the row's key images",
     "train": "not read; write it as weight, 0 or 1",
     "loss": "not read; write it as weight, 0 or 1",
 }
@@ -125,7 +126,9 @@ def _message(turn: object, where: str, key: str, left_out: dict[str, None]) -> M
         raise InputError(f"{where}: expected an object with role and content, found {shorten(turn)}")
     if spoken and turn["from"] == "function_call":
         calls, content = (*calls, *_spoken_calls(content, where)), ""
-    text = _content(content, f"{where}: {named}", f"{key}[].{named}[]", left_out, may_be_absent=bool(calls))
+    text, parts = _content(
+        content, f"{where}: {named}", f"{key}[].{named}[]", left_out, may_be_absent=bool(calls)
+    )
     more = [(name, turn[name]) for name in _TEXTS if turn.get(name) not in (None, "")]
     for name, value in (("content", text), *more):
         if not isinstance(value, str):
@@ -142,7 +145,7 @@ def _message(turn: object, where: str, key: str, left_out: dict[str, None]) -> M
     note_left_out(
         (name for name in turn if name not in (_READ | _REFUSED.keys()) - other), left_out, f"{key}[]."
     )
-    return Message(role, text, _trained(turn.get("weight"), where), tuple(more))
+    return Message(role, text, _trained(turn.get("weight"), where), tuple(more), parts)
 
 
 def _plain(role: object, content: object, where: str) -> Message | None:
@@ -170,23 +173,30 @@ def _trained(weight: object, where: str) -> bool:
 
 def _content(
     content: object, where: str, path: str, left_out: dict[str, None], *, may_be_absent: bool
-) -> str:
+) -> tuple[str, tuple[str | Picture, ...]]:
+    """The text, and texts and pictures in their order where there are pictures."""
     if content is None and may_be_absent:
-        return ""
+        return "", ()
     if isinstance(content, str):
-        return content
+        return content, ()
     if not isinstance(content, list) or not content:
         raise InputError(f"{where} must be text, found {shorten(content)}")
-    texts = []
+    texts: list[str] = []
+    parts: list[str | Picture] = []
     for part in content:
+        if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+            parts.append(part_of_image(part, where))
+            continue
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else part
             raise InputError(f"{where} must be text, found a part that is none: {shorten(kind)}")
         if part.get("type", "text") != "text":
             raise InputError(f"{where} must be text, found a part of type {shorten(part['type'])}")
         texts.append(part["text"])
+        parts.append(part["text"])
         note_left_out((name for name in part if name not in ("type", "text")), left_out, f"{path}.")
-    return "".join(texts)
+    shows = any(isinstance(part, Picture) for part in parts)
+    return "".join(texts), tuple(parts) if shows else ()
 
 
 def _tool_calls(value: object, where: str) -> tuple[Mapping[str, Any], ...]:

@@ -11,6 +11,7 @@ from planner.setup.adapters import uncommon_knob
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import KnobValue, plain
 from planner.setup.methods import stored_knobs
+from planner.setup.objective import SFT
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
@@ -60,6 +61,8 @@ def _accept(run: RunKind) -> None:
         _refuse_compiled(run)
     if run.parallelism.shards:
         _refuse_sharded(run)
+    if setup.objective is not SFT:
+        _refuse_of_task(setup)
     if attention not in MODELLED_ATTENTION:
         raise NotModelledError("attn_implementation", attention)
     if any(layer.attention_softcap for layer in model.layers) and attention == "sdpa":
@@ -79,6 +82,8 @@ def _accept(run: RunKind) -> None:
         raise NotModelledError("load_in_8bit=true with dtype", setup.dtype)
     if model.is_traced:
         _refuse_traced(run)
+    if setup.image_patches or setup.vision_tower != "16bit" or model.tower is not None:
+        _refuse_of_tower(run)
     _refuse_uncommon(run)
     if setup.kernels == "liger":
         _refuse_liger(run)
@@ -88,6 +93,68 @@ def _accept(run: RunKind) -> None:
             setup.checkpointed_layers,
             f"at most {model.num_hidden_layers}, the decoder layers",
         )
+
+
+def _refuse_of_task(setup: TrainingSetup) -> None:
+    """Refuse what TRL's other trainers do not do, or what no step of theirs was seen with.
+
+    For the reference's pass TRL takes checkpoints off and puts them on again, on all layers and as they were
+    made first (trl/models/utils.py, disable_gradient_checkpointing).
+    """
+    for name, counted in (
+        ("distributed", (None, "ddp")),
+        ("activation_offloading", (False,)),
+        ("compile", ("none",)),
+        ("checkpointed_layers", (None,)),
+        ("selective_checkpointing", (False,)),
+        ("prepare_for_kbit_training", (False,)),
+        ("bias", ("none",)),
+        ("modules_to_save", (None,)),
+        ("trainable_token_indices", (None,)),
+    ):
+        if getattr(setup, name) not in counted:
+            raise NotModelledError(f"task={setup.task} with {name}", getattr(setup, name))
+
+
+_BESIDE_A_TOWER: tuple[tuple[str, object], ...] = (
+    ("compile", "none"),
+    ("kernels", "none"),
+    ("packing", False),
+    ("prepare_for_kbit_training", False),
+    ("load_in_8bit", False),
+    ("activation_offloading", False),
+    ("base_matmul", "bf16"),
+    ("distributed", None),
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
+    ("task", "sft"),
+)
+"""What is counted, and was tried, beside a vision tower."""
+
+
+def _refuse_of_tower(run: RunKind) -> None:
+    """Refuse images without a tower to look at them, and what was not tried beside one.
+
+    Raises:
+        InputError: images of a model of text, or a tower that would be trained.
+        NotModelledError: a knob that is not counted with a tower.
+    """
+    setup, model = run.setup, run.model
+    if model.tower is None:
+        name, value = next(
+            (name, getattr(setup, name))
+            for name, plain_value in (("image_patches", 0), ("vision_tower", "16bit"))
+            if getattr(setup, name) != plain_value
+        )
+        raise FieldError(name, value, f"none for {model.id}, which is described as a model of text alone")
+    if setup.method == "full":
+        raise InputError(f"method full would train the vision tower of {model.id}; use qlora or lora")
+    if run.attention != "sdpa":
+        raise NotModelledError("attn_implementation beside a vision tower", run.attention)
+    for name, counted in _BESIDE_A_TOWER:
+        if getattr(setup, name) != counted:
+            raise NotModelledError(f"{name} beside a vision tower", getattr(setup, name))
 
 
 def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:
@@ -172,6 +239,27 @@ PLAIN_WITH_LORAFA: tuple[tuple[str, KnobValue | None], ...] = (
 )
 
 
+PLAIN_WITH_OTHER_TYPES: tuple[tuple[str, KnobValue | None], ...] = (
+    # What LoRA's configuration alone has, or was not traced.
+    *PLAIN_WITH_LORAFA,
+    ("lora_alpha", None),
+    ("lora_dropout", 0.0),
+    ("use_rslora", False),
+    ("init_lora_weights", "default"),
+    ("load_in_8bit", False),
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
+)
+
+
+def plain_beside(setup: TrainingSetup) -> tuple[tuple[str, KnobValue | None], ...]:
+    """Knobs of the adapter that LoRA-FA or another kind of adapter leaves at these values."""
+    if setup.peft_type != "lora":
+        return PLAIN_WITH_OTHER_TYPES
+    return PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
+
+
 def _refuse_uncommon(run: RunKind) -> None:
     """Refuse what has not been traced with such a knob, naming both.
 
@@ -182,9 +270,11 @@ def _refuse_uncommon(run: RunKind) -> None:
     name = uncommon_knob(setup)
     if name is None:
         return
-    beside = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
-    if beside and (not setup.uses_lora or run.trained.experts_rank):
-        raise NotModelledError(f"optim={LORAFA} with", "experts" if setup.uses_lora else "method full")
+    beside = plain_beside(setup)
+    if setup.optim == LORAFA and not setup.uses_lora:
+        raise NotModelledError(f"optim={LORAFA} with method", setup.method)
+    if beside and (run.trained.experts_rank or run.trained.router_rank):
+        raise NotModelledError(f"{name} with adapters on experts of model", run.model.id)
     for other, traced in (*beside, *PLAIN_WITH_UNCOMMON):
         if getattr(setup, other) != traced:
             raise NotModelledError(f"{name} with {other}", getattr(setup, other))

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from planner.base import data_files
 from planner.base.errors import InputError, MissingExtraError, UnknownNameError, shorten
 from planner.base.values import dataclass
-from planner.models import hub_config
+from planner.models import hub_config, vision_config
 from planner.models.checkpoint import is_dequantised
 from planner.models.quantised import with_checkpoint
 from planner.models.spec import ModelSpec
@@ -60,6 +60,11 @@ class ModelSummary:
     max_position_embeddings: int
     experts: int
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether it is described with a vision tower, for data with images."""
+        return self.architecture.endswith("ForConditionalGeneration")
+
 
 def name_key(name: str) -> str:
     """One form for the spellings of a name: "Llama 3.1 8B", "llama3.1-8b" and "llama_3_1_8b" are one.
@@ -81,8 +86,11 @@ def list_models() -> tuple[ModelSummary, ...]:
     return tuple(ModelSummary(**{**m, "aliases": tuple(m["aliases"])}) for m in _index()["models"])
 
 
-def resolve_model(name: str, *, allow_network: bool = False, inspector: Inspector | None = None) -> ModelSpec:
-    """Find the model that a name stands for.
+def resolve_model(
+    name: str, *, allow_network: bool = False, inspector: Inspector | None = None, images: bool = False
+) -> ModelSpec:
+    """Find the model that a name stands for; with `images` the whole of a vision-language model, where the
+    name without them stands for its language model.
 
     In this order: a catalog name; a model the person inspected before (user_data_dir()/models); a folder; a
     Hub id, whose config.json comes from the Hub's local cache or, with `allow_network`, from the network
@@ -98,14 +106,14 @@ def resolve_model(name: str, *, allow_network: bool = False, inspector: Inspecto
     if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
         raise InputError(f"model {shorten(name)} is not a name {_HINT}")
     if name.startswith((".", "/", "~")):
-        return _from_folder(Path(name).expanduser(), inspector)
+        return _from_folder(Path(name).expanduser(), inspector, images)
     found = _from_catalog(name) or _from_user(name)
     if found is not None:
-        return found
+        return _with_tower(found) if images else found
     if Path(name).is_dir():
-        return _from_folder(Path(name), inspector)
+        return _from_folder(Path(name), inspector, images)
     if _HUB_ID.fullmatch(name):
-        return _from_hub(name, allow_network, inspector)
+        return _from_hub(name, allow_network, inspector, images)
     raise _unknown(name, _HINT)
 
 
@@ -139,7 +147,8 @@ def match_config(config: Mapping[str, Any], *, hub_id: str) -> ModelSpec | None:
     transformers would build another model must be there.
     """
     text, _ = hub_config.text_part(config)
-    fields = hub_config.relevant_fields(text)
+    whole = vision_config.PROCESSOR in config
+    fields = vision_config.whole_fields(config) if whole else hub_config.relevant_fields(text)
     equal = [load_shipped(model_id) for model_id, known in _configs().items() if _equals(fields, known)]
     if not equal:
         return None
@@ -154,6 +163,24 @@ def _equals(fields: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     return all(key in fields for key in known["required"]) and all(
         value in accepted.get(key, (None,)) for key, value in fields.items()
     )
+
+
+def _with_tower(spec: ModelSpec) -> ModelSpec:
+    """The catalog's description of a model with its tower.
+
+    Raises:
+        InputError: there is none.
+    """
+    if spec.tower is not None:
+        return spec
+    whole = catalog_id(f"{spec.id}-vision")
+    if whole is None:
+        seeing = ", ".join(model.id for model in list_models() if load_shipped(model.id).tower is not None)
+        raise InputError(
+            f"{spec.id} is a model of text: images are trained with {seeing}, or with a folder of a "
+            f"vision-language model of type {', '.join(sorted(vision_config.VISION_TYPES))}"
+        )
+    return load_shipped(whole)
 
 
 @functools.cache
@@ -203,8 +230,13 @@ def _load_spec(path: Path) -> ModelSpec:
     return ModelSpec.from_dict(values)
 
 
-def _from_folder(folder: Path, inspector: Inspector | None) -> ModelSpec:
-    config = hub_config.read_config(folder)
+def _from_folder(folder: Path, inspector: Inspector | None, images: bool) -> ModelSpec:
+    config: Mapping[str, Any] = hub_config.read_config(folder)
+    if _takes_whole(config, str(folder), images):
+        processor = vision_config.processor_of(folder)
+        config = vision_config.with_processor(
+            config, processor, where=f"{folder}/{vision_config.PROCESSOR_FILE}"
+        )
     return _from_config(
         config, name=folder.resolve().name or str(folder), where=str(folder), inspector=inspector
     )
@@ -223,7 +255,7 @@ def _from_config(
             )
     found = match_config(config, hub_id=where)
     if found is not None:
-        return with_checkpoint(found, checkpoint)
+        return with_checkpoint(_as_processed(found, config), checkpoint)
     if inspector is None:
         raise MissingExtraError(
             f"{shorten(where)} ({config['model_type']}) equals no catalog model; describing it",
@@ -232,14 +264,45 @@ def _from_config(
     return with_checkpoint(inspector(config, model_id=name, hub_id=where), checkpoint)
 
 
-def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None) -> ModelSpec:
+def _as_processed(spec: ModelSpec, config: Mapping[str, Any]) -> ModelSpec:
+    """A catalog model with the pixels that a folder's own image processor leaves of an image."""
+    processor = config.get(vision_config.PROCESSOR)
+    if spec.tower is None or not processor:
+        return spec
+    return replace(
+        spec, tower=replace(spec.tower, rule=vision_config.as_processed(spec.tower.rule, processor))
+    )
+
+
+def _takes_whole(config: Mapping[str, Any], where: str, images: bool) -> bool:
+    """Whether a config is to be described with its tower.
+
+    Raises:
+        InputError: images are asked for, and it has none that is described.
+    """
+    if images and not vision_config.sees_images(config):
+        known = ", ".join(sorted(vision_config.VISION_TYPES))
+        raise InputError(
+            f"{shorten(where)} (model_type {shorten(config['model_type'])}): images are trained with "
+            f"models of type {known}"
+        )
+    return images or (config["model_type"] in vision_config.WHOLE_TYPES and vision_config.sees_images(config))
+
+
+def _from_hub(repository: str, allow_network: bool, inspector: Inspector | None, images: bool) -> ModelSpec:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     offline = not allow_network or constants.HF_HUB_OFFLINE
     try:
         path = Path(hf_hub_download(repository, "config.json", local_files_only=offline))
-        config = hub_config.parse_config(_read_limited(path), where=f"config.json of {repository}")
+        config: Mapping[str, Any] = hub_config.parse_config(
+            _read_limited(path), where=f"config.json of {repository}"
+        )
+        if _takes_whole(config, repository, images):
+            named = vision_config.PROCESSOR_FILE
+            content = Path(hf_hub_download(repository, named, local_files_only=offline)).read_bytes()
+            config = vision_config.with_processor(config, content, where=f"{named} of {repository}")
     except HFValidationError as error:
         raise _unknown(repository, _HINT) from error
     except (HfHubHTTPError, OSError) as error:

@@ -54,9 +54,9 @@ RECIPE_TYPES = frozenset(
 """model_type of the families that launcher/models/layer_recipe.py reads; all others are traced."""
 PLANNED_TYPES = RECIPE_TYPES | frozenset(
     {"deepseek_v2", "gemma4", "gemma4_text", "glm4_moe", "gpt_oss", "granitemoehybrid", "llama4"}
-    | {"llama4_text", "qwen3_5", "qwen3_5_text", "qwen3_next"}
+    | {"llama4_text", "qwen2_5_vl", "qwen3_5", "qwen3_5_text", "qwen3_next"}
 )
-"""Those, and the types of what the catalog has by tracing."""
+"""Those, and the types of what the catalog has by tracing, or with a vision tower."""
 _NO_GGUF = "GGUF is not trained: name the model that it was made from"
 # Keys that steer how transformers runs a model rather than describe it; in a config.json they are foreign.
 _FOREIGN_KEYS = ("attn_implementation", "experts_implementation", "_attn_", "_flash_attn", "_experts_")

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from planner.base.errors import InputError, shorten
 from planner.models.checkpoint import Checkpoint
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import LayerSpec, ModelSpec
 from planner.models.storage import QUANTIZED_CLASSES
 
 

@@ -7,7 +7,6 @@ transformers model on the meta device; nothing in them is derived from a few hea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields, replace
 from typing import Any
@@ -17,73 +16,18 @@ from planner.base.errors import FieldError, InputError
 from planner.base.lazy import cached_fact
 from planner.base.values import dataclass
 from planner.models.checkpoint import Checkpoint
+from planner.models.parameter import Parameter
+from planner.models.tower import Tower
 from planner.models.traced import TracedBlock
 
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
-FEW_HAVE = ("traced", "traced_norm", "checkpoint", "kept", "value_head_dim", "attention_sinks")
+FEW_HAVE = (
+    *("traced", "traced_norm", "checkpoint", "kept", "tower"),
+    *("value_head_dim", "attention_sinks", "fp32_routing", "loops"),
+)
 """Fields that JSON leaves out where there is nothing to say."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parameter:
-    """Parameters of one shape under one name pattern.
-
-    `name` holds `*` where the decoder layer's index stands ("model.layers.*.self_attn.q_proj.weight");
-    `module_class` is the class that owns it ("Linear", "Embedding", "LlamaRMSNorm", "MixtralExperts");
-    `shape` is torch's, `count` how many tensors follow the pattern. `tied` marks the output head's
-    weight when it is the embedding's own tensor: it is listed for its shape and holds no memory. `kept` marks
-    what a checkpoint has in 16 bits where it has its like quantised.
-    """
-
-    name: str
-    module_class: str
-    shape: tuple[int, ...]
-    count: int
-    tied: bool = False
-    kept: bool = False
-
-    def __post_init__(self) -> None:
-        validate.text("parameter name", self.name)
-        validate.text("module_class", self.module_class)
-        if not self.shape:
-            raise FieldError(f"{self.name} shape", self.shape, "at least one dimension")
-        for size in self.shape:
-            validate.integer(f"{self.name} shape", size, minimum=1, maximum=2**40)
-        validate.integer(f"{self.name} count", self.count, minimum=1, maximum=10**6)
-        validate.boolean(f"{self.name} tied", self.tied)
-
-    @property
-    def module_name(self) -> str:
-        """Last part of the owning module's path, what PEFT's target_modules match ("q_proj")."""
-        parts = self.name.split(".")
-        return parts[-2] if len(parts) > 1 else parts[0]
-
-    @property
-    def kind(self) -> str:
-        """Last part of the name: "weight", "bias", or a bare tensor's own name ("gate_up_proj")."""
-        return self.name.rsplit(".", 1)[-1]
-
-    @property
-    def in_decoder_layer(self) -> bool:
-        """Whether it belongs to the repeated decoder layers."""
-        return "*" in self.name
-
-    @property
-    def is_output_head(self) -> bool:
-        """Whether it belongs to the output head (a Linear outside the decoder layers)."""
-        return self.module_class == "Linear" and not self.in_decoder_layer
-
-    @property
-    def is_embedding(self) -> bool:
-        """Whether it is an embedding's table."""
-        return self.module_class.endswith("Embedding")
-
-    @property
-    def elements(self) -> int:
-        """Elements of one tensor."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +44,8 @@ class LayerSpec:
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
     `attention_dropout` is the probability that the model's config sets. `value_head_dim` is the width of a
     head's values where they are not as wide as its keys (MLA), `attention_sinks` says that each head has a
-    score beside those of tokens (gpt-oss), which eager and flex attention alone compute. `traced` is what was
+    score beside those of tokens (gpt-oss), which eager and flex attention alone compute. `fp32_routing`
+    says that what experts return is weighted in fp32 (Mixtral). `traced` is what was
     recorded of a layer that no recipe describes: the fields on norms, projections, MLP and rotation say
     nothing then, and heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has
     in 16 bits here.
@@ -133,6 +78,7 @@ class LayerSpec:
     attention_dropout: float = 0.0
     value_head_dim: int | None = None
     attention_sinks: bool = False
+    fp32_routing: bool = False
     traced: TracedBlock | None = None
     kept: tuple[str, ...] = ()
 
@@ -211,7 +157,8 @@ class ModelSpec:
     default ("grouped_mm", "batched_mm" or "eager"; null for dense models). `download_bytes` is the size
     of the weights as published. `source` says how the spec was made (command and library versions).
     `traced_norm` is what was recorded of the norm after the last layer, where that of the layers is `traced`.
-    `checkpoint` says how the weights are stored where they are quantised already.
+    `checkpoint` says how the weights are stored where they are quantised already, `tower` what looks at
+    images where the model is described with it.
     """
 
     id: str
@@ -236,6 +183,7 @@ class ModelSpec:
     download_bytes: int | None = None
     traced_norm: TracedBlock | None = None
     checkpoint: Checkpoint | None = None
+    tower: Tower | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
@@ -266,7 +214,8 @@ class ModelSpec:
     @cached_fact
     def parameter_count(self) -> int:
         """All parameters, tied ones once: the published total."""
-        return sum(p.elements * p.count for p in self.parameters if not p.tied)
+        own = sum(p.elements * p.count for p in self.parameters if not p.tied)
+        return own if self.tower is None else own + self.tower.parameter_count
 
     @cached_fact
     def has_biased_linear(self) -> bool:
@@ -311,7 +260,10 @@ class ModelSpec:
         there is nothing.
         """
         values = asdict(self)
-        for part in (values, *values["layers"], *values["parameters"]):
+        traced = [one["traced"] for one in (*values["layers"], {"traced": values["traced_norm"]})]
+        tower = values["tower"] or {"parameters": ()}
+        listed = (*values["parameters"], *tower["parameters"])
+        for part in (values, *values["layers"], *listed, *filter(None, traced)):
             for name in FEW_HAVE:
                 if name in part and not part[name]:
                     del part[name]
@@ -330,16 +282,15 @@ class ModelSpec:
             InputError: the JSON does not describe a model.
         """
         try:
-            own = ("parameters", "layers", "aliases", "traced_norm", "checkpoint")
+            own = ("parameters", "layers", "aliases", "traced_norm", "checkpoint", "tower")
             rest = {k: v for k, v in values.items() if k not in own}
             return cls(
-                parameters=tuple(
-                    Parameter(**{**p, "shape": tuple(p["shape"])}) for p in values["parameters"]
-                ),
+                parameters=tuple(Parameter.from_dict(p) for p in values["parameters"]),
                 layers=tuple(_layer(layer) for layer in values["layers"]),
                 aliases=tuple(values.get("aliases", ())),
                 traced_norm=_traced(values.get("traced_norm")),
                 checkpoint=_checkpoint(values.get("checkpoint")),
+                tower=None if values.get("tower") is None else Tower.from_dict(values["tower"]),
                 **rest,
             )
         except (TypeError, KeyError, AttributeError) as error:

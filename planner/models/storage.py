@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.base.units import MIB
 from planner.base.values import dataclass
-from planner.models.spec import Parameter
+from planner.models.parameter import Parameter
 
 QUANTIZED_CLASSES = ("Linear", "Conv1D")
 """transformers replaces exactly these classes (integrations/bitsandbytes.py, replace_with_bnb_linear)."""
@@ -48,7 +48,8 @@ class Storage:
     (launcher/training/loading/quantised_experts.py), and `slices_experts` that products with them dequantise
     a few experts at a time (launcher/training/products/sliced_experts.py). `stored` is the width of what
     stays as it is in a file whose weights are quantised already, null where they are quantised while they
-    are loaded; it is `recast` after loading where the file has another dtype.
+    are loaded; it is `recast` after loading where the file has another dtype. `tower` says that the linear
+    layers of a vision tower are quantised as well.
     """
 
     quantized: bool
@@ -59,10 +60,16 @@ class Storage:
     slices_experts: bool = False
     stored: int | None = None
     recast: bool = False
+    tower: bool = False
 
     def quantizes(self, parameter: Parameter) -> bool:
         """Whether the parameter is held in 4 bits, or in 8."""
         return self.quantized and (is_quantizable(parameter) or (self.experts and is_expert_stack(parameter)))
+
+    def quantizes_in_tower(self, parameter: Parameter) -> bool:
+        """The same of a vision tower's: of all its linear layers' weights or of none."""
+        linear = parameter.module_class in QUANTIZED_CLASSES and parameter.kind == "weight"
+        return self.quantized and self.tower and linear
 
 
 def is_expert_stack(parameter: Parameter) -> bool:

@@ -239,6 +239,7 @@ def _family(model: ModelSpec) -> list[ModelSummary]:
         for summary in list_models()
         if name is not None
         and summary.id.startswith(name[0])
+        and summary.sees_images == (model.tower is not None)
         and summary.parameter_count < model.parameter_count
     ]
     return sorted(smaller, key=lambda s: (s.id.rpartition("-")[0] != generation, -s.parameter_count))

@@ -177,7 +177,9 @@ def largest_models(
     Lengths are tried in steps of 64 tokens up to what the model was made for. Several `processes` share the
     models. `progress` is told before the first model and after each how many of how many are done.
     """
-    summaries = sorted(list_models(), key=lambda one: (-one.parameter_count, one.id))
+    summaries = sorted(
+        (one for one in list_models() if not one.sees_images), key=lambda one: (-one.parameter_count, one.id)
+    )
     names = [summary.id for summary in summaries]
     asked = _Asked(target, base, fixed)
     found: list[LongestLength] = []

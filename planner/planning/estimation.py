@@ -90,7 +90,7 @@ class Estimator:
         self._allocator = stack.allocator or planned_allocator()
         self._allow_network = allow_network
         self._inspector = inspector
-        self._models: dict[str, ModelSpec] = {}
+        self._models: dict[tuple[str, bool], ModelSpec] = {}
 
     def estimate(self, setup: TrainingSetup, *, replay: bool = True) -> Estimate:
         """Estimate one setup, with torch's allocator replayed or (500 times as fast) its reserve fitted.
@@ -101,7 +101,7 @@ class Estimator:
                 run a knob of it.
         """
         refuse_on_card({name: getattr(setup, name) for name in LIMITED_KNOBS}, self.target.spec)
-        model = self._model(setup.model)
+        model = self._model(setup)
         setup = as_stored(setup, model)
         run = TrainingRun(setup=setup, model=model, stack=self.stack)
         memory = estimate_memory(run, gpu=self.target.spec, replay=replay, allocator=self._allocator)
@@ -113,11 +113,17 @@ class Estimator:
             fits=memory.fits(target.usable_bytes),
         )
 
-    def _model(self, name: str) -> ModelSpec:
-        found = self._models.get(name)
+    def _model(self, setup: TrainingSetup) -> ModelSpec:
+        key = setup.model, setup.image_patches > 0
+        found = self._models.get(key)
         if found is None:
-            found = resolve_model(name, allow_network=self._allow_network, inspector=self._inspector)
-            self._models[name] = found
+            found = resolve_model(
+                setup.model,
+                allow_network=self._allow_network,
+                inspector=self._inspector,
+                images=setup.image_patches > 0,
+            )
+            self._models[key] = found
         return found
 
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 from planner.answers.plan import Alternative, FrontierPoint, Plan, PlannedModel, WayFigures
+from planner.base.errors import InputError
 from planner.base.spread import beside
+from planner.data.image_rule import ImageRule
 from planner.data.lengths import DatasetStats
 from planner.gpus.spec import GpuSpec
 from planner.gpus.target import GpuTarget, resolve_gpu
-from planner.models.catalog import Inspector, resolve_model
+from planner.models.catalog import Inspector, catalog_id, resolve_model
 from planner.models.spec import ModelSpec
 from planner.planning.advice import advice
 from planner.planning.asked import Asked
@@ -68,11 +70,14 @@ def make_plan(
     """
     target = resolve_gpu(request.gpu, display=request.display) if target is None else target
     refuse_on_card(request.fixed, target.spec, (*CARD_LIMITS, BFLOAT16))
-    if model is None:
-        model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)
-    request = as_stored_request(request, model)
     if stats is None and request.data is not None:
         stats = read_stats(request.data)
+    images = stats is not None and stats.images > 0
+    if model is None:
+        model = resolve_model(request.model, allow_network=allow_network, inspector=inspector, images=images)
+    request = as_stored_request(request, model)
+    if stats is not None and images:
+        request, stats = with_images(request, model, stats)
     asked = Asked(request, with_processes(request, target), model, stats, runs=Runs(model, stack))
     if not longest:
         return _as_asked(asked, whole=whole)
@@ -149,8 +154,30 @@ def _with_all_around(asked: Asked, plan: Plan) -> Plan:
     )
 
 
-def read_stats(path: str) -> DatasetStats:
-    """Lengths of a data file, estimated from the size of its texts and remembered for as long as it stays.
+def with_images(
+    request: PlanRequest, model: ModelSpec, stats: DatasetStats
+) -> tuple[PlanRequest, DatasetStats]:
+    """A request whose sequences have as many patches as those of its data, and the data as the model's image
+    processor makes tokens of it.
+
+    Raises:
+        InputError: the model sees no images.
+    """
+    if model.tower is None:
+        raise InputError(f"the data has images, and {model.id} is described as a model of text alone")
+    if not stats.image_patches and request.data is not None:
+        stats = read_stats(request.data, model.tower.rule)
+    if catalog_id(request.model) is not None:
+        # The name of its language model may have been meant for the whole.
+        request = replace(request, model=model.id)
+    if "image_patches" not in request.fixed:
+        request = request.with_knobs({"image_patches": stats.image_patches})
+    return request, stats
+
+
+def read_stats(path: str, rule: ImageRule | None = None) -> DatasetStats:
+    """Lengths of a data file, estimated from the size of its texts and remembered for as long as it stays;
+    with the tokens that a model's `rule` makes of images.
 
     Raises:
         InputError: the file cannot be read or is not training data.
@@ -159,7 +186,7 @@ def read_stats(path: str) -> DatasetStats:
 
     from planner.data.remembered import estimated_lengths
 
-    return estimated_lengths(Path(path))
+    return estimated_lengths(Path(path), rule)
 
 
 def planned_model(run: TrainingRun, gpu: GpuSpec) -> PlannedModel:

@@ -5,17 +5,18 @@ The memory and the speed model read it. Each derived fact is computed once a run
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 
 from planner.base.lazy import cached_fact
 from planner.base.units import DTYPE_WIDTH, FP32
 from planner.base.values import dataclass
+from planner.models.scored import scored
 from planner.models.spec import ModelSpec
 from planner.models.storage import Storage
 from planner.setup.adapters import Adapter, adapter_of
 from planner.setup.attention import attention_implementation, attention_kernel, mask_windows
 from planner.setup.micro_step import MicroStep, micro_step
-from planner.setup.objective import SFT, Objective
 from planner.setup.parallelism import Parallelism
 from planner.setup.stack import TRL, Stack
 from planner.setup.trained import Trained, trained_tensors
@@ -34,8 +35,10 @@ class RunKind:
     """
 
     def __init__(self, setup: TrainingSetup, model: ModelSpec, stack: Stack, *, padded: bool) -> None:
-        self.model, self.stack, self.padded = model, stack, padded
+        self.model, self.stack = model, stack
         self.setup = setup
+        # A language model may get a mask wherever there are images: they see all of themselves.
+        self.padded = padded or (self.sees_images and model.tower is not None and model.tower.masked)
         self._kernels: dict[tuple[bool, tuple[bool, ...]], tuple[str, ...]] = {}
 
     @cached_fact
@@ -51,7 +54,7 @@ class RunKind:
     def kernels_of(self, setup: TrainingSetup) -> tuple[str, ...]:
         """TrainingRun.attention_kernels of a setup of the kind."""
         length = setup.max_length
-        key = setup.per_device_train_batch_size > 1, tuple([window < length for window in self._windows])
+        key = setup.sequences_per_micro_step > 1, tuple([window < length for window in self._windows])
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = tuple(
@@ -69,6 +72,13 @@ class RunKind:
     def adapter(self) -> Adapter | None:
         """What is trained beside the base; None where all weights are."""
         return adapter_of(self.setup, self.stack)
+
+    @cached_fact
+    def holds_reference(self) -> bool:
+        """Whether a second model is there to compare with, as no adapter can be disabled (trl
+        dpo_trainer.py, ref_model).
+        """
+        return self.adapter is None and self.setup.reference_passes > 0
 
     @cached_fact
     def trained(self) -> Trained:
@@ -100,7 +110,13 @@ class RunKind:
             slices_experts=self.setup.experts_matmul == SLICED,
             stored=None if checkpoint is None else checkpoint.plain_width,
             recast=checkpoint is not None and checkpoint.dtype != self.setup.dtype,
+            tower=self.setup.vision_tower == "4bit",
         )
+
+    @cached_fact
+    def sees_images(self) -> bool:
+        """Whether sequences have images, which the model's tower looks at."""
+        return self.model.tower is not None and self.setup.image_patches > 0
 
     @cached_fact
     def parallelism(self) -> Parallelism:
@@ -121,11 +137,12 @@ class RunKind:
 
     @cached_fact
     def keeps_raw_embedding(self) -> bool:
-        """Whether embeddings lie beside their scaled copy: PEFT marks them as a leaf that wants a gradient,
-        and the model scales them outside the embedding's own module.
+        """Whether embeddings lie beside their scaled copy, or that with images in it: PEFT marks them as a
+        leaf that wants a gradient, and the model changes them outside the embedding's own module.
         """
         setup = self.setup
-        if not self.model.scales_embeddings_outside or self.trained.reaches_embedding:
+        changed = self.model.scales_embeddings_outside or self.sees_images
+        if not changed or self.trained.reaches_embedding:
             return False
         return setup.uses_lora and setup.gradient_checkpointing
 
@@ -137,15 +154,21 @@ _kinds: dict[tuple[object, ...], RunKind] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A setup on a model. `padded` says that batches mix lengths, so that attention has a mask; `stack` is
-    the trainer, `objective` what is learned from an example.
+    """A setup on a model. `padded` says that batches mix lengths, so that attention has a mask, which those
+    of some tasks always do; `stack` is the trainer. Tasks that score give the model another head.
     """
 
     setup: TrainingSetup
     model: ModelSpec
     padded: bool = False
     stack: Stack = TRL
-    objective: Objective = SFT
+
+    def __post_init__(self) -> None:
+        objective = self.setup.objective
+        if objective.mixes_lengths:
+            object.__setattr__(self, "padded", True)
+        if objective.scores:
+            object.__setattr__(self, "model", scored(self.model))
 
     def __hash__(self) -> int:
         return self._hash
@@ -179,7 +202,7 @@ class TrainingRun:
     @cached_fact
     def mask_windows(self) -> tuple[int | None, ...]:
         """A micro-step's masks by their sliding window (null for none)."""
-        return mask_windows(self.setup, self.model.layers, self.attention, padded=self.padded)
+        return mask_windows(self.setup, self.model.layers, self.attention, padded=self.kind.padded)
 
     @property
     def keeps_attention(self) -> bool:
@@ -188,8 +211,29 @@ class TrainingRun:
 
     @cached_fact
     def micro_step(self) -> MicroStep:
-        """The shape of a forward and backward pass."""
-        return micro_step(self.setup, self.objective)
+        """The shape of a forward and backward pass. Tokens of images have no label."""
+        found = micro_step(self.setup)
+        if self.model.tower is None or not self.patches:
+            return found
+        shown = self.model.tower.rule.tokens(self.patches)
+        return replace(found, rows=max(1, found.rows - shown))
+
+    @property
+    def sees_images(self) -> bool:
+        """RunKind.sees_images."""
+        return self.kind.sees_images
+
+    @cached_fact
+    def table_positions(self) -> int:
+        """Rows of the rotary tables: those of one sequence, or of all where each has its own."""
+        tower, shape = self.model.tower, self.micro_step
+        return shape.tokens if tower is not None and tower.row_tables else shape.positions
+
+    @cached_fact
+    def patches(self) -> int:
+        """Patches of a micro-step's images, each sequence with as many as it may have."""
+        setup = self.setup
+        return setup.image_patches * setup.per_device_train_batch_size if self.sees_images else 0
 
     @property
     def adapter(self) -> Adapter | None:

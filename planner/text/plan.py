@@ -79,7 +79,10 @@ def setup_lines(plan: Plan) -> Iterator[tuple[str, str]]:
                 variant.append(f"{name} {plain(getattr(setup, name))}")
         if setup.loraplus_lr_ratio is not None:
             variant.append(f"LoRA+ {setup.loraplus_lr_ratio:g}")
-        yield "adapter", ", ".join([f"rank {setup.lora_r}, alpha {setup.alpha}", where, *variant])
+        size = f"rank {setup.lora_r}, alpha {setup.alpha}"
+        if setup.peft_type != "lora":
+            size = f"{'blocks of' if setup.peft_type == 'oft' else 'rank'} {setup.lora_r}"
+        yield "adapter", ", ".join([size, where, *variant])
         if setup.lora_dropout:
             yield "dropout", f"{setup.lora_dropout:g}"
     share = model.trainable_parameters / model.parameter_count
@@ -130,7 +133,7 @@ def knob_lines(setup: TrainingSetup, knobs: tuple[Knob, ...] = KNOBS) -> Iterato
 def _a_step(plan: Plan) -> str:
     rows, per_row = plan.setup.effective_batch_size, plan.schedule.examples_per_row
     if per_row is None:
-        return f"{rows} sequences"
+        return f"{rows} {plan.setup.objective.examples}"
     each = "row" if rows == 1 else "rows"
     about = plan.schedule.effective_batch_size
     return f"{rows} {each} of {per_row:.2g} examples, about {about} examples"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from planner.answers.plan import Advice, Plan
 from planner.setup.card_limits import torch_build
+from planner.setup.objective import SFT
 from planner.setup.options import option
 from planner.setup.request import DEFAULT_RANK
 from planner.text.choice import how, what_else
@@ -142,8 +143,12 @@ def _next(out: Out, plan: Plan, command: str | None, changes: int) -> None:
     footnote(out, "  --full: other ranks, methods, setups and cards, and what the numbers rest on")
 
 
-def _train_command(plan: Plan) -> str:
-    """What starts it, as far as it was asked for: what was chosen is chosen again."""
+def _train_command(plan: Plan) -> str | None:
+    """What starts it, as far as it was asked for: what was chosen is chosen again; none of what is planned
+    alone.
+    """
+    if plan.setup.objective is not SFT:
+        return None
     request = plan.request
     words = ["vramwise", "train", "--model", request.model]
     for name, value in (

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.base.values import dataclass
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.scored import is_scored
+from planner.models.spec import LayerSpec, ModelSpec
 from planner.models.storage import is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.attention import SKIPS_MASKED
@@ -115,10 +117,13 @@ def pass_flops(run: TrainingRun) -> tuple[MatrixFlops, MatrixFlops]:
     attention, masked, wide = _attention_flops(run)
     again = _attention_again(run, recomputed)
     trained = run.adapter is None
+    tower = run.model.tower
+    seen = 0.0 if tower is None or not run.sees_images else tower.flops(setup.image_patches)
     adapter = AdapterFlops(0.0, 0.0, 0.0, 0.0) if run.adapter is None else _adapter_flops(run, run.adapter)
     return (
         MatrixFlops(
-            layers=layers,
+            # A frozen vision tower looks at images once.
+            layers=layers + seen * setup.per_device_train_batch_size,
             experts=experts,
             adapter=adapter.products + adapter.forward,
             head=head,
@@ -180,7 +185,7 @@ def attention_pairs(run: TrainingRun, layer: LayerSpec, kernel: str) -> float:
     every pair. A packed batch is one long row.
     """
     setup = run.setup
-    length, batch = setup.max_length, setup.per_device_train_batch_size
+    length, batch = setup.max_length, setup.sequences_per_micro_step
     window = layer.sliding_window
     if run.attention in SKIPS_MASKED:
         if window is None or window >= length:
@@ -231,7 +236,7 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
         folded_weights=sum(p.elements * p.count * expert_rank(p.kind, 1) for p in found.experts),
         folded_router_weights=sum(p.elements * p.count for p in found.routers),
         folded_active_weights=_active(folded, model),
-        head_weights=model.vocab_size * model.hidden_size,
+        head_weights=model.hidden_size * (1 if is_scored(model) else model.vocab_size),
     )
 
 

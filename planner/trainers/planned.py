@@ -42,6 +42,10 @@ def plan_for(
     Raises:
         InputError: model, GPU or knobs are not usable, or a knob is none of the trainer's.
     """
+    if request.fixed.get("image_patches") or (stats is not None and stats.images):
+        raise InputError(
+            "images: plans for other trainers are of text; vramwise train trains them (docs/vision.md)"
+        )
     target = resolve_gpu(request.gpu, display=request.display)
     if model is None:
         model = resolve_model(request.model, allow_network=allow_network, inspector=inspector)

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from launcher.training import build
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import LayerSpec, ModelSpec
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.flops import matrix_flops

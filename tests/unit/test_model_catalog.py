@@ -76,7 +76,7 @@ def test_summary_agrees_with_spec_and_every_name_finds_it(summary: model_catalog
     spec = load_shipped(summary.id)
     assert (summary.parameter_count, summary.hub_id) == (spec.parameter_count, spec.hub_id)
     for name in (summary.id, summary.hub_id, *summary.aliases):
-        assert resolve_model(name) is spec
+        assert resolve_model(name, images=summary.sees_images) is spec
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,8 @@ def test_hub_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @for_each(BY_ID)
 def test_folder_with_a_published_config_needs_no_training_stack(model_id: str, tmp_path: Path) -> None:
     config = published_config(model_id) | {"torch_dtype": "bfloat16", "transformers_version": "4.46.0"}
-    spec = resolve_model(folder_with(tmp_path, config))
+    whole = load_shipped(model_id).tower is not None
+    spec = resolve_model(folder_with(tmp_path, config), images=whole)
     expected = load_shipped(model_id)
     assert (spec.parameters, spec.layers) == (expected.parameters, expected.layers)
     assert spec.max_position_embeddings == expected.max_position_embeddings

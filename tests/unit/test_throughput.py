@@ -12,7 +12,8 @@ from planner.base.errors import FieldError, NotModelledError
 from planner.calibration.records import all_records
 from planner.gpus.catalog import gpu_catalog
 from planner.models.catalog import load_shipped, resolve_model
-from planner.models.spec import LayerSpec, ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import LayerSpec, ModelSpec
 from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import OPTIMIZERS, TrainingSetup

@@ -19,6 +19,7 @@ from launcher.training.loading.dequantised import DequantisedSlice, dequantised_
 from launcher.training.loading.microscaled import MicroscaledSlice, is_microscaled
 from launcher.training.loading.quantised_experts import is_stack, quantised
 from launcher.training.loading.stored_tensor import StoredTensor
+from launcher.training.loading.tower import tower_paths
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -217,17 +218,18 @@ def model_config(base: BaseFolder) -> PretrainedConfig:
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a config, on the meta device.
+    """The causal language model of a config, or the vision-language model of one, on the meta device.
 
     Raises:
         InputError: transformers has none for it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForImageTextToText if tower_paths(config) else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            return kind.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"transformers cannot build the base model: {shorten(str(error), 120)}") from error
 
@@ -239,19 +241,21 @@ def shaped_model(
     attn_implementation: str | None,
     quantization_config: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
-    """The causal language model of a config with parameters on the meta device, to be put in their places.
+    """The model of a config with parameters on the meta device, to be put in their places: a causal language
+    model, or where it has a vision config the whole.
 
     With `quantization_config` its linear layers are bitsandbytes', as transformers would make them, and it is
     marked as a model that was loaded so.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from launcher.training.several.quantised import mark_as_quantized
 
+    kind = AutoModelForImageTextToText if tower_paths(config) else AutoModelForCausalLM
     # Buffers (rotary frequencies, embedding scales) are computed at construction: only parameters are meta.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = kind.from_config(
             config,
             dtype=dtype,
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),

@@ -77,16 +77,24 @@ def made_rows(job: TrainingJob, warn: Callable[[str], None]) -> Made:
         warn("the tokenizer has no chat template; ChatML is used and saved with the adapter")
 
     length, assistant = job.setup.max_length, job.assistant_only_loss
+    images = None
+    if job.setup.image_patches:
+        from launcher.training.images.tokens import image_tokens
+
+        images = image_tokens(job.model_source, tokenizer, allow_download=job.allow_download)
 
     def made(data: TrainingData) -> Dataset:
-        rows = dataset.to_trl_dataset(data, tokenizer, max_length=length, assistant_only_loss=assistant)
+        rows = dataset.to_trl_dataset(
+            data, tokenizer, max_length=length, assistant_only_loss=assistant, images=images
+        )
         tell_untrained(data, len(rows))
         return rows
 
     def tell_untrained(data: TrainingData, kept: int) -> None:
         every = len(data.examples)
         if kept < every:
-            warn(f"{data.source}: {every - kept:,} of {every:,} examples have no token to learn")
+            what = "no token to learn" if images is None else "no token to learn, or images that do not fit"
+            warn(f"{data.source}: {every - kept:,} of {every:,} examples have {what}")
 
     if job.eval_split is not None:
         parts = dataset.split_trl_datasets(
@@ -95,6 +103,7 @@ def made_rows(job: TrainingJob, warn: Callable[[str], None]) -> Made:
             max_length=length,
             split=Split(job.eval_split, job.seed),
             assistant_only_loss=assistant,
+            images=images,
         )
         tell_untrained(train_data, sum(map(len, parts)))
         return tokenizer, *parts

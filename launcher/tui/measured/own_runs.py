@@ -115,7 +115,10 @@ def _row(record: RunRecord) -> OwnRun:
 def _forecast(record: RunRecord) -> float | None:
     """Tokens a second as forecast now; None for a card or a model that nobody here knows."""
     try:
-        gpu, model = gpu_catalog().get(record.environment.gpu_id), resolve_model(record.setup.model)
+        gpu, model = (
+            gpu_catalog().get(record.environment.gpu_id),
+            resolve_model(record.setup.model, images=record.setup.image_patches > 0),
+        )
         found = forecast(record.run(model), gpu)
     except VramwiseError:
         return None

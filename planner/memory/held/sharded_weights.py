@@ -18,7 +18,8 @@ from planner.memory.held.weights import (
     OFFSET_BYTES,
     WeightMemory,
 )
-from planner.models.spec import ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import ModelSpec
 from planner.models.storage import NESTED_BLOCK, QUANTIZATION_BLOCK, Storage
 from planner.setup.parallelism import Parallelism
 from planner.setup.run import RunKind

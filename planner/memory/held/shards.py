@@ -14,7 +14,8 @@ from math import prod
 
 from planner.base.values import dataclass
 from planner.memory.allocators.native import rounded
-from planner.models.spec import ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import ModelSpec
 from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK, Storage
 from planner.setup.parallelism import Parallelism
 from planner.setup.run import TrainingRun

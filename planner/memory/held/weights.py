@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 
@@ -12,8 +12,10 @@ from planner.memory.allocators.expandable import empty_allocator
 from planner.memory.allocators.native import CachingAllocator, block_units
 from planner.memory.allocators.passes import Pass
 from planner.memory.tape.events import free
-from planner.models.spec import ModelSpec, Parameter
+from planner.models.parameter import Parameter
+from planner.models.spec import ModelSpec
 from planner.models.storage import NESTED_BLOCK, QUANTIZATION_BLOCK, Storage
+from planner.models.tower import Tower
 from planner.setup.run import RunKind
 
 CODE_BYTES = 16 * 4
@@ -83,7 +85,9 @@ def scales_bytes(run: RunKind) -> tuple[int, ...]:
 @lru_cache(maxsize=512)
 def largest_quantized_bytes(model: ModelSpec, storage: Storage) -> int:
     """The largest weight that is quantised, whole again; 0 where none is."""
-    sizes = (p.elements * storage.width for p in model.parameters if storage.quantizes(p))
+    sizes = [p.elements * storage.width for p in model.parameters if storage.quantizes(p)]
+    if model.tower is not None:
+        sizes += [p.elements * storage.width for p in model.tower.parameters if storage.quantizes_in_tower(p)]
     return max(sizes, default=0)
 
 
@@ -93,8 +97,8 @@ def loaded_weights(model: ModelSpec, storage: Storage, allocator: str) -> Loaded
     state = empty_allocator(allocator)
     blocks: list[tuple[int, int]] = []
     packed = constants = plain = largest = 0
-    for part, count in _in_module_order(model):
-        loading = _Loading(part, storage)
+    for part, count, quantizes in _all_parts(model, storage):
+        loading = _Loading(part, storage, quantizes)
         one = Pass(loading.events, loading.units)
         for _ in range(count):
             slots = [0] * len(loading.units)
@@ -103,7 +107,7 @@ def loaded_weights(model: ModelSpec, storage: Storage, allocator: str) -> Loaded
         packed += count * loading.packed_bytes
         constants += count * loading.constants_bytes
         plain += count * sum(elements for _, elements in loading.plain) * storage.width
-        wide = (p for p in part if storage.stored is None or not storage.quantizes(p))
+        wide = (p for p in part if storage.stored is None or not quantizes(p))
         largest = max(largest, *(parameter.elements * storage.width for parameter in wide), 0)
     if storage.recast:
         # One after the other (launcher/training/loading/stored.py).
@@ -121,25 +125,28 @@ def loaded_weights(model: ModelSpec, storage: Storage, allocator: str) -> Loaded
     return LoadedWeights(memory, state.copy(), tuple(blocks))
 
 
+Quantizes = Callable[[Parameter], bool]
+
+
 class _Loading:
     """What loading a few parameters one after the other asks for, and what stays: packed weights and their
     constants, and of each parameter that is not quantised the block and the elements.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], storage: Storage) -> None:
+    def __init__(self, parameters: Sequence[Parameter], storage: Storage, quantizes: Quantizes) -> None:
         self.events: list[int] = []
         self.units: list[int] = []
         self.plain: list[tuple[int, int]] = []
         self.packed_bytes = self.constants_bytes = 0
         for parameter in parameters:
-            if storage.stored is not None and storage.quantizes(parameter):
+            if storage.stored is not None and quantizes(parameter):
                 if storage.bits == 8:
                     self._read_eight(parameter)
                 else:
                     self._read(parameter.elements, storage.double_quant)
                 continue
             whole = self._take(parameter.elements * (storage.stored or storage.width))
-            if storage.quantizes(parameter):
+            if quantizes(parameter):
                 if storage.bits == 8:
                     self._quantize_eight(parameter)
                 else:
@@ -213,6 +220,21 @@ class _Loading:
         self.events.append(free(told))
         self.packed_bytes += packed_bytes
         self.constants_bytes += constants
+
+
+def _all_parts(model: ModelSpec, storage: Storage) -> Iterator[tuple[Sequence[Parameter], int, Quantizes]]:
+    """Parameters as the model's modules come, a vision tower's before the language model's."""
+    if model.tower is not None:
+        for part, count in _in_tower_order(model.tower):
+            yield part, count, storage.quantizes_in_tower
+    for part, count in _in_module_order(model):
+        yield part, count, storage.quantizes
+
+
+def _in_tower_order(tower: Tower) -> Iterator[tuple[Sequence[Parameter], int]]:
+    """A tower's parameters before, inside and after its layers, with how often they come."""
+    for inside, part in groupby(tower.parameters, key=lambda one: one.in_decoder_layer):
+        yield tuple(part), tower.depth if inside else 1
 
 
 def _in_module_order(model: ModelSpec) -> Iterator[tuple[Sequence[Parameter], int]]:

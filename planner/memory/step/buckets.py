@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from planner.base.units import MIB
 from planner.memory.allocators.native import CachingAllocator
 from planner.memory.step.loading import in_module_order
-from planner.models.spec import Parameter
+from planner.models.parameter import Parameter
 from planner.setup.run import TrainingRun
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = MIB, 25 * MIB

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import MIN_BLOCK
 from planner.memory.decoder.groups import layer_groups
-from planner.memory.decoder.live_bytes import LayerMemory, at
+from planner.memory.decoder.live_bytes import at
 from planner.memory.decoder.program import norm_program
 from planner.memory.decoder.programs import ProgramSizes, SizedProgram, replayed_layers
 from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_shape
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
-from planner.memory.step.head import HeadReplay
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
-from planner.memory.step.logits import LogitsReplay
-from planner.memory.step.offload import OffloadReplay
+from planner.memory.step.offload import offload_replay
 from planner.memory.step.optimizer import OptimizerReplay
+from planner.memory.step.output import output_replay
+from planner.memory.step.reference import passes_alone
 from planner.memory.step.replayed import ADAPTER_STEPS, FULL_STEPS, CudaSizes, OverRoomError, ReplayedMemory
 from planner.setup.run import TrainingRun
 
@@ -77,9 +78,8 @@ class StepReplay:
 
     def __init__(self, run: TrainingRun, sizes: CudaSizes, allocator: str) -> None:
         self.setup, self.model, self.trained = run.setup, run.model, run.trained
-        self.width = run.storage.width
         self.tokens, self.scores = run.micro_step.tokens, run.micro_step.scores
-        self.workspace_bytes = sizes.workspace_bytes
+        self.width, self.workspace_bytes = run.storage.width, sizes.workspace_bytes
         self.loaded = loaded_allocator(run, allocator)
         self.allocator = self.loaded.allocator.copy()
         self.sharding: ShardReplay | None = None
@@ -95,36 +95,24 @@ class StepReplay:
         self.inputs = InputsReplay(run)
         groups, final_norm = layer_groups(run)
         programs = ProgramSizes(self.tokens, self.scores)
+        # DDP copies gradients to where they stay.
+        accumulates = run.setup.gradient_accumulation_steps > 1 or run.parallelism.replicates
         self.layers = replayed_layers(
-            groups,
-            programs,
-            # DDP copies gradients to where they stay.
-            accumulates=run.setup.gradient_accumulation_steps > 1 or run.parallelism.replicates,
-            tuning_bytes=sizes.tuning_bytes,
+            groups, programs, accumulates=accumulates, tuning_bytes=sizes.tuning_bytes
         )
         last = max(groups, key=lambda group: group.indices[-1])
-        norm = norm_program(run.model.norm_layer, replace(last.knobs, stream_width=last.memory.output_width))
-        self.norm = programs.of(norm)
-        head = head_shape(run, final_norm.output_width)
-        self.head: HeadReplay | LogitsReplay = LogitsReplay(head) if head.whole else HeadReplay(head)
+        knobs = replace(last.knobs, stream_width=last.memory.output_width)
+        self.norm = programs.of(norm_program(run.model.norm_layer, knobs))
+        self.head = output_replay(head_shape(run, final_norm.output_width))
         self.optimizer = OptimizerReplay(run)
+        self.policy, self.reference = passes_alone(run, programs, self.inputs, self.norm, self.head)
         self.biased = run.model.has_biased_linear
-        self.offload = self._offload(run, final_norm) if run.setup.activation_offloading else None
+        kept = int(at(final_norm.saved, self.tokens, self.scores))
+        self.offload = offload_replay(run, self.allocator, self.inputs.stream_bytes, kept)
         self.gradients: list[int] = []
+        # Bytes above which the step at work ends the replay: what it reserves it keeps; then it is not whole.
         self.room: int | None = None
-        """Bytes above which the step at work ends the replay: what it reserves it keeps."""
         self.whole = True
-        """Whether all steps were replayed."""
-
-    def _offload(self, run: TrainingRun, final_norm: LayerMemory) -> OffloadReplay:
-        saved = int(at(final_norm.saved, self.tokens, self.scores))
-        return OffloadReplay(
-            self.allocator,
-            input_bytes=self.inputs.stream_bytes,
-            norm_bytes=saved,
-            waits=run.setup.kernels == "liger",
-            stash=run.stack.offload_stash,
-        )
 
     def play(self, limit_bytes: int | None = None, room_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
@@ -188,7 +176,7 @@ class StepReplay:
 
         Two micro-steps stand for any number of them; a `short` step has one.
         """
-        inputs = self.allocator.allocate_all([INT64 * self.tokens] * 3)
+        inputs = self.allocator.allocate_all([*[INT64 * self.tokens] * 3, *self.inputs.image_blocks])
         micro_steps = 1 if short else min(2, self.setup.gradient_accumulation_steps)
         for number in range(micro_steps):
             self._micro_step(first=first and number == 0, later=number > 0, last=number == micro_steps - 1)
@@ -221,9 +209,10 @@ class StepReplay:
         allocator, offload, sharding = self.allocator, self.offload, self.sharding
         later = self._adds(later=later, last=last)
         layers = [layer.of(new=first, later=later) for layer in self.layers]
+        self.policy.run(allocator)
         if sharding is not None:
             sharding.before_embedding()
-        held = self.inputs.run(allocator)
+        held = self.inputs.run(allocator, first=first)
         if sharding is not None:
             sharding.after_embedding()
         slots = self._forward(layers, held[0], takes_workspaces=first)
@@ -244,13 +233,14 @@ class StepReplay:
                 # Masks and tables are the layers', and end with the first one's backward pass.
                 allocator.free_all(held[self.inputs.raw :])
                 del held[self.inputs.raw :]
-            self._embedding_backward(gradient, later=later)
+                self._embedding_backward(gradient, later=later)
+            else:
+                allocator.free(gradient)
         if sharding is not None:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
             allocator.free(slots[0][0])
-        for block in held[1:]:
-            allocator.free(block)
+        allocator.free_all(held[1:])
 
     def _adds(self, *, later: bool, last: bool) -> bool:
         """Whether a micro-step adds its gradients to tensors that are there: those of an earlier one, or
@@ -289,6 +279,7 @@ class StepReplay:
         if offload is not None:
             offload.mark()
             offload.end_forward()
+        allocator.free_all(self.inputs.forward_only)
         return slots
 
     def _backward(
@@ -364,6 +355,7 @@ class StepReplay:
             workspace_bytes=self.workspace_bytes if first else 0,
             later=later,
             between=None if self.sharding is None else self.sharding.end_forward,
+            reference=partial(self.reference.run, allocator) if self.reference.passes else None,
         )
         self.gradients += kept
         own[norm.incoming] = gradient
@@ -376,10 +368,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient, of `gradient`, which ends: kept where trained and the first."""
-        if not self.trained.reaches_embedding:
-            self.allocator.free(gradient)
-            return
+        """The embedding's dense gradient, of `gradient`, which ends; where rows are trained it goes."""
         if self.model.embedding_multiplier:
             scaled = self._take(self.inputs.stream_bytes)
             self.allocator.free(gradient)

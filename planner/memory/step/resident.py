@@ -17,6 +17,7 @@ from planner.memory.held.weights import (
 )
 from planner.memory.measured.coefficients import Coefficients, cublas_workspace_bytes
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
+from planner.memory.step.images import input_bytes
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import Adapter
 from planner.setup.run import RunKind, TrainingRun
@@ -32,6 +33,7 @@ class Resident:
 
     `buckets_bytes` are those that DDP averages gradients in: as much as the gradients, and there to the end
     (torch nn/parallel/distributed.py; gradient_as_bucket_view is false). `trained` is this GPU's share.
+    `reference_bytes` is a second model, which a task compares with where no adapter can be disabled.
     """
 
     weights: WeightMemory
@@ -43,6 +45,7 @@ class Resident:
     tables_bytes: int
     largest_dequantized_bytes: int
     buckets_bytes: int = 0
+    reference_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -55,6 +58,7 @@ class Resident:
             + self.cublas_bytes
             + self.tables_bytes
             + self.buckets_bytes
+            + self.reference_bytes
         )
 
 
@@ -64,7 +68,7 @@ def resident_memory(
     """What a run keeps on the GPU between steps."""
     shape = run.micro_step
     features = run.model.rotary_features
-    rotary = run.model.rotary_tables * 2 * shape.positions * features * shape.stream_width
+    rotary = run.model.rotary_tables * 2 * run.table_positions * features * shape.stream_width
     held = _held(run.kind, allocator)
     return Resident(
         weights=held.weights,
@@ -75,10 +79,12 @@ def resident_memory(
         cublas_bytes=cublas_workspace_bytes(gpu, measured) + held.cublaslt_bytes,
         tables_bytes=sum(scales_bytes(run.kind))
         + rotary
-        + _mask_bytes(run)
-        + INPUT_BYTES_PER_TOKEN * shape.tokens,
+        + mask_bytes(run)
+        + INPUT_BYTES_PER_TOKEN * shape.tokens
+        + input_bytes(run),
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
+        reference_bytes=held.weights.allocated_bytes if run.kind.holds_reference else 0,
     )
 
 
@@ -139,10 +145,13 @@ def _of_training(
 def _cublaslt_bytes(run: RunKind) -> int:
     """cuBLASLt's workspaces: the main thread's, and the autograd thread's where that runs layers again."""
     threads = 2 if run.setup.gradient_checkpointing else 1
-    return threads * CUBLASLT_WORKSPACE_BYTES if run.model.has_biased_linear else 0
+    if not run.model.has_biased_linear:
+        # A vision tower's are biased, and run in the main thread alone.
+        threads = 1 if run.sees_images else 0
+    return threads * CUBLASLT_WORKSPACE_BYTES
 
 
-def _mask_bytes(run: TrainingRun) -> int:
+def mask_bytes(run: TrainingRun) -> int:
     """Attention masks, one for each kind of layer that needs one: additive for eager, boolean for sdpa."""
     width = run.storage.width if run.attention == "eager" else 1
     return len(run.mask_windows) * run.micro_step.scores * width

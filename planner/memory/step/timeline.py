@@ -9,6 +9,7 @@ from planner.base.values import dataclass
 from planner.memory.decoder.groups import LayerGroup
 from planner.memory.decoder.live_bytes import LayerMemory, at, peak
 from planner.memory.held.head import HeadMemory
+from planner.memory.step.images import NO_IMAGES, ImageMemory
 from planner.memory.tape.tape import ACTIVATIONS, GRADIENTS, WORKSPACE, Moment
 from planner.setup.trained import Trained
 
@@ -92,6 +93,7 @@ class StepTimeline:
         offloads: bool,
         stash: int,
         shape: StepShape,
+        images: ImageMemory = NO_IMAGES,
     ) -> None:
         self.groups = groups
         self.offloads, self.stash = offloads, stash
@@ -103,6 +105,7 @@ class StepTimeline:
         self.tied = tied
         self.embedding_copy_bytes = embedding_copy_bytes
         self.shape = shape
+        self.images = images
         tokens, scores = shape.tokens, shape.scores
         self._indices = [group.indices for group in groups]
         self._kept = [self._kept_by(group) for group in groups]
@@ -132,7 +135,26 @@ class StepTimeline:
 
     def moments(self) -> list[StepMoment]:
         """Every moment of the decoder stack and of the head that can be the peak."""
-        return [*self._head_moments(), *self._layer_moments()]
+        return [*self._image_moments(), *self._head_moments(), *self._layer_moments()]
+
+    def _image_moments(self) -> list[StepMoment]:
+        """Images on their way to embeddings, before any layer runs."""
+        if not self.images.peak_bytes:
+            return []
+        above = self._all_gradients if self.shape.accumulating else 0
+        return [StepMoment("images in the vision tower", 0, self.images.peak_bytes, 0, above)]
+
+    def between_passes(self) -> StepMoment:
+        """What a micro-step holds once its forward pass is done and before its backward pass begins."""
+        tokens, scores = self.shape.tokens, self.shape.scores
+        return StepMoment(
+            name="between forward and backward",
+            kept_bytes=self._kept_by_all,
+            live_bytes=int(at(self.final_norm.saved, tokens, scores)),
+            workspace_bytes=0,
+            gradient_bytes=self._all_gradients if self.shape.accumulating else 0,
+            head_bytes=self.head.kept_bytes,
+        )
 
     def optimizer_step(self, temporary_bytes: int) -> StepMoment:
         """Gradients of everything trained, and what the optimizer needs for a moment."""
@@ -147,7 +169,7 @@ class StepTimeline:
     def forward_only(self) -> StepMoment:
         """The peak of a forward pass that keeps nothing (evaluation)."""
         shape = self.shape
-        hidden = 2 * shape.hidden_bytes_per_token * shape.tokens
+        hidden = 2 * shape.hidden_bytes_per_token * shape.tokens + self.images.held_bytes
         live, workspace = 0, 0
         for group in self.groups:
             size, moment = peak(group.memory.forward, shape.tokens, shape.scores)
@@ -252,7 +274,8 @@ class StepTimeline:
         norm_forward, _ = peak(self.final_norm.forward, tokens, scores)
         stream = self.shape.leaving_bytes_per_token * tokens
         above = accumulated or self.head.gradient_bytes
-        stashed, entering = self._stashed(self._layers), stream + self._embeddings_held
+        stashed = self._stashed(self._layers)
+        entering = stream + self._embeddings_held + self.images.held_bytes
         forward, backward = self.head.forward_bytes, self.head.backward_bytes
         return [
             StepMoment("output head, forward", kept + stashed, norm_saved, 0, accumulated, forward),
@@ -274,6 +297,7 @@ class StepTimeline:
             _, moment = peak(forward, tokens, scores)
             index = group.indices[-1]
             held = own + (self._embeddings_held if index else 0) + self._stashed(index)
+            held += self.images.held_bytes
             # Selective checkpointing has kept this layer's own by the time its MLP is at work.
             held += group.selected_bytes_per_token * tokens
             moments.append(self._layer_moment(index, held, AtWork.of(moment, tokens, scores), backward=False))

@@ -1,0 +1,1 @@
+"""Images: their tokens in the text, and their pixels beside it."""
