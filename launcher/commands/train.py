@@ -122,6 +122,10 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
         refuse_taken(root, args.name)
     stack.require("train")
     require(args.track)
+    from launcher.training import build
+
+    if args.task is not None:
+        build.refuse_task(args.task)
     on_gpu = _has_gpu()
     plan, wish, engine = _planned(args, saved, engine_asked(args, on_gpu=on_gpu), on_gpu=on_gpu)
     nodes = wish.nnodes
@@ -131,9 +135,6 @@ def _plan_and_train(args: argparse.Namespace, saved: Plan | None) -> int:
     if full or not plan.fits:
         say("nothing was started")
         return ExitCode.DOES_NOT_FIT
-
-    from launcher.training import build
-
     if engine is None:
         build.refuse_unsupported(plan.setup, on_gpu=on_gpu)
     else:

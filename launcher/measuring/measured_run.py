@@ -42,6 +42,7 @@ def load_config(model_id: str) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
+    from planner.models.checkpoint import is_dequantised
     from planner.models.hub_config import text_part
 
     folder = Path(model_id)
@@ -53,6 +54,8 @@ def load_config(model_id: str) -> PretrainedConfig:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     text, _ = text_part(values)
     text.pop("auto_map", None)
+    if is_dequantised(text):
+        text.pop("quantization_config")
     return AutoConfig.for_model(text.pop("model_type"), **text)
 
 

@@ -260,6 +260,8 @@ def _read_experts(block: Any, config: Any) -> dict[str, Any]:
         "activation": _activation(experts.act_fn, config),
         "experts": count,
         "experts_per_token": block.gate.top_k,
+        # The others cast what the softmax gives to the dtype of what they read.
+        "fp32_routing": _class(block.gate) == "MixtralTopKRouter",
         "expert_intermediate_size": size,
     }
 

@@ -12,12 +12,12 @@ from planner.setup.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
     from peft.utils.other import ModulesToSaveWrapper
     from transformers import PreTrainedModel, TrainingArguments
 
 
-def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> LoraConfig | None:
+def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> PeftConfig | None:
     """PEFT's configuration for qlora and lora, else None.
 
     Routers of `model` that are linear layers by descent and return more than their product get no adapter
@@ -27,6 +27,8 @@ def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> L
         return None
     from peft import LoraConfig
 
+    if setup.peft_type != "lora":
+        return _of_type(setup)
     targets, tokens = setup.target_modules, setup.trainable_token_indices
     saved, tied = _saved_whole(setup, model)
     return LoraConfig(
@@ -44,6 +46,23 @@ def lora_config(setup: TrainingSetup, model: PreTrainedModel | None = None) -> L
         task_type="CAUSAL_LM",
         exclude_modules=left_alone(model),
     )
+
+
+def _of_type(setup: TrainingSetup) -> PeftConfig:
+    """PEFT's configuration of another kind of adapter, at the setup's rank or size of blocks."""
+    from peft import MissConfig, OFTConfig, VeraConfig
+
+    targets = setup.target_modules
+    common = {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+    }
+    if setup.peft_type == "vera":
+        return VeraConfig(r=setup.lora_r, **common)
+    if setup.peft_type == "miss":
+        return MissConfig(r=setup.lora_r, **common)
+    return OFTConfig(r=0, oft_block_size=setup.lora_r, **common)
 
 
 def _saved_whole(setup: TrainingSetup, model: PreTrainedModel | None) -> tuple[list[str] | None, bool]:
@@ -94,12 +113,13 @@ def _linear_routers(model: PreTrainedModel | None) -> list[str]:
 
 def hold_beside(model: torch.nn.Module) -> None:
     """Hold whole modules in the base's dtype, which what flows through them has, and biases and single rows
-    of the embedding in float32: a step of theirs is smaller than 16 bits can say.
+    of the embedding in float32, as VeRA's vectors: a step of theirs is smaller than 16 bits can say.
 
     Values come from the base, since those of the cast have lost theirs.
     """
     import torch
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.vera.layer import VeraLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     for module in model.modules():
@@ -112,6 +132,9 @@ def hold_beside(model: torch.nn.Module) -> None:
         elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
             for name, row in module.trainable_tokens_delta.items():
                 row.data = module.weight.detach()[module.token_indices[name]].float()
+        elif isinstance(module, VeraLayer):
+            for vector in (*module.vera_lambda_b.values(), *module.vera_lambda_d.values()):
+                vector.data = vector.data.float()
         elif isinstance(getattr(module, "bias", None), torch.nn.Parameter) and module.bias.requires_grad:
             module.bias.data = module.bias.data.float()
 

@@ -27,8 +27,9 @@ from launcher.training.loading.stored import (
 from launcher.training.loading.tower import drop_tower, tower_of, tower_paths
 from launcher.training.several.ranks import let_cpus_shard
 from planner.base.errors import InputError, MissingExtraError, shorten
-from planner.memory.refusals import PLAIN_WITH_LORAFA, PLAIN_WITH_UNCOMMON, refuse_other_dropout_masks
+from planner.memory.refusals import PLAIN_WITH_UNCOMMON, plain_beside, refuse_other_dropout_masks
 from planner.setup.adapters import uncommon_knob
+from planner.setup.objective import SFT
 from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
 from planner.throughput.torch_attention import repeats_keys
@@ -50,6 +51,19 @@ TF32_CAPABILITY = (8, 0)
 """Ampere and newer: https://docs.pytorch.org/docs/2.13/notes/cuda.html (TensorFloat-32)."""
 
 
+def refuse_task(task: str) -> None:
+    """Refuse what is planned and not launched.
+
+    Raises:
+        InputError: another task than supervised fine-tuning.
+    """
+    if task != SFT.name:
+        raise InputError(
+            f"task {task} is planned and not trained from here: give the plan's knobs to TRL's own trainer "
+            "(docs/tasks.md)"
+        )
+
+
 def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
     """Refuse, by name, what this launcher cannot run here.
 
@@ -57,6 +71,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
         InputError: a knob that it cannot run, or not without a GPU.
         MissingExtraError: a knob whose package is not installed.
     """
+    refuse_task(setup.task)
     if setup.distributed == "fsdp":
         refuse_unsharded(setup)
     if setup.dtype == "float16" and setup.method == "full":
@@ -82,8 +97,7 @@ def refuse_unsupported(setup: TrainingSetup, *, on_gpu: bool) -> None:
 
 def _refuse_uncommon(setup: TrainingSetup) -> None:
     name = uncommon_knob(setup)
-    also = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
-    for other, tried in (*also, *PLAIN_WITH_UNCOMMON) if name is not None else ():
+    for other, tried in (*plain_beside(setup), *PLAIN_WITH_UNCOMMON) if name is not None else ():
         if getattr(setup, other) != tried:
             raise InputError(f"{name} with {other}={getattr(setup, other)} was not tried: leave one out")
 

@@ -267,12 +267,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(_as_json(plan))
     else:
-        from planner.text.figures import show
+        from planner.text.figures import show, show_page
         from planner.text.plan import print_plan
         from planner.text.short import print_short
 
         if args.full or args.explain:
             show(lambda out: print_plan(out, plan, explain=args.explain))
         else:
-            show(lambda out: print_short(out, plan))
+            show_page(lambda out: print_short(out, plan))
     return ExitCode.OK if plan.fits else ExitCode.DOES_NOT_FIT

@@ -11,14 +11,16 @@ from planner.memory.allocators.native import OutOfAddressesError
 from planner.memory.breakdown import MemoryBreakdown
 from planner.memory.decoder.groups import layer_groups, leaving_width
 from planner.memory.held.embedding import embedding_scratch_bytes
-from planner.memory.held.head import head_memory, head_shape
+from planner.memory.held.head import HeadMemory, HeadShape, head_memory, head_shape
 from planner.memory.held.logits import logits_memory
+from planner.memory.held.score import score_memory
 from planner.memory.measured.coefficients import Coefficients, ReserveTerms, basis_of, interval_kind
 from planner.memory.measured.cuda_terms import NO_NCCL, NcclMemory, offloading_context_bytes
 from planner.memory.measured.files import coefficients_for
 from planner.memory.refusals import refuse_unmodelled
 from planner.memory.report import components, outside_bytes, phases
 from planner.memory.step.images import image_memory
+from planner.memory.step.reference import reference_moments
 from planner.memory.step.replay import replay_steps
 from planner.memory.step.replayed import OverRoomError, ReplayedMemory
 from planner.memory.step.resident import Resident, resident_memory
@@ -166,6 +168,7 @@ def live_memory(
     timeline = _timeline(run)
     step = max(
         timeline.largest(),
+        *reference_moments(run, timeline, resident.tables_bytes),
         timeline.optimizer_step(resident.optimizer.temporary_bytes),
         key=lambda moment: moment.total_bytes,
     )
@@ -182,6 +185,12 @@ def _reserve_terms(resident: Resident, timeline: StepTimeline) -> ReserveTerms:
     )
 
 
+def _head_memory(shape: HeadShape) -> HeadMemory:
+    if shape.scores:
+        return score_memory(shape)
+    return logits_memory(shape) if shape.whole else head_memory(shape)
+
+
 def _timeline(run: TrainingRun) -> StepTimeline:
     groups, final_norm = layer_groups(run)
     shape, model = run.micro_step, run.model
@@ -193,7 +202,7 @@ def _timeline(run: TrainingRun) -> StepTimeline:
         "stash": run.stack.offload_stash,
         "raw_embedding": run.keeps_raw_embedding,
         "final_norm": final_norm,
-        "head": logits_memory(head) if head.whole else head_memory(head),
+        "head": _head_memory(head),
         "trained": trained,
         "embedding_gradient_bytes": table if trained.reaches_embedding else 0,
         "embedding_scratch_bytes": embedding_scratch_bytes(shape.tokens, model.vocab_size, model.hidden_size),

@@ -11,6 +11,7 @@ from planner.setup.adapters import uncommon_knob
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import KnobValue, plain
 from planner.setup.methods import stored_knobs
+from planner.setup.objective import SFT
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.training_knobs import LORAFA, SLICED
 from planner.setup.training_setup import TrainingSetup
@@ -60,6 +61,8 @@ def _accept(run: RunKind) -> None:
         _refuse_compiled(run)
     if run.parallelism.shards:
         _refuse_sharded(run)
+    if setup.objective is not SFT:
+        _refuse_of_task(setup)
     if attention not in MODELLED_ATTENTION:
         raise NotModelledError("attn_implementation", attention)
     if any(layer.attention_softcap for layer in model.layers) and attention == "sdpa":
@@ -92,6 +95,27 @@ def _accept(run: RunKind) -> None:
         )
 
 
+def _refuse_of_task(setup: TrainingSetup) -> None:
+    """Refuse what TRL's other trainers do not do, or what no step of theirs was seen with.
+
+    For the reference's pass TRL takes checkpoints off and puts them on again, on all layers and as they were
+    made first (trl/models/utils.py, disable_gradient_checkpointing).
+    """
+    for name, counted in (
+        ("distributed", (None, "ddp")),
+        ("activation_offloading", (False,)),
+        ("compile", ("none",)),
+        ("checkpointed_layers", (None,)),
+        ("selective_checkpointing", (False,)),
+        ("prepare_for_kbit_training", (False,)),
+        ("bias", ("none",)),
+        ("modules_to_save", (None,)),
+        ("trainable_token_indices", (None,)),
+    ):
+        if getattr(setup, name) not in counted:
+            raise NotModelledError(f"task={setup.task} with {name}", getattr(setup, name))
+
+
 _BESIDE_A_TOWER: tuple[tuple[str, object], ...] = (
     ("compile", "none"),
     ("kernels", "none"),
@@ -104,6 +128,7 @@ _BESIDE_A_TOWER: tuple[tuple[str, object], ...] = (
     ("bias", "none"),
     ("modules_to_save", None),
     ("trainable_token_indices", None),
+    ("task", "sft"),
 )
 """What is counted, and was tried, beside a vision tower."""
 
@@ -214,6 +239,27 @@ PLAIN_WITH_LORAFA: tuple[tuple[str, KnobValue | None], ...] = (
 )
 
 
+PLAIN_WITH_OTHER_TYPES: tuple[tuple[str, KnobValue | None], ...] = (
+    # What LoRA's configuration alone has, or was not traced.
+    *PLAIN_WITH_LORAFA,
+    ("lora_alpha", None),
+    ("lora_dropout", 0.0),
+    ("use_rslora", False),
+    ("init_lora_weights", "default"),
+    ("load_in_8bit", False),
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
+)
+
+
+def plain_beside(setup: TrainingSetup) -> tuple[tuple[str, KnobValue | None], ...]:
+    """Knobs of the adapter that LoRA-FA or another kind of adapter leaves at these values."""
+    if setup.peft_type != "lora":
+        return PLAIN_WITH_OTHER_TYPES
+    return PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
+
+
 def _refuse_uncommon(run: RunKind) -> None:
     """Refuse what has not been traced with such a knob, naming both.
 
@@ -224,9 +270,11 @@ def _refuse_uncommon(run: RunKind) -> None:
     name = uncommon_knob(setup)
     if name is None:
         return
-    beside = PLAIN_WITH_LORAFA if setup.optim == LORAFA else ()
-    if beside and (not setup.uses_lora or run.trained.experts_rank):
-        raise NotModelledError(f"optim={LORAFA} with", "experts" if setup.uses_lora else "method full")
+    beside = plain_beside(setup)
+    if setup.optim == LORAFA and not setup.uses_lora:
+        raise NotModelledError(f"optim={LORAFA} with method", setup.method)
+    if beside and (run.trained.experts_rank or run.trained.router_rank):
+        raise NotModelledError(f"{name} with adapters on experts of model", run.model.id)
     for other, traced in (*beside, *PLAIN_WITH_UNCOMMON):
         if getattr(setup, other) != traced:
             raise NotModelledError(f"{name} with {other}", getattr(setup, other))

@@ -160,7 +160,7 @@ def components(
     counted = resident.allocated_bytes + step.total_bytes
     sizes = {
         "weights_4bit": weights.quantized_bytes,
-        "weights_unquantized": weights.unquantized_bytes + resident.upcast_bytes,
+        "weights_unquantized": weights.unquantized_bytes + resident.upcast_bytes + resident.reference_bytes,
         "quantization_constants": weights.constants_bytes,
         "adapter": resident.adapter_bytes,
         "gradients": step.gradient_bytes,

@@ -23,7 +23,10 @@ from planner.models.traced import TracedBlock
 NORM_KINDS = ("rms", "rms_fp32_weight", "layernorm", "layernorm_no_weight")
 QK_NORM_KINDS = ("none", "head", "full")
 SCHEMA_VERSION = 1
-FEW_HAVE = (*("traced", "traced_norm", "checkpoint", "kept", "value_head_dim", "attention_sinks", "tower"),)
+FEW_HAVE = (
+    *("traced", "traced_norm", "checkpoint", "kept", "tower"),
+    *("value_head_dim", "attention_sinks", "fp32_routing", "loops"),
+)
 """Fields that JSON leaves out where there is nothing to say."""
 
 
@@ -41,7 +44,8 @@ class LayerSpec:
     that queries and keys are put together again by torch.cat, one more copy of each (Phi-3, Nemotron).
     `attention_dropout` is the probability that the model's config sets. `value_head_dim` is the width of a
     head's values where they are not as wide as its keys (MLA), `attention_sinks` says that each head has a
-    score beside those of tokens (gpt-oss), which eager and flex attention alone compute. `traced` is what was
+    score beside those of tokens (gpt-oss), which eager and flex attention alone compute. `fp32_routing`
+    says that what experts return is weighted in fp32 (Mixtral). `traced` is what was
     recorded of a layer that no recipe describes: the fields on norms, projections, MLP and rotation say
     nothing then, and heads are 0 where it has no attention. `kept` names linear layers that a checkpoint has
     in 16 bits here.
@@ -74,6 +78,7 @@ class LayerSpec:
     attention_dropout: float = 0.0
     value_head_dim: int | None = None
     attention_sinks: bool = False
+    fp32_routing: bool = False
     traced: TracedBlock | None = None
     kept: tuple[str, ...] = ()
 
@@ -255,8 +260,10 @@ class ModelSpec:
         there is nothing.
         """
         values = asdict(self)
+        traced = [one["traced"] for one in (*values["layers"], {"traced": values["traced_norm"]})]
         tower = values["tower"] or {"parameters": ()}
-        for part in (values, *values["layers"], *values["parameters"], *tower["parameters"]):
+        listed = (*values["parameters"], *tower["parameters"])
+        for part in (values, *values["layers"], *listed, *filter(None, traced)):
             for name in FEW_HAVE:
                 if name in part and not part[name]:
                     del part[name]

@@ -10,7 +10,7 @@ the setup's business, and the memory model's own operations are played for them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from planner.base import validate
@@ -144,13 +144,34 @@ class TracedWay:
         validate.integer("traced width", self.width, minimum=1, maximum=8)
 
 
+class LoopWork(NamedTuple):
+    """What a pass launches and writes inside functions that are one operation each, beside what that
+    operation is counted for: tensors made whatever the length, those for each position of a row, and bytes.
+    """
+
+    launches: float
+    per_position: float
+    written: BufferBytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedLoops:
+    """The reference in torch of functions that a fused kernel may compute, in both passes of a block."""
+
+    forward: LoopWork
+    backward: LoopWork
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedBlock:
-    """What was recorded of one kind of block. `unseen` names what a trace on a CPU cannot see of it."""
+    """What was recorded of one kind of block. `unseen` names what a trace on a CPU cannot see of it, of which
+    `loops` are transformers' reference in torch.
+    """
 
     passes: tuple[TracedPass, ...]
     ways: tuple[TracedWay, ...]
     unseen: tuple[str, ...] = ()
+    loops: TracedLoops | None = None
 
     def __post_init__(self) -> None:
         for way in self.ways:
@@ -188,7 +209,19 @@ class TracedBlock:
             passes=tuple(_pass(one) for one in values["passes"]),
             ways=tuple(TracedWay(**one) for one in values["ways"]),
             unseen=tuple(values["unseen"]),
+            loops=_loops(values.get("loops")),
         )
+
+
+def _loops(values: Mapping[str, Any] | None) -> TracedLoops | None:
+    if values is None:
+        return None
+    return TracedLoops(**{name: _loop_work(*work) for name, work in values.items()})
+
+
+def _loop_work(launches: float, per_position: float, written: Sequence[float]) -> LoopWork:
+    constant, per_token, per_score = map(float, written)
+    return LoopWork(float(launches), float(per_position), (constant, per_token, per_score))
 
 
 def _pass(values: Mapping[str, Any]) -> TracedPass:

@@ -9,6 +9,7 @@ from planner.gpus.target import GpuTarget
 from planner.planning.choosing import Chosen
 from planner.setup import defaults
 from planner.setup.cuda_allocator import EXPANDABLE, EXPANDABLE_SETTING, NATIVE, VARIABLE, planned_allocator
+from planner.setup.objective import SFT
 from planner.setup.parallelism import DDP, FSDP
 from planner.setup.request import DEFAULT_EFFECTIVE_BATCH_SIZE, DEFAULT_RANK, PlanRequest
 from planner.setup.training_setup import TrainingSetup
@@ -45,8 +46,14 @@ def assumptions(
     if "dtype" not in fixed and setup.dtype == "float16":
         found.append(f"float16, because {target.spec.name} only emulates bfloat16")
     if request.learning_rate is None:
-        found.append(f"learning rate {schedule.learning_rate:g} by method and model size")
+        by = (
+            "method and model size" if setup.objective.rates is None else f"method, as TRL shows {setup.task}"
+        )
+        found.append(f"learning rate {schedule.learning_rate:g} by {by}")
     found.append(_MEMORY_OF[planned_allocator()])
+    if setup.objective is not SFT:
+        found.append("every sequence is full, none of it a prompt's; time is for one million tokens")
+        return tuple(found)
     if data is None:
         found.append("every sequence is full; time is for one million tokens (--data for yours)")
         return tuple(found)

@@ -29,7 +29,9 @@ def make_schedule(
         effective = max(1, round(setup.effective_batch_size * per_row))
     return Schedule(
         effective_batch_size=effective,
-        learning_rate=defaults.learning_rate(setup.method, model) if rate is None else float(rate),
+        learning_rate=defaults.learning_rate(setup.method, model, setup.objective)
+        if rate is None
+        else float(rate),
         num_train_epochs=epochs(request),
         lr_scheduler_type=defaults.LR_SCHEDULER_TYPE,
         warmup_ratio=defaults.WARMUP_RATIO,

@@ -8,6 +8,7 @@ from typing import Any
 
 from planner.search.choice import Tried, replayed
 from planner.search.evaluator import Evaluator
+from planner.setup.objective import SFT
 from planner.setup.training_setup import TrainingSetup
 
 CHECKPOINTED = "checkpointed"
@@ -98,7 +99,9 @@ def _possible(setup: TrainingSetup, strategy: str, evaluator: Evaluator, **knobs
 
 
 def _partly(setup: TrainingSetup, prefix: str, evaluator: Evaluator) -> Iterator[Tried]:
-    """As few layers checkpointed as fit."""
+    """As few layers checkpointed as fit; with other tasks TRL checkpoints all of them or none."""
+    if setup.objective is not SFT:
+        return
     layers = evaluator.model.num_hidden_layers
     fewest = fewest_layers(layers, lambda some: evaluator.setup_fits(setup.replace(checkpointed_layers=some)))
     if fewest < layers:

@@ -11,6 +11,7 @@ from planner.search.evaluator import Evaluator
 from planner.setup.card_limits import FLEX_CAPABILITY
 from planner.setup.knobs import BF16
 from planner.setup.methods import as_stored, experts_held
+from planner.setup.objective import SFT
 from planner.setup.parallelism import FSDP
 from planner.setup.training_knobs import SLICED
 from planner.setup.training_setup import TrainingSetup
@@ -102,7 +103,7 @@ def batchings(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any
     """Ways to make batches that the fixed knobs leave open. Grouping by length is for a person to ask for: it
     learns long examples more slowly than random batches do (docs/search.md).
     """
-    if not chooses_batches(evaluator):
+    if not chooses_batches(evaluator) or base.objective is not SFT:
         yield AS_GIVEN
         return
     if not base.packing:
@@ -151,15 +152,17 @@ def choices(
 def modes(base: TrainingSetup, evaluator: Evaluator, fixed: Mapping[str, Any]) -> tuple[Mode, ...]:
     """Ways to execute layers that the fixed knobs leave open and that this card and data allow.
 
-    Compiled layers want batches of one shape. Under FSDP2 they are compiled where that is asked for alone:
-    two ranks on CPUs do (tests/stack/test_compiled_shards.py), nobody has timed them on GPUs.
+    Compiled layers and flex attention want batches of one shape. Under FSDP2 layers are compiled where that
+    is asked for alone: two ranks on CPUs do (tests/stack/test_compiled_shards.py), nobody has timed them on
+    GPUs.
     """
-    if base.distributed == FSDP or base.base_matmul != BF16:
+    if base.distributed == FSDP or base.base_matmul != BF16 or base.objective is not SFT:
         return (EAGER,)
     found: tuple[Mode, ...] = (EAGER,)
-    if "attn_implementation" not in fixed and base.attn_implementation is None and evaluator.flexes_sinks:
-        found = (EAGER, FLEX)
     one_shape = base.packing or not evaluator.padded
+    open_attention = "attn_implementation" not in fixed and base.attn_implementation is None
+    if open_attention and one_shape and evaluator.flexes_sinks:
+        found = (EAGER, FLEX)
     if "compile" not in fixed and one_shape and evaluator.compiles:
         found = (*found, COMPILED)
     compiles = COMPILED in found or base.compile != "none"

@@ -13,15 +13,18 @@ from planner.setup.training_setup import TrainingSetup
 class AdapterVariant:
     """A kind of low-rank adapter. `magnitudes` says that it trains a vector of one value an output beside its
     two matrices, in fp32 whatever they are in, and folds base and adapter into one weight for its norm;
-    `frozen_down` that lora_A stays as it began, so that no layer keeps its input for it.
+    `frozen_down` that lora_A stays as it began, so that no layer keeps its input for it. A
+    `peft_type` other than lora has other tensors (planner/setup/trained.py).
     """
 
     name: str
     magnitudes: bool
     frozen_down: bool = False
+    peft_type: str = "lora"
 
 
 UNCOMMON: tuple[tuple[str, object], ...] = (
+    ("peft_type", "lora"),
     ("bias", "none"),
     ("modules_to_save", None),
     ("trainable_token_indices", None),
@@ -47,7 +50,13 @@ DORA = AdapterVariant(name="dora", magnitudes=True)
 """PEFT tuners/lora/dora.py."""
 LORA_FA = AdapterVariant(name="lora-fa", magnitudes=False, frozen_down=True)
 """https://arxiv.org/abs/2308.03303; PEFT optimizers/lorafa.py."""
-VARIANTS = (LORA, DORA, LORA_FA)
+VERA, MISS, OFT = (
+    AdapterVariant(name=name, magnitudes=False, peft_type=name) for name in ("vera", "miss", "oft")
+)
+"""PEFT tuners/vera, tuners/miss and tuners/oft: https://arxiv.org/abs/2310.11454, https://arxiv.org/abs/2409.15371,
+https://arxiv.org/abs/2506.19847.
+"""
+VARIANTS = (LORA, DORA, LORA_FA, VERA, MISS, OFT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,10 +84,11 @@ def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
     """
     if not setup.uses_lora:
         return None
-    saved = setup.modules_to_save
-    narrow = setup.method == "qlora" and setup.dtype != "float16"
+    saved, variant = setup.modules_to_save, _variant(setup)
+    # VeRA's vectors begin at 0.1, from which a step is lost in 16 bits: the launcher holds them in fp32.
+    narrow = setup.method == "qlora" and setup.dtype != "float16" and variant != VERA
     return Adapter(
-        variant=DORA if setup.use_dora else LORA_FA if setup.optim == LORAFA else LORA,
+        variant=variant,
         rank=setup.lora_r,
         target_modules=setup.target_modules,
         width=stack.adapter_width if narrow else FP32,
@@ -86,3 +96,9 @@ def adapter_of(setup: TrainingSetup, stack: Stack) -> Adapter | None:
         modules_to_save=saved if isinstance(saved, tuple) else (),
         token_rows=len(setup.trainable_token_indices or ()),
     )
+
+
+def _variant(setup: TrainingSetup) -> AdapterVariant:
+    if setup.peft_type != "lora":
+        return next(one for one in VARIANTS if one.peft_type == setup.peft_type)
+    return DORA if setup.use_dora else LORA_FA if setup.optim == LORAFA else LORA

@@ -49,7 +49,7 @@ def attention_kernel(setup: TrainingSetup, layer: LayerSpec, implementation: str
     use_gqa_in_sdpa).
     """
     if implementation == "eager":
-        several = setup.per_device_train_batch_size > 1 and not setup.packing
+        several = setup.sequences_per_micro_step > 1 and not setup.packing
         return "batched_eager" if several else "eager"
     if implementation == "flex_attention":
         return "flex"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.data.lengths import DatasetStats
 from planner.models.spec import ModelSpec
+from planner.setup.objective import SFT, Objective
 
 # Tried in this order without --data.
 DEFAULT_LENGTHS = (4096, 2048, 1024, 512)
@@ -48,8 +49,10 @@ KEPT_CHECKPOINTS = 2
 """Kept at least: with one, the moment in which it turns out to be broken loses all."""
 
 
-def learning_rate(method: str, model: ModelSpec) -> float:
-    """Learning rate by method and model size."""
+def learning_rate(method: str, model: ModelSpec, objective: Objective = SFT) -> float:
+    """Learning rate by method and model size; those of other tasks are what TRL shows them in use with."""
+    if objective.rates is not None:
+        return objective.rates[method != "full"]
     large = model.parameter_count > LARGE_MODEL_PARAMETERS
     rate = LORA_LEARNING_RATE_LARGE if large else LORA_LEARNING_RATE
     return rate * FULL_SHARE_OF_LORA_RATE if method == "full" else rate

@@ -7,14 +7,52 @@ sizing screen's form, what measured runs cover, the plan's text and docs/knobs.m
 from __future__ import annotations
 
 from planner.setup.knob import WHERE_SET, Counted, Form, Knob, Line, Need
+from planner.setup.objective import SFT, TASKS
 from planner.setup.training_knobs import TRAINING_KNOBS
 
 BF16 = "bf16"
 """base_matmul where products with the frozen base are in the compute dtype."""
 _CHECKPOINTING = Need(other="gradient_checkpointing", other_than=False, told="gradient_checkpointing true")
+_COMPARING = tuple(name for name, objective in TASKS.items() if objective.compares)
 
 KNOBS: tuple[Knob, ...] = (
     *TRAINING_KNOBS,
+    Knob(
+        name="task",
+        kind="choice",
+        section="training",
+        help="what is learned: sft from text, dpo and reward from pairs of answers, kto from good and bad "
+        "ones; planned, and trained for sft alone",
+        default=SFT.name,
+        choices=tuple(TASKS),
+        needs=(
+            # None of TRL's other trainers packs (TRL 1.16).
+            Need(other="packing", other_than=True, told="packing false", subject="task {value}"),
+            Need(
+                other="train_sampling_strategy",
+                other_than="group_by_length",
+                told="train_sampling_strategy random",
+                subject="task {value}",
+            ),
+        ),
+        unset="{default}",
+        counted=Counted(default=False, together=True),
+        line=Line(place=10, label="task"),
+    ),
+    Knob(
+        name="precompute_ref_log_probs",
+        kind="bool",
+        section="training",
+        help="compute what the reference says of all examples before training",
+        default=False,
+        needs=tuple(
+            Need(other="task", other_than=name, told="task " + " or ".join(_COMPARING))
+            for name in TASKS
+            if name not in _COMPARING
+        ),
+        counted=WHERE_SET,
+        line=Line(place=11, label="reference computed before"),
+    ),
     Knob(
         name="gradient_checkpointing",
         kind="bool",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from planner.base.units import DTYPE_WIDTH, FP32
 from planner.base.values import dataclass
-from planner.setup.objective import Objective
 from planner.setup.training_setup import TrainingSetup
 
 
@@ -24,18 +23,18 @@ class MicroStep:
     stream_width: int
 
 
-def micro_step(setup: TrainingSetup, objective: Objective) -> MicroStep:
+def micro_step(setup: TrainingSetup) -> MicroStep:
     """Shape of a setup's micro-steps, sequences full.
 
     Packed sequences are flattened into one row (TRL's padding-free batches, sft_trainer.py:916), so that
     attention that is given a mask spans all of their tokens. PEFT's k-bit preparation holds what is not
     quantised in fp32.
     """
-    sequences, length = setup.per_device_train_batch_size * objective.sequences_per_example, setup.max_length
+    sequences, length = setup.sequences_per_micro_step, setup.max_length
     tokens = sequences * length
     return MicroStep(
         tokens=tokens,
-        rows=tokens - sequences * objective.unlabelled_tokens,
+        rows=tokens - sequences * setup.objective.unlabelled_tokens,
         scores=tokens**2 if setup.packing else sequences * length**2,
         positions=tokens if setup.packing else length,
         stream_width=FP32 if setup.prepare_for_kbit_training else DTYPE_WIDTH[setup.dtype],

@@ -13,6 +13,7 @@ from planner.gpus.parse import parse_gpu
 from planner.setup.defaults import FASTER_OPTIM
 from planner.setup.knob import Knob, KnobValue
 from planner.setup.knobs import BF16, KNOBS
+from planner.setup.objective import SFT
 from planner.setup.parallelism import FSDP
 from planner.setup.training_knobs import DEFAULT_RANK
 from planner.setup.training_setup import TrainingSetup
@@ -64,6 +65,11 @@ class PlanRequest:
             raise FieldError("--gpu", self.gpu, "a GPU's name or a size such as 16GB")
         if self.data is not None:
             validate.text("--data", self.data)
+            if self.fixed.get("task", SFT.name) != SFT.name:
+                raise InputError(
+                    f"--data is read for task {SFT.name} alone: leave it out and give --max-length for task "
+                    f"{self.fixed['task']}"
+                )
         for name, _ in self.knobs:
             if name not in KNOB_NAMES:
                 raise FieldError("knob", name, "one of " + ", ".join(KNOB_NAMES))

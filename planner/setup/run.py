@@ -11,12 +11,12 @@ from operator import attrgetter
 from planner.base.lazy import cached_fact
 from planner.base.units import DTYPE_WIDTH, FP32
 from planner.base.values import dataclass
+from planner.models.scored import scored
 from planner.models.spec import ModelSpec
 from planner.models.storage import Storage
 from planner.setup.adapters import Adapter, adapter_of
 from planner.setup.attention import attention_implementation, attention_kernel, mask_windows
 from planner.setup.micro_step import MicroStep, micro_step
-from planner.setup.objective import SFT, Objective
 from planner.setup.parallelism import Parallelism
 from planner.setup.stack import TRL, Stack
 from planner.setup.trained import Trained, trained_tensors
@@ -54,7 +54,7 @@ class RunKind:
     def kernels_of(self, setup: TrainingSetup) -> tuple[str, ...]:
         """TrainingRun.attention_kernels of a setup of the kind."""
         length = setup.max_length
-        key = setup.per_device_train_batch_size > 1, tuple([window < length for window in self._windows])
+        key = setup.sequences_per_micro_step > 1, tuple([window < length for window in self._windows])
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = tuple(
@@ -72,6 +72,13 @@ class RunKind:
     def adapter(self) -> Adapter | None:
         """What is trained beside the base; None where all weights are."""
         return adapter_of(self.setup, self.stack)
+
+    @cached_fact
+    def holds_reference(self) -> bool:
+        """Whether a second model is there to compare with, as no adapter can be disabled (trl
+        dpo_trainer.py, ref_model).
+        """
+        return self.adapter is None and self.setup.reference_passes > 0
 
     @cached_fact
     def trained(self) -> Trained:
@@ -147,15 +154,21 @@ _kinds: dict[tuple[object, ...], RunKind] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A setup on a model. `padded` says that batches mix lengths, so that attention has a mask; `stack` is
-    the trainer, `objective` what is learned from an example.
+    """A setup on a model. `padded` says that batches mix lengths, so that attention has a mask, which those
+    of some tasks always do; `stack` is the trainer. Tasks that score give the model another head.
     """
 
     setup: TrainingSetup
     model: ModelSpec
     padded: bool = False
     stack: Stack = TRL
-    objective: Objective = SFT
+
+    def __post_init__(self) -> None:
+        objective = self.setup.objective
+        if objective.mixes_lengths:
+            object.__setattr__(self, "padded", True)
+        if objective.scores:
+            object.__setattr__(self, "model", scored(self.model))
 
     def __hash__(self) -> int:
         return self._hash
@@ -199,7 +212,7 @@ class TrainingRun:
     @cached_fact
     def micro_step(self) -> MicroStep:
         """The shape of a forward and backward pass. Tokens of images have no label."""
-        found = micro_step(self.setup, self.objective)
+        found = micro_step(self.setup)
         if self.model.tower is None or not self.patches:
             return found
         shown = self.model.tower.rule.tokens(self.patches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError
@@ -10,11 +11,13 @@ from planner.base.lazy import cached_fact
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.models.parameter import Parameter
+from planner.models.scored import is_scored
 from planner.models.spec import ModelSpec
 from planner.models.storage import adapts_experts, is_expert_stack
 from planner.setup.adapters import Adapter
 from planner.setup.training_setup import ALL_LINEAR
 
+INT64 = 8
 FUSED_EXPERT_NAMES = ("gate_proj", "up_proj")
 """What PEFT maps onto a fused expert tensor, doubling its rank (utils/transformers_weight_conversion.py)."""
 
@@ -65,11 +68,12 @@ class Trained:
         """Trained tensors and the adapter's frozen ones, which come before them in each module."""
         if not self.frozen:
             return self.tensors
-        of_module: dict[str, list[TrainedTensor]] = {}
+        names = [tensor.name.partition(".lora_")[0] for tensor in self.tensors]
+        of_module: dict[str, list[TrainedTensor]] = {"": [], **{name: [] for name in names}}
         for tensor in (*self.frozen, *self.tensors):
-            of_module.setdefault(tensor.name.partition(".lora_")[0], []).append(tensor)
-        named = dict.fromkeys(t.name.partition(".lora_")[0] for t in self.tensors)
-        return tuple(tensor for name in named for tensor in of_module[name])
+            name = tensor.name.partition(".lora_")[0]
+            of_module[name if name in of_module else ""].append(tensor)
+        return tuple(tensor for tensors in of_module.values() for tensor in tensors)
 
     @cached_fact
     def reaches_embedding(self) -> bool:
@@ -103,19 +107,7 @@ def trained_tensors(model: ModelSpec, adapter: Adapter | None, width: int) -> Tr
 
 
 def _full(model: ModelSpec, width: int) -> Trained:
-    tensors = tuple(
-        TrainedTensor(
-            name=p.name,
-            elements=p.elements,
-            element_width=width,
-            count=p.count,
-            shape=p.shape,
-            in_decoder_layer=p.in_decoder_layer,
-            is_embedding=p.is_embedding,
-        )
-        for p in model.parameters
-        if not p.tied
-    )
+    tensors = tuple(_whole(p, width) for p in model.parameters if not p.tied)
     return Trained(
         tensors=tensors,
         ranks=(),
@@ -124,6 +116,19 @@ def _full(model: ModelSpec, width: int) -> Trained:
         element_width=width,
         embedding=True,
         head=True,
+    )
+
+
+def _whole(p: Parameter, width: int) -> TrainedTensor:
+    """A parameter that is trained itself."""
+    return TrainedTensor(
+        name=p.name,
+        elements=p.elements,
+        element_width=width,
+        count=p.count,
+        shape=p.shape,
+        in_decoder_layer=p.in_decoder_layer,
+        is_embedding=p.is_embedding,
     )
 
 
@@ -250,7 +255,11 @@ def _like(p: Parameter, shape: tuple[int, ...], width: int, *, is_embedding: boo
 def _adapter(model: ModelSpec, adapter: Adapter, base_width: int) -> Trained:
     found, rank, width = adapted(model, adapter.target_modules), adapter.rank, adapter.width
     tensors: list[TrainedTensor] = []
+    of_type = adapter.variant.peft_type
     for p in found.linears:
+        if of_type != "lora":
+            tensors += _of_type(p, of_type, rank, width)
+            continue
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
         if adapter.variant.magnitudes:
             tensors.append(_magnitude(p))
@@ -258,8 +267,17 @@ def _adapter(model: ModelSpec, adapter: Adapter, base_width: int) -> Trained:
         tensors += _pair(p.name, p.shape[1:], expert_rank(p.kind, rank), p.count, p.shape[0], width)
     for p in found.routers:
         tensors += _pair(p.name, p.shape, rank, p.count, 1, width)
+    if is_scored(model):
+        # PEFT trains the head of a sequence classification whole, beside a copy of it (peft_model.py,
+        # PeftModelForSequenceClassification).
+        tensors.append(_whole(model.parameters[-1], width))
     beside = _beside(model, adapter, found.linears, base_width)
     frozen = [t for t in tensors if adapter.variant.frozen_down and t.name.endswith(".lora_A")]
+    if of_type == "vera":
+        frozen = _shared(found.linears, rank)
+    elif of_type == "oft":
+        # Where the upper triangle's values belong in a block: rows and columns.
+        frozen = [_like(p, (rank * (rank - 1) // 2,), INT64) for p in found.linears for _ in range(2)]
     return Trained(
         tensors=(*(t for t in tensors if t not in frozen), *beside.tensors),
         frozen=tuple(frozen),
@@ -297,6 +315,39 @@ def _pair(
             in_decoder_layer=inside,
         ),
     )
+
+
+def _of_type(p: Parameter, of_type: str, rank: int, width: int) -> tuple[TrainedTensor, ...]:
+    """What another kind of adapter trains of a linear layer (PEFT tuners/vera, miss and oft, layer.py)."""
+    outputs, inputs = p.shape
+    if of_type == "vera":
+        return (_like(p, (outputs,), FP32), _like(p, (rank,), FP32))
+    if of_type == "miss":
+        if rank > inputs:
+            raise FieldError("lora_r", rank, f"at most {inputs} with peft_type miss: inputs of {p.name}")
+        shape = (rank, outputs)
+    else:
+        if inputs % rank:
+            raise FieldError("lora_r", rank, f"a divisor of {inputs} with peft_type oft: inputs of {p.name}")
+        shape = (inputs // rank, rank * (rank - 1) // 2)
+    return (replace(_like(p, shape, width), uncast=False),)
+
+
+def _shared(linears: tuple[Parameter, ...], rank: int) -> list[TrainedTensor]:
+    """VeRA's two frozen matrices, as large as the widest layer asks for."""
+    outputs, inputs = (max(p.shape[place] for p in linears) for place in (0, 1))
+    return [
+        TrainedTensor(
+            name=name,
+            elements=math.prod(shape),
+            element_width=FP32,
+            count=1,
+            shape=shape,
+            in_decoder_layer=False,
+            uncast=True,
+        )
+        for name, shape in (("vera_A", (rank, inputs)), ("vera_B", (outputs, rank)))
+    ]
 
 
 def _magnitude(parameter: Parameter) -> TrainedTensor:

@@ -306,6 +306,17 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         ),
     ),
     Knob(
+        name="peft_type",
+        kind="choice",
+        section="training",
+        help="kind of adapter, in PEFT's names; lora_r is its rank, of oft the size of its blocks",
+        default="lora",
+        choices=("lora", "vera", "miss", "oft"),
+        methods=_LORA,
+        unset="{default}",
+        counted=Counted(default=False, together=True),
+    ),
+    Knob(
         name="bias",
         kind="choice",
         section="training",

@@ -18,6 +18,7 @@ from planner.base.values import dataclass
 from planner.setup.checks import setup_check
 from planner.setup.knob import METHODS
 from planner.setup.knobs import KNOBS
+from planner.setup.objective import TASKS, Objective
 from planner.setup.training_knobs import ALL_LINEAR, MAX_LENGTH, OPTIMIZERS
 
 __all__ = ["ALL_LINEAR", "FIELD_NAMES", "MAX_LENGTH", "METHODS", "OPTIMIZERS", "TrainingSetup"]
@@ -57,6 +58,7 @@ class TrainingSetup:
     lora_alpha: int | None = _DEFAULTS["lora_alpha"]
     lora_dropout: float = _DEFAULTS["lora_dropout"]
     target_modules: str | tuple[str, ...] = _DEFAULTS["target_modules"]
+    peft_type: str = _DEFAULTS["peft_type"]
     bias: str = _DEFAULTS["bias"]
     modules_to_save: str | tuple[str, ...] | None = _DEFAULTS["modules_to_save"]
     trainable_token_indices: tuple[int, ...] | None = _DEFAULTS["trainable_token_indices"]
@@ -65,6 +67,8 @@ class TrainingSetup:
     init_lora_weights: str = _DEFAULTS["init_lora_weights"]
     loraplus_lr_ratio: float | None = _DEFAULTS["loraplus_lr_ratio"]
     optim: str = _DEFAULTS["optim"]
+    task: str = _DEFAULTS["task"]
+    precompute_ref_log_probs: bool = _DEFAULTS["precompute_ref_log_probs"]
     gradient_checkpointing: bool = _DEFAULTS["gradient_checkpointing"]
     checkpointed_layers: int | None = _DEFAULTS["checkpointed_layers"]
     selective_checkpointing: bool = _DEFAULTS["selective_checkpointing"]
@@ -95,9 +99,29 @@ class TrainingSetup:
         return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
 
     @property
+    def objective(self) -> Objective:
+        """What is learned from an example."""
+        return TASKS[self.task]
+
+    @property
+    def sequences_per_micro_step(self) -> int:
+        """Rows of one forward pass on one GPU."""
+        return self.per_device_train_batch_size * self.objective.sequences_per_example
+
+    @property
+    def extra_passes(self) -> int:
+        """Forward passes of a micro-step beside the one that learns."""
+        return self.objective.policy_passes + self.reference_passes
+
+    @property
+    def reference_passes(self) -> int:
+        """Forward passes of the reference in a micro-step: none where they were run before training."""
+        return 0 if self.precompute_ref_log_probs else self.objective.reference_passes
+
+    @property
     def tokens_per_micro_step(self) -> int:
         """Tokens of one forward pass on one GPU, sequences full."""
-        return self.max_length * self.per_device_train_batch_size
+        return self.max_length * self.sequences_per_micro_step
 
     @property
     def every_process_has_rows(self) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Advice, FrontierPoint, MethodFigures, Plan, RunnerUp
 from planner.setup.training_setup import TrainingSetup
 from planner.text.figures import WIDE, bullets, columns, duration, figure, gib, heading, rate, yes_no
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 LEAST_TOLD = 0.01
 """A difference in speed that is told: what is less is a tie to the search as well."""
@@ -52,6 +55,8 @@ def print_frontier(out: Console, plan: Plan) -> None:
     if out.width < WIDE:
         bullets(out, [_in_words(one, timed=timed) for one in shown])
         return
+    from rich.text import Text
+
     rows: list[list[str | Text]] = []
     for one in shown:
         rows.append(

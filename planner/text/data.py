@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import DataSummary, Plan
 from planner.text.figures import heading, pairs
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _FORMATS = {
     "messages": "conversations",

@@ -6,12 +6,17 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
+from planner.text.page import NeedsRichError, Page, Part, is_narrow, wrapped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    Out = Page | Console
 
 GIB = 2**30
 WIDE = 68
@@ -31,10 +36,37 @@ def show(render: Callable[[Console], None], file: IO[str] | None = None) -> None
 
     Colour, width and NO_COLOR are rich's business; text is never read as markup.
     """
+    from rich.console import Console
+
     out = Console(file=file, highlight=False, emoji=False, markup=False)
     with out.capture() as capture:
         render(out)
     (file or sys.stdout).write(_FILLING.sub(r"\1", capture.get()))
+
+
+def show_page(render: Callable[[Out], None]) -> None:
+    """The same of what prints lines and no tables, without rich where it is not needed."""
+    page = Page.of(sys.stdout)
+    if page is not None:
+        with suppress(NeedsRichError):
+            render(page)
+            sys.stdout.write(_FILLING.sub(r"\1", page.text))
+            return
+    show(render)
+
+
+def say(out: Out, *parts: Part, wraps: bool = True) -> None:
+    """Print text, parts of it in a style; what does not wrap may be cut by a terminal alone."""
+    if isinstance(out, Page):
+        out.say(*parts, wraps=wraps)
+        return
+    from rich.text import Text
+
+    line = Text.assemble(*parts)
+    if wraps:
+        out.print(line)
+    else:
+        out.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
 def gib(size_bytes: float) -> str:
@@ -96,7 +128,7 @@ def dollars(usd: float) -> str:
     return "under $0.01" if 0 < usd < 0.005 else f"${usd:,.2f}"
 
 
-def bar(out: Console, share: float, width: int) -> str:
+def bar(out: Out, share: float, width: int) -> str:
     """A bar of eighths of a character, or of # where the output's encoding has none; above zero it shows."""
     if not _writes_blocks(out.encoding):
         return "#" * max(1 if share > 0 else 0, min(width, round(share * width)))
@@ -116,43 +148,57 @@ def _writes_blocks(encoding: str) -> bool:
     return True
 
 
-def heading(out: Console, text: str) -> None:
+def heading(out: Out, text: str) -> None:
     """Section title."""
     out.print()
-    out.print(Text(text, style="bold"))
+    say(out, (text, "bold"))
 
 
-def pairs(out: Console, rows: Iterable[tuple[str, str]]) -> None:
+def pairs(out: Out, rows: Iterable[tuple[str, str]]) -> None:
     """Label and value in two columns; in a narrow terminal one after the other."""
     found = list(rows)
     if out.width < NARROW:
         for label, value in found:
             text = f"{label}: {value}" if label else value
             lines = textwrap.wrap(text, max(20, out.width - 1), initial_indent="  ", subsequent_indent="    ")
-            out.print(Text("\n".join(lines)))
+            for line in lines:
+                say(out, line)
         return
     _beside(out, found, gap=2)
 
 
-def bullets(out: Console, items: Iterable[str]) -> None:
+def bullets(out: Out, items: Iterable[str]) -> None:
     """One item a line, wrapped under itself."""
     _beside(out, [("-", item) for item in items], gap=1)
 
 
-def _beside(out: Console, rows: Sequence[tuple[str, str]], *, gap: int) -> None:
+def _beside(out: Out, rows: Sequence[tuple[str, str]], *, gap: int) -> None:
     """A label, and so many blanks from the widest one a text, wrapped under itself."""
-    widest = max((cell_len(label) for label, _ in rows), default=0)
+    widest = max((_cells(label) for label, _ in rows), default=0)
     room = max(1, out.width - INDENT - widest - gap)
     for label, text in rows:
-        filled = label + " " * (widest - cell_len(label))
-        for line in Text(text).wrap(out, room, overflow="fold") or [Text()]:
-            out.print(
-                Text.assemble(" " * INDENT, (filled, "dim"), " " * gap, line),
-                no_wrap=True,
-                overflow="ignore",
-                crop=False,
-            )
+        filled = label + " " * (widest - _cells(label))
+        for line in _wrapped(out, text, room):
+            say(out, " " * INDENT, (filled, "dim"), " " * gap, line, wraps=False)
             filled = " " * widest
+
+
+def _cells(text: str) -> int:
+    if is_narrow(text):
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _wrapped(out: Out, text: str, room: int) -> list[str]:
+    if is_narrow(text):
+        return wrapped(text, room)
+    if isinstance(out, Page):
+        raise NeedsRichError
+    from rich.text import Text
+
+    return [line.plain for line in Text(text).wrap(out, room, overflow="fold")] or [""]
 
 
 def epochs(passes: float) -> str:
@@ -160,9 +206,9 @@ def epochs(passes: float) -> str:
     return f"{passes:g} epoch{'' if passes == 1 else 's'}"
 
 
-def footnote(out: Console, text: str) -> None:
+def footnote(out: Out, text: str) -> None:
     """A remark under a table."""
-    out.print(Text(text, style="dim"))
+    say(out, (text, "dim"))
 
 
 def columns(
@@ -173,6 +219,10 @@ def columns(
     Where a table is wider than the terminal, text gives way, then the heads of numbers are broken, then names
     give way; a number is never cut. Where that is not enough, rows are printed as blocks, a cell a line.
     """
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
     cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     titles = [Text(title, style="dim") for title, _ in heads]
     kinds = [kind for _, kind in heads]
@@ -184,9 +234,6 @@ def columns(
     def needed(**least: Sequence[int]) -> int:
         """Characters of all columns: each kind by its own list, or what it must keep of a cell."""
         return sum(least[k][at] if k in least else min(full[at], LEAST_OF_TEXT) for at, k in enumerate(kinds))
-
-    from rich.padding import Padding
-    from rich.table import Table
 
     if needed(number=broken) > room:
         _stacked(out, titles, cells, indent)
@@ -211,6 +258,7 @@ def _longest_word(title: Text) -> int:
 def _stacked(out: Console, titles: Sequence[Text], rows: Sequence[Sequence[Text]], indent: int) -> None:
     """Rows as blocks of lines, each a title and its cell."""
     from rich.padding import Padding
+    from rich.text import Text
 
     width = max(title.cell_len for title in titles)
     for row in rows:
@@ -223,4 +271,6 @@ def _stacked(out: Console, titles: Sequence[Text], rows: Sequence[Sequence[Text]
 
 def yes_no(fits: bool) -> Text:
     """Whether something fits, in a column of that name."""
+    from rich.text import Text
+
     return Text("yes", style="green") if fits else Text("no", style="red")

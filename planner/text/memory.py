@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Plan
 from planner.text.figures import WIDE, bar, columns, figure, gib, heading, pairs, signed_gib
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_memory(out: Console, plan: Plan, *, explain: bool = False) -> None:

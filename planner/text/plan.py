@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Plan, PlannedModel
 from planner.setup.adapters import UNCOMMON
@@ -27,6 +26,9 @@ from planner.text.speed import print_other_cards, print_speed
 from planner.text.verdict import print_verdict
 from planner.text.ways import print_ways
 from planner.throughput.torch_attention import TORCH_KERNELS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_plan(out: Console, plan: Plan, *, explain: bool = False) -> None:
@@ -77,7 +79,10 @@ def setup_lines(plan: Plan) -> Iterator[tuple[str, str]]:
                 variant.append(f"{name} {plain(getattr(setup, name))}")
         if setup.loraplus_lr_ratio is not None:
             variant.append(f"LoRA+ {setup.loraplus_lr_ratio:g}")
-        yield "adapter", ", ".join([f"rank {setup.lora_r}, alpha {setup.alpha}", where, *variant])
+        size = f"rank {setup.lora_r}, alpha {setup.alpha}"
+        if setup.peft_type != "lora":
+            size = f"{'blocks of' if setup.peft_type == 'oft' else 'rank'} {setup.lora_r}"
+        yield "adapter", ", ".join([size, where, *variant])
         if setup.lora_dropout:
             yield "dropout", f"{setup.lora_dropout:g}"
     share = model.trainable_parameters / model.parameter_count
@@ -110,8 +115,8 @@ def _attention(model: PlannedModel) -> str:
 
 
 LEARNING = {
-    "fp8_backward": "8-bit gradients: evaluation loss +0.001, where seeds differ by 0.003 (SmolLM2-135M)",
-    "fp8": "8-bit products: evaluation loss +0.005, where seeds differ by 0.003 (SmolLM2-135M)",
+    "fp8_backward": "8-bit gradients: evaluation loss +0.0002, where seeds differ by 0.005 (SmolLM2-135M)",
+    "fp8": "8-bit products: evaluation loss +0.005, where seeds differ by 0.005 (SmolLM2-135M)",
 }
 """What 8-bit products cost, measured: docs/eight-bit.md."""
 
@@ -128,7 +133,7 @@ def knob_lines(setup: TrainingSetup, knobs: tuple[Knob, ...] = KNOBS) -> Iterato
 def _a_step(plan: Plan) -> str:
     rows, per_row = plan.setup.effective_batch_size, plan.schedule.examples_per_row
     if per_row is None:
-        return f"{rows} sequences"
+        return f"{rows} {plan.setup.objective.examples}"
     each = "row" if rows == 1 else "rows"
     about = plan.schedule.effective_batch_size
     return f"{rows} {each} of {per_row:.2g} examples, about {about} examples"

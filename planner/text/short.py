@@ -9,19 +9,24 @@ import io
 import shlex
 from bisect import bisect_left
 from collections.abc import Iterator
-
-from rich.console import Console
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Advice, Plan
 from planner.setup.card_limits import torch_build
+from planner.setup.objective import SFT
 from planner.setup.options import option
 from planner.setup.request import DEFAULT_RANK
 from planner.text.choice import how, what_else
 from planner.text.data import not_trained
 from planner.text.figures import NARROW, bar, bullets, figure, footnote, gib, heading, pairs, rate
+from planner.text.page import NeedsRichError, Page
 from planner.text.plan import knob_lines, setup_lines
 from planner.text.speed import FIRST_STEP, NO_FORECAST, speed_lines
 from planner.text.verdict import print_verdict
+
+if TYPE_CHECKING:
+    from planner.text.figures import Out
 
 MOST_LINES = 30
 """Lines of the page at 80 columns: what a person sees at once, with the command above it."""
@@ -34,7 +39,7 @@ _NAME_WIDTH = 25
 _BAR_WIDTH = 30
 
 
-def print_short(out: Console, plan: Plan, *, starts: bool = False) -> None:
+def print_short(out: Out, plan: Plan, *, starts: bool = False) -> None:
     """Print a plan on one page; where lines are few, the smaller parts and later advice give way.
 
     What `starts` needs no word on how to start it.
@@ -50,13 +55,19 @@ def print_short(out: Console, plan: Plan, *, starts: bool = False) -> None:
 
 
 def _lines(plan: Plan, command: str | None, width: int, parts: int, changes: int) -> int:
+    page = Page(width=width, encoding="utf-8", styled=False)
+    with suppress(NeedsRichError):
+        _page(page, plan, command, parts, changes)
+        return len(page.written)
+    from rich.console import Console
+
     text = io.StringIO()
     out = Console(file=text, width=width, highlight=False, emoji=False, markup=False)
     _page(out, plan, command, parts, changes)
     return text.getvalue().count("\n")
 
 
-def _page(out: Console, plan: Plan, command: str | None, parts: int, changes: int) -> None:
+def _page(out: Out, plan: Plan, command: str | None, parts: int, changes: int) -> None:
     print_verdict(out, plan)
     heading(out, "Setup" if plan.fits else "Smallest setup tried")
     pairs(out, _setup(plan))
@@ -66,7 +77,7 @@ def _page(out: Console, plan: Plan, command: str | None, parts: int, changes: in
     _next(out, plan, command, changes)
 
 
-def _times(out: Console, plan: Plan) -> None:
+def _times(out: Out, plan: Plan) -> None:
     heading(out, "Speed and time")
     waits = plan.speed is not None and plan.speed.compile_seconds > TOLD_WAIT_SECONDS
     times = (*_TIMES, FIRST_STEP) if waits else _TIMES
@@ -100,7 +111,7 @@ def _usual_rank(plan: Plan) -> str:
     return f" (rank {DEFAULT_RANK} does not fit)" if plan.fits and lower else ""
 
 
-def _memory(out: Console, plan: Plan, shown: int) -> None:
+def _memory(out: Out, plan: Plan, shown: int) -> None:
     memory = plan.memory
     by_size = sorted(memory.components, key=lambda one: one.size_bytes, reverse=True)
     largest = by_size[0].size_bytes or 1
@@ -119,7 +130,7 @@ def _memory(out: Console, plan: Plan, shown: int) -> None:
     pairs(out, rows)
 
 
-def _next(out: Console, plan: Plan, command: str | None, changes: int) -> None:
+def _next(out: Out, plan: Plan, command: str | None, changes: int) -> None:
     heading(out, "Next")
     rows = [] if command is None else [("train it", command)]
     build = torch_build(plan.gpu.spec)
@@ -132,8 +143,12 @@ def _next(out: Console, plan: Plan, command: str | None, changes: int) -> None:
     footnote(out, "  --full: other ranks, methods, setups and cards, and what the numbers rest on")
 
 
-def _train_command(plan: Plan) -> str:
-    """What starts it, as far as it was asked for: what was chosen is chosen again."""
+def _train_command(plan: Plan) -> str | None:
+    """What starts it, as far as it was asked for: what was chosen is chosen again; none of what is planned
+    alone.
+    """
+    if plan.setup.objective is not SFT:
+        return None
     request = plan.request
     words = ["vramwise", "train", "--model", request.model]
     for name, value in (

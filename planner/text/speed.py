@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Duration, OtherCard, Plan
 from planner.gpus.spec import GpuSpec
 from planner.text.figures import bullets, count, dollars, duration, epochs, gib, heading, pairs, rate
 from planner.throughput.compilation import FirstStep
 from planner.throughput.shared_step import SharedStep
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BOUND_BY = {
     "compute": "the GPU's matrix work",

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import CardAdvice, Longest, Plan
 from planner.text.choice import method_title
-from planner.text.figures import gib, rate
+from planner.text.figures import gib, rate, say
+from planner.text.page import Part
 from planner.text.ways import way_sentences
+
+if TYPE_CHECKING:
+    from planner.text.figures import Out
 
 CUT_TO_SAY = 0.05
 """Share of the data's tokens above which the verdict itself says that they are cut."""
 
 
-def print_verdict(out: Console, plan: Plan) -> None:
+def print_verdict(out: Out, plan: Plan) -> None:
     """Print whether it fits, what it needs, and what a person has to know before all else."""
-    out.print(_verdict(plan))
+    say(out, *_verdict(plan))
     for sentence in _sentences(plan):
-        out.print(Text(sentence))
+        say(out, sentence)
 
 
 def card_title(plan: Plan) -> str:
@@ -30,15 +32,13 @@ def card_title(plan: Plan) -> str:
     return text if text.lower() == target.spec.id and target.count == 1 else f"{text} ({target.spec.id})"
 
 
-def _verdict(plan: Plan) -> Text:
-    word = Text("FITS", style="bold green") if plan.fits else Text("DOES NOT FIT", style="bold red")
+def _verdict(plan: Plan) -> tuple[Part, Part]:
+    word = ("FITS", "bold green") if plan.fits else ("DOES NOT FIT", "bold red")
     method = method_title(plan.setup)
     length = f"{plan.setup.max_length:,} tokens"
     one = "one of " if plan.gpu.count > plan.setup.num_processes else ""
     experts = ", experts in 4 bits," if plan.setup.experts == "4bit" else ""
-    return Text.assemble(
-        word, f": {_model(plan)} with {method}{experts} at {length} on {one}{card_title(plan)}"
-    )
+    return word, f": {_model(plan)} with {method}{experts} at {length} on {one}{card_title(plan)}"
 
 
 def _model(plan: Plan) -> str:

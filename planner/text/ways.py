@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from planner.answers.plan import Plan, WayFigures
 from planner.setup.parallelism import DDP, FSDP
 from planner.text.figures import WIDE, columns, dollars, duration, figure, gib, heading, rate, yes_no
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 WAY_TITLES = {None: "one GPU alone", DDP: "DDP", FSDP: "FSDP2"}
 

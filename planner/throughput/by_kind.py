@@ -67,6 +67,11 @@ class ByKind(Mapping[str, float]):
             found[at] = amount
         return ByKind(numbers=tuple(found))
 
+    def plus(self, other: ByKind, count: float) -> ByKind:
+        """These and so many times the others."""
+        pairs = zip(self.numbers, other.numbers, strict=True)
+        return ByKind(numbers=tuple(own + count * more for own, more in pairs))
+
     def __getitem__(self, name: str) -> float:
         return self.numbers[_POSITIONS[name]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.base.values import dataclass
 from planner.memory.decoder.groups import layer_groups
 from planner.setup.run import TrainingRun
-from planner.throughput.work import layer_work
+from planner.throughput.made import layer_work
 
 FIRST_OF_A_PROCESS = 7.5
 """Seconds of a process that compiles for the first time: the compiler's own start and its workers'."""

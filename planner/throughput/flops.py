@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from planner.base.values import dataclass
 from planner.models.parameter import Parameter
+from planner.models.scored import is_scored
 from planner.models.spec import LayerSpec, ModelSpec
 from planner.models.storage import is_expert_stack
 from planner.setup.adapters import Adapter
@@ -184,7 +185,7 @@ def attention_pairs(run: TrainingRun, layer: LayerSpec, kernel: str) -> float:
     every pair. A packed batch is one long row.
     """
     setup = run.setup
-    length, batch = setup.max_length, setup.per_device_train_batch_size
+    length, batch = setup.max_length, setup.sequences_per_micro_step
     window = layer.sliding_window
     if run.attention in SKIPS_MASKED:
         if window is None or window >= length:
@@ -235,7 +236,7 @@ def linear_work(model: ModelSpec, target_modules: str | tuple[str, ...]) -> Line
         folded_weights=sum(p.elements * p.count * expert_rank(p.kind, 1) for p in found.experts),
         folded_router_weights=sum(p.elements * p.count for p in found.routers),
         folded_active_weights=_active(folded, model),
-        head_weights=model.vocab_size * model.hidden_size,
+        head_weights=model.hidden_size * (1 if is_scored(model) else model.vocab_size),
     )
 
 

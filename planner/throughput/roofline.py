@@ -13,6 +13,7 @@ from planner.gpus.spec import GpuSpec
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.run import TrainingRun
+from planner.setup.training_setup import TrainingSetup
 from planner.throughput.by_kind import positions_of
 from planner.throughput.compilation import FirstStep, first_step
 from planner.throughput.eight_bit import WIDER, least_flops
@@ -74,6 +75,17 @@ class StepEstimate:
         return 0.0 if self.first_step is None else self.first_step.seconds
 
 
+def _refuse_untimed(setup: TrainingSetup) -> None:
+    untimed = {
+        "load_in_8bit": setup.load_in_8bit,
+        f"optim {setup.optim}": setup.optim in UNCOMMON_OPTIMIZERS,
+        f"peft_type {setup.peft_type}": setup.peft_type != "lora",
+    }
+    for named, holds in untimed.items():
+        if holds:
+            raise NoForecastError(f"no throughput for {named}: no run of it has been timed")
+
+
 def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     """Forecast a training step's time on a GPU.
 
@@ -87,10 +99,7 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         NotModelledError: a knob whose work is not counted.
     """
     setup = run.setup
-    if setup.load_in_8bit:
-        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
-    if setup.optim in UNCOMMON_OPTIMIZERS:
-        raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
+    _refuse_untimed(setup)
     peak, bandwidth = _limits(gpu)
     known = rates_of(gpu)
     rates, calibrated = known.rates, known.source == "runs"
@@ -129,13 +138,17 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
         roofline_tokens_per_second=roofline,
         bound_by=time.bound_by,
         calibrated=calibrated,
-        basis=_basis(gpu, known)
-        + _of_traced(run.model)
-        + _of_eight_bit(setup.base_matmul)
-        + ("" if run.stack.measured_speed is None else f"; {run.stack.measured_speed.words}"),
+        basis=_basis(gpu, known) + _of_run(run),
         sharing=None if shared is None else shared.told,
         first_step=first_step(run),
     )
+
+
+def _refuse_untimed(setup: TrainingSetup) -> None:
+    if setup.load_in_8bit:
+        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
+    if setup.optim in UNCOMMON_OPTIMIZERS:
+        raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
 
 
 def _of_stack(
@@ -240,6 +253,12 @@ def _basis(gpu: GpuSpec, known: KnownRates) -> str:
     )
 
 
+def _of_run(run: TrainingRun) -> str:
+    """What a run's forecast rests on beside rates, as the end of a basis."""
+    stack = "" if run.stack.measured_speed is None else f"; {run.stack.measured_speed.words}"
+    return _of_traced(run.model) + _of_eight_bit(run.setup.base_matmul) + stack
+
+
 def _of_eight_bit(base_matmul: str) -> str:
     """What the forecast of 8-bit products rests on beside."""
     return "" if base_matmul == "bf16" else "; 8-bit products as measured on an H200 (docs/eight-bit.md)"
@@ -250,7 +269,7 @@ def _of_traced(model: ModelSpec) -> str:
     if not model.is_traced:
         return ""
     named = ", ".join(model.unseen_kernels)
-    unseen = f", and {named} are counted as one operation each" if named else ""
+    unseen = f", and {named} are counted as transformers' reference in torch runs them" if named else ""
     return f"; the model was traced, and no run of one was fitted{unseen}"
 
 

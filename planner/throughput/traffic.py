@@ -47,7 +47,7 @@ OPTIMIZER_CALLS = {
 def weight_bytes(run: TrainingRun) -> float:
     """Bytes of a micro-step's weights: larger than any GPU's cache, so that every step moves them."""
     setup, work = run.setup, linear_work(run.model, run.setup.target_modules)
-    forwards = 1 + checkpointed_share(run)
+    forwards = 1 + checkpointed_share(run) + setup.extra_passes
     total = 0.0
     if setup.method == "qlora":
         wide = 2.2 if setup.dtype == "float32" else 1.0

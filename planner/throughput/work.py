@@ -12,52 +12,15 @@ from typing import NamedTuple
 
 from planner.base.values import dataclass
 from planner.memory.decoder.groups import DecoderSetup, decoder_setup, groups_of
-from planner.memory.decoder.layer import run_layer
-from planner.memory.layers.layer_knobs import LayerKnobs
-from planner.memory.tape.tape import Buffer, Tape, Value
 from planner.models.spec import LayerSpec, ModelSpec
+from planner.setup.micro_step import MicroStep
 from planner.setup.run import RunKind, TrainingRun
 from planner.setup.trained import adapted
 from planner.throughput.by_kind import ByKind, positions_of
 from planner.throughput.eight_bit import CALL_SHARE, KERNEL_BYTES, eight_bit_products, sooner_flops
-from planner.throughput.flops import checkpointed_share, linear_work, pass_flops
+from planner.throughput.flops import MatrixFlops, checkpointed_share, linear_work, pass_flops
+from planner.throughput.made import NOTHING, Made, forward_alone, layer_work
 from planner.throughput.traffic import OPTIMIZER, OPTIMIZER_CALLS
-
-
-class Made(NamedTuple):
-    """Tensors made: how many, and their bytes as on the tape."""
-
-    launches: int
-    constant: float
-    per_token: float
-    per_score: float
-
-    def plus(self, other: Made, count: int) -> Made:
-        """These and so many times the others."""
-        return Made(
-            self.launches + count * other.launches,
-            self.constant + count * other.constant,
-            self.per_token + count * other.per_token,
-            self.per_score + count * other.per_score,
-        )
-
-    def bytes_at(self, tokens: int, scores: int) -> float:
-        """Bytes in a micro-step of that many tokens and score elements."""
-        return self.constant + tokens * self.per_token + scores * self.per_score
-
-
-NOTHING = Made(0, 0.0, 0.0, 0.0)
-
-
-class LayerWork(NamedTuple):
-    """Tensors that one layer makes in a micro-step: forward, recomputed in the backward pass, backward; and
-    those that it keeps from forward to backward.
-    """
-
-    forward: Made
-    recomputed: Made
-    backward: Made
-    kept: Made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,74 +40,6 @@ class StepWork:
     def offloaded_bytes(self) -> float:
         """Bytes that leave for the host in the forward pass."""
         return self.forward["offloaded_byte"]
-
-
-class _CountingTape(Tape):
-    """A tape that counts what is made and forgets what lives."""
-
-    def __init__(self, *, saves: bool) -> None:
-        super().__init__(saves=saves)
-        self.launches = self.saved = 0
-        self.constant = self.per_token = self.per_score = 0.0
-        self.saved_per_token = self.saved_per_score = 0.0
-
-    def made(self) -> Made:
-        """What was made so far."""
-        return Made(self.launches, self.constant, self.per_token, self.per_score)
-
-    def kept(self) -> Made:
-        """What backward nodes hold of it, parameters and their copies left out, each once."""
-        return Made(self.saved, 0.0, self.saved_per_token, self.saved_per_score)
-
-    def tokens(self, per_token: float, category: int = 0) -> Buffer:
-        self.launches += 1
-        self.per_token += per_token
-        return Buffer(0.0, per_token, 0.0, 0)
-
-    def _take(self, constant: float, per_token: float, per_score: float, slot: int) -> Buffer:
-        self.launches += 1
-        self.constant += constant
-        self.per_token += per_token
-        self.per_score += per_score
-        return Buffer(constant, per_token, per_score, 0)
-
-    def free(self, *buffers: Buffer | None) -> None:
-        for buffer in buffers:
-            if buffer is not None:
-                buffer.holders -= 1
-
-    def save(self, buffer: Buffer) -> Buffer | None:
-        if not self.saves:
-            return None
-        if not buffer.saves:
-            self.saved += 1
-            self.saved_per_token += buffer.per_token
-            self.saved_per_score += buffer.per_score
-        buffer.saves += 1
-        buffer.holders += 1
-        return buffer
-
-
-@lru_cache(maxsize=8192)
-def layer_work(
-    layer: LayerSpec, knobs: LayerKnobs, *, checkpointed: bool, input_requires_grad: bool
-) -> LayerWork:
-    """Work of one decoder layer in one micro-step; a checkpointed one runs forward twice."""
-    first = NOTHING
-    if checkpointed:
-        alone = _CountingTape(saves=False)
-        run_layer(alone, layer, knobs, Value(alone.tokens(0), False))
-        first = alone.made()
-    tape = _CountingTape(saves=True)
-    hidden = Value(tape.tokens(0), input_requires_grad or checkpointed)
-    output = run_layer(tape, layer, knobs, hidden)
-    forward, kept = tape.made(), tape.kept()
-    output.grad = tape.tokens(layer.hidden_size * output.width)
-    tape.backward()
-    backward = tape.made().plus(forward, -1)
-    if checkpointed:
-        return LayerWork(first, forward, backward, kept)
-    return LayerWork(forward, NOTHING, backward, kept)
 
 
 def step_work(run: TrainingRun) -> StepWork:
@@ -180,13 +75,81 @@ def step_work(run: TrainingRun) -> StepWork:
             strict=True,
         )
     )
+    if run.model.unseen_kernels:
+        inside = _inside(run.model, decoder, positions=shape.scores // shape.tokens, run=shape)
+        forward, backward = (one.plus(more, 1) for one, more in zip((forward, backward), inside, strict=True))
+    total = sum(part.total for part in flops)
+    for count, adapters in ((setup.objective.policy_passes, True), (setup.reference_passes, False)):
+        if count:
+            alone, operations = _pass_alone(run, decoder, flops[0], adapters=adapters)
+            forward, total = forward.plus(alone, count), total + operations * count
     return StepWork(
-        total_flops=sum(part.total for part in flops),
+        total_flops=total,
         forward=forward,
         backward=backward,
         micro_step=_ONE_MICRO_STEP,
         optimizer_step=_optimizer_step(run.kind),
     )
+
+
+def _inside(
+    model: ModelSpec, decoder: DecoderSetup, *, positions: int, run: MicroStep
+) -> tuple[ByKind, ByKind]:
+    """What both passes launch and write inside functions that were traced as one operation each, on rows of
+    so many positions: transformers' reference in torch, a loop along the row.
+    """
+    launches, written = [0.0, 0.0], [0.0, 0.0]
+    for part in groups_of(model, decoder)[0]:
+        loops = None if part.layer.traced is None else part.layer.traced.loops
+        if loops is None:
+            continue
+        again = (loops.forward,) if part.checkpointed else ()
+        for at, works in enumerate(((loops.forward,), (loops.backward, *again))):
+            for work in works:
+                once, per_token, per_score = work.written
+                launches[at] += len(part.indices) * (work.launches + work.per_position * positions)
+                written[at] += len(part.indices) * (once + per_token * run.tokens + per_score * run.scores)
+    forward, backward = (
+        ByKind.counted("pass", launch=launch, written_byte=size)
+        for launch, size in zip(launches, written, strict=True)
+    )
+    return forward, backward
+
+
+def _pass_alone(
+    run: TrainingRun, decoder: DecoderSetup, policy: MatrixFlops, *, adapters: bool
+) -> tuple[ByKind, float]:
+    """A forward pass that keeps nothing, with adapters at work or without, and its operations; `policy` are
+    those of the forward pass that learns.
+    """
+    setup, shape = run.setup, run.micro_step
+    flops = policy if adapters else policy._replace(adapter=0.0)
+    made = NOTHING
+    for part in groups_of(run.model, decoder)[0]:
+        knobs = part.knobs if adapters else part.knobs.without_adapters()
+        made = made.plus(forward_alone(part.layer, knobs), len(part.indices))
+    single = setup.dtype == "float32"
+    python = _python_runs(run.kind, linear_work(run.model, setup.target_modules).wrapped_count, 0)
+    routed = sum(layer.count for layer in run.model.layers if layer.experts)
+    found = ByKind.counted(
+        "pass",
+        layer_flop=0.0 if single else flops.layers,
+        expert_flop=0.0 if single else flops.experts,
+        head_flop=0.0 if single else flops.head,
+        single_flop=flops.layers + flops.experts + flops.head if single else 0.0,
+        adapter_flop=flops.adapter,
+        attention_flop=0.0 if run.attention == "eager" else flops.attention,
+        masked_attention_flop=flops.masked_attention,
+        wide_masked_attention_flop=flops.wide_masked_attention,
+        written_byte=made.bytes_at(shape.tokens, shape.scores) - made.constant,
+        weight_byte=made.constant,
+        launch=made.launches,
+        quantized_call=python.quantized,
+        lora_call=python.lora if adapters else 0.0,
+        expert_call=python.experts if adapters else routed,
+        eager_layer=python.eager_layers,
+    )
+    return found, flops.total
 
 
 _GROWING = positions_of(

@@ -20,7 +20,6 @@ from planner.memory.layers.norms import norm
 from planner.memory.tape.tape import Tape, Value
 from planner.setup.cuda_allocator import EXPANDABLE
 from planner.setup.micro_step import micro_step
-from planner.setup.objective import SFT
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
 
@@ -102,7 +101,7 @@ def expected_parts(family: str, setup: TrainingSetup) -> dict[str, int]:
     expected[PREPARATION] = frozen if setup.uses_lora else 0
     expected[ADAPTER_WEIGHTS] = trained.size_bytes
     if group.checkpointed:
-        tokens = micro_step(setup, SFT).tokens
+        tokens = micro_step(setup).tokens
         kept = group.input_bytes_per_token + group.selected_bytes_per_token
         expected[CHECKPOINT] = tokens * (kept + HIDDEN * group.memory.output_width)
     return expected
@@ -115,7 +114,7 @@ def _second_layer(setup: TrainingSetup, family: str) -> LayerGroup:
 
 
 def _kept_by_model(setup: TrainingSetup, knobs: LayerKnobs, part: Callable[[Tape, Value], Value]) -> int:
-    shape = micro_step(setup, SFT)
+    shape = micro_step(setup)
     tape = Tape(saves=True)
     x = Value(tape.tokens(HIDDEN * knobs.stream_width), True, knobs.stream_width)
     part(tape, x)

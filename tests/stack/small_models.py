@@ -9,7 +9,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from launcher.models.inspect import inspect_config
 from launcher.training import build
@@ -181,3 +181,17 @@ def _loaded(family: str, setup: TrainingSetup) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return build.load_model(setup, folder, device=torch.device("cpu"), allow_download=False)
+
+
+def load_scored(family: str, setup: TrainingSetup) -> Any:
+    """The same model with a head of one score a token."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**FAMILIES[family], num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=build.torch_dtype(setup))
+    if setup.method != "qlora":
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=build.torch_dtype(setup), quantization_config=build.quantization_config(setup)
+        )

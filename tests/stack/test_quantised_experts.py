@@ -256,24 +256,25 @@ def test_experts_hold_what_is_planned(family: str, double: bool) -> None:
 
 
 SLICED_EXPERTS = {"target_modules": ATTENTION, "experts_matmul": "sliced"}
-HELD_CASES: list[tuple[str, dict[str, Any], float]] = [
-    ("qwen3_moe", {}, 0.005),
-    ("qwen3_moe", {"target_modules": ATTENTION}, 0.005),
-    ("qwen3_moe", {"gradient_checkpointing": False}, 0.005),
-    # Mixtral weights what experts return in float32, the other in the load dtype, which is what is counted.
-    ("mixtral", {"target_modules": ATTENTION}, 0.035),
-    ("qwen3_moe", SLICED_EXPERTS, 0.005),
-    ("qwen3_moe", {**SLICED_EXPERTS, "gradient_checkpointing": False}, 0.005),
+HELD_CASES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"target_modules": ATTENTION}),
+    ("qwen3_moe", {"gradient_checkpointing": False}),
+    # Mixtral weights what experts return in float32, the other in the load dtype.
+    ("mixtral", {"target_modules": ATTENTION}),
+    ("qwen3_moe", {"target_modules": ATTENTION, "experts": "16bit"}),
+    ("qwen3_moe", SLICED_EXPERTS),
+    ("qwen3_moe", {**SLICED_EXPERTS, "gradient_checkpointing": False}),
 ]
 
 
 @for_each(HELD_CASES)
-def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any], float], tmp_path: Path) -> None:
+def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     """Live bytes of a real step. Of the forward pass with autocast on the CPU: a sum stays in bfloat16 there
     that is float32 on a GPU, so what is planned of it is larger.
     """
-    family, knobs, tolerance = case
-    setup = setup_of(**knobs).replace(model=family)
+    family, knobs = case
+    setup = setup_of().replace(model=family, **knobs)
     with like_cuda(), one_expert_a_slice():
         measured = measure(first_step(family, setup, tmp_path))
         timeline, spec, tables, masks = predict(family, setup)
@@ -282,9 +283,9 @@ def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any], float], t
         over = tables if setup.gradient_checkpointing else tables - masks
         assert kept + over == pytest.approx(measured.saved_bytes, rel=0.005), measured.kept
         backward = largest(timeline, "backward of") + over
-        assert backward == pytest.approx(measured.backward_bytes, rel=tolerance)
+        assert backward == pytest.approx(measured.backward_bytes, rel=0.005)
         assert largest(timeline, "forward of") + tables == pytest.approx(
-            measured.forward_bytes, rel=0.06, abs=10**6
+            measured.forward_bytes, rel=0.08, abs=10**6
         )
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("peft")
+
+import torch
 
 from launcher.models import inspect
 from launcher.models.inspect import inspect_config
@@ -24,15 +27,19 @@ from planner.memory.decoder.live_bytes import at
 from planner.memory.estimate import live_memory
 from planner.memory.measured.files import coefficients_for
 from planner.memory.step.resident import INPUT_BYTES_PER_TOKEN
-from planner.models.spec import ModelSpec
+from planner.models.catalog import load_shipped
+from planner.models.spec import LayerSpec, ModelSpec
+from planner.models.traced import TracedBlock
 from planner.planning.make_plan import make_plan
 from planner.setup.cuda_allocator import EXPANDABLE
 from planner.setup.request import make_request
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import TrainingSetup
+from planner.throughput.work import step_work
 
 from . import small_models, unheard_of
 from .like_cuda import like_cuda
+from .live_bytes import LiveBytes
 from .real_steps import Measured, first_step, measure
 from .test_live_bytes import POSITION_IDS_BYTES, largest, make_setup
 
@@ -145,6 +152,8 @@ def test_mixtures_and_hybrids_train_in_the_bytes_that_were_planned(
     trained = sum(one.numel() for one in step.model.parameters() if one.requires_grad)
     assert run.trained.elements == trained
     assert {layer.experts_per_token for layer in spec.layers if layer.experts} == {2}
+    # What runs in loops of torch is told apart, in the layers that have such functions alone.
+    assert all(bool(one.traced.unseen) == bool(one.traced.loops) for one in spec.layers if one.traced)
     for layer in step.stack.layers:
         layer.forward = casts_as_cuda(layer.forward)
     assert_as_planned(run, measure(step))
@@ -181,3 +190,57 @@ def test_an_unheard_of_model_is_planned_and_said_to_be_traced(comet: None, tmp_p
     plan = make_plan(make_request(str(tmp_path), gpu="16GB"), inspector=inspect_config)
     assert plan.fits
     assert any("traced" in note for note in plan.memory.basis.notes)
+
+
+class Making(LiveBytes):
+    """How many storages are made."""
+
+    count = 0
+
+    def _watch(self, tensor: torch.Tensor, size_bytes: int, operation: str) -> None:
+        self.count += tensor.untyped_storage()._cdata not in self._sizes
+        super()._watch(tensor, size_bytes, operation)
+
+
+def made_by_the_gated_rule(length: int) -> tuple[int, int]:
+    """Tensors that both passes of transformers' reference make on a row of real values."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    shapes = {"query": (2, 32), "key": (2, 32), "value": (4, 32), "g": (4,), "beta": (4,)}
+    given = {name: torch.zeros(1, length, *shape, requires_grad=True) for name, shape in shapes.items()}
+    rule = modeling_qwen3_5.torch_chunk_gated_delta_rule.__wrapped__
+    with Making(given.values()) as forward, torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = rule(**given, use_qk_l2norm_in_kernel=True)
+    gradient = torch.zeros_like(output)
+    with Making([gradient]) as backward:
+        torch.autograd.grad(output, list(given.values()), gradient)
+    return forward.count, backward.count
+
+
+def test_what_a_loop_along_a_row_launches_is_counted() -> None:
+    """As many tensors a position as the reference makes on real values, whatever its widths."""
+    spec = load_shipped("qwen3.5-4b")
+    loops = {layer.traced.loops for layer in spec.layers if layer.traced is not None} - {None}
+    assert len(loops) == 1
+    found = loops.pop()
+    assert found is not None
+    short, long = made_by_the_gated_rule(256), made_by_the_gated_rule(768)
+    for work, few, many in zip((found.forward, found.backward), short, long, strict=True):
+        # Gradients that autograd adds up are new ones here, and are not where a kernel adds in place.
+        assert work.per_position == pytest.approx((many - few) / 512, rel=0.2)
+        # Convolutions of the block are among what is made once.
+        assert work.launches + 256 * work.per_position == pytest.approx(few, rel=0.2)
+    run = TrainingRun(setup=TrainingSetup(model=spec.id, max_length=1024), model=spec)
+    alone = replace(spec, layers=tuple(replace(one, traced=without_loops(one)) for one in spec.layers))
+    before, after = step_work(replace(run, model=alone)), step_work(run)
+    layers = sum(layer.count for layer in spec.layers if layer.traced and layer.traced.loops)
+    once, again = (
+        layers * (one.launches + 1024 * one.per_position) for one in (found.forward, found.backward)
+    )
+    assert after.forward["launch"] - before.forward["launch"] == pytest.approx(once)
+    assert after.backward["launch"] - before.backward["launch"] == pytest.approx(once + again)
+
+
+def without_loops(layer: LayerSpec) -> TracedBlock:
+    assert layer.traced is not None
+    return replace(layer.traced, loops=None)

@@ -38,7 +38,7 @@ from .real_steps import RealStep, first_step
 from .small_models import VOCABULARY, load_model, spec_of
 
 LENGTH = 192
-TILE = 128
+TILE = 32
 """Entries of the vocabulary in a tile of the head: torch operations stand in for its kernel on a CPU, and
 hold a tile's numbers in fp32, which so few of them hide.
 """
@@ -51,6 +51,7 @@ MOVED: list[dict[str, Any]] = [
     {"method": "lora", "bias": "all"},
     {"modules_to_save": ["embed_tokens", "lm_head"]},
     {"trainable_token_indices": [3, 5]},
+    *({"peft_type": name} for name in ("vera", "miss", "oft")),
     {"optim": "lorafa"},
     {"optim": "lorafa", "method": "lora", "modules_to_save": ["lm_head"]},
 ]
@@ -62,6 +63,11 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("llama_wide", {"trainable_token_indices": [3, 4, 5, 6], **KEPT}),
     ("tied_wide", {"trainable_token_indices": [3, 4, 5, 6], "method": "lora"}),
     ("llama_wide", {"optim": "lorafa", "method": "lora"}),
+    *(
+        ("llama_wide", {"peft_type": name, "max_length": 512, **knobs})
+        for name in ("vera", "miss", "oft")
+        for knobs in (KEPT, {"method": "lora"})
+    ),
     ("llama_wide", {"optim": "lorafa", "lora_dropout": 0.05, **KEPT}),
 ]
 
@@ -162,9 +168,8 @@ def step_peak(step: RealStep) -> tuple[int, int]:
 @pytest.mark.parametrize("case", STEPS, ids=name_of)
 def test_a_step_holds_what_is_planned(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     family, knobs = case
-    setup = TrainingSetup(
-        model=family, max_length=LENGTH, **{"optim": "sgd", "attn_implementation": "sdpa", **knobs}
-    )
+    fixed = {"max_length": LENGTH, "optim": "sgd", "attn_implementation": "sdpa"}
+    setup = TrainingSetup(model=family, **{**fixed, **knobs})
     run = TrainingRun(setup=setup, model=spec_of(family), stack=replace(TRL, head_vocabulary=TILE))
     step = first_step(family, setup, tmp_path)
     real = [p for p in step.model.parameters() if p.requires_grad]

@@ -18,7 +18,8 @@ async def test_numbers_lead_to_panels_and_a_letter_within_a_number_is_no_key(mak
         assert app.focused is field
         # k keeps the card as a setting; as the end of "4k" it does not.
         await pilot.press("4", "k", "a")
-        await settle(pilot)
+        # Not until all is worked out: by then the hint is gone again.
+        await pilot.pause()
         assert field.value == "4"
         told = [one.message for one in app._notifications]
         assert told[0].endswith("is a number: enter ends it, then k is a key again")

@@ -13,22 +13,14 @@ from textual.pilot import Pilot
 from textual.screen import Screen
 from textual.theme import BUILTIN_THEMES, Theme
 
-from launcher.tui import run_follower, starting
-from launcher.tui.screens import run as run_screen
-from launcher.tui.screens.confirm import Confirm
-from launcher.tui.screens.data_picker import DataPicker
-from launcher.tui.screens.help import Help
-from launcher.tui.screens.needs import NeedsScreen
-from launcher.tui.screens.picker import Picker
-from launcher.tui.screens.run import RunScreen
-from launcher.tui.screens.runs import RunsScreen
 from launcher.tui.screens.sizing import SizingScreen
-from launcher.tui.screens.start_run import StartRun
 from launcher.tui.themes import DARK, LEAST_CONTRAST, LIGHT, Colours, colours, completed, contrast
 from launcher.tui.widgets.sizing.knob_form import KnobForm
 
-from . import synthetic
 from .conftest import MakeApp, settle
+from .every_screen import VIEWS, back, fixed
+
+__all__ = ["fixed"]
 
 THEMES = {**BUILTIN_THEMES, DARK.name: DARK, LIGHT.name: LIGHT}
 KINDS = {(theme.ansi, theme.dark): name for name, theme in THEMES.items()}
@@ -36,24 +28,6 @@ KINDS = {(theme.ansi, theme.dark): name for name, theme in THEMES.items()}
 nothing but which colours they have."""
 SIZE = (80, 24)
 Pressed = Sequence[str]
-
-SIZING: dict[str, tuple[Pressed, Pressed]] = {
-    "sizing": ((), ()),
-    "a list of choices": (("up", "enter"), ("escape", "down")),
-    "an invalid value": (("0", "down"), ("up", "backspace")),
-}
-"""States of the sizing screen: the keys that lead to each, and back."""
-OVER_SIZING: dict[str, tuple[Pressed, str]] = {
-    "cards": (("g",), Picker.__name__),
-    "data": (("d",), DataPicker.__name__),
-    "help": (("question_mark",), Help.__name__),
-    "needs": (("n",), NeedsScreen.__name__),
-    "runs": (("o",), RunsScreen.__name__),
-    "start form": (("t",), StartRun.__name__),
-    "command palette": (("ctrl+p",), "CommandPalette"),
-    "models": (("m",), Picker.__name__),
-}
-"""What opens over it: the key, and the screen."""
 
 
 def segments(screen: Screen[object]) -> list[Segment]:
@@ -98,57 +72,33 @@ def the_verdict_can_be_read(pilot: Pilot[None]) -> None:
 
 
 @pytest.mark.slow
-async def test_a_theme_of_each_kind_is_shown_in_every_state_of_the_sizing_screen(make_app: MakeApp) -> None:
-    async with make_app(model="qwen2.5-0.5b").run_test(size=SIZE) as pilot:
-        await settle(pilot)
-        texts = []
-        for state, (there, back) in SIZING.items():
-            await press(pilot, there)
-            texts.append(text_of(pilot.app.screen))
-            for theme in KINDS.values():
-                await goes_through(pilot, [theme], state)
-                if state == "sizing":
-                    the_verdict_can_be_read(pilot)
-            assert type(pilot.app.screen).__name__ == SizingScreen.__name__
-            await press(pilot, back)
-        assert len(set(texts)) == len(SIZING)
-
-
-@pytest.mark.slow
-async def test_every_theme_is_shown_and_one_of_each_kind_on_all_that_opens(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(starting, "refuse_what_cannot_start", lambda answer: None)
-    async with make_app(model="qwen2.5-0.5b").run_test(size=SIZE) as pilot:
+@pytest.mark.usefixtures("fixed")
+async def test_every_theme_is_shown_and_one_of_each_kind_on_every_screen(make_app: MakeApp) -> None:
+    *views, last = VIEWS
+    # Of other screens than sizing one state has all that there is to colour.
+    shown = [view for view in views if not view.once or view.screen is SizingScreen]
+    async with make_app().run_test(size=SIZE) as pilot:
+        pilot.app._runs_root = Path("runs")  # type: ignore[attr-defined]
         await settle(pilot)
         assert set(pilot.app.available_themes) == set(THEMES)
-        *_, last = OVER_SIZING
-        for opened, (keys, screen) in OVER_SIZING.items():
-            await press(pilot, keys)
-            assert type(pilot.app.screen).__name__ == screen, opened
-            await goes_through(pilot, KINDS.values(), opened)
-            if opened != last:
-                await press(pilot, ("escape",))
+        start = pilot.app.screen.sizing.setup  # type: ignore[attr-defined]
+        texts = []
+        for view in shown:
+            await view.open(pilot)
+            texts.append(text_of(pilot.app.screen))
+            if view.name == "sizing":
+                for theme in KINDS.values():
+                    await goes_through(pilot, [theme], view.name)
+                    the_verdict_can_be_read(pilot)
+            else:
+                await goes_through(pilot, KINDS.values(), view.name)
+            await back(pilot, start)
+        assert len(set(texts)) == len(shown)
+        await last.open(pilot)
         # Most of what lies beneath would be restyled in vain.
         for beneath in pilot.app.screen_stack[:-1]:
             await beneath.query(KnobForm).remove()
-        await goes_through(pilot, THEMES, last)
-
-
-@pytest.mark.slow
-async def test_a_theme_of_each_kind_is_shown_over_a_run(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(run_follower, "is_alive", lambda folder: True)
-    monkeypatch.setattr(run_screen, "POLL_SECONDS", 3600.0)
-    app = make_app(run=synthetic.half_way(tmp_path / "run"))
-    async with app.run_test(size=SIZE) as pilot:
-        await settle(pilot)
-        assert isinstance(app.screen, RunScreen)
-        await goes_through(pilot, KINDS.values(), "run")
-        await press(pilot, ("s",))
-        assert isinstance(app.screen, Confirm)
-        await goes_through(pilot, KINDS.values(), "stop question")
+        await goes_through(pilot, THEMES, last.name)
 
 
 @pytest.mark.parametrize("theme", THEMES.values(), ids=THEMES)

@@ -1,6 +1,7 @@
 """The interface in a browser, as far as a client without one sees it: what is served, to whom, and what the
 terminal that a page holds shows and answers. No browser is part of the tests' stack: that the pages name no
-other host, and the policy that browsers hold them to, stand for what one would ask.
+other host, and the policy that browsers hold them to, stand for what one would ask. Where there is one,
+tests/tui/test_browser.py asks it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -31,22 +33,29 @@ FIGURE = r"needs\s+([\d.]+) GiB"
 SECONDS = 60
 
 
+@asynccontextmanager
+async def serving(command: Sequence[str]) -> AsyncIterator[WebServer]:
+    """Serves a command on a port that is free."""
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    found = WebServer(command, port=port, token=new_token())
+    runner = web.AppRunner(await found.make_app())
+    await runner.setup()
+    await web.TCPSite(runner, HOST, port).start()
+    yield found
+    await runner.cleanup()
+
+
 @pytest.fixture
 async def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WebServer]:
     """Serves the interface following a run that stands at step 240."""
     for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     folder = synthetic.half_way(tmp_path / "run")
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = free.getsockname()[1]
     words = ["--model", "qwen2.5-0.5b", "--gpu", "16GB", "--run", str(folder.path)]
-    found = WebServer(command_line(words), port=port, token=new_token())
-    runner = web.AppRunner(await found.make_app())
-    await runner.setup()
-    await web.TCPSite(runner, HOST, port).start()
-    yield found
-    await runner.cleanup()
+    async with serving(command_line(words)) as found:
+        yield found
 
 
 class Terminal:

@@ -101,7 +101,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (made / "setups.jsonl").write_text("".join(setups[:2]))
     axolotl = "base_model: meta-llama/Llama-3.2-1B\nadapter: qlora\nload_in_4bit: true\nlora_r: 8\n"
     (made / "axolotl.yml").write_text(axolotl + "lora_target_linear: true\nsequence_len: 1024\n")
-    (made / "sft.yaml").write_text("model_name_or_path: meta-llama/Llama-3.2-1B\nmax_length: 512\n")
+    (made / "sft.yaml").write_text(
+        "model_name_or_path: meta-llama/Llama-3.2-1B\nmax_length: 512\ndtype: bfloat16\n"
+    )
     claims = (PROFILES / "guide_claims.csv").read_text().splitlines(keepends=True)
     (made / "claims.csv").write_text("".join(claims[:3]))
     record = next(read_records(PROFILES / "runs" / "adapters-h200.jsonl"))

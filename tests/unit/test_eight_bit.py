@@ -36,10 +36,10 @@ def run(base_matmul: str, **knobs: object) -> TrainingRun:
 
 def test_they_are_chosen_where_allowed_alone_and_told_with_their_price() -> None:
     knobs = (("max_length", 2048),)
-    usual = make_plan(PlanRequest(model=MODEL, gpu="h100-80gb", knobs=knobs))
+    usual = make_plan(PlanRequest(model=MODEL, gpu="rtx-4090", knobs=knobs))
     assert usual.setup.base_matmul == "bf16"
     assert "learning" not in dict(setup_lines(usual))
-    allowed = make_plan(PlanRequest(model=MODEL, gpu="h100-80gb", knobs=knobs, allow_8bit=True))
+    allowed = make_plan(PlanRequest(model=MODEL, gpu="rtx-4090", knobs=knobs, allow_8bit=True))
     assert (allowed.setup.base_matmul, allowed.setup.compile) == ("fp8", "regional")
     assert allowed.speed is not None
     assert usual.speed is not None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from planner.answers.plan import Plan
+from planner.base.data_files import PROFILES
 from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.memory.estimate import estimate_memory
 from planner.memory.held.weights import loaded_weights
-from planner.models.catalog import load_shipped
+from planner.models.catalog import load_shipped, resolve_model
+from planner.models.storage import expert_slices
 from planner.planning.comparison import smallest_cards
 from planner.planning.make_plan import make_plan
 from planner.setup.cuda_allocator import EXPANDABLE
@@ -23,6 +27,7 @@ from planner.text.short import print_short
 from planner.throughput.traffic import weight_bytes
 
 MIXTURE = "qwen3-30b-a3b"
+IN_SLICES = {"experts": "4bit", "experts_matmul": "sliced"}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -96,16 +101,53 @@ def test_experts_in_4_bits_are_what_bitsandbytes_makes_of_that_many_weights() ->
 def test_a_checkpointed_layer_dequantises_its_experts_twice_and_others_once() -> None:
     experts = 48 * 128 * 3 * 2048 * 768
     for kept, times in ((True, 2), (False, 1)):
-        wide, held = (
-            weight_bytes(run_of(experts=each, gradient_checkpointing=kept)) for each in ("16bit", "4bit")
+        wide, held, sliced = (
+            weight_bytes(run_of(gradient_checkpointing=kept, target_modules=ATTENTION, **each))
+            for each in ({"experts": "16bit"}, {"experts": "4bit"}, IN_SLICES)
         )
         assert (held - wide) / experts == pytest.approx(2.7 * times)
+        # Backward's products dequantise for themselves.
+        assert (sliced - held) / experts == pytest.approx(2.7)
+
+
+def test_experts_in_slices_are_never_whole_and_not_kept_for_backward() -> None:
+    """Of Qwen3-30B-A3B a layer's are 1.1 GiB, which 12 layers that are not checkpointed keep otherwise."""
+    layer = 128 * 3 * 2048 * 768 * 2
+    for knobs, spared in (({}, 1), ({"checkpointed_layers": 36}, 12)):
+        whole, sliced = (
+            estimate_memory(run_of(target_modules=ATTENTION, **each, **knobs), gpu=None)
+            for each in ({"experts": "4bit"}, IN_SLICES)
+        )
+        saved = whole.allocated_bytes - sliced.allocated_bytes
+        assert 0.8 * spared * layer < saved < 1.1 * spared * layer, (saved, layer)
+    assert expert_slices(128, 2 * 2048 * 768, 2) == (10,) * 12 + (8,)
+    assert expert_slices(4, 16, 2) == (4,), "no quantisation constant begins with an expert"
+
+
+def test_gpt_oss_fits_on_16_gb_by_flex_attention_and_longer_with_experts_in_slices() -> None:
+    """Whole experts are taken while something fits with them, and a person's choice is never undone."""
+    found = plan_of("16GB", "gpt-oss-20b", max_length=2048)
+    assert found.fits
+    assert (found.setup.attn_implementation, found.setup.experts_matmul) == ("flex_attention", "whole")
+    longer = plan_of("16GB", "gpt-oss-20b", max_length=4096)
+    assert longer.fits
+    assert longer.setup.experts_matmul == "sliced"
+    assert not plan_of("16GB", "gpt-oss-20b", max_length=4096, experts_matmul="whole").fits
+
+
+def test_gpt_oss_as_it_is_published_in_mxfp4_is_the_model_of_the_catalog(tmp_path: Path) -> None:
+    config = json.loads((PROFILES / "configs" / "gpt-oss-20b.json").read_text())
+    stored = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    found, shipped = resolve_model(str(tmp_path)), load_shipped("gpt-oss-20b")
+    assert (found.id, found.checkpoint, found.parameters) == (shipped.id, None, shipped.parameters)
 
 
 @pytest.mark.parametrize(
     ("knobs", "told"),
     [
         ({"method": "lora"}, "experts applies to qlora, but method is lora"),
+        ({"experts": "16bit", "experts_matmul": "sliced"}, "experts_matmul sliced needs experts 4bit"),
         ({"prepare_for_kbit_training": True}, "experts 4bit needs prepare_for_kbit_training false"),
         ({"kernels": "liger"}, "experts 4bit needs kernels none"),
         ({"distributed": "fsdp", "num_processes": 2}, "experts 4bit needs one GPU or distributed ddp"),
@@ -113,7 +155,7 @@ def test_a_checkpointed_layer_dequantises_its_experts_twice_and_others_once() ->
 )
 def test_what_experts_in_4_bits_cannot_be_with_is_told(knobs: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
-        run_of(experts="4bit", **knobs)
+        run_of(**{"experts": "4bit", **knobs})
 
 
 @pytest.mark.parametrize(
@@ -126,6 +168,7 @@ def test_what_experts_in_4_bits_cannot_be_with_is_told(knobs: dict[str, Any], to
             NotModelledError,
             "experts=4bit",
         ),
+        (MIXTURE, IN_SLICES, InputError, "experts_matmul sliced does not work with adapters on experts"),
         (MIXTURE, {"use_dora": True}, InputError, "use_dora true does not work with adapters on experts"),
     ],
 )

@@ -158,7 +158,7 @@ def test_but_not_where_a_size_is_meant(value: str, tmp_path: Path, cli: Cli) -> 
     ("model_type", "said"),
     [
         ("llama", "give the model they were made from, which QLoRA quantises while loading"),
-        ("gpt_oss", "give the model they were made from"),
+        ("qwen3_moe", "give the model they were made from"),
         ("minimax_m2", "vramwise plans neither these nor model_type minimax_m2 in 16 bits"),
     ],
 )

@@ -197,7 +197,7 @@ def test_recomputing_is_the_backward_passs_work() -> None:
 
 
 def test_runs_on_a_slow_host_do_not_make_the_rates_slow() -> None:
-    """Half of a third of the runs on a host that takes twice as long for an eager block and all else it does."""
+    """Half of a third of the runs on a host that takes twice as long for a block, and for all else."""
     true = known(REFERENCE_GPU)
     runs = []
     for index, run in enumerate(RUNS[::3]):

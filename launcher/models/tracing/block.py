@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from launcher.models.tracing.fused import NO_WORK, Work
 from launcher.models.tracing.opaque import Call, Calls
 from launcher.models.tracing.recorder import OUTSIDE, Recorder
 from planner.base.errors import InputError
@@ -33,7 +34,9 @@ INPUT = 0
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRun:
-    """A pass at one batch and length: as a TracedPass, with sizes in bytes."""
+    """A pass at one batch and length: as a TracedPass, with sizes in bytes; `inside` is the work of both
+    passes within functions that are one operation each.
+    """
 
     buffer_bytes: tuple[int, ...]
     widths: tuple[int, ...]
@@ -42,6 +45,7 @@ class BlockRun:
     backward_bytes: tuple[tuple[int, ...], ...]
     output: int
     result: int
+    inside: tuple[Work, Work] = (NO_WORK, NO_WORK)
 
 
 @dataclass

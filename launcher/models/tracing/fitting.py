@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from launcher.models.tracing.block import BlockRun
+from launcher.models.tracing.fused import Work
 from planner.base.errors import InputError
-from planner.models.traced import BufferBytes, TracedOperation, TracedPass
+from planner.models.traced import BufferBytes, LoopWork, TracedLoops, TracedOperation, TracedPass
 
 
 class Point(NamedTuple):
@@ -68,6 +69,26 @@ def joined(runs: Sequence[BlockRun]) -> TracedPass:
         output=first.output,
         result=first.result,
     )
+
+
+def loops_of(runs: Sequence[BlockRun]) -> TracedLoops | None:
+    """The work of the runs at POINTS within functions that are one operation each; null where there is none.
+
+    Raises:
+        InputError: as joined.
+    """
+    if not runs[0].inside[0].tensors:
+        return None
+    forward, backward = zip(*(run.inside for run in runs), strict=True)
+    return TracedLoops(forward=_loop_work(forward), backward=_loop_work(backward))
+
+
+def _loop_work(found: Sequence[Work]) -> LoopWork:
+    """Tensors made are those of a row, whose loops go along its length, for any number of rows."""
+    short, long = found[0].tensors, found[2].tensors
+    slope = (long - short) / (POINTS[2].length - POINTS[0].length)
+    written = _bytes([one.written_bytes for one in found])
+    return LoopWork(short - slope * POINTS[0].length, slope, written)
 
 
 def _with_buffers(operation: TracedOperation, buffers: Sequence[int]) -> TracedOperation:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,10 +20,39 @@ from launcher.models.tracing.recorder import Recorder
 _MADE_IN = "hub_kernels.py"
 
 
+class Work(NamedTuple):
+    """Tensors that a pass makes inside such functions, and bytes of them beyond those that their operations
+    are recorded with.
+    """
+
+    tensors: int
+    written_bytes: int
+
+    def plus(self, other: Work) -> Work:
+        """These and the others."""
+        return Work(self.tensors + other.tensors, self.written_bytes + other.written_bytes)
+
+    def but(self, known_bytes: int) -> Work:
+        """The same with so many bytes less, and none less than none."""
+        return Work(self.tensors, max(0, self.written_bytes - known_bytes))
+
+
+NO_WORK = Work(0, 0)
+
+
+@dataclass
+class Called:
+    """Such functions that a block's code called in one run: their names, and the work of both passes."""
+
+    names: list[str] = field(default_factory=list)
+    forward: Work = NO_WORK
+    backward: Work = NO_WORK
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Cost:
     """Bytes that a function keeps for its backward pass and that each pass takes beside what it keeps, the
-    indices of inputs and outputs that it saves, and its outputs.
+    indices of inputs and outputs that it saves, its outputs, and what each pass makes in all.
     """
 
     kept_bytes: int
@@ -32,15 +61,21 @@ class _Cost:
     saved_inputs: tuple[int, ...]
     saved_outputs: tuple[int, ...]
     outputs: list[Any]
+    forward: Work
+    backward: Work
 
 
 class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
     """A function as one operation; its buffers are made anew, to be recorded as the block's own."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., list[Any]], recorder: Recorder, *inputs: Any) -> Any:
+    def forward(
+        ctx: Any, run: Callable[..., list[Any]], recorder: Recorder, called: Called, *inputs: Any
+    ) -> Any:
         with recorder.muted():
-            cost = _cost(run, inputs, ctx.needs_input_grad[2:])
+            cost = _cost(run, inputs, ctx.needs_input_grad[3:])
+        called.forward = called.forward.plus(cost.forward)
+        called.backward = called.backward.plus(cost.backward)
         kept = torch.empty(cost.kept_bytes, dtype=torch.uint8)
         made = tuple(torch.empty_like(one) for one in cost.outputs)
         torch.empty(cost.forward_bytes, dtype=torch.uint8)
@@ -53,8 +88,9 @@ class _Reference(torch.autograd.Function):  # type: ignore[misc]  # torch has no
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         torch.empty(ctx.cost, dtype=torch.uint8)
-        asked = zip(ctx.needs_input_grad[2:], ctx.like, strict=True)
+        asked = zip(ctx.needs_input_grad[3:], ctx.like, strict=True)
         return (
+            None,
             None,
             None,
             *(torch.empty(shape, dtype=dtype) if ask else None for ask, (shape, dtype) in asked),
@@ -77,6 +113,7 @@ def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...], asked: Sequenc
         outputs = run(*own)
     highest, live = _course(recorder, 0)
     outputs_bytes = sum(one.untyped_storage().nbytes() for one in outputs)
+    forward = _made(recorder)
     recorder.events = []
     asking = [one for one in outputs if one.requires_grad]
     grads = [torch.empty_like(one) for one in asking]
@@ -87,16 +124,26 @@ def _cost(run: Callable[..., list[Any]], inputs: tuple[Any, ...], asked: Sequenc
             asking, [one for one in own if one.requires_grad], grads, allow_unused=True
         )
     most, _ = _course(recorder, 0)
+    backward = _made(recorder)
+    handed = sum(one.untyped_storage().nbytes() for one in found if one is not None)
     del found
-    kept = max(0, live - outputs_bytes)
+    kept, beside = max(0, live - outputs_bytes), max(0, highest - live)
     return _Cost(
         kept_bytes=kept,
-        forward_bytes=max(0, highest - live),
+        forward_bytes=beside,
         backward_bytes=most,
+        forward=forward.but(kept + beside + outputs_bytes),
+        backward=backward.but(most + handed),
         saved_inputs=tuple(i for i, one in enumerate(own) if recorder.number(one) in saved),
         saved_outputs=tuple(i for i, one in enumerate(outputs) if recorder.number(one) in saved),
         outputs=[one.detach() for one in outputs],
     )
+
+
+def _made(recorder: Recorder) -> Work:
+    """What a recorder's events make."""
+    made = [recorder.sizes_bytes[number] for action, number in recorder.events if action == "allocate"]
+    return Work(len(made), sum(made))
 
 
 def _course(recorder: Recorder, live: int) -> tuple[int, int]:
@@ -109,11 +156,9 @@ def _course(recorder: Recorder, live: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def fused_as_one(block: nn.Module, recorder: Recorder) -> Iterator[list[str]]:
-    """Within, each such function that a block's code calls is one operation; yields the names of those
-    called.
-    """
-    called: list[str] = []
+def fused_as_one(block: nn.Module, recorder: Recorder) -> Iterator[Called]:
+    """Within, each such function that a block's code calls is one operation; yields those called."""
+    called = Called()
     changed = []
     for home in {sys.modules[type(module).__module__] for module in block.modules()}:
         for name, function in list(vars(home).items()):
@@ -129,10 +174,10 @@ def fused_as_one(block: nn.Module, recorder: Recorder) -> Iterator[list[str]]:
 
 
 def _as_one(
-    function: Callable[..., Any], name: str, recorder: Recorder, called: list[str]
+    function: Callable[..., Any], name: str, recorder: Recorder, called: Called
 ) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        called.append(name.removeprefix("torch_"))
+        called.names.append(name.removeprefix("torch_"))
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         returned: list[Any] = []
@@ -144,7 +189,7 @@ def _as_one(
             returned[:] = [found, shape]
             return [one for one in found if isinstance(one, torch.Tensor)]
 
-        made = iter(_Reference.apply(on_tensors, recorder, *(leaves[i] for i in places)))
+        made = iter(_Reference.apply(on_tensors, recorder, called, *(leaves[i] for i in places)))
         found, shape = returned
         return tree_unflatten([next(made) if isinstance(one, torch.Tensor) else one for one in found], shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from launcher.models.tracing.autocast import autocast
 from launcher.models.tracing.block import BlockRun, run_block, weights_that_ask
-from launcher.models.tracing.fitting import POINTS, Point, joined
+from launcher.models.tracing.fitting import POINTS, Point, joined, loops_of
 from launcher.models.tracing.fused import fused_as_one
 from launcher.models.tracing.opaque import (
     IMPLEMENTATION,
@@ -106,7 +106,13 @@ class _Recorded:
                     number=number,
                 )
             )
-        return TracedBlock(passes=tuple(passes), ways=tuple(ways), unseen=tuple(sorted(self.fused)))
+        return TracedBlock(
+            passes=tuple(passes),
+            ways=tuple(ways),
+            unseen=tuple(sorted(self.fused)),
+            # That of the first way stands for all: methods differ by the gradients of a few weights.
+            loops=loops_of(next(iter(self.runs.values()))),
+        )
 
 
 class ModelTracer:
@@ -295,8 +301,8 @@ def _run(
         weights_that_ask(module, trained=calls.method == "full"),
     ):
         found = run_block(run, hidden, outside, calls)
-    calls.fused = tuple(fused)
-    return found
+    calls.fused = tuple(fused.names)
+    return replace(found, inside=(fused.forward, fused.backward))
 
 
 def _experts(module: nn.Module, calls: Calls) -> ExpertFacts | None:

@@ -91,7 +91,7 @@ class ExpertStack:
 
 def _plain_state(state: QuantState, constants: torch.Tensor, elements: int) -> QuantState:
     """The state of a slice. Its rows are blocks: on the CPU bitsandbytes 0.50.2 gives rows that are no whole
-    blocks the constants of others (findings/bitsandbytes-cpu-rows.sh).
+    blocks the constants of others (findings/cpu-dequantise-takes-other-constants.sh).
     """
     from bitsandbytes.functional import QuantState
 

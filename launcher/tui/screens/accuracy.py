@@ -156,7 +156,7 @@ def scatter(points: list[tuple[float, float]], label: str) -> PlotData:
     return PlotData(
         points=((0.0, 0.0), (most, most)),
         marks=tuple(sorted(points)),
-        x_label=f"{label}; ● a run, on the line: as predicted",
+        x_label=f"{label}; line: as predicted",
         faint=True,
     )
 

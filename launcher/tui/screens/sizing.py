@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
@@ -131,7 +131,6 @@ class SizingScreen(SizingPicks):
 
     def on_mount(self) -> None:
         """Answer the first question."""
-        self.app.theme_changed_signal.subscribe(self, lambda _: self.query_one(Headline).show_question())
         self.call_after_refresh(self._scroll_to_focus)
         if not self._automatic:
             self._answer(self._initial)
@@ -186,6 +185,21 @@ class SizingScreen(SizingPicks):
         sizing = self._draw(texts)
         if sizing is not None:
             self._work_out(sizing, self._longest)
+            self._ahead()
+
+    @on(events.DescendantFocus)
+    def _ahead(self) -> None:
+        """Be ready for the next key on the knob in focus."""
+        row = getattr(self.focused, "row", None)
+        if isinstance(row, knobs.Row) and self.sizing is not None:
+            self._look_ahead(row, dict(self.form.texts), self._sized)
+
+    def _sized(self, texts: Mapping[str, str]) -> Sizing:
+        """The answer to texts of knobs; raises InputError."""
+        setup = knobs.to_setup(self._model_name, texts, self._others)
+        wishes = knobs.to_wishes(texts, self._data)
+        card = self._shown_card(texts)
+        return size_up(setup, self._model, card, asked_optim=self._asked_optim, wishes=wishes)
 
     def _draw(self, texts: Mapping[str, str]) -> Sizing | None:
         """Recompute and show; on a value that is not accepted say so and keep the last answer, greyed."""
@@ -194,10 +208,7 @@ class SizingScreen(SizingPicks):
         self.form.show_picks(model=self._model_name, gpu=self._card.title, data=data)
         self.form.show_card(self._card)
         try:
-            setup = knobs.to_setup(self._model_name, texts, self._others)
-            wishes = knobs.to_wishes(texts, self._data)
-            card = self._shown_card(texts)
-            sizing = size_up(setup, self._model, card, asked_optim=self._asked_optim, wishes=wishes)
+            sizing = self._sized(texts)
         except InputError as error:
             field = (
                 error.field
@@ -214,9 +225,7 @@ class SizingScreen(SizingPicks):
 
     def _show(self, sizing: Sizing) -> None:
         self.sizing = sizing
-        known = self._longest is not None and self._longest.question == question_of(sizing)
-        self.query_one(Headline).show(sizing, self._longest if known else None)
-        self._show_pinned()
+        self._show_headline()
         # The verdict is painted first, the data's picture in the frame after it.
         self.call_after_refresh(self._show_data)
         self.query_one(Legend).memory = sizing.memory
@@ -227,12 +236,15 @@ class SizingScreen(SizingPicks):
     def _show_data(self) -> None:
         self.query_one(DataPanel).sizing = self.sizing
 
-    def _show_pinned(self) -> None:
-        """Beside every figure how it differs from the pinned setup's, if one is."""
-        pin = self._pinned
+    def _show_headline(self) -> None:
+        """Show the answers, and beside every figure how it differs from the pinned setup's, if one is."""
+        now, pin, longest = self.sizing, self._pinned, self._longest
+        if now is None:
+            return
+        known = longest is not None and longest.question == question_of(now)
+        self.query_one(Headline).show(now, longest if known else None, pin)
         memory = None if pin is None else pin.memory
         self.query_one(Legend).pinned = self.query_one(PhaseTable).pinned = memory
-        self.query_one(Headline).show_pinned(pin)
 
     def action_panel(self, number: int) -> None:
         """Bring a panel into sight, and what of it takes keys into focus."""
@@ -243,7 +255,7 @@ class SizingScreen(SizingPicks):
         now, pin = self.sizing, self._pinned
         same = now is not None and pin is not None and (now.setup, now.card) == (pin.setup, pin.card)
         self._pinned = None if same else now
-        self._show_pinned()
+        self._show_headline()
 
     def explained(self) -> tuple[Explained, ...]:
         """Where the numbers on the screen come from."""
@@ -276,8 +288,7 @@ class SizingScreen(SizingPicks):
     @on(LongestFound)
     def _show_longest(self, event: LongestFound) -> None:
         self._longest = event.found
-        if self.sizing is not None:
-            self.query_one(Headline).show(self.sizing, event.found)
+        self._show_headline()
 
     def action_longest(self) -> None:
         """Take the setup with the longest sequences."""

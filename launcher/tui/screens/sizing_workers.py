@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from textual import work
 from textual.screen import Screen
 from textual.worker import get_current_worker
 
-from launcher.tui import advice, cards
+from launcher.tui import advice, cards, knobs
 from launcher.tui.dataset import read_dataset
 from launcher.tui.inspection import inspector
 from launcher.tui.longest import LongestAnswer, OvertakenError, find_longest, question_of
@@ -72,6 +73,24 @@ class SizingWorkers(Screen[None]):
                 found = advice.Suggestions(refusal=str(error))
         if not overtaken():
             self.post_message(Advised(refined, found))
+
+    @work(thread=True, exclusive=True, group="ahead")
+    def _look_ahead(
+        self,
+        row: knobs.Row,
+        texts: Mapping[str, str],
+        of: Callable[[Mapping[str, str]], Sizing],
+    ) -> None:
+        """Answer what the two arrow keys would ask of a knob: what is worked out for the first time takes up
+        to 30 ms longer than what is known already.
+        """
+        overtaken = partial(getattr, get_current_worker(), "is_cancelled")
+        time.sleep(PAUSE_SECONDS)
+        for direction in (1, -1):
+            value = knobs.step(row, texts[row.field], direction)
+            if value is not None and not overtaken():
+                with contextlib.suppress(InputError):
+                    of({**texts, row.field: value})
 
     @work(thread=True, exclusive=True, group="choice")
     def _open(self, model: ModelSpec, name: str, card: cards.Card, wishes: Wishes) -> None:

@@ -103,6 +103,7 @@ class DecoderSetup:
             eight_bit_forward=self.base_matmul == "fp8",
             eight_bit_backward=self.base_matmul != "bf16",
             bits=self.storage.bits,
+            peft_type="lora" if self.adapter is None else self.adapter.variant.peft_type,
             frozen_down=rank > 0 and self.adapter is not None and self.adapter.variant.frozen_down,
         )
 
@@ -129,7 +130,7 @@ def _decoder_setup(
     found = DecoderSetup(
         storage=kind.storage,
         adapter=kind.adapter,
-        dropout=setup.lora_dropout > 0,
+        dropout=setup.lora_dropout > 0 and setup.objective.drops_out,
         stream_width=stream_width,
         trained_width=_trained_width(kind),
         liger=setup.kernels == "liger",

@@ -10,6 +10,7 @@ from functools import lru_cache
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.decoder.layer import run_final_norm, run_layer
+from planner.memory.layers.experts import routing_width
 from planner.memory.layers.layer_knobs import LayerKnobs
 from planner.memory.layers.linear import early_gradients
 from planner.memory.layers.norms import FP32_NORMS, norm_saves_input
@@ -87,6 +88,11 @@ def _forward(layer: LayerSpec, knobs: LayerKnobs) -> tuple[Moments, int]:
     return tape.moments(), output.width
 
 
+def forward_alone(layer: LayerSpec, knobs: LayerKnobs) -> Moments:
+    """The moments of a pass that keeps nothing, its input and output left out."""
+    return _forward(layer, knobs)[0]
+
+
 def output_width(layer: LayerSpec, knobs: LayerKnobs) -> int:
     """Width of the hidden states that leave a layer: wider than those that enter it after an fp32 branch."""
     return _forward(layer, knobs.accumulating(False))[1]
@@ -106,11 +112,9 @@ def gradients_before(layer: LayerSpec, knobs: LayerKnobs) -> list[float]:
         casts = layer.norm in FP32_NORMS and stream != FP32 and not knobs.liger
         return [width, layer.hidden_size * FP32] if casts else [width]
     if layer.experts:
-        # Each expert's share of it, before the permutation is asked for that puts the shares in order. With
-        # experts in 16 bits it is left out, as in all figures that measured runs were compared with: their
-        # largest moment comes later (trace moe_q) but where attention alone is adapted.
-        shares = layer.experts_per_token * width
-        return [width, shares] if knobs.kind("experts").quantized else [width]
+        # Each expert's share of it, before the permutation is asked for that puts the shares in order.
+        shares = layer.experts_per_token * layer.hidden_size * routing_width(layer, stream)
+        return [width, shares]
     own = early_gradients(knobs.kind("down_proj"), layer.hidden_size, stream)
     return [width, *([width] if layer.residual_multiplier else []), *own]
 

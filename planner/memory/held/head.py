@@ -11,18 +11,22 @@ from planner.setup.run import TrainingRun
 
 ROW_STATISTICS = 8
 """fp32 vectors of one value a token that the forward pass holds beside its tile."""
+KEPT_ROW_BYTES = 16
+"""Bytes a token that forward leaves beside its hidden state: label, log of the sum, entropy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadMemory:
     """Peaks of the head's passes beyond what the final norm has kept, and what they leave.
 
-    `gradient_bytes` is the head's own weight gradient when it is trained.
+    `gradient_bytes` is the head's own weight gradient when it is trained, `kept_bytes` what forward leaves
+    for backward.
     """
 
     forward_bytes: int
     backward_bytes: int
     gradient_bytes: int
+    kept_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +36,7 @@ class HeadShape:
     `hidden_width`, `weight_width` and `compute_width` are the widths of the hidden states' elements, of the
     head's weight and of what the products are computed in; a tile covers at most `tile_tokens` tokens and
     `tile_vocabulary` entries of the vocabulary, which are all where the stack makes the logits `whole`.
+    A head that `scores` gives one number a token instead.
     A `copied` weight is a copy of the base's with rows that are trained in it, made for each pass, whose
     gradient goes as soon as those rows have theirs (peft tuners/trainable_tokens/layer.py).
     """
@@ -47,6 +52,7 @@ class HeadShape:
     tile_tokens: int
     tile_vocabulary: int
     whole: bool = False
+    scores: bool = False
     copied: bool = False
 
     @property
@@ -106,6 +112,7 @@ def head_shape(run: TrainingRun, hidden_width: int) -> HeadShape:
         tile_tokens=stack.head_tokens or shape.tokens,
         tile_vocabulary=stack.head_vocabulary or run.model.vocab_size,
         whole=whole,
+        scores=run.setup.objective.scores,
         copied=copied,
     )
 
@@ -132,4 +139,5 @@ def head_memory(shape: HeadShape) -> HeadMemory:
         forward_bytes=forward,
         backward_bytes=backward,
         gradient_bytes=weight * shape.weight_width if shape.trained and not shape.copied else 0,
+        kept_bytes=selected + KEPT_ROW_BYTES * shape.rows,
     )

@@ -32,6 +32,7 @@ def logits_memory(shape: HeadShape) -> HeadMemory:
         forward_bytes=normed + casts_bytes(shape) + wide + copies,
         backward_bytes=held + casts_bytes(shape) + max(3 * wide, product),
         gradient_bytes=gradient,
+        kept_bytes=wide,
     )
 
 

@@ -30,7 +30,8 @@ class LinearKind:
     torch casts the inputs of matrix products. `accumulating` says whether gradients of earlier micro-steps
     are already there, so that new ones are temporary. `sliced` says of a stack of experts that products with
     it dequantise a few experts at a time, `biased` that a bias is trained too. `eight_bit_*` say which pass
-    computes the frozen weight's product in 8 bits. `frozen_down` says that lora_A is not trained.
+    computes the frozen weight's product in 8 bits. `frozen_down` says that lora_A is not trained. `peft_type`
+    is TrainingSetup's: `rank` is then that of another kind of adapter.
     """
 
     quantized: bool
@@ -50,6 +51,7 @@ class LinearKind:
     eight_bit_forward: bool = False
     eight_bit_backward: bool = False
     frozen_down: bool = False
+    peft_type: str = "lora"
 
     def forward_in_8bit(self, inputs: int, outputs: int) -> bool:
         """Whether a forward product of such a weight is computed in 8 bits."""

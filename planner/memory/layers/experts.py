@@ -35,7 +35,7 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
     scores_want = x.requires_grad or bool(saved_router)
     saved_probabilities = tape.save(probabilities)
     tape.free(probabilities)
-    order = tape.tokens(routed * INT64) if kind.quantized else None
+    order = tape.tokens(routed * INT64)
     gathered = tape.tokens(routed * hidden * width)
     gate_up_weight = read_stack(tape, kind, gate_up_elements)
     fused = tape.tokens(routed * 2 * inner * width)
@@ -76,19 +76,25 @@ def experts(tape: Tape, layer: LayerSpec, kind: LinearKind, x: Value, *, router:
 
 
 def _weighted_sum(
-    tape: Tape, layer: LayerSpec, width: int, order: Buffer | None
+    tape: Tape, layer: LayerSpec, width: int, order: Buffer
 ) -> tuple[Buffer | None, Value, tuple[Buffer | None, ...]]:
     """Weight what experts return, put it in the tokens' order and sum it up: what is saved of the order, the
     result, and what is let go when the block returns.
     """
     routed, hidden = layer.experts_per_token, layer.hidden_size
-    weighted = tape.tokens(routed * hidden * width)
+    wide = routing_width(layer, width)
+    weighted = tape.tokens(routed * hidden * wide)
     # Indexing keeps its indices: the last that is kept, so that recomputation comes this far.
-    saved_order = tape.save(order) if order else None
-    reordered = tape.tokens(routed * hidden * width)
+    saved_order = tape.save(order)
+    reordered = tape.tokens(routed * hidden * wide)
     tape.free(weighted)
     summed = tape.tokens(hidden * FP32) if width != FP32 else None
     return saved_order, Value(tape.tokens(hidden * width), True, width), (summed, reordered)
+
+
+def routing_width(layer: LayerSpec, width: int) -> int:
+    """Bytes of an element of what experts return once it is weighted, and of its gradient."""
+    return FP32 if layer.fp32_routing else width
 
 
 def register_stack(tape: Tape, kind: LinearKind, elements: int) -> None:
@@ -156,11 +162,17 @@ def _experts_backward(
     width, routed = kind.compute_width, layer.experts_per_token
     inner, hidden = layer.expert_intermediate_size, layer.hidden_size
     grad = tape.take_grad(result)
-    expanded = tape.tokens(routed * hidden * width)
+    wide = routing_width(layer, width)
+    expanded = tape.tokens(routed * hidden * wide)
     tape.free(grad, saved.order)
-    to_weights = tape.tokens(routed * hidden * width) if saved.scores_want else None
-    to_outputs = tape.tokens(routed * hidden * width)
-    tape.free(saved.outputs, to_weights, expanded, saved.probabilities)
+    to_weights = tape.tokens(routed * hidden * wide) if saved.scores_want else None
+    to_outputs = tape.tokens(routed * hidden * wide)
+    tape.free(saved.outputs)
+    if wide != width:
+        narrow = tape.tokens(routed * hidden * width)
+        tape.free(to_outputs)
+        to_outputs = narrow
+    tape.free(to_weights, expanded, saved.probabilities)
     down_grad = _weight_grad(tape, kind, layer.experts * inner * hidden)
     product_grad = tape.tokens(routed * inner * width)
     multiply_sliced(tape, kind, layer.experts, layer.experts * inner * hidden)

@@ -58,6 +58,16 @@ class LayerKnobs:
             kinds=tuple((name, replace(kind, eight_bit_forward=False)) for name, kind in self.kinds),
         )
 
+    def without_adapters(self) -> LayerKnobs:
+        """The same knobs with no adapter at work, as where PEFT has them disabled, and nothing kept."""
+        return replace(
+            self,
+            kinds=tuple(
+                (name, replace(kind, rank=0, dropout=False, dora=False)) for name, kind in self.kinds
+            ),
+            selective=False,
+        ).accumulating(False)
+
     def kind(self, name: str) -> LinearKind:
         """The kind of the linear layer of that module name."""
         for known, kind in self.kinds:

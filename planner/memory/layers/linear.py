@@ -17,6 +17,9 @@ from planner.memory.layers.base_weight import (
 )
 from planner.memory.layers.dora import dora_linear
 from planner.memory.layers.lora import adapted
+from planner.memory.layers.miss import miss_linear
+from planner.memory.layers.oft import oft_linear
+from planner.memory.layers.vera import vera_linear
 from planner.memory.tape.tape import Tape, Value
 
 
@@ -24,6 +27,8 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
     """Put on the tape one linear layer of `inputs` x `outputs` on `x`; returns its output, held once."""
     if kind.trained:
         return _trained(tape, kind, x, inputs, outputs)
+    if kind.rank and kind.peft_type == "oft":
+        return oft_linear(tape, kind, x, inputs, outputs)
     base = base_forward(tape, kind, x, inputs, outputs)
     if not kind.rank:
         if x.requires_grad:
@@ -36,6 +41,9 @@ def linear(tape: Tape, kind: LinearKind, x: Value, inputs: int, outputs: int) ->
         clone = tape.tokens(outputs * base.width)
         tape.free(base.buffer)
         base.buffer = clone
+    if kind.peft_type != "lora":
+        of_type = {"vera": vera_linear, "miss": miss_linear}[kind.peft_type]
+        return of_type(tape, kind, x, base, inputs, outputs)
     if kind.dora:
         return dora_linear(tape, kind, x, base, inputs, outputs)
     return adapted(tape, kind, x, base, inputs, outputs)
@@ -45,8 +53,10 @@ def early_gradients(kind: LinearKind, outputs: int, width: int) -> list[float]:
     """Bytes a token of what backward makes of the gradient of an output of `width` bytes an element before it
     asks for a saved tensor: the scaling by alpha / rank.
     """
-    if not kind.rank:
+    if not kind.rank or kind.peft_type in ("miss", "oft"):
         return []
+    if kind.peft_type == "vera":
+        return [] if width == FP32 else [outputs * FP32, outputs * width]
     if not kind.dora:
         return [outputs * kind.adapter_compute_width]
     # The product by alpha / rank. Before it, unless the base is quantised: the cast back to fp32, and the

@@ -44,9 +44,10 @@ class HeadReplay:
         workspace_bytes: int,
         later: bool,
         between: Callable[[], None] | None = None,
+        reference: Callable[[], None] | None = None,
     ) -> tuple[int, list[int]]:
         """Forward and backward; lets go of `normed` and, as autocast ends, of `casts`. `between` is what else
-        comes between the two.
+        comes between the two, `reference` a forward pass within autocast.
 
         `workspace_bytes` is taken by the autograd thread's first product (0: it has its workspace). Returns
         the normed states' gradient and the trained weight's (none with `later`, where it is added in place).
@@ -54,7 +55,10 @@ class HeadReplay:
         take, free = allocator.allocate, allocator.free
         copy = take(self.copy_bytes) if self.copy_bytes else None
         kept = self._forward(allocator)
-        for block in (*casts, normed):
+        if reference is not None:
+            free(normed)
+            reference()
+        for block in casts if reference is not None else (*casts, normed):
             free(block)
         if between is not None:
             between()

@@ -35,7 +35,8 @@ def loaded_allocator(run: TrainingRun, allocator: str) -> LoadedAdapter:
         return LoadedAdapter(sharded.allocator, sharded.peak_bytes, sharded.reserved_bytes)
     upcasts = run.setup.prepare_for_kbit_training
     scales = scales_bytes(run.kind)
-    return _loaded(run.model, run.storage, run.adapter, run.stack, upcasts, scales, allocator)
+    copies = run.kind.holds_reference
+    return _loaded(run.model, run.storage, run.adapter, run.stack, upcasts, scales, allocator, copies)
 
 
 @lru_cache(maxsize=512)
@@ -47,6 +48,7 @@ def _loaded(
     upcasts: bool,
     scales: tuple[int, ...],
     allocator: str,
+    copies: bool,
 ) -> LoadedAdapter:
     loaded = loaded_weights(model, storage, allocator)
     state = loaded.allocator.copy()
@@ -55,6 +57,9 @@ def _loaded(
         _upcast(state, loaded.plain)
     if adapter is not None:
         _add_adapter(state, model, storage, adapter, stack)
+    if copies:
+        # The trainer loads the reference, a second model, as it did the first.
+        state.allocate_all(elements * storage.width for _, elements in loaded.plain)
     state.allocate_all(scales)
     # The trainer begins with accelerator.free_memory() (transformers trainer.py:1593).
     state.empty_cache()

@@ -43,10 +43,13 @@ class LogitsReplay:
         workspace_bytes: int,
         later: bool,
         between: Callable[[], None] | None = None,
+        reference: Callable[[], None] | None = None,
     ) -> tuple[int, list[int]]:
         """Forward and backward, as HeadReplay.run: the normed states' gradient and the trained weight's."""
         take, free = allocator.allocate, allocator.free
         log_softmax, own_casts = self._forward(allocator)
+        if reference is not None:
+            reference()
         for block in casts:
             free(block)
         if not self.trained:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from planner.memory.allocators.native import MIN_BLOCK, CachingAllocator
 from planner.memory.decoder.program import Program
 from planner.memory.decoder.programs import SizedProgram
+from planner.setup.run import TrainingRun
 
 FETCHED_AT_ONCE = 3
 """Saved tensors that are back on the GPU at the same time (trace llama_off_nock)."""
@@ -114,3 +115,18 @@ class OffloadReplay:
     def blocks_of(program: Program) -> tuple[int, ...]:
         """Blocks of a layer that leave the GPU: its checkpoint, or what one node alone has saved."""
         return (0,) if program.keeps_input_alone else program.kept_once
+
+
+def offload_replay(
+    run: TrainingRun, allocator: CachingAllocator, input_bytes: int, norm_bytes: int
+) -> OffloadReplay | None:
+    """A run's; none where it offloads nothing."""
+    if not run.setup.activation_offloading:
+        return None
+    return OffloadReplay(
+        allocator,
+        input_bytes=input_bytes,
+        norm_bytes=norm_bytes,
+        waits=run.setup.kernels == "liger",
+        stash=run.stack.offload_stash,
+    )

@@ -9,41 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from planner.gpus.spec import GpuSpec
 from planner.memory.allocators.native import MIN_BLOCK
 from planner.memory.decoder.groups import layer_groups
-from planner.memory.decoder.live_bytes import LayerMemory, at
+from planner.memory.decoder.live_bytes import at
 from planner.memory.decoder.program import norm_program
 from planner.memory.decoder.programs import ProgramSizes, SizedProgram, replayed_layers
 from planner.memory.held.embedding import embedding_scratch_bytes
 from planner.memory.held.head import head_shape
 from planner.memory.measured.cuda_terms import CUBLASLT_WORKSPACE_BYTES
-from planner.memory.step.head import HeadReplay
 from planner.memory.step.inputs import InputsReplay
 from planner.memory.step.loading import loaded_allocator
-from planner.memory.step.logits import LogitsReplay
-from planner.memory.step.offload import OffloadReplay
+from planner.memory.step.offload import offload_replay
 from planner.memory.step.optimizer import OptimizerReplay
-from planner.memory.step.replayed import CudaSizes, OverRoomError, ReplayedMemory
+from planner.memory.step.output import output_replay
+from planner.memory.step.reference import passes_alone
+from planner.memory.step.replayed import ADAPTER_STEPS, FULL_STEPS, CudaSizes, OverRoomError, ReplayedMemory
 from planner.setup.run import TrainingRun
 
 if TYPE_CHECKING:
     from planner.memory.step.buckets import BucketReplay
     from planner.memory.step.sharding import ShardReplay
 
-ADAPTER_STEPS = 2
-FULL_STEPS = 3
-"""Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
-where all weights are trained, its gradients' holes settle in the third, and so do the blocks of whole layers
-where none is checkpointed."""
 MAX_KNOWN = 4096
-"""Replays that are remembered."""
 INT64 = 8
 
 _WHOLE: dict[tuple[TrainingRun, CudaSizes, str], ReplayedMemory] = {}
-"""Replays that ran to their end."""
+"""Replays that ran to their end, MAX_KNOWN of them at most."""
 
 
 def replay_steps(
@@ -83,9 +78,9 @@ class StepReplay:
 
     def __init__(self, run: TrainingRun, sizes: CudaSizes, allocator: str) -> None:
         self.setup, self.model, self.trained = run.setup, run.model, run.trained
-        self.width = run.storage.width
         self.tokens, self.scores = run.micro_step.tokens, run.micro_step.scores
-        self.workspace_bytes, self.loaded = sizes.workspace_bytes, loaded_allocator(run, allocator)
+        self.width, self.workspace_bytes = run.storage.width, sizes.workspace_bytes
+        self.loaded = loaded_allocator(run, allocator)
         self.allocator = self.loaded.allocator.copy()
         self.sharding: ShardReplay | None = None
         self.buckets: BucketReplay | None = None
@@ -108,25 +103,16 @@ class StepReplay:
         last = max(groups, key=lambda group: group.indices[-1])
         knobs = replace(last.knobs, stream_width=last.memory.output_width)
         self.norm = programs.of(norm_program(run.model.norm_layer, knobs))
-        head = head_shape(run, final_norm.output_width)
-        self.head: HeadReplay | LogitsReplay = LogitsReplay(head) if head.whole else HeadReplay(head)
+        self.head = output_replay(head_shape(run, final_norm.output_width))
         self.optimizer = OptimizerReplay(run)
+        self.policy, self.reference = passes_alone(run, programs, self.inputs, self.norm, self.head)
         self.biased = run.model.has_biased_linear
-        self.offload = self._offload(run, final_norm) if run.setup.activation_offloading else None
+        kept = int(at(final_norm.saved, self.tokens, self.scores))
+        self.offload = offload_replay(run, self.allocator, self.inputs.stream_bytes, kept)
         self.gradients: list[int] = []
         # Bytes above which the step at work ends the replay: what it reserves it keeps; then it is not whole.
         self.room: int | None = None
         self.whole = True
-
-    def _offload(self, run: TrainingRun, final_norm: LayerMemory) -> OffloadReplay:
-        saved = int(at(final_norm.saved, self.tokens, self.scores))
-        return OffloadReplay(
-            self.allocator,
-            input_bytes=self.inputs.stream_bytes,
-            norm_bytes=saved,
-            waits=run.setup.kernels == "liger",
-            stash=run.stack.offload_stash,
-        )
 
     def play(self, limit_bytes: int | None = None, room_bytes: int | None = None) -> ReplayedMemory:
         """Replay optimizer steps, with as few micro-steps as have every kind of them in the last; end early
@@ -223,6 +209,7 @@ class StepReplay:
         allocator, offload, sharding = self.allocator, self.offload, self.sharding
         later = self._adds(later=later, last=last)
         layers = [layer.of(new=first, later=later) for layer in self.layers]
+        self.policy.run(allocator)
         if sharding is not None:
             sharding.before_embedding()
         held = self.inputs.run(allocator, first=first)
@@ -246,7 +233,9 @@ class StepReplay:
                 # Masks and tables are the layers', and end with the first one's backward pass.
                 allocator.free_all(held[self.inputs.raw :])
                 del held[self.inputs.raw :]
-            self._embedding_backward(gradient, later=later)
+                self._embedding_backward(gradient, later=later)
+            else:
+                allocator.free(gradient)
         if sharding is not None:
             sharding.end_backward(self._taken_gradients(), last=last)
         if layers[0].program.checkpointed and leaf:
@@ -366,6 +355,7 @@ class StepReplay:
             workspace_bytes=self.workspace_bytes if first else 0,
             later=later,
             between=None if self.sharding is None else self.sharding.end_forward,
+            reference=partial(self.reference.run, allocator) if self.reference.passes else None,
         )
         self.gradients += kept
         own[norm.incoming] = gradient
@@ -378,12 +368,7 @@ class StepReplay:
         return own[norm.outgoing]
 
     def _embedding_backward(self, gradient: int, *, later: bool) -> None:
-        """The embedding's dense gradient, of `gradient`, which ends: added to one that is there; gone where
-        single rows are trained.
-        """
-        if not self.trained.reaches_embedding:
-            self.allocator.free(gradient)
-            return
+        """The embedding's dense gradient, of `gradient`, which ends; where rows are trained it goes."""
         if self.model.embedding_multiplier:
             scaled = self._take(self.inputs.stream_bytes)
             self.allocator.free(gradient)

@@ -6,6 +6,12 @@ from planner.base.values import dataclass
 from planner.gpus.spec import GpuSpec
 from planner.memory.measured.cuda_terms import tuning_buffer_bytes, workspace_block_bytes
 
+ADAPTER_STEPS = 2
+FULL_STEPS = 3
+"""Steps until reserved memory stays: optimizer state is born in the first and moves the blocks of the second;
+where all weights are trained, its gradients' holes settle in the third, and so do the blocks of whole layers
+where none is checkpointed."""
+
 
 class OverRoomError(Exception):
     """A replay that was asked for no more than this has reserved more than there is room for."""

@@ -33,6 +33,7 @@ class Resident:
 
     `buckets_bytes` are those that DDP averages gradients in: as much as the gradients, and there to the end
     (torch nn/parallel/distributed.py; gradient_as_bucket_view is false). `trained` is this GPU's share.
+    `reference_bytes` is a second model, which a task compares with where no adapter can be disabled.
     """
 
     weights: WeightMemory
@@ -44,6 +45,7 @@ class Resident:
     tables_bytes: int
     largest_dequantized_bytes: int
     buckets_bytes: int = 0
+    reference_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -56,6 +58,7 @@ class Resident:
             + self.cublas_bytes
             + self.tables_bytes
             + self.buckets_bytes
+            + self.reference_bytes
         )
 
 
@@ -76,11 +79,12 @@ def resident_memory(
         cublas_bytes=cublas_workspace_bytes(gpu, measured) + held.cublaslt_bytes,
         tables_bytes=sum(scales_bytes(run.kind))
         + rotary
-        + _mask_bytes(run)
+        + mask_bytes(run)
         + INPUT_BYTES_PER_TOKEN * shape.tokens
         + input_bytes(run),
         largest_dequantized_bytes=held.largest_dequantized_bytes,
         buckets_bytes=held.trained.size_bytes if run.parallelism.replicates else 0,
+        reference_bytes=held.weights.allocated_bytes if run.kind.holds_reference else 0,
     )
 
 
@@ -147,7 +151,7 @@ def _cublaslt_bytes(run: RunKind) -> int:
     return threads * CUBLASLT_WORKSPACE_BYTES
 
 
-def _mask_bytes(run: TrainingRun) -> int:
+def mask_bytes(run: TrainingRun) -> int:
     """Attention masks, one for each kind of layer that needs one: additive for eager, boolean for sdpa."""
     width = run.storage.width if run.attention == "eager" else 1
     return len(run.mask_windows) * run.micro_step.scores * width

@@ -144,6 +144,18 @@ class StepTimeline:
         above = self._all_gradients if self.shape.accumulating else 0
         return [StepMoment("images in the vision tower", 0, self.images.peak_bytes, 0, above)]
 
+    def between_passes(self) -> StepMoment:
+        """What a micro-step holds once its forward pass is done and before its backward pass begins."""
+        tokens, scores = self.shape.tokens, self.shape.scores
+        return StepMoment(
+            name="between forward and backward",
+            kept_bytes=self._kept_by_all,
+            live_bytes=int(at(self.final_norm.saved, tokens, scores)),
+            workspace_bytes=0,
+            gradient_bytes=self._all_gradients if self.shape.accumulating else 0,
+            head_bytes=self.head.kept_bytes,
+        )
+
     def optimizer_step(self, temporary_bytes: int) -> StepMoment:
         """Gradients of everything trained, and what the optimizer needs for a moment."""
         return StepMoment(

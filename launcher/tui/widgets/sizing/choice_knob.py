@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
-from textual.widgets import Select
+from textual.widgets import Select, Static
 
 from launcher.tui.knobs import Row, step
 
@@ -31,6 +32,11 @@ class ChoiceKnob(Select[str], inherit_bindings=False):
             tooltip=row.help,
         )
         self.row = row
+
+    def on_mount(self) -> None:
+        """Lay nothing out anew at a change: the width of a knob's field does not depend on its text."""
+        label = self.query_one("#label", Static)
+        label.update = partial(label.update, layout=False)  # type: ignore[method-assign]
 
     def action_step(self, direction: int) -> None:
         """Go to the next value of the list."""

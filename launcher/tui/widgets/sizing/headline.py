@@ -30,6 +30,7 @@ class Headline(Vertical):
         super().__init__(id="headline")
         self._sizing: Sizing | None = None
         self._longest: LongestAnswer | None = None
+        self._pinned: Sizing | None = None
 
     def compose(self) -> ComposeResult:
         """The lines and the bar."""
@@ -42,32 +43,29 @@ class Headline(Vertical):
 
     def on_resize(self) -> None:
         """Say it in as many lines as there is room for."""
-        self._show_answers()
+        self._show_lines()
 
-    def show(self, sizing: Sizing, longest: LongestAnswer | None) -> None:
-        """Show another answer, and the longest sequences; None while they are looked for."""
-        self._sizing, self._longest = sizing, longest
-        self.show_question()
-        self._show_answers()
+    def show(self, sizing: Sizing, longest: LongestAnswer | None, pin: Sizing | None) -> None:
+        """Show another answer, the longest sequences, None while they are looked for, and how the answer
+        differs from a pinned one, if one is.
+        """
+        self._sizing, self._longest, self._pinned = sizing, longest, pin
+        self.query_one("#pinned", TextLine).display = pin is not None
+        self._show_lines()
         self.query_one(VerdictLine).sizing = sizing
         self.query_one(MemoryBar).data = bar(sizing)
 
-    def show_question(self) -> None:
-        """Show what is asked, in the theme's colours."""
-        if self._sizing is not None:
-            self.query_one("#question", TextLine).text = question(self._sizing, colours(self.app).muted)
+    def on_mount(self) -> None:
+        """Draw anew in another theme's colours."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_lines())
 
-    def show_pinned(self, pin: Sizing | None) -> None:
-        """Show how the answer differs from another one's; None for nothing."""
-        line = self.query_one("#pinned", TextLine)
-        line.display = pin is not None
-        if pin is not None and self._sizing is not None:
-            line.text = pinned(self._sizing, pin, colours(self.app))
-
-    def _show_answers(self) -> None:
+    def _show_lines(self) -> None:
         sizing = self._sizing
         if sizing is None:
             return
+        self.query_one("#question", TextLine).text = question(sizing, colours(self.app).muted)
+        if self._pinned is not None:
+            self.query_one("#pinned", TextLine).text = pinned(sizing, self._pinned, colours(self.app))
         muted, narrow = colours(self.app).muted, self.app.size.width < NARROW
         run, longest = self.query_one("#whole-run", TextLine), self.query_one("#longest", TextLine)
         has_data = sizing.wishes.data is not None

@@ -9,6 +9,7 @@ from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.message import Message
+from textual.widget import Widget
 from textual.widgets import Input, Label, Select, Static
 
 from launcher.tui.cards import Card
@@ -35,6 +36,7 @@ class KnobForm(Vertical):
         self._texts = dict(texts)
         self._error_shown = False
         self._others = ""
+        self._knobs: dict[str, Widget] = {}
 
     def compose(self) -> ComposeResult:
         """Model, GPU and data with what is asked beside them, then the knobs."""
@@ -161,15 +163,22 @@ class KnobForm(Vertical):
         self._adapt()
         self.post_message(self.Changed(self.texts))
 
+    def _knob(self, field: str) -> Widget:
+        """A knob's widget, looked for once: at every key a dozen are asked for."""
+        if field not in self._knobs:
+            self._knobs[field] = self.query_one(f"#knob-{field}")
+        return self._knobs[field]
+
     def _adapt(self) -> None:
         """Disable what the other knobs leave no meaning; say what empty fields stand for."""
         for row in ROWS:
             if row.unless:
-                self.query_one(f"#knob-{row.field}").disabled = not row.applies(self._texts)
-        budget = self.query_one("#knob-activation_memory_budget", Input)
+                self._knob(row.field).disabled = not row.applies(self._texts)
+        budget, alpha = self._knob("activation_memory_budget"), self._knob("lora_alpha")
+        assert isinstance(budget, Input)
+        assert isinstance(alpha, Input)
         budget.placeholder = "-" if budget.disabled else "all"
         rank = self._texts["lora_r"].strip()
-        alpha = self.query_one("#knob-lora_alpha", Input)
         alpha.placeholder = (
             f"{2 * int(rank)} (2 x rank)" if rank.isdecimal() and len(rank) < 7 else "2 x rank"
         )
