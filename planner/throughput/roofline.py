@@ -144,13 +144,6 @@ def estimate_step(run: TrainingRun, gpu: GpuSpec) -> StepEstimate:
     )
 
 
-def _refuse_untimed(setup: TrainingSetup) -> None:
-    if setup.load_in_8bit:
-        raise NoForecastError("no throughput for load_in_8bit: no run of it has been timed")
-    if setup.optim in UNCOMMON_OPTIMIZERS:
-        raise NoForecastError(f"no throughput for optim {setup.optim}: no run of it has been timed")
-
-
 def _of_stack(
     run: TrainingRun, bound_by: str, most: float, interval: tuple[float, float]
 ) -> tuple[float, float, float]:
