@@ -121,6 +121,7 @@ _BESIDE_A_TOWER: tuple[tuple[str, object], ...] = (
     ("activation_offloading", False),
     ("base_matmul", "bf16"),
     ("distributed", None),
+    ("task", "sft"),
     ("bias", "none"),
     ("modules_to_save", None),
     ("trainable_token_indices", None),
