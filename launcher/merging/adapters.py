@@ -181,7 +181,9 @@ def _refuse_changed_weights(folder: AdapterFolder, base: BaseFolder) -> None:
 def _refuse_tied(model: Any, layers: Mapping[str, Any], path: Any) -> None:
     """An adapter on one of two modules that share a weight would change both."""
     base = model.get_base_model()
-    if base.get_output_embeddings().weight is not base.get_input_embeddings().weight:
+    config = base.config
+    # Qwen2.5-VL's text config does not say it, but the whole's does.
+    if not getattr(config.get_text_config(), "tie_word_embeddings", config.tie_word_embeddings):
         return
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         for parameter, layer in layers.items():

@@ -244,8 +244,7 @@ def build_trainer(
     """SFTTrainer for a model from load_model, or one of the same form made otherwise (random weights).
 
     Datasets have the columns of launcher.training.dataset.to_trl_dataset: `input_ids` and `labels`, and with
-    images the files to read. `images`, how the model writes them and its image processor, are those of the
-    job's model where they are not given.
+    images the files to read. `images`: launcher.training.images.batches.collator_for.
 
     Raises:
         InputError: the setup cannot be run here.
@@ -262,10 +261,13 @@ def build_trainer(
     model = _prepared(model, setup)
     deciding = [] if eval_dataset is None else evaluation_callbacks(job)
     partial = [] if setup.checkpointed_layers is None else [PartialCheckpointing(setup.checkpointed_layers)]
-    collated = _collated(setup, job, tokenizer, images)
-    arguments = sft_config(
-        setup, job, output_dir=output_dir, on_gpu=on_gpu, evaluates=eval_dataset is not None
-    )
+    collator = None
+    if setup.image_patches:
+        from launcher.training.images.batches import collator_for
+
+        collator = collator_for(tokenizer, job, images)
+    evaluates = eval_dataset is not None
+    arguments = sft_config(setup, job, output_dir=output_dir, on_gpu=on_gpu, evaluates=evaluates)
     if setup.distributed == "fsdp" and not on_gpu:
         let_cpus_shard()
     try:
@@ -273,34 +275,19 @@ def build_trainer(
             trainer = LaunchedTrainer(
                 model=model,
                 args=arguments,
+                data_collator=collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
                 # A model that was sharded while it was loaded has its adapters already.
                 peft_config=None if setup.distributed == "fsdp" else lora_config(setup, model),
                 callbacks=[QuietHeap(), *partial, *callbacks, *deciding],
-                **collated,
             )
     except ValueError as error:
         raise InputError(f"the run could not be built: {_first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _set_upon(trainer, setup)
     return trainer
-
-
-def _collated(
-    setup: TrainingSetup,
-    job: TrainingJob,
-    tokenizer: PreTrainedTokenizerBase,
-    images: tuple[ImageTokens, Any] | None,
-) -> dict[str, Any]:
-    """The collator as an argument, where it is not TRL's own."""
-    if not setup.image_patches:
-        return {}
-    from launcher.training.images.batches import collator_for
-    from launcher.training.images.tokens import images_of
-
-    return {"data_collator": collator_for(tokenizer, *(images or images_of(job, tokenizer)))}
 
 
 def use_eight_bit_products(model: torch.nn.Module, base_matmul: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.base.errors import FieldError, InputError, NotModelledError
+from planner.memory.step.images import refuse_beside_tower
 from planner.models.checkpoint import Checkpoint
 from planner.models.spec import ModelSpec
 from planner.setup.adapters import uncommon_knob
@@ -83,7 +84,7 @@ def _accept(run: RunKind) -> None:
     if model.is_traced:
         _refuse_traced(run)
     if setup.image_patches or setup.vision_tower != "16bit" or model.tower is not None:
-        _refuse_of_tower(run)
+        refuse_beside_tower(run)
     _refuse_uncommon(run)
     if setup.kernels == "liger":
         _refuse_liger(run)
@@ -114,47 +115,6 @@ def _refuse_of_task(setup: TrainingSetup) -> None:
     ):
         if getattr(setup, name) not in counted:
             raise NotModelledError(f"task={setup.task} with {name}", getattr(setup, name))
-
-
-_BESIDE_A_TOWER: tuple[tuple[str, object], ...] = (
-    ("compile", "none"),
-    ("kernels", "none"),
-    ("packing", False),
-    ("prepare_for_kbit_training", False),
-    ("load_in_8bit", False),
-    ("activation_offloading", False),
-    ("base_matmul", "bf16"),
-    ("distributed", None),
-    ("bias", "none"),
-    ("modules_to_save", None),
-    ("trainable_token_indices", None),
-    ("task", "sft"),
-)
-"""What is counted, and was tried, beside a vision tower."""
-
-
-def _refuse_of_tower(run: RunKind) -> None:
-    """Refuse images without a tower to look at them, and what was not tried beside one.
-
-    Raises:
-        InputError: images of a model of text, or a tower that would be trained.
-        NotModelledError: a knob that is not counted with a tower.
-    """
-    setup, model = run.setup, run.model
-    if model.tower is None:
-        name, value = next(
-            (name, getattr(setup, name))
-            for name, plain_value in (("image_patches", 0), ("vision_tower", "16bit"))
-            if getattr(setup, name) != plain_value
-        )
-        raise FieldError(name, value, f"none for {model.id}, which is described as a model of text alone")
-    if setup.method == "full":
-        raise InputError(f"method full would train the vision tower of {model.id}; use qlora or lora")
-    if run.attention != "sdpa":
-        raise NotModelledError("attn_implementation beside a vision tower", run.attention)
-    for name, counted in _BESIDE_A_TOWER:
-        if getattr(setup, name) != counted:
-            raise NotModelledError(f"{name} beside a vision tower", getattr(setup, name))
 
 
 def _refuse_of_checkpoint(run: RunKind, checkpoint: Checkpoint) -> None:

@@ -8,16 +8,8 @@ from planner.setup.knob import METHODS, WHERE_SET, Counted, Form, Knob, Line, Ne
 LORAFA = "lorafa"
 """PEFT's optimizer for LoRA-FA, which transformers has no name for: lora_A stays frozen."""
 OPTIMIZERS = (
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adafactor",
-    "lion_8bit",
-    "paged_lion_8bit",
-    "sgd",
-    LORAFA,
+    *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("adafactor", "lion_8bit", "paged_lion_8bit", "sgd", LORAFA),
 )
 ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
@@ -236,7 +228,7 @@ TRAINING_KNOBS: tuple[Knob, ...] = (
         needs=(Need(other="load_in_8bit", other_than=True, told="load_in_8bit false"),),
         unset="{default}",
         counted=Counted(others="4bit", default=False),
-        line=Line(place=10, label="vision tower"),
+        line=Line(place=12, label="vision tower"),
     ),
     Knob(
         name="lora_r",

@@ -14,11 +14,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launcher.training.dataset import FILES
-from launcher.training.images.tokens import ImageTokens
+from launcher.training.images.tokens import ImageTokens, images_of
 from planner.base.errors import InputError, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from launcher.runs.training_job import TrainingJob
 
 
 class ImageCollator:
@@ -40,11 +42,16 @@ class ImageCollator:
         return batch
 
 
-def collator_for(tokenizer: PreTrainedTokenizerBase, tokens: ImageTokens, processor: Any) -> ImageCollator:
-    """The collator of a run with images, whose text is batched as TRL batches it."""
+def collator_for(
+    tokenizer: PreTrainedTokenizerBase, job: TrainingJob, images: tuple[ImageTokens, Any] | None
+) -> ImageCollator:
+    """The collator of a run with images, whose text is batched as TRL batches it; `images`, how the model
+    writes them and its image processor, are those of the job's model where they are not given.
+    """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tokens, processor = images or images_of(job, tokenizer)
     return ImageCollator(DataCollatorForLanguageModeling(pad_token_id=padding), processor, tokens)
 
 

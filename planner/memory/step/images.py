@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from planner.base.errors import FieldError, InputError, NotModelledError
 from planner.base.units import FP32
 from planner.base.values import dataclass
 from planner.memory.allocators.native import CachingAllocator
 from planner.models.tower import TowerPass
-from planner.setup.run import TrainingRun
+from planner.setup.run import RunKind, TrainingRun
 
 INT64 = 8
 SCATTER_WIDTH = INT64 + 1
@@ -109,3 +110,45 @@ class ImagesReplay:
                 allocator.free_all([laid_out, mask])
         raw = [blocks[recorded.embedding]] if self.keeps_raw else []
         return blocks[recorded.stream], [blocks[number] for number in recorded.held], raw
+
+
+_BESIDE_A_TOWER: tuple[tuple[str, object], ...] = (
+    ("compile", "none"),
+    ("kernels", "none"),
+    ("packing", False),
+    ("prepare_for_kbit_training", False),
+    ("load_in_8bit", False),
+    ("activation_offloading", False),
+    ("base_matmul", "bf16"),
+    ("distributed", None),
+    ("task", "sft"),
+    ("bias", "none"),
+    ("modules_to_save", None),
+    ("trainable_token_indices", None),
+    ("task", "sft"),
+)
+"""What is counted, and was tried, beside a vision tower."""
+
+
+def refuse_beside_tower(run: RunKind) -> None:
+    """Refuse images without a tower to look at them, and what was not tried beside one.
+
+    Raises:
+        InputError: images of a model of text, or a tower that would be trained.
+        NotModelledError: a knob that is not counted with a tower.
+    """
+    setup, model = run.setup, run.model
+    if model.tower is None:
+        name, value = next(
+            (name, getattr(setup, name))
+            for name, plain_value in (("image_patches", 0), ("vision_tower", "16bit"))
+            if getattr(setup, name) != plain_value
+        )
+        raise FieldError(name, value, f"none for {model.id}, which is described as a model of text alone")
+    if setup.method == "full":
+        raise InputError(f"method full would train the vision tower of {model.id}; use qlora or lora")
+    if run.attention != "sdpa":
+        raise NotModelledError("attn_implementation beside a vision tower", run.attention)
+    for name, counted in _BESIDE_A_TOWER:
+        if getattr(setup, name) != counted:
+            raise NotModelledError(f"{name} beside a vision tower", getattr(setup, name))
