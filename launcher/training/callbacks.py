@@ -49,8 +49,8 @@ class LaunchedTrainer(RankedTrainer):
     """
 
     left_in_16bit: tuple[str, ...] | None = None
-    """Layers without the 8-bit products that the setup asks for: no such product takes their shape. Null where
-    it asks for none."""
+    """Layers without the 8-bit products that the setup asks for: no such product takes their shape. Null
+    where it asks for none."""
     optimizer: Any
     _signature_columns: Any
     lorafa: bool = False
@@ -110,8 +110,8 @@ class LaunchedTrainer(RankedTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass."""
-        # With 8-bit products in this thread: autograd's own takes the host 8% longer where a step waits for it.
-        # Others do not, and a thread less has a workspace of cuBLAS less (32 MiB on Hopper), which plans count.
+        # With 8-bit products in this thread: autograd's own takes the host 8% longer where a step waits for
+        # it. Others do not, and a thread less has a workspace of cuBLAS less (32 MiB), which plans count.
         threads = self.left_in_16bit is None or self.args.world_size > 1
         with torch.autograd.set_multithreading_enabled(threads):
             loss: torch.Tensor = super().training_step(*args, **kwargs)
