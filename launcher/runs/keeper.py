@@ -70,13 +70,15 @@ class AttemptEnd:
 
 def next_attempt(folder: RunFolder, end: AttemptEnd) -> Attempt | None:
     """The attempt that is made after this end; None: the run is over."""
-    if not end.gone or end.host_memory or _job(folder).engine != OWN_ENGINE:
+    if not end.gone or end.host_memory or end.state not in ("oom", "hang"):
+        return None
+    if _job(folder).engine != OWN_ENGINE:
         return None
     found = checkpoints.newest(folder.checkpoints).newest
     from_step = 0 if found is None else found.step
     if end.state == "oom":
         return ask_for_smaller(folder, from_step=from_step, room_bytes=end.room_bytes)
-    return _after_hang(folder, from_step) if end.state == "hang" else None
+    return _after_hang(folder, from_step)
 
 
 def _after_hang(folder: RunFolder, from_step: int) -> Attempt | None:

@@ -131,7 +131,7 @@ def step_of(name: str, allocator: str) -> Step:
         reserved_bytes=replay.allocator.reserved_bytes,
         traced_peak_bytes=traced.peak_allocated_bytes - between,
         traced_reserved_bytes=traced.reserved_bytes,
-        largest_block_bytes=replay._largest_block_bytes(),
+        largest_block_bytes=replay.largest_block_bytes,
     )
 
 

@@ -29,4 +29,4 @@ def test_evaluation_asks_nothing_that_was_trained_on() -> None:
 def test_the_demo_is_small_and_holds_no_pickle() -> None:
     files = [path for path in DEMO.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20 * 2**20
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".jinja", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".jinja", ".safetensors", ".png"}

@@ -211,9 +211,9 @@ def test_rows_are_checked_as_those_of_a_file_are(cli: Cli, cache: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     prepared(cache, "o/chats", "default", {"train": [{"messages": turns, "id": "7"}] * 20})
     assert "left out: id" in cli(*ASKED, "--data", "o/chats").out
-    prepared(cache, "o/images", "default", {"train": [{"messages": turns, "images": ["a.png"]}] * 2})
+    prepared(cache, "o/images", "default", {"train": [{"messages": turns, "videos": ["a.mp4"]}] * 2})
     said = refused(cli, *ASKED, "--data", "o/images")
-    assert "o/images/default:train: row 1: images: images, videos and sound are not trained" in said
+    assert "o/images/default:train: row 1: videos: videos and sound are not trained" in said
 
 
 def test_train_asks_for_it_before_it_reads_anything_else(

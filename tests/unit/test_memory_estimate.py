@@ -13,6 +13,7 @@ from planner.gpus.catalog import gpu_catalog
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.memory.held.optimizer import MOMENTS
 from planner.models.catalog import load_shipped
+from planner.setup.adapters import UNCOMMON_OPTIMIZERS
 from planner.setup.cuda_allocator import EXPANDABLE, NATIVE
 from planner.setup.run import TrainingRun
 from planner.setup.training_setup import OPTIMIZERS, TrainingSetup
@@ -36,7 +37,7 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
         "per_device_train_batch_size": draw(st.integers(1, 16)),
         "gradient_accumulation_steps": draw(st.sampled_from((1, 4))),
         "gradient_checkpointing": draw(st.booleans()),
-        "optim": draw(st.sampled_from(OPTIMIZERS)),
+        "optim": draw(st.sampled_from([name for name in OPTIMIZERS if name not in UNCOMMON_OPTIMIZERS])),
         "dtype": draw(st.sampled_from(("bfloat16", "float32"))),
     }
     if method != "full":

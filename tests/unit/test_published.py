@@ -54,7 +54,12 @@ def test_the_action_s_last_step_fails_where_a_config_does_not_fit(
     program.write_text(f'#!/bin/bash\nexec "{sys.executable}" -m launcher.cli "$@"\n')
     program.chmod(0o755)
     config = tmp_path / "sft.yaml"
-    settings = {"model_name_or_path": "llama-3.1-8b", "use_peft": True, "load_in_4bit": True}
+    settings = {
+        "model_name_or_path": "llama-3.1-8b",
+        "use_peft": True,
+        "load_in_4bit": True,
+        "dtype": "bfloat16",
+    }
     settings |= {"lora_target_modules": "all-linear", "max_length": length, "per_device_train_batch_size": 1}
     config.write_text(yaml.safe_dump(settings))
     given = {

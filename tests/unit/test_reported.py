@@ -51,7 +51,7 @@ def words(text: str) -> str:
         ),
         (
             {"messages": [{**USER, "content": "<image>what?"}, ANSWER], "images": ["a.png"]},
-            "line 1: images: images, videos and sound are not trained, only text",
+            "line 1: there is no image",
         ),
         ({"text": HALF}, "line 1: text holds half of a character at character 1 (\\ud83d)"),
         (
