@@ -97,6 +97,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("examples.jsonl", "profiles/demo/data/train.jsonl"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_text("".join(lines))
+    shutil.copytree(PROFILES / "demo" / "images", made / "profiles" / "demo" / "images")
     setups = (ROOT / "tests" / "golden" / "setups.jsonl").read_text().splitlines(keepends=True)
     (made / "setups.jsonl").write_text("".join(setups[:2]))
     axolotl = "base_model: meta-llama/Llama-3.2-1B\nadapter: qlora\nload_in_4bit: true\nlora_r: 8\n"
