@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from planner.memory.decoder import groups, live_bytes
-from planner.memory.layers import base_weight, dora
+from planner.memory.layers import base_weight
 
 
 def native_dropout(self: Any, x: Any) -> Any:
@@ -29,7 +29,6 @@ def like_cuda() -> Iterator[None]:
         patch.setattr(torch, "is_autocast_enabled", lambda device="cpu": enabled(device))
         patch.setattr(torch.nn.Dropout, "forward", native_dropout)
         patch.setattr(base_weight, "REDUCTION_WIDTH", 0)
-        patch.setattr(dora, "REDUCTION_WIDTH", 0)
         forget_replays()
         yield
     forget_replays()

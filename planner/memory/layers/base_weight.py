@@ -17,7 +17,7 @@ HALF = 2
 """Bytes of an element in float16, which bitsandbytes quantises inputs from."""
 REDUCTION_WIDTH = 2 * FP32
 """Bytes an element of the global scratch buffer in which CUDA sums over tokens, one a feature (seen in traces
-llama_f and qwen3_f, and for biases in an H200's allocations of whole runs of qwen2.5-1.5b)."""
+llama_f, qwen3_f and llama_dora, and for biases in an H200's allocations of whole runs of qwen2.5-1.5b)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +149,11 @@ def weight_gradient(tape: Tape, kind: LinearKind, elements: int, element_width: 
         tape.allocate(Size(constant=elements * element_width), GRADIENTS)
 
 
+def sum_over_tokens(tape: Tape, features: int, *given: Buffer | None) -> None:
+    """A sum over tokens, one a feature: its scratch buffer, and what ends with it."""
+    tape.free(tape.tokens(features * REDUCTION_WIDTH), *given)
+
+
 def reduced_gradient(
     tape: Tape, kind: LinearKind, elements: int, *, given: Sequence[Buffer | None], saved: Buffer | None
 ) -> None:
@@ -159,7 +164,7 @@ def reduced_gradient(
     """
     if tape.recomputes:
         tape.free(saved)
-    tape.free(tape.tokens(elements * REDUCTION_WIDTH), *given)
+    sum_over_tokens(tape, elements, *given)
     if not tape.recomputes:
         tape.free(saved)
     weight_gradient(tape, kind, elements, kind.adapter_width)

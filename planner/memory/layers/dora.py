@@ -14,14 +14,12 @@ from planner.base.units import FP32
 from planner.memory.layers.base_weight import (
     LinearKind,
     base_backward,
+    sum_over_tokens,
     weight_gradient,
 )
 from planner.memory.layers.lora import AdapterInput, adapter_backward, adapter_input, read_input, weight_casts
 from planner.memory.tape.tape import Buffer, Size, Tape, Value
 from planner.models.storage import ABSMAX_WIDTH, QUANTIZATION_BLOCK
-
-REDUCTION_WIDTH = 8
-"""Bytes an element of the scratch buffer in which CUDA sums a gradient over tokens (trace llama_dora)."""
 
 
 def dora_linear(tape: Tape, kind: LinearKind, x: Value, base: Value, inputs: int, outputs: int) -> Value:
@@ -102,12 +100,12 @@ def _dora_backward(
     to_product = tape.tokens(outputs * wide)
     to_up, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
     tape.free(saved.up)
-    tape.free(tape.tokens(outputs * REDUCTION_WIDTH), to_magnitude)
+    sum_over_tokens(tape, outputs, to_magnitude)
     up_grad = tape.tokens(outputs * width)
     tape.free(to_up, to_product)
     to_base, to_magnitude = tape.tokens(outputs * wide), tape.tokens(outputs * wide)
     tape.free(saved.base)
-    tape.free(tape.tokens(outputs * REDUCTION_WIDTH), to_magnitude)
+    sum_over_tokens(tape, outputs, to_magnitude)
     weight_gradient(tape, kind, outputs, FP32)
     also = None
     if second is not None:

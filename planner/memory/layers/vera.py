@@ -7,8 +7,7 @@ Source: PEFT tuners/vera/layer.py (forward).
 from __future__ import annotations
 
 from planner.base.units import FP32
-from planner.memory.layers import dora
-from planner.memory.layers.base_weight import LinearKind, base_backward, weight_gradient
+from planner.memory.layers.base_weight import LinearKind, base_backward, sum_over_tokens, weight_gradient
 from planner.memory.tape.tape import Buffer, Tape, Value
 
 
@@ -92,7 +91,7 @@ def _scaling_backward(
     """Backward of a product by a vector, from a gradient in fp32 that is taken over; the scaled one's."""
     to_vector, scaled = tape.tokens(features * FP32), tape.tokens(features * FP32)
     tape.free(saved)
-    tape.free(tape.tokens(features * dora.REDUCTION_WIDTH), to_vector)
+    sum_over_tokens(tape, features, to_vector)
     weight_gradient(tape, kind, features, FP32)
     if kind.adapter_compute_width != FP32:
         cast = tape.tokens(features * kind.adapter_compute_width)
